@@ -1,0 +1,34 @@
+# Every verb sets up what it needs: each works as the first command in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+verify: .venv/ready ## compare funcmha with torch.nn.MultiheadAttention, value by value
+	$(BIN)/python -m funcmha verify
+
+test: .venv/ready ## the test suite
+	$(BIN)/python -m pytest
+
+check: .venv/ready ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/ready ## forward and backward against PyTorch, timed
+	$(BIN)/python benchmarks/reference.py
+
+mutants: .venv/ready ## plant every fault of tests/mutants.py, and see the suite catch it
+	$(BIN)/python tests/mutants.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean: ## remove the environment and every cache
+	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help verify test check bench mutants clean

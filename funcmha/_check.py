@@ -1,0 +1,128 @@
+"""The one form of error message: the argument, what it must be and who decided so, and what came.
+
+    k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
+"""
+
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+from ._xp import Array, dtype_name, is_array
+
+# complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
+
+
+def one_dtype(arrays: Iterable[tuple[str, Array]]) -> None:
+    """Raise TypeError unless all are arrays of one dtype out of DTYPES. None stands for an absent argument."""
+    first = None
+    for name, x in arrays:
+        if x is None:
+            continue
+        if not is_array(x):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+        if dtype_name(x) not in DTYPES:
+            raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}")
+        if first is None:
+            first = name, x
+        elif x.dtype != first[1].dtype:
+            raise TypeError(f"{name} must have dtype {first[1].dtype} as {first[0]} has, got {x.dtype}: cast one of them")
+
+
+def boolean(name: str, x: Any, meaning: str) -> None:
+    """Raise TypeError unless `x` is a boolean array (or None); `meaning` says what True stands for."""
+    if x is None:
+        return
+    if not is_array(x):
+        raise TypeError(f"{name} must be a boolean array, {meaning}, got {type(x).__name__}")
+    if dtype_name(x) != "bool":
+        raise TypeError(f"{name} must be boolean, {meaning}, got dtype {x.dtype}")
+
+
+def number(name: str, x: Any, low: float = -float("inf"), below: float = float("inf")) -> float:
+    """`x` as a Python float, so that it never widens a dtype; ValueError unless low ≤ x < below and finite."""
+    if not isinstance(x, Real) or isinstance(x, bool):
+        raise TypeError(f"{name} must be a real number, got {x!r} of type {type(x).__name__}")
+    x = float(x)
+    if not (isfinite(x) and low <= x < below):
+        bounds = "finite" if low == -float("inf") else f"at least {low:g} and below {below:g}"
+        raise ValueError(f"{name} must be {bounds}, got {x}")
+    return x
+
+
+def like(name: str, x: Array, shape: tuple[int, ...], dtype: Any, symbols: str) -> None:
+    """Raise unless the cotangent `x` (or None) has exactly this shape and dtype."""
+    if x is None:
+        return
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must be ({', '.join(symbols.split())}) = {tuple(shape)} as the output is, got {x.shape}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype} as the output has, got {x.dtype}")
+
+
+class Axes:
+    """The sizes of the axis letters, each fixed by the first array that shows it.
+
+    `axes("q", q, "... H T D")` checks `q` against what is known and learns the rest; `axes["D"]` reads a size.
+    """
+
+    def __init__(self) -> None:
+        self.size: dict[str, Any] = {}
+        self.owner: dict[str, str] = {}
+
+    def __getitem__(self, letter: str) -> Any:
+        return self.size[letter]
+
+    def __call__(self, name: str, x: Array, symbols: str) -> None:
+        """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
+        letters = symbols.split()
+        shape = tuple(x.shape)
+        batched = letters[0] == "..."
+        rank = len(letters) - batched
+        if len(shape) < rank or (len(shape) > rank and not batched):
+            raise self._error(name, letters, shape)
+        found: list[Any] = [shape[: len(shape) - rank]] if batched else []
+        found += shape[len(shape) - rank :]
+        if any(self.size.get(letter, n) != n for letter, n in zip(letters, found, strict=True)):
+            raise self._error(name, letters, shape)
+        for letter, n in zip(letters, found, strict=True):
+            if letter not in self.size:
+                self.size[letter], self.owner[letter] = n, name
+
+    def broadcast(self, name: str, x: Array, symbols: str) -> None:
+        """Check that `x` (or None) broadcasts to the known sizes of `symbols`."""
+        if x is None:
+            return
+        want = self.shape(symbols)
+        got = tuple(x.shape)
+        if len(got) > len(want) or any(n not in (1, m) for n, m in zip(got[::-1], want[::-1], strict=False)):
+            spelt = ", ".join(symbols.split())
+            raise ValueError(f"{name} must broadcast to ({spelt}) = {want}, got {got}")
+
+    def shape(self, symbols: str) -> tuple[int, ...]:
+        """The known sizes of `symbols`, the batch axes of '...' spelt out."""
+        sizes: list[int] = []
+        for letter in symbols.split():
+            sizes += self.size[letter] if letter == "..." else (self.size[letter],)
+        return tuple(sizes)
+
+    def _error(self, name: str, letters: list[str], shape: tuple[int, ...]) -> ValueError:
+        known = [
+            f"{letter}={self.size[letter]} as in {self.owner[letter]}" for letter in letters if letter in self.size
+        ]
+        spelt = f"({', '.join(letters)})"
+        return ValueError(f"{name} must be {spelt}{' with ' + ', '.join(known) if known else ''}, got {shape}")
+
+
+def keys(name: str, tree: Mapping[str, Any], required: Iterable[str], optional: Iterable[str]) -> None:
+    """Raise KeyError unless the dotted names of `tree` are all of `required` and some of `optional`."""
+    required, optional = list(required), list(optional)
+    for leaf in required:
+        if leaf not in tree:
+            raise KeyError(f"{name} lacks {leaf}: it must have {', '.join(required)}")
+    for leaf in tree:
+        if leaf not in required and leaf not in optional:
+            raise KeyError(f"{name} has an unexpected {leaf}: it may have {', '.join(required + optional)}")

@@ -1,0 +1,71 @@
+"""The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
+Tree = Any  # a dict of dicts of arrays, an array, or None
+
+
+def namespace(x: Array) -> ModuleType:
+    """The module whose functions take `x`: numpy for a NumPy array, cupy for a CuPy array, and so on."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()  # type: ignore[no-any-return]
+    if type(x).__module__.startswith("cupy"):  # cupy.ndarray has no __array_namespace__
+        import cupy
+
+        return cupy  # type: ignore[no-any-return]
+    import array_api_compat  # torch tensors and older libraries
+
+    return array_api_compat.array_namespace(x)  # type: ignore[no-any-return]
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of some library (a NumPy scalar, a list and a number are not)."""
+    return hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim") and not isinstance(x, np.generic)
+
+
+def dtype_name(x: Array) -> str:
+    """'float32' for numpy.float32, torch.float32, array_api_strict.float32, …"""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def widen(x: Array) -> Array:
+    """`x` in the dtype to compute in: float16 and bfloat16 become float32, everything else is already there."""
+    if x is None or dtype_name(x) not in ("float16", "bfloat16"):
+        return x
+    xp = namespace(x)
+    return xp.astype(x, xp.float32)
+
+
+def narrow(x: Array, like: Array) -> Array:
+    """`x` in the dtype of `like`: the one rounding at the end of a computation that `widen` began."""
+    if x is None or x.dtype == like.dtype:
+        return x
+    return namespace(x).astype(x, like.dtype)
+
+
+def from_host(a: np.ndarray, like: Array) -> Array:
+    """The NumPy array `a` in the library and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return a
+    xp = namespace(like)
+    return xp.asarray(a) if xp.__name__ == "cupy" else xp.asarray(a, device=like.device)
+
+
+def take_head(a: Array, h: int) -> Array:
+    """`a` (..., H or 1, T, S) as head `h` sees it; an array with no head axis serves every head."""
+    if a is None or a.ndim < 3:
+        return a
+    return a[..., h if a.shape[-3] > 1 else 0, :, :]
+
+
+def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of `broadcast_to(x, g.shape)` for x of `shape`: the sum over every axis that was repeated."""
+    xp = namespace(g)
+    extra = g.ndim - len(shape)
+    repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
+    axes = (*range(extra), *repeated)
+    return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
