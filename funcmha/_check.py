@@ -1,14 +1,14 @@
 """The one form of error message: the argument, what it must be and who decided so, and what came.
 
-    k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
+k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from math import isfinite
 from numbers import Real
 from typing import Any
 
-from ._xp import Array, dtype_name, is_array
+from ._xp import HALF, Array, dtype_name, is_array
 
 # complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
@@ -27,7 +27,9 @@ def one_dtype(arrays: Iterable[tuple[str, Array]]) -> None:
         if first is None:
             first = name, x
         elif x.dtype != first[1].dtype:
-            raise TypeError(f"{name} must have dtype {first[1].dtype} as {first[0]} has, got {x.dtype}: cast one of them")
+            raise TypeError(
+                f"{name} must have dtype {first[1].dtype} as {first[0]} has, got {x.dtype}: cast one of them"
+            )
 
 
 def boolean(name: str, x: Any, meaning: str) -> None:
@@ -44,23 +46,30 @@ def number(name: str, x: Any, low: float = -float("inf"), below: float = float("
     """`x` as a Python float, so that it never widens a dtype; ValueError unless low ≤ x < below and finite."""
     if not isinstance(x, Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a real number, got {x!r} of type {type(x).__name__}")
-    x = float(x)
-    if not (isfinite(x) and low <= x < below):
+    value = float(x)
+    if not (isfinite(value) and low <= value < below):
         bounds = "finite" if low == -float("inf") else f"at least {low:g} and below {below:g}"
-        raise ValueError(f"{name} must be {bounds}, got {x}")
-    return x
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value
 
 
-def like(name: str, x: Array, shape: tuple[int, ...], dtype: Any, symbols: str) -> None:
-    """Raise unless the cotangent `x` (or None) has exactly this shape and dtype."""
+def multiple(query: str, heads: int, key: str, groups: int) -> None:
+    """Raise ValueError unless the query heads divide evenly among the key/value heads."""
+    if heads != groups and (groups == 0 or heads % groups):
+        raise ValueError(f"{query} has H={heads} heads, which must be a multiple of K={groups} as in {key}")
+
+
+def cotangent(name: str, x: Any, shape: tuple[int, ...], computed: Array, symbols: str) -> None:
+    """Raise unless `x` (or None) has this shape and the dtype of `computed`, or a half dtype that widens to it."""
     if x is None:
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must be ({', '.join(symbols.split())}) = {tuple(shape)} as the output is, got {x.shape}")
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype} as the output has, got {x.dtype}")
+        spelt = ", ".join(symbols.split())
+        raise ValueError(f"{name} must be ({spelt}) = {tuple(shape)} as the output is, got {tuple(x.shape)}")
+    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
+        raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
 
 
 class Axes:
@@ -117,12 +126,11 @@ class Axes:
         return ValueError(f"{name} must be {spelt}{' with ' + ', '.join(known) if known else ''}, got {shape}")
 
 
-def keys(name: str, tree: Mapping[str, Any], required: Iterable[str], optional: Iterable[str]) -> None:
+def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:
     """Raise KeyError unless the dotted names of `tree` are all of `required` and some of `optional`."""
-    required, optional = list(required), list(optional)
     for leaf in required:
         if leaf not in tree:
-            raise KeyError(f"{name} lacks {leaf}: it must have {', '.join(required)}")
+            raise KeyError(f"{name} must have {', '.join(required)}, and has no {leaf}")
     for leaf in tree:
         if leaf not in required and leaf not in optional:
-            raise KeyError(f"{name} has an unexpected {leaf}: it may have {', '.join(required + optional)}")
+            raise KeyError(f"{name} may have {', '.join(optional)}, and has {leaf}")

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
-Tree = Any  # a dict of dicts of arrays, an array, or None
+
+HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
 
 
 def namespace(x: Array) -> ModuleType:
@@ -34,17 +35,15 @@ def dtype_name(x: Array) -> str:
 
 def widen(x: Array) -> Array:
     """`x` in the dtype to compute in: float16 and bfloat16 become float32, everything else is already there."""
-    if x is None or dtype_name(x) not in ("float16", "bfloat16"):
+    if x is None or dtype_name(x) not in HALF:
         return x
     xp = namespace(x)
     return xp.astype(x, xp.float32)
 
 
-def narrow(x: Array, like: Array) -> Array:
-    """`x` in the dtype of `like`: the one rounding at the end of a computation that `widen` began."""
-    if x is None or x.dtype == like.dtype:
-        return x
-    return namespace(x).astype(x, like.dtype)
+def narrow(x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`: the one rounding at the end of a computation that `widen` began."""
+    return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
 def from_host(a: np.ndarray, like: Array) -> Array:
@@ -55,13 +54,6 @@ def from_host(a: np.ndarray, like: Array) -> Array:
     return xp.asarray(a) if xp.__name__ == "cupy" else xp.asarray(a, device=like.device)
 
 
-def take_head(a: Array, h: int) -> Array:
-    """`a` (..., H or 1, T, S) as head `h` sees it; an array with no head axis serves every head."""
-    if a is None or a.ndim < 3:
-        return a
-    return a[..., h if a.shape[-3] > 1 else 0, :, :]
-
-
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of `broadcast_to(x, g.shape)` for x of `shape`: the sum over every axis that was repeated."""
     xp = namespace(g)
@@ -69,3 +61,8 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
     axes = (*range(extra), *repeated)
     return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
+
+
+def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
+    """`value` everywhere, in the library, dtype and on the device of `like`."""
+    return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)

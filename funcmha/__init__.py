@@ -1,0 +1,41 @@
+"""Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
+
+from . import masks, ops, params, tree
+from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
+from .ops import (
+    attention,
+    attention_vjp,
+    attention_weights,
+    linear,
+    linear_vjp,
+    log_sum_exp,
+    softmax,
+    softmax_vjp,
+)
+from .params import head_params, init, sizes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "head",
+    "head_params",
+    "head_vjp",
+    "init",
+    "linear",
+    "linear_vjp",
+    "log_sum_exp",
+    "masks",
+    "mha",
+    "mha_vjp",
+    "ops",
+    "params",
+    "self_attention",
+    "self_attention_vjp",
+    "sizes",
+    "softmax",
+    "softmax_vjp",
+    "tree",
+]
