@@ -240,7 +240,7 @@ class Dense(Mask):
 
     def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
         T, S = self.array.shape[-2:]
-        tile = self.array[..., slice(*rows if T > 1 else (None,)), slice(*cols if S > 1 else (None,))]
+        tile = self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)]
         if isinstance(tile, np.ndarray):
             return _to(tile, like)
         if like is None or namespace(like) is not namespace(tile):
@@ -299,10 +299,7 @@ def window(left: int | None, right: int | None, offset: int = 0) -> Band:
 
     Inclusive: left = 3 sees itself and three before. None is no bound. Query i stands at key position i + offset.
     """
-    for name, reach in (("left", left), ("right", right)):
-        if reach is not None and _integer(name, reach, " or None") < 0:
-            raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
-    return Band(left, right, _integer("offset", offset))
+    return Band(_reach("left", left), _reach("right", right), _integer("offset", offset))
 
 
 def lengths(n: int | np.ndarray) -> Lengths:
@@ -407,6 +404,15 @@ def _integer(name: str, x: Any, or_else: str = "") -> int:
     if not isinstance(x, Integral) or isinstance(x, bool):
         raise TypeError(f"{name} must be an int{or_else}, got {x!r} of type {type(x).__name__}")
     return int(x)
+
+
+def _reach(name: str, x: Any) -> int | None:
+    if x is None:
+        return None
+    reach = _integer(name, x, " or None")
+    if reach < 0:
+        raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
+    return reach
 
 
 def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:

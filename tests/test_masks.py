@@ -1,0 +1,619 @@
+"""Structured masks against a loop over every query and key, and their blocks against their booleans."""
+
+import pickle
+import tracemalloc
+from dataclasses import FrozenInstanceError
+from functools import reduce
+from operator import and_
+
+import array_api_strict
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from funcmha.masks import (
+    Band,
+    Dense,
+    Intersection,
+    Lengths,
+    Mask,
+    Padding,
+    Segments,
+    as_mask,
+    causal,
+    dense,
+    lengths,
+    padding,
+    segments,
+    window,
+)
+
+H = 3
+SIZES = [(7, 11), (11, 7), (7, 7), (1, 13), (13, 1), (1, 1), (0, 7), (7, 0), (0, 0)]  # (T, S)
+BATCHES = [(), (2,), (2, 5), (0,)]
+KINDS = (Band, Lengths, Padding, Segments, Dense)
+
+
+# ---------------------------------------------------------------------------------------------------------- strategies
+
+
+@st.composite
+def sub_batches(draw, batch):
+    """A shape that broadcasts to `batch`: some of its last axes, some of them of size 1."""
+    kept = batch[draw(st.integers(0, len(batch))) :]
+    return tuple(draw(st.sampled_from((1, n))) for n in kept)
+
+
+@st.composite
+def bands(draw, T, S):
+    reach = st.none() | st.integers(0, T + S)
+    return window(draw(reach), draw(reach), draw(st.integers(-T - 2, S + 2)))
+
+
+@st.composite
+def length_masks(draw, S, batch):
+    n = st.integers(0, S + 2)
+    return lengths(draw(n | hnp.arrays(np.int32, draw(sub_batches(batch)), elements=n)))
+
+
+@st.composite
+def padding_masks(draw, S, batch):
+    return padding(draw(hnp.arrays(bool, (*draw(sub_batches(batch)), S))))
+
+
+@st.composite
+def segment_masks(draw, T, S, batch):
+    """Packed sequences (ids in ascending runs), or ids in any order."""
+    ids = st.integers(-1, 3)
+    q_ids, k_ids = (draw(hnp.arrays(np.int64, (*draw(sub_batches(batch)), n), elements=ids)) for n in (T, S))
+    return segments(np.sort(q_ids), np.sort(k_ids)) if draw(st.booleans()) else segments(q_ids, k_ids)
+
+
+@st.composite
+def dense_masks(draw, T, S, batch, heads):
+    leading = draw(sub_batches((*batch, heads)))
+    axes = draw(st.sampled_from([(T, S), (1, S), (T, 1), (1, 1)]))
+    return as_mask(draw(hnp.arrays(bool, leading + axes)))
+
+
+def single_masks(T, S, batch=(), heads=1):
+    """Masks that broadcast to (*batch, heads, T, S), of every kind but intersections."""
+    return st.one_of(
+        bands(T, S),
+        length_masks(S, batch),
+        padding_masks(S, batch),
+        segment_masks(T, S, batch),
+        dense_masks(T, S, batch, heads),
+    )
+
+
+def masks(T, S, batch=(), heads=1):
+    """Masks that broadcast to (*batch, heads, T, S), of every kind."""
+    single = single_masks(T, S, batch, heads)
+    return single | st.lists(single, min_size=2, max_size=3).map(lambda parts: reduce(and_, parts))
+
+
+def ranges(n):
+    """(start, stop) with 0 ≤ start ≤ stop ≤ n"""
+    return st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda ends: (min(ends), max(ends)))
+
+
+@st.composite
+def problems(draw, kind=masks):
+    """mask, its full shape (*batch, H, T, S), and a range of rows and of columns."""
+    T, S = draw(st.sampled_from(SIZES))
+    batch = draw(st.sampled_from(BATCHES))
+    mask = draw(kind(T, S, batch, H))
+    return mask, (*batch, H, T, S), draw(ranges(T)), draw(ranges(S))
+
+
+# -------------------------------------------------------------------------------------------------------------- oracle
+
+
+def attends(mask, batch, b, h, i, j):
+    """Whether query i sees key j in head h of element b of the batch: the definitions, one line each."""
+    match mask:
+        case Band(left, right, offset):
+            position = i + offset
+            return (left is None or position - left <= j) and (right is None or j <= position + right)
+        case Lengths(n):
+            return j < np.broadcast_to(n, batch)[b]
+        case Padding(keep):
+            return np.broadcast_to(keep, (*batch, keep.shape[-1]))[(*b, j)]
+        case Segments(q, k):
+            q, k = np.broadcast_to(q, (*batch, q.shape[-1])), np.broadcast_to(k, (*batch, k.shape[-1]))
+            return q[(*b, i)] == k[(*b, j)]
+        case Intersection(parts):
+            return all(attends(part, batch, b, h, i, j) for part in parts)
+
+
+def loop(mask, shape):
+    """Every boolean of the mask, one by one. Oracle of `dense`."""
+    *batch, heads, T, S = shape
+    if isinstance(mask, Dense):
+        return np.broadcast_to(mask.array, shape)
+    if isinstance(mask, Intersection) and any(isinstance(part, Dense) for part in mask.parts):
+        return reduce(and_, (loop(part, shape) for part in mask.parts))
+    allowed = np.zeros(shape, dtype=bool)
+    for *b, h, i, j in np.ndindex(*batch, heads, T, S):
+        allowed[(*b, h, i, j)] = attends(mask, tuple(batch), tuple(b), h, i, j)
+    return allowed
+
+
+def full(mask, shape):
+    """`dense` with every axis spelt out. Oracle of `block`, `tile`, `columns` and `at`."""
+    return np.broadcast_to(mask.dense(*shape[-2:]), shape)
+
+
+def own(mask, T, S):
+    """Every query and key spelt out, but no more batch and heads than the mask has itself."""
+    allowed = mask.dense(T, S)
+    return np.broadcast_to(allowed, (*allowed.shape[:-2], T, S))
+
+
+def answer(allowed):
+    """What `block` should say of these booleans."""
+    if not allowed.any():
+        return "empty"
+    return "full" if allowed.all() else "mixed"
+
+
+def picture(mask, T, S):
+    return ["".join("x" if seen else "." for seen in row) for row in mask.dense(T, S)]
+
+
+# --------------------------------------------------------------------------------------------------------- definitions
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"),
+    [
+        (causal(), ["x....", "xx..."]),  # top-left: PyTorch's is_causal, JAX
+        (causal(offset=3), ["xxxx.", "xxxxx"]),  # bottom-right, S − T: flash-attention
+        (causal(offset=-1), [".....", "x...."]),  # the first query sees nothing
+        (window(1, 0, offset=2), [".xx..", "..xx."]),  # left = 1 sees itself and one before
+        (window(0, 2), ["xxx..", ".xxx."]),
+        (window(0, None, offset=1), [".xxxx", "..xxx"]),
+        (window(None, None), ["xxxxx", "xxxxx"]),
+        (window(0, 0, offset=5), [".....", "....."]),
+        (segments(np.array([4, 2]), np.array([2, 4, 4, 2, 9])), [".xx..", "x..x."]),
+        (causal(2) & np.array([[True, False, True, True, True]]), ["x.x..", "x.xx."]),
+    ],
+)
+def test_small_masks_look_as_defined(mask, rows):
+    assert picture(mask, 2, 5) == rows
+
+
+@pytest.mark.parametrize(
+    ("mask", "row"),
+    [
+        (lengths(3), "xxx.."),
+        (lengths(0), "....."),
+        (lengths(8), "xxxxx"),
+        (padding(np.array([False, True, True, False, True])), ".xx.x"),
+    ],
+)
+def test_masks_of_keys_have_one_row_for_all_queries(mask, row):
+    assert picture(mask, 2, 5) == [row]
+
+
+@given(problems())
+def test_dense_equals_the_loop_over_queries_and_keys(problem):
+    mask, shape, *_ = problem
+    np.testing.assert_array_equal(full(mask, shape), loop(mask, shape))
+
+
+@given(problems())
+def test_shape_is_the_shape_of_dense(problem):
+    mask, (*_, T, S), *_ = problem
+    assert mask.shape(T, S) == mask.dense(T, S).shape
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (causal(), (7, 11)),
+        (lengths(5), (1, 11)),
+        (lengths(np.full((2, 5), 3)), (2, 5, 1, 1, 11)),
+        (padding(np.ones(11, dtype=bool)), (1, 11)),
+        (padding(np.ones((2, 11), dtype=bool)), (2, 1, 1, 11)),
+        (segments(np.zeros(7, dtype=int), np.zeros((2, 11), dtype=int)), (2, 1, 7, 11)),
+        (as_mask(np.ones((2, 3, 7, 1), dtype=bool)), (2, 3, 7, 1)),
+        (as_mask(np.ones(11, dtype=bool)), (1, 11)),
+        (as_mask(np.array(True)), (1, 1)),
+        (causal() & lengths(np.array([3, 4])), (2, 1, 7, 11)),
+    ],
+)
+def test_a_batch_brings_a_head_axis(mask, shape):
+    assert mask.dense(7, 11).shape == shape
+
+
+def test_an_offset_beyond_64_bits_is_an_offset():
+    assert picture(causal(10**30) & window(10**31, None, -(10**30)), 2, 5) == ["xxxxx", "xxxxx"]
+
+
+def test_numpy_integers_of_few_bits_do_not_overflow():
+    assert picture(window(np.int8(2), np.int8(1), 1000), 1, 1003) == ["." * 998 + "xxxx" + "."]
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+@settings(max_examples=300)
+@given(problems())
+def test_empty_and_full_blocks_are(problem):
+    mask, shape, rows, cols = problem
+    said = mask.block(rows, cols)
+    allowed = full(mask, shape)[..., slice(*rows), slice(*cols)]
+    assert said != "empty" or not allowed.any()
+    assert said != "full" or allowed.all()
+
+
+@settings(max_examples=300)
+@given(problems(single_masks))
+def test_blocks_of_single_masks_are_answered_exactly(problem):
+    mask, (*_, T, S), rows, cols = problem
+    assert mask.block(rows, cols) == answer(own(mask, T, S)[..., slice(*rows), slice(*cols)])
+
+
+@given(problems())
+def test_a_tile_is_a_slice_of_dense(problem):
+    mask, shape, rows, cols = problem
+    expected = full(mask, shape)[..., slice(*rows), slice(*cols)]
+    np.testing.assert_array_equal(np.broadcast_to(mask.tile(rows, cols), expected.shape), expected)
+
+
+@given(problems())
+def test_nothing_is_seen_outside_the_columns(problem):
+    mask, shape, rows, _ = problem
+    start, stop = mask.columns(rows, shape[-1])
+    seen = full(mask, shape)[..., slice(*rows), :]
+    assert 0 <= start <= stop <= shape[-1]
+    assert not seen[..., :start].any()
+    assert not seen[..., stop:].any()
+
+
+@given(problems(single_masks).filter(lambda problem: not isinstance(problem[0], Dense)))
+def test_the_columns_of_single_masks_are_the_least_range(problem):
+    mask, (*_, T, S), rows, _ = problem
+    seen = [j for j in range(S) if own(mask, T, S)[..., slice(*rows), j].any()]
+    assert mask.columns(rows, S) == ((seen[0], seen[-1] + 1) if seen else (0, 0))
+
+
+@given(problems())
+def test_at_leaves_one_element_of_the_batch(problem):
+    mask, shape, *_ = problem
+    batch, one = shape[:-3], shape[-3:]
+    for index in np.ndindex(batch):
+        sample = mask.at(index)
+        assert len(sample.shape(*shape[-2:])) <= 3
+        np.testing.assert_array_equal(full(sample, one), full(mask, shape)[index])
+
+
+@pytest.mark.parametrize("mask", [causal(), as_mask(np.ones((3, 7, 11), dtype=bool))])
+def test_a_mask_without_batch_is_its_own_sample(mask):
+    assert mask.at((1, 4)) is mask
+
+
+EVERY_ANSWER = {
+    Band: window(2, 1, 1),
+    Lengths: lengths(np.array([3, 5])),
+    Padding: padding(np.array([[0, 0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1, 0]], dtype=bool)),
+    Segments: segments(np.array([8, 8, 2, 2, 5]), np.array([2, 2, 8, 8, 5, 6, 2])),
+    Dense: as_mask(np.array([[[1], [1], [0], [0], [1]], [[1], [1], [0], [0], [0]]], dtype=bool)),
+    Intersection: window(2, 1, 1) & lengths(4),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_ANSWER)
+def test_every_kind_gives_every_answer(kind):
+    mask, T, S = EVERY_ANSWER[kind], 5, 7
+    cuts = [((r0, r1), (c0, c1)) for r1 in range(T + 1) for r0 in range(r1) for c1 in range(S + 1) for c0 in range(c1)]
+    allowed = np.broadcast_to(mask.dense(T, S), (2, 2, T, S))
+    for rows, cols in cuts:
+        assert mask.block(rows, cols) == answer(allowed[..., slice(*rows), slice(*cols)])
+    assert isinstance(mask, kind)
+    assert {mask.block(rows, cols) for rows, cols in cuts} == {"empty", "full", "mixed"}
+
+
+@pytest.mark.parametrize("mask", EVERY_ANSWER.values(), ids=lambda mask: type(mask).__name__)
+@pytest.mark.parametrize(("rows", "cols"), [((3, 3), (0, 7)), ((0, 5), (2, 2)), ((0, 0), (0, 0))])
+def test_a_block_without_rows_or_columns_is_empty(mask, rows, cols):
+    assert mask.block(rows, cols) == "empty"
+    assert mask.columns(rows, 7) == ((0, 0) if rows[0] == rows[1] else mask.columns((0, 5), 7))
+
+
+def test_the_strategy_draws_every_kind_and_every_answer():
+    drawn = set()
+
+    @settings(max_examples=500, derandomize=True, database=None)
+    @given(problems())
+    def collect(problem):
+        mask, _, rows, cols = problem
+        drawn.add((type(mask), mask.block(rows, cols)))
+
+    collect()
+    assert drawn == {(kind, said) for kind in (*KINDS, Intersection) for said in ("empty", "full", "mixed")}
+
+
+def test_mixed_of_an_intersection_may_be_empty():
+    split = padding(np.array([True, False])) & padding(np.array([False, True]))
+    assert split.block((0, 1), (0, 2)) == "mixed"
+    assert not split.dense(1, 2).any()
+
+
+def test_a_long_band_is_answered_block_by_block_without_its_array():
+    n, tile = 65_536, 256
+    mask = causal() & window(4 * tile - 1, None)
+    cuts = [(start, start + tile) for start in range(0, n, tile)]
+    counts = {"empty": 0, "full": 0, "mixed": 0}
+    tracemalloc.start()
+    for rows in cuts:
+        assert mask.columns(rows, n) == (max(0, rows[0] - 4 * tile + 1), rows[1])
+        for cols in cuts:
+            counts[mask.block(rows, cols)] += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Per block-diagonal of 256 − d blocks: d = 0 and d = 4 are cut by an edge of the band, d = 1, 2, 3 lie inside it.
+    assert counts == {"mixed": 256 + 252, "full": 255 + 254 + 253, "empty": 256**2 - 5 * 256 + 10}
+    assert peak < 2**20
+
+
+def test_blocks_of_long_packed_sequences_need_no_square():
+    ids = np.repeat(np.arange(64), 1024)
+    mask = segments(ids, ids) & padding(ids < 63)
+    blocks = [((r, r + 1024), (c, c + 1024)) for r in range(512, 65_536 - 1024, 8192) for c in range(512, 64_000, 8192)]
+    tracemalloc.start()
+    answers = [mask.block(*block) for block in blocks]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answers == ["mixed" if rows == cols else "empty" for rows, cols in blocks]
+    assert peak < 2**20
+
+
+# --------------------------------------------------------------------------------------------------------- composition
+
+
+@st.composite
+def pairs(draw):
+    T, S = draw(st.sampled_from(SIZES))
+    batch = draw(st.sampled_from(BATCHES))
+    return draw(masks(T, S, batch, H)), draw(masks(T, S, batch, H)), T, S
+
+
+@given(pairs())
+def test_and_commutes(pair):
+    a, b, T, S = pair
+    np.testing.assert_array_equal((a & b).dense(T, S), (b & a).dense(T, S))
+
+
+@given(pairs())
+def test_and_is_the_and_of_the_booleans(pair):
+    a, b, T, S = pair
+    np.testing.assert_array_equal((a & b).dense(T, S), a.dense(T, S) & b.dense(T, S))
+
+
+@given(problems())
+def test_and_is_idempotent(problem):
+    mask, shape, rows, cols = problem
+    np.testing.assert_array_equal(full(mask & mask, shape), full(mask, shape))
+    assert (mask & mask).block(rows, cols) == mask.block(rows, cols)
+
+
+def test_nested_intersections_are_flat_and_keep_their_order():
+    a, b, c, d = causal(), lengths(3), window(2, 1), padding(np.ones(5, dtype=bool))
+    assert ((a & b) & (c & d)).parts == (a & (b & (c & d))).parts == (a, b, c, d)
+
+
+@given(problems())
+def test_arrays_join_on_either_side(problem):
+    mask, shape, *_ = problem
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape) % 3 != 0
+    np.testing.assert_array_equal((mask & array).dense(*shape[-2:]), full(mask, shape) & array)
+    np.testing.assert_array_equal((array & mask).dense(*shape[-2:]), full(mask, shape) & array)
+
+
+# ----------------------------------------------------------------------------------------------------- array libraries
+
+LIKES = {
+    "numpy": np.zeros(2),
+    "strict": array_api_strict.zeros(2),
+    "strict device1": array_api_strict.zeros(2, device=array_api_strict.Device("device1")),
+    "jax": jnp.zeros(2),
+}
+PARTS = {
+    "Band": causal(3),
+    "Lengths": lengths(np.array([3, 4])),
+    "Padding": padding(np.arange(14).reshape(2, 7) % 3 > 0),
+    "Segments": segments(np.arange(5) // 2, np.arange(7) // 3),
+    "Dense": as_mask(np.arange(70).reshape(2, 1, 5, 7) % 4 > 0),
+}
+
+
+def host(x):
+    if isinstance(x, type(LIKES["strict"])):
+        x = x.to_device(array_api_strict.Device("CPU_DEVICE"))
+    return np.asarray(x)
+
+
+@pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
+@pytest.mark.parametrize("mask", [*PARTS.values(), reduce(and_, PARTS.values())], ids=[*PARTS, "Intersection"])
+def test_dense_is_in_the_library_and_on_the_device_of_like(mask, like):
+    made = dense(mask, 5, 7, like)
+    assert type(made) is type(like)
+    assert made.device == like.device
+    np.testing.assert_array_equal(host(made), mask.dense(5, 7))
+
+
+@pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
+def test_an_array_of_any_library_joins_a_mask(like):
+    booleans = np.arange(70).reshape(2, 1, 5, 7) % 4 > 0
+    mask = causal(3) & dense(as_mask(booleans), 5, 7, like) & lengths(np.array([3, 4]))
+    expected = (causal(3) & booleans & lengths(np.array([3, 4]))).dense(5, 7)
+    np.testing.assert_array_equal(host(dense(mask, 5, 7, like)), expected)
+    np.testing.assert_array_equal(host(mask.tile((1, 4), (2, 7), like)), expected[..., 1:4, 2:7])
+    np.testing.assert_array_equal(host(mask.at((1,)).dense(5, 7, like)), expected[1])
+    assert mask.block((0, 2), (5, 7)) == "empty"
+    assert mask.block((0, 5), (0, 7)) == "mixed"
+
+
+def test_an_array_outside_numpy_is_not_looked_at():
+    assert as_mask(jnp.ones((5, 7), dtype=bool)).block((0, 5), (0, 7)) == "mixed"
+
+
+@pytest.mark.parametrize("like", [None, LIKES["numpy"], LIKES["strict"]], ids=["none", "numpy", "strict"])
+def test_an_array_of_another_library_is_refused(like):
+    mask = causal() & jnp.ones((5, 7), dtype=bool)
+    with pytest.raises(TypeError, match=r"^mask must be an array of \S+ as q is, or of numpy, got jax\.numpy$"):
+        mask.dense(5, 7, like)
+
+
+def test_dense_passes_none_and_arrays_through():
+    array = jnp.ones((5, 7), dtype=bool)
+    assert dense(None, 5, 7, np.zeros(2)) is None
+    assert dense(array, 5, 7, array) is array
+
+
+# --------------------------------------------------------------------------------------------------- values and errors
+
+
+def test_a_mask_does_not_see_later_changes_of_its_arguments():
+    n, keep, ids = np.array([3, 4]), np.ones(7, dtype=bool), np.zeros(7, dtype=int)
+    mask = lengths(n) & padding(keep) & segments(ids, ids)
+    before = mask.dense(7, 7)
+    n[:], keep[:], ids[3:] = 0, False, 1
+    np.testing.assert_array_equal(mask.dense(7, 7), before)
+
+
+@pytest.mark.parametrize("name", ["Lengths", "Padding", "Segments"])
+def test_the_arrays_of_a_mask_are_read_only(name):
+    for array in vars(PARTS[name]).values():
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_a_mask_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        causal().offset = 1
+
+
+def test_a_boolean_array_is_not_copied():
+    array = np.ones((7, 11), dtype=bool)
+    assert as_mask(array).dense(7, 11) is not None
+    assert np.shares_memory(as_mask(array).dense(7, 11), array)
+
+
+def test_a_mask_can_be_sent_to_another_process():
+    mask = reduce(and_, PARTS.values())
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(mask)).dense(5, 7), mask.dense(5, 7))
+
+
+@pytest.mark.parametrize(
+    ("operand", "got"),
+    [
+        (None, "NoneType"),
+        (1, "int"),
+        (True, "bool"),
+        ([[True]], "list"),
+        (np.int64(3), "int64"),
+        (np.ones((7, 7), dtype=np.int8), "dtype int8"),
+        (np.ones((7, 7)), "dtype float64"),
+        (jnp.ones((7, 7)), "dtype float32"),
+    ],
+)
+def test_and_refuses_what_is_no_mask(operand, got):
+    message = f"^an operand of & must be a boolean array, True = attend, or a structured mask, got {got}$"
+    with pytest.raises(TypeError, match=message):
+        causal() & operand
+    with pytest.raises(TypeError, match=message):
+        operand & causal()
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: window(-1, 0), ValueError, "left must be at least 0, or None for no bound, got -1"),
+        (lambda: window(0, -2), ValueError, "right must be at least 0, or None for no bound, got -2"),
+        (lambda: window(1.0, 0), TypeError, "left must be an int or None, got 1.0 of type float"),
+        (lambda: window(0, False), TypeError, "right must be an int or None, got False of type bool"),
+        (lambda: causal(None), TypeError, "offset must be an int, got None of type NoneType"),
+        (lambda: causal(True), TypeError, "offset must be an int, got True of type bool"),
+        (lambda: causal(np.array([1])), TypeError, "offset must be an int, got array([1]) of type ndarray"),
+        (lambda: lengths(-1), ValueError, "n must be at least 0, got -1"),
+        (lambda: lengths(np.array([3, -2])), ValueError, "n must be at least 0, got -2"),
+        (lambda: lengths(2.0), TypeError, "n must be an int or a NumPy array of integers, got 2.0 of type float"),
+        (lambda: lengths([3]), TypeError, "n must be an int or a NumPy array of integers, got [3] of type list"),
+        (lambda: lengths(np.array([3.0])), TypeError, "n must be (...) of integers, got dtype float64"),
+        (lambda: lengths(np.array([True])), TypeError, "n must be (...) of integers, got dtype bool"),
+        (lambda: padding([True]), TypeError, "keep must be a NumPy array (..., S) of booleans, got builtins.list"),
+        (lambda: padding(np.array([1, 0])), TypeError, "keep must be (..., S) of booleans, got dtype int64"),
+        (lambda: padding(np.array(True)), ValueError, "keep must be (..., S), got ()"),
+        (
+            lambda: segments(np.zeros(3), np.zeros(5, dtype=int)),
+            TypeError,
+            "q_ids must be (..., T) of integers, got dtype float64",
+        ),
+        (
+            lambda: segments(np.zeros(3, dtype=int), np.zeros(5, dtype=np.uint64)),
+            TypeError,
+            "k_ids must be (..., S) of integers, got dtype uint64",
+        ),
+        (
+            lambda: segments(np.zeros((2, 7), dtype=int), np.zeros((3, 11), dtype=int)),
+            ValueError,
+            "k_ids must be (..., S) with ...=(2,) as in q_ids, got (3, 11)",
+        ),
+        (lambda: bool(causal()), TypeError, "a mask is neither true nor false: join masks with &, "),
+        (
+            lambda: as_mask([True]),
+            TypeError,
+            "mask must be a boolean array, True = attend, or a structured mask, got list",
+        ),
+        (
+            lambda: dense(np.ones((7, 11)), 7, 11, np.zeros(2)),
+            TypeError,
+            "mask must be a boolean array, True = attend, or a structured mask, got dtype float64",
+        ),
+    ],
+)
+def test_what_cannot_be_a_mask_is_refused(build, error, message):
+    with pytest.raises(error) as raised:
+        build()
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (padding(np.ones((2, 5), dtype=bool)), "mask.keep must be (..., S) with S=11 as in k, got (2, 5)"),
+        (padding(np.ones(1, dtype=bool)), "mask.keep must be (..., S) with S=11 as in k, got (1,)"),
+        (
+            segments(np.zeros(5, dtype=int), np.zeros(11, dtype=int)),
+            "mask.q_ids must be (..., T) with T=7 as in q, got (5,)",
+        ),
+        (
+            segments(np.zeros(7, dtype=int), np.zeros((2, 7), dtype=int)),
+            "mask.k_ids must be (..., S) with S=11 as in k, got (2, 7)",
+        ),
+        (
+            causal() & np.ones((11, 7), dtype=bool),
+            "mask must broadcast to (..., H, T, S) with T=7 as in q, S=11 as in k, got (11, 7)",
+        ),
+        (
+            lengths(np.array([3, 4])) & lengths(np.array([3, 4, 5])),
+            "mask must have parts that broadcast to one (..., H, T, S), got [(2, 1, 1, 11), (3, 1, 1, 11)]",
+        ),
+    ],
+)
+def test_a_mask_for_other_sizes_is_refused(mask, message):
+    for ask in (lambda: dense(mask, 7, 11, np.zeros(2)), lambda: mask.dense(7, 11), lambda: mask.shape(7, 11)):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011 — the whole message is compared below
+            ask()
+        assert str(raised.value) == message
+
+
+def test_masks_are_masks():
+    assert all(isinstance(mask, Mask) for mask in EVERY_ANSWER.values())
