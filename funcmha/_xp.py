@@ -12,15 +12,16 @@ HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
 
 def namespace(x: Array) -> ModuleType:
     """The module whose functions take `x`: numpy for a NumPy array, cupy for a CuPy array, and so on."""
+    xp: ModuleType
     if hasattr(x, "__array_namespace__"):
-        return x.__array_namespace__()  # type: ignore[no-any-return]
-    if type(x).__module__.startswith("cupy"):  # cupy.ndarray has no __array_namespace__
-        import cupy
+        xp = x.__array_namespace__()
+    elif type(x).__module__.startswith("cupy"):  # cupy.ndarray has no __array_namespace__
+        import cupy as xp
+    else:  # torch tensors, and older libraries
+        import array_api_compat
 
-        return cupy  # type: ignore[no-any-return]
-    import array_api_compat  # torch tensors and older libraries
-
-    return array_api_compat.array_namespace(x)  # type: ignore[no-any-return]
+        xp = array_api_compat.array_namespace(x)
+    return xp
 
 
 def is_array(x: Any) -> bool:
@@ -51,7 +52,9 @@ def from_host(a: np.ndarray, like: Array) -> Array:
     if isinstance(like, np.ndarray):
         return a
     xp = namespace(like)
-    return xp.asarray(a) if xp.__name__ == "cupy" else xp.asarray(a, device=like.device)
+    if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none
+        return xp.asarray(a)
+    return xp.asarray(a, device=like.device)
 
 
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:

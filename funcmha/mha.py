@@ -38,8 +38,9 @@ def head(
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   o (..., T, E)
 
     One head with its own projections, headᵢ of Vaswani et al. 2017, section 3.2.2. `params` is
-    `head_params(params, h)`: q_proj w (D, Cq), b (D); k_proj w (D, Ck), b (D); v_proj w (E, Cv), b (E); bias_kv k (D), v (E). `bias`, `mask` and
-    `keep` broadcast to (..., T, S); all else is as in `mha`, which equals its heads side by side times its out_proj.
+    `head_params(params, h)`: q_proj w (D, Cq), b (D); k_proj w (D, Ck), b (D); v_proj w (E, Cv), b (E); bias_kv k (D),
+    v (E). `bias` and `mask` broadcast to (..., T, S), `keep` to (..., T, S'). All else is as in `mha`, which equals its
+    heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
     inputs = {"query": query, "key": key, "value": value, "bias": bias}

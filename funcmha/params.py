@@ -7,6 +7,7 @@ Axes: H query heads, K key/value heads, D query/key width, E value width, O outp
 """
 
 from collections.abc import Iterator
+from math import prod, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,7 +166,7 @@ def _draw(leaf: str, size: Sizes, seed: int) -> np.ndarray:
     shape = tuple(getattr(size, letter) for letter in SPEC[leaf].split())
     if leaf.endswith(".b"):
         return np.zeros(shape)
-    n = int(np.prod(shape))
+    n = prod(shape)
     bits = np.random.PCG64(np.random.SeedSequence([seed, *leaf.encode()]))
     if leaf.startswith("bias_kv"):
         return np.reshape(n**-0.5 * _normal(bits, n), shape)
@@ -176,11 +177,11 @@ def _bound(leaf: str, size: Sizes) -> float:
     """Half the width of the uniform distribution of a matrix."""
     H, K, D, E, Cq, Ck, Cv, _ = size
     if leaf == "out_proj.w":
-        return float(H * E) ** -0.5
+        return sqrt(1 / (H * E))
     fan_in, fan_out = {"q_proj.w": (Cq, H * D), "k_proj.w": (Ck, K * D), "v_proj.w": (Cv, K * E)}[leaf]
     if Cq == Ck == Cv:
         fan_out = H * D + K * D + K * E
-    return (6.0 / (fan_in + fan_out)) ** 0.5
+    return sqrt(6 / (fan_in + fan_out))
 
 
 # NumPy promises the raw words of a bit generator for ever, but not its distributions, nor the last bit of a logarithm.
@@ -192,7 +193,7 @@ def _uniform(bits: np.random.PCG64, n: int) -> np.ndarray:
 
 
 def _normal(bits: np.random.PCG64, n: int) -> np.ndarray:
-    """n standard normal numbers, ratios of uniforms (Kinderman and Monahan 1977): a logarithm decides, none is returned."""
+    """n standard normal numbers, as ratios of uniforms (Kinderman and Monahan 1977): the logarithm only decides."""
     return np.concatenate([np.zeros(0), *_normal_chunks(bits, n)])[:n]
 
 

@@ -24,7 +24,9 @@ def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A00
 def _map(f: Callable[..., Any], trees: tuple[Tree, ...], path: str) -> Tree:
     first = trees[0]
     for other in trees[1:]:
-        if isinstance(first, dict) != isinstance(other, dict) or (isinstance(first, dict) and first.keys() != other.keys()):
+        if isinstance(first, dict) != isinstance(other, dict) or (
+            isinstance(first, dict) and first.keys() != other.keys()
+        ):
             raise KeyError(f"trees differ at {path or 'the root'}: {_kind(first)} and {_kind(other)}")
     if not isinstance(first, dict):
         return f(*trees)

@@ -1,0 +1,67 @@
+"""What every test shares: hypothesis profiles, and the array libraries to run on."""
+
+from typing import Any, NamedTuple
+
+import array_api_strict
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from funcmha import tree
+
+# The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
+hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(__import__("os").environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+torch.set_num_threads(1)  # the problems are small
+
+
+class Library(NamedTuple):
+    """An array library: how to make its arrays from NumPy's, and how to get them back."""
+
+    name: str
+    to: Any
+    back: Any
+
+    def tree(self, x: Any) -> Any:
+        """A tree, a mask or None of NumPy arrays in this library."""
+        return tree.map(lambda a: self.to(a) if isinstance(a, np.ndarray) else a, x)
+
+
+def _read_only(a: np.ndarray) -> np.ndarray:
+    view = a.view()
+    view.flags.writeable = False
+    return view
+
+
+def _cupy() -> Library:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if not cupy.is_available():
+        pytest.skip("no CUDA device")
+    return Library("cupy", cupy.asarray, cupy.asnumpy)
+
+
+def _strict(device: str) -> Library:
+    place = array_api_strict.Device(device)
+    cpu = array_api_strict.Device("CPU_DEVICE")
+    return Library(
+        f"array_api_strict on {device}",
+        lambda a: array_api_strict.asarray(np.array(a), device=place),
+        lambda a: np.asarray(a.to_device(cpu)),
+    )
+
+
+_LIBRARIES = {
+    "numpy": lambda: Library("numpy", np.array, np.asarray),
+    "numpy-read-only": lambda: Library("read-only numpy", _read_only, np.asarray),
+    "strict": lambda: _strict("CPU_DEVICE"),
+    "strict-device1": lambda: _strict("device1"),
+    "cupy": _cupy,
+}
+
+
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.gpu if n == "cupy" else ()) for n in _LIBRARIES])
+def xp(request: pytest.FixtureRequest) -> Library:
+    return _LIBRARIES[request.param]()
