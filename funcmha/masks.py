@@ -66,7 +66,7 @@ class Mask(ABC):
 
         The least such range, but for arrays (always all of S) and intersections (all that is common to their parts).
         """
-        start, stop = self._columns(rows, S) if rows[0] < rows[1] and S > 0 else (0, 0)
+        start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
         return (start, stop) if start < stop else (0, 0)
 
     def at(self, index: tuple[int, ...]) -> "Mask":
@@ -79,8 +79,7 @@ class Mask(ABC):
     def __and__(self, other: Any) -> "Intersection":
         return Intersection(_parts(self) + _parts(as_mask(other, "an operand of &")))
 
-    def __rand__(self, other: Any) -> "Intersection":
-        return Intersection(_parts(as_mask(other, "an operand of &")) + _parts(self))
+    __rand__ = __and__
 
     def __bool__(self) -> NoReturn:
         raise TypeError("a mask is neither true nor false: join masks with &, and test for absence with `is None`")
@@ -94,7 +93,7 @@ class Mask(ABC):
     @abstractmethod
     def _block(self, rows: Range, cols: Range) -> Block: ...  # has a row and a column
 
-    def _columns(self, rows: Range, S: int) -> Range:  # has a row and a column; stop ≤ start means none
+    def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
 
     @abstractmethod

@@ -293,6 +293,25 @@ def test_at_leaves_one_element_of_the_batch(problem):
         np.testing.assert_array_equal(full(sample, one), full(mask, shape)[index])
 
 
+FROM_BITS = {  # each makes a mask with the batch axes of its argument (..., 7)
+    "Lengths": lambda bits: lengths(bits.argmax(axis=-1)),
+    "Padding": padding,
+    "Segments": lambda bits: segments(bits[..., :3] + 0, bits + 0),
+    "Dense": lambda bits: as_mask(bits[..., None, None, :]),
+    "Intersection": lambda bits: lengths(4) & padding(bits),
+}
+
+
+@pytest.mark.parametrize("build", FROM_BITS.values(), ids=FROM_BITS)
+@pytest.mark.parametrize("batch", [(5,), (1, 5), (2, 1), (1,), (2, 5)])
+def test_a_mask_with_fewer_batch_axes_reads_the_last_ones(build, batch):
+    bits = np.random.default_rng(0).random((*batch, 7)) < 0.5
+    mask = build(bits)
+    allowed = np.broadcast_to(mask.dense(3, 7), (2, 5, 1, 3, 7))
+    for index in np.ndindex(2, 5):
+        np.testing.assert_array_equal(np.broadcast_to(mask.at(index).dense(3, 7), (1, 3, 7)), allowed[index])
+
+
 @pytest.mark.parametrize("mask", [causal(), as_mask(np.ones((3, 7, 11), dtype=bool))])
 def test_a_mask_without_batch_is_its_own_sample(mask):
     assert mask.at((1, 4)) is mask
@@ -302,7 +321,7 @@ EVERY_ANSWER = {
     Band: window(2, 1, 1),
     Lengths: lengths(np.array([3, 5])),
     Padding: padding(np.array([[0, 0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1, 0]], dtype=bool)),
-    Segments: segments(np.array([8, 8, 2, 2, 5]), np.array([2, 2, 8, 8, 5, 6, 2])),
+    Segments: segments(np.array([[8, 8, 2, 2, 5], [8, 8, 2, 2, 9]]), np.array([2, 2, 8, 8, 9, 6, 2])),
     Dense: as_mask(np.array([[[1], [1], [0], [0], [1]], [[1], [1], [0], [0], [0]]], dtype=bool)),
     Intersection: window(2, 1, 1) & lengths(4),
 }
@@ -324,6 +343,19 @@ def test_every_kind_gives_every_answer(kind):
 def test_a_block_without_rows_or_columns_is_empty(mask, rows, cols):
     assert mask.block(rows, cols) == "empty"
     assert mask.columns(rows, 7) == ((0, 0) if rows[0] == rows[1] else mask.columns((0, 5), 7))
+
+
+@pytest.mark.parametrize("kind", [Band, Lengths, Padding, Segments])
+def test_columns_reach_from_the_first_key_seen_to_the_last(kind):
+    mask = EVERY_ANSWER[kind]
+    for rows in [(r0, r1) for r1 in range(6) for r0 in range(r1)]:
+        seen = [j for j in range(7) if own(mask, 5, 7)[..., slice(*rows), j].any()]
+        assert mask.columns(rows, 7) == ((seen[0], seen[-1] + 1) if seen else (0, 0))
+
+
+@pytest.mark.parametrize("mask", [window(0, 0, 5), window(0, 0, 9), causal(-3), window(0, 0) & window(0, 0, 2)])
+def test_the_columns_of_rows_that_see_nothing_are_none(mask):
+    assert mask.columns((0, 2), 5) == (0, 0)
 
 
 def test_the_strategy_draws_every_kind_and_every_answer():
@@ -601,6 +633,10 @@ def test_what_cannot_be_a_mask_is_refused(build, error, message):
         (
             causal() & np.ones((11, 7), dtype=bool),
             "mask must broadcast to (..., H, T, S) with T=7 as in q, S=11 as in k, got (11, 7)",
+        ),
+        (
+            causal() & np.ones((2, 11, 11), dtype=bool),
+            "mask must broadcast to (..., H, T, S) with T=7 as in q, S=11 as in k, got (2, 11, 11)",
         ),
         (
             lengths(np.array([3, 4])) & lengths(np.array([3, 4, 5])),
