@@ -59,9 +59,11 @@ def multiple(query: str, heads: int, key: str, groups: int) -> None:
         raise ValueError(f"{query} has H={heads} heads, which must be a multiple of K={groups} as in {key}")
 
 
-def cotangent(name: str, x: Any, shape: tuple[int, ...], computed: Array, symbols: str) -> None:
-    """Raise unless `x` (or None) has this shape and the dtype of `computed`, or a half dtype that widens to it."""
-    if x is None:
+def cotangent(
+    name: str, x: Any, shape: tuple[int, ...], computed: Array, symbols: str, *, optional: bool = False
+) -> None:
+    """Raise unless `x` has this shape and the dtype of `computed`, or a half dtype that widens to it."""
+    if x is None and optional:
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")

@@ -16,7 +16,9 @@ def namespace(x: Array) -> ModuleType:
     if hasattr(x, "__array_namespace__"):
         xp = x.__array_namespace__()
     elif type(x).__module__.startswith("cupy"):  # cupy.ndarray has no __array_namespace__
-        import cupy as xp
+        import cupy
+
+        xp = cupy
     else:  # torch tensors, and older libraries
         import array_api_compat
 

@@ -69,8 +69,8 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
     (heads,) = cache
     (one,) = heads.heads
     _check.cotangent("do", do, (*one.q.shape[:-1], one.v.shape[-1]), one.q, "... T E")
-    _check.cotangent("dweights", dweights, one.p.shape, one.p, "... T S'")
-    _check.cotangent("dlse", dlse, one.lse.shape, one.lse, "... T")
+    _check.cotangent("dweights", dweights, one.p.shape, one.p, "... T S'", optional=True)
+    _check.cotangent("dlse", dlse, one.lse.shape, one.lse, "... T", optional=True)
     dstack, dquery, dkey, dvalue, dbias = attend_vjp(
         heads,
         widen(do)[..., None, :],
@@ -152,8 +152,10 @@ def mha_vjp(cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Arra
     heads, out = cache
     *batch, T, H, _ = out.o.shape
     _check.cotangent("dy", dy, (*batch, T, out.w.shape[0]), out.o, "... T O")
-    _check.cotangent("dweights", dweights, (*batch, H, *heads.heads[0].p.shape[-2:]), out.o, "... H T S'")
-    _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T")
+    _check.cotangent(
+        "dweights", dweights, (*batch, H, *heads.heads[0].p.shape[-2:]), out.o, "... H T S'", optional=True
+    )
+    _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
     dout_proj, do = combine_vjp(out, widen(dy))
     dparams, dquery, dkey, dvalue, dbias = attend_vjp(heads, do, dweights=widen(dweights), dlse=widen(dlse))

@@ -185,8 +185,8 @@ def attention_vjp(
     """
     q, k, v, bias, p, lse, keep, scale, rate = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
-    _check.cotangent("dweights", dweights, p.shape, p, "... H T S")
-    _check.cotangent("dlse", dlse, lse.shape, lse, "... H T")
+    _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
+    _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
     xp, g = namespace(q), widen(do)
 
     # o = a v   with   a = dropout(p)

@@ -1,0 +1,78 @@
+"""Independent oracles: the same mathematics written without funcmha, differentiated by torch's autograd in float64."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from funcmha import masks, tree
+
+F64 = torch.float64
+
+
+def tensor(a: Any) -> Any:
+    """A float64 leaf that wants a gradient, of anything like an array; None for None."""
+    return None if a is None else torch.tensor(np.array(a, np.float64), requires_grad=True)
+
+
+def gradients(outputs: list[Any], cotangents: list[Any], leaves: list[Any]) -> list[Any]:
+    """The gradient of Σ ⟨output, cotangent⟩ with respect to each leaf, as NumPy arrays; None for None."""
+    total = sum((o * torch.tensor(np.array(c, np.float64))).sum() for o, c in zip(outputs, cotangents, strict=True))
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if wanted else [])
+    grads = [None if leaf is None else (leaf, next(found)) for leaf in leaves]
+    return [None if g is None else (torch.zeros_like(g[0]) if g[1] is None else g[1]).numpy() for g in grads]
+
+
+def attention(q: Any, k: Any, v: Any, bias: Any, *, mask: Any, scale: Any, keep: Any, rate: float) -> tuple[Any, ...]:
+    """o, weights, log-sum-exp of tensors q (..., H, T, D), k (..., K, S, D), v (..., K, S, E)."""
+    T, S = q.shape[-2], k.shape[-2]
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = torch.einsum("...td,...sd->...ts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    allowed = torch.ones(scores.shape, dtype=torch.bool)
+    if mask is not None:
+        allowed = allowed & torch.tensor(np.array(masks.dense(mask, T, S, np.zeros(0))))
+    top = torch.where(allowed, scores, -torch.inf).amax(-1, keepdim=True).detach() if S else torch.zeros(())
+    top = torch.where(torch.isinf(top), 0.0, top)
+    e = torch.where(allowed, torch.exp(torch.where(allowed, scores, top) - top), 0.0)
+    total = e.sum(-1, keepdim=True)
+    some = total > 0
+    p = e / torch.where(some, total, 1.0)
+    lse = torch.where(some, top + torch.log(torch.where(some, total, 1.0)), -torch.inf)[..., 0]
+    a = p if keep is None else p * torch.tensor(np.array(keep)) / (1 - rate)
+    return a @ v, p, lse
+
+
+def mha(
+    params: Any, query: Any, key: Any, value: Any, bias: Any, *, zero_attn: bool, mask: Any, **static: Any
+) -> tuple[Any, ...]:
+    """y, weights, log-sum-exp of tensors, all heads at once."""
+    q = torch.einsum("...tc,hdc->...htd", query, params["q_proj"]["w"])
+    k = torch.einsum("...sc,hdc->...hsd", key, params["k_proj"]["w"])
+    v = torch.einsum("...sc,hdc->...hsd", value, params["v_proj"]["w"])
+    if "b" in params["q_proj"]:
+        q, k, v = (
+            x + params[n]["b"][:, None, :] for x, n in zip((q, k, v), ("q_proj", "k_proj", "v_proj"), strict=True)
+        )
+    T, S = q.shape[-2], k.shape[-2]
+    mask = None if mask is None else np.array(masks.dense(mask, T, S, np.zeros(0)))
+    bias = None if bias is None else bias.expand(*bias.shape[:-1], S)
+    columns = (
+        [] if "bias_kv" not in params else [(params["bias_kv"]["k"][:, None, :], params["bias_kv"]["v"][:, None, :])]
+    )
+    columns += [(torch.zeros(1, 1, q.shape[-1]), torch.zeros(1, 1, v.shape[-1]))] if zero_attn else []
+    for k_new, v_new in columns:
+        k = torch.cat([k, k_new.expand(*k.shape[:-2], 1, k.shape[-1])], dim=-2)
+        v = torch.cat([v, v_new.expand(*v.shape[:-2], 1, v.shape[-1])], dim=-2)
+        if mask is not None:
+            mask = np.broadcast_to(mask, (*mask.shape[:-1], k.shape[-2] - 1))
+            mask = np.concatenate([mask, np.ones((*mask.shape[:-1], 1), bool)], axis=-1)
+        bias = None if bias is None else torch.cat([bias, torch.zeros(*bias.shape[:-1], 1, dtype=F64)], dim=-1)
+    o, p, lse = attention(q, k, v, bias, mask=mask, **static)
+    y = torch.einsum("...hte,ohe->...to", o, params["out_proj"]["w"])
+    return (y + params["out_proj"]["b"] if "b" in params["out_proj"] else y), p, lse
+
+
+def tensors(params: Any) -> Any:
+    return tree.map(tensor, params)

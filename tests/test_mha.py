@@ -1,0 +1,303 @@
+"""Multi-head attention against torch's autograd, against its own heads, and its refusals."""
+
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import example, given
+from test_ops import close
+
+from funcmha import (
+    attention_weights,
+    head,
+    head_params,
+    head_vjp,
+    linear,
+    linear_vjp,
+    log_sum_exp,
+    masks,
+    mha,
+    mha_vjp,
+    self_attention,
+    self_attention_vjp,
+    sizes,
+    tree,
+)
+from funcmha.testing.strategies import MhaProblem, mha_problems
+
+MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
+
+
+def close_trees(got, want):
+    tree.map(lambda g, w: close(g, w) if w is not None else g is None or pytest.fail("must be None"), got, want)
+
+
+@given(mha_problems(**MODERATE))
+@example(MhaProblem(mask="heads", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3))
+@example(MhaProblem(mask="empty rows", bias="S", bias_kv=True))
+@example(MhaProblem(S=0, zero_attn=True, bias="1 S"))
+def test_mha_is_torch(problem):
+    (params, *arrays), static = problem.inputs("float64"), problem.static()
+    dy, dweights, dlse = problem.cotangents("float64")
+    y, cache = mha(params, *arrays, **static)
+    tensors, leaves = oracles.tensors(params), [oracles.tensor(a) for a in arrays]
+    outputs = oracles.mha(tensors, *leaves, **static)
+    for got, want in zip((y, attention_weights(cache), log_sum_exp(cache)), outputs, strict=True):
+        close(got, want.detach())
+
+    names = tree.flatten(tensors)
+    lse = torch.where(torch.isinf(outputs[2]), 0.0, outputs[2])
+    cotangents = [dy, dweights, dlse]
+    wanted = oracles.gradients([*outputs[:2], lse], cotangents, [*names.values(), *leaves])
+    dparams, *grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+    close_trees(dparams, tree.unflatten(dict(zip(names, wanted, strict=False))))
+    for got, want in zip(grads, wanted[len(names) :], strict=True):
+        close_trees(got, want)
+
+
+@given(mha_problems(**MODERATE))
+def test_mha_is_its_heads_side_by_side(problem):
+    """Forward and backward: what `mha` does in one product for all heads, `head` does with one head's parameters."""
+    (params, query, key, value, bias), static = problem.inputs("float64"), problem.static()
+    dy, dweights, dlse = problem.cotangents("float64")
+    y, cache = mha(params, query, key, value, bias, **static)
+    dparams, *dinputs = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+    H, K, *_ = sizes(params)
+    scores = (*problem.batch, H, problem.T, problem.S)
+    mask = masks.dense(static.pop("mask"), problem.T, problem.S, query)
+    mask = None if mask is None else np.broadcast_to(mask, scores)
+    whole_bias = None if bias is None else np.broadcast_to(bias, scores)
+    keep = static.pop("keep")
+
+    def one(h):
+        return head(
+            head_params(params, h),
+            query,
+            key,
+            value,
+            None if bias is None else whole_bias[..., h, :, :],
+            mask=None if mask is None else mask[..., h, :, :],
+            keep=None if keep is None else keep[..., h, :, :],
+            **static,
+        )
+
+    heads = [one(h) for h in range(H)]
+    w, b = params["out_proj"]["w"], params["out_proj"].get("b")
+    together, out = linear(np.concatenate([o for o, _ in heads], axis=-1), w.reshape(problem.O, -1), b)
+    close(y, together)
+
+    do, dw, _ = linear_vjp(out, dy)
+    do = np.split(do, H, axis=-1)
+    grads = [
+        head_vjp(c, do[h], dweights=dweights[..., h, :, :], dlse=dlse[..., h, :]) for h, (_, c) in enumerate(heads)
+    ]
+    close(dparams["out_proj"]["w"], dw.reshape(w.shape))
+    for i, got in enumerate(dinputs[:3]):
+        close(got, sum(g[i + 1] for g in grads))
+    for h in range(H):
+        close_trees(tree.map(lambda a, h=h: a[h], {"q_proj": dparams["q_proj"]}), {"q_proj": grads[h][0]["q_proj"]})
+    for kv in range(K):
+        group = [grads[h][0] for h in range(kv * H // K, (kv + 1) * H // K)]
+        for name in dparams.keys() - {"q_proj", "out_proj"}:
+            close_trees(
+                tree.map(lambda a, kv=kv: a[kv], dparams[name]), tree.map(lambda *a: sum(a), *[g[name] for g in group])
+            )
+    if bias is not None:
+        close(dinputs[3].sum(), sum(g[4].sum() for g in grads))
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.lengths(np.array([3, 5])), np.ones((2, 5, 5), bool), None])
+def test_head_takes_the_masks_of_mha(mask):
+    params, x, *_ = MhaProblem(Ck=17, Cv=17, S=5, K=1, G=1).inputs("float64")
+    y, cache = head(head_params(params, 0), x, x, x, mask=mask)
+    whole = mask[:, None] if isinstance(mask, np.ndarray) else mask
+    want, whole_cache = mha(params, x, x, x, mask=whole)
+    close(y @ params["out_proj"]["w"][:, 0].T + params["out_proj"]["b"], want)
+    assert np.array_equal(attention_weights(cache), attention_weights(whole_cache)[:, 0])
+    assert np.array_equal(log_sum_exp(cache), log_sum_exp(whole_cache)[:, 0])
+
+
+@given(mha_problems(Ck=st.just(7), Cq=st.just(7), Cv=st.just(7), **MODERATE), st.sampled_from(["float32", "float64"]))
+def test_self_attention_sums_the_three_gradients(problem, dtype):
+    params, x, _, _, bias = MhaProblem(**{**vars(problem), "S": problem.T}).inputs(dtype)
+    static = MhaProblem(**{**vars(problem), "S": problem.T}).static()
+    y, cache = self_attention(params, x, bias, **static)
+    want, mha_cache = mha(params, x, x, x, bias, **static)
+    assert np.array_equal(y, want)
+    assert np.array_equal(attention_weights(cache), attention_weights(mha_cache))
+    assert np.array_equal(log_sum_exp(cache), log_sum_exp(mha_cache))
+    dparams, dx, dbias = self_attention_vjp(cache, y)
+    want_params, dq, dk, dv, want_bias = mha_vjp(mha_cache, y)
+    assert np.array_equal(dx, dq + dk + dv)
+    close_trees(dparams, want_params)
+    close_trees(dbias, want_bias)
+
+
+def test_every_array_library_gives_the_same(xp):
+    problem = MhaProblem(mask="intersection", bias="... H 1 S", rate=0.3, bias_kv=True, zero_attn=True)
+    inputs, static = problem.inputs("float64"), problem.static()
+    dy, dweights, dlse = problem.cotangents("float64")
+    y, cache = mha(*inputs, **static)
+    want = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
+
+    static["keep"] = xp.to(static["keep"])
+    y, cache = mha(*map(xp.tree, inputs), **static)
+    dy, dweights, dlse = map(xp.to, (dy, dweights, dlse))
+    got = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
+    for a, b in zip(got, want, strict=True):
+        tree.map(lambda g, w: close(xp.back(g), w), a, b)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_types_are_rounded_once(dtype):
+    """T4: what float32 gives, rounded; nothing between the projections is rounded to the half type."""
+    problem = MhaProblem(bias="H T S", bias_kv=True, zero_attn=True, Ck=17, Cv=17, S=5)
+    params, x, _, _, bias = problem.inputs(dtype)
+    wide = tree.map(lambda a: a.astype(np.float32), params)
+    y, cache = self_attention(params, x, bias, zero_attn=True)
+    y_wide, cache_wide = self_attention(wide, x.astype(np.float32), bias.astype(np.float32), zero_attn=True)
+    assert y.dtype == dtype
+    assert np.array_equal(y, y_wide.astype(dtype))
+    grads, grads_wide = self_attention_vjp(cache, y), self_attention_vjp(cache_wide, y.astype(np.float32))
+    for got, want in zip(grads, grads_wide, strict=True):
+        tree.map(
+            lambda g, w: (g.dtype == dtype and np.array_equal(g, w.astype(dtype))) or pytest.fail("differs"), got, want
+        )
+
+
+def test_weights_and_lse_are_read_from_the_cache_without_a_trace():
+    params, *arrays = MhaProblem().inputs("float64")
+    y, cache = mha(params, *arrays)
+    before = mha_vjp(cache, y)
+    p = attention_weights(cache)
+    assert p.shape == (2, 6, 5, 7)
+    assert np.allclose(p.sum(-1), 1, rtol=1e-15)
+    assert log_sum_exp(cache).shape == (2, 6, 5)
+    for a, b in zip(mha_vjp(cache, y), before, strict=True):
+        tree.map(lambda g, w: g is w or np.array_equal(g, w) or pytest.fail("differs"), a, b)
+
+
+# ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
+
+PARAMS, QUERY, KEY, VALUE, _ = MhaProblem(bias_kv=True).inputs("float64")
+
+
+def without(leaf):
+    flat = tree.flatten(PARAMS)
+    del flat[leaf]
+    return tree.unflatten(flat)
+
+
+def changed(leaf, a):
+    return tree.unflatten(tree.flatten(PARAMS) | {leaf: a})
+
+
+@pytest.mark.parametrize(
+    ("args", "static", "error", "message"),
+    [
+        ((None, QUERY, KEY, VALUE), {}, TypeError, "params must be a dict of dicts of arrays, got NoneType"),
+        ((without("k_proj.w"), QUERY, KEY, VALUE), {}, KeyError, "params must have q_proj.w, .*, and has no k_proj.w"),
+        ((changed("sink.w", QUERY), QUERY, KEY, VALUE), {}, KeyError, "params may have .*, and has sink.w"),
+        ((without("bias_kv.v"), QUERY, KEY, VALUE), {}, KeyError, "params must have both bias_kv.k and bias_kv.v"),
+        (
+            (changed("k_proj.w", np.ones((2, 10, 19))), QUERY, KEY, VALUE),
+            {},
+            ValueError,
+            r"k_proj.w must be \(K, D, Ck\) with D=11 as in q_proj.w, got \(2, 10, 19\)",
+        ),
+        (
+            (changed("k_proj.b", np.ones((1, 11))), QUERY, KEY, VALUE),
+            {},
+            ValueError,
+            "k_proj.b must be .* K=2 as in k_proj.w",
+        ),
+        (
+            (changed("out_proj.w", np.ones((29, 6, 12))), QUERY, KEY, VALUE),
+            {},
+            ValueError,
+            "out_proj.w must be .* E=13",
+        ),
+        (
+            (tree.map(lambda a: a, changed("q_proj.w", np.ones((5, 11, 17)))), QUERY, KEY, VALUE),
+            {},
+            ValueError,
+            r"q_proj.b must be \(H, D\) with H=5 as in q_proj.w",
+        ),
+        (
+            (changed("q_proj.b", np.ones((6, 11), "f4")), QUERY, KEY, VALUE),
+            {},
+            TypeError,
+            "q_proj.b must have dtype float64",
+        ),
+        ((PARAMS, QUERY.tolist(), KEY, VALUE), {}, TypeError, "query must be an array, got list"),
+        ((PARAMS, QUERY.astype("f4"), KEY, VALUE), {}, TypeError, "query must have dtype float64 as q_proj.w has"),
+        (
+            (PARAMS, KEY, KEY, VALUE),
+            {},
+            ValueError,
+            r"query must be \(..., T, Cq\) with Cq=17 as in q_proj.w, got \(2, 7, 19\)",
+        ),
+        ((PARAMS, QUERY, KEY[0], VALUE), {}, ValueError, r"key must be \(..., S, Ck\) with ...=\(2,\) as in query"),
+        ((PARAMS, QUERY, KEY, VALUE[:, :6]), {}, ValueError, r"value must be .* S=7 as in key.*, got \(2, 6, 23\)"),
+        ((PARAMS, QUERY, KEY, VALUE, np.ones((2, 5, 7))), {}, ValueError, r"bias must broadcast to \(..., H, T, S\)"),
+        ((PARAMS, QUERY, KEY, VALUE), {"mask": np.ones((2, 5, 7), bool)}, ValueError, r"mask .* = \(2, 6, 5, 7\), got"),
+        ((PARAMS, QUERY, KEY, VALUE), {"mask": np.ones((5, 8), bool)}, ValueError, "mask must broadcast"),
+        (
+            (PARAMS, QUERY, KEY, VALUE),
+            {"mask": np.ones((5, 7), "u1")},
+            TypeError,
+            "mask must be boolean, True = attend",
+        ),
+        ((PARAMS, QUERY, KEY, VALUE), {"mask": masks.padding(np.ones((3, 7), bool))}, ValueError, "mask must"),
+        (
+            (PARAMS, QUERY, KEY, VALUE),
+            {"keep": np.ones((5, 7), bool)},
+            ValueError,
+            r"keep must broadcast to .*S'.*8\), got",
+        ),
+        ((PARAMS, QUERY, KEY, VALUE), {"rate": 0.1}, ValueError, "keep must be given with rate=0.1"),
+        ((PARAMS, QUERY, KEY, VALUE), {"scale": float("inf")}, ValueError, "scale must be finite"),
+        ((PARAMS, QUERY, KEY, VALUE), {"zero_attn": 1}, TypeError, "zero_attn must be True or False, got 1"),
+    ],
+)
+def test_mha_refuses(args, static, error, message):
+    with pytest.raises(error, match=message):
+        mha(*args, **static)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    params, *arrays = MhaProblem(K=3, G=1, biases=False).inputs("float64")
+    params["k_proj"]["w"] = np.ones((2, 11, 19))
+    params["v_proj"]["w"] = np.ones((2, 13, 23))
+    with pytest.raises(ValueError, match=r"q_proj.w has H=3 heads, which must be a multiple of K=2 as in k_proj.w"):
+        mha(params, *arrays)
+
+
+def test_self_attention_refuses_widths_that_differ():
+    with pytest.raises(ValueError, match=r"x must be \(..., T, Ck\) with .*Ck=19 as in k_proj.w, got \(2, 5, 17\)"):
+        self_attention(PARAMS, QUERY)
+
+
+def test_head_refuses_the_parameters_of_all_heads():
+    with pytest.raises(KeyError, match=r"params may have q_proj.w, .*, and has out_proj.w"):
+        head(PARAMS, QUERY, KEY, VALUE)
+    params = {name: group for name, group in PARAMS.items() if name != "out_proj"}
+    with pytest.raises(ValueError, match=r"q_proj.w must be \(D, Cq\), got \(6, 11, 17\)"):
+        head(params, QUERY, KEY, VALUE)
+
+
+def test_vjps_refuse_cotangents_that_are_not_of_the_output():
+    y, cache = mha(PARAMS, QUERY, KEY, VALUE)
+    with pytest.raises(ValueError, match=r"dy must be \(..., T, O\) = \(2, 5, 29\) as the output is, got \(2, 5, 28\)"):
+        mha_vjp(cache, y[..., 1:])
+    with pytest.raises(ValueError, match=r"dweights must be \(..., H, T, S'\) = \(2, 6, 5, 8\)"):
+        mha_vjp(cache, y, dweights=np.ones((2, 6, 5, 7)))
+    with pytest.raises(ValueError, match=r"dlse must be \(..., H, T\) = \(2, 6, 5\)"):
+        mha_vjp(cache, y, dlse=np.ones((2, 5)))
+    o, one = head(head_params(PARAMS, 0), QUERY, KEY, VALUE)
+    with pytest.raises(ValueError, match=r"do must be \(..., T, E\) = \(2, 5, 13\)"):
+        head_vjp(one, y)
+    with pytest.raises(ValueError, match=r"dweights must be \(..., T, S'\) = \(2, 5, 8\)"):
+        head_vjp(one, o, dweights=np.ones((2, 5, 7)))
