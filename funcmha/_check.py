@@ -14,12 +14,10 @@ from ._xp import HALF, Array, dtype_name, is_array
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-def one_dtype(arrays: Iterable[tuple[str, Array]]) -> None:
-    """Raise TypeError unless all are arrays of one dtype out of DTYPES. None stands for an absent argument."""
+def one_dtype(arrays: Iterable[tuple[str, Array]], optional: Iterable[tuple[str, Array]] = ()) -> None:
+    """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
     first = None
-    for name, x in arrays:
-        if x is None:
-            continue
+    for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
         if not is_array(x):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if dtype_name(x) not in DTYPES:

@@ -43,8 +43,7 @@ def head(
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    inputs = {"query": query, "key": key, "value": value, "bias": bias}
-    mask, scale = _check_inputs(axes, leaves, inputs, mask, scale, zero_attn, keep, rate)
+    mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
 
     stack = tree.map(lambda a: widen(a)[None, ...], params)
     o, heads = attend(
@@ -125,8 +124,7 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    inputs = {"query": query, "key": key, "value": value, "bias": bias}
-    mask, scale = _check_inputs(axes, leaves, inputs, mask, scale, zero_attn, keep, rate)
+    mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
 
     params = tree.map(widen, params)
     o, heads = attend(
@@ -175,7 +173,7 @@ def self_attention(params: Params, x: Array, bias: Array = None, /, **static: An
     Takes the keyword arguments of `mha`, and raises what it raises.
     """
     axes, leaves = check(params, SPEC)
-    _check.one_dtype([*leaves.items(), ("x", x), ("bias", bias)])
+    _check.one_dtype([*leaves.items(), ("x", x)], optional=[("bias", bias)])
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
     wide = widen(x)
@@ -227,7 +225,10 @@ def _(cache: SelfAttentionCache, /) -> Array:
 def _check_inputs(
     axes: _check.Axes,
     leaves: dict[str, Array],
-    inputs: dict[str, Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array,
     mask: Any,
     scale: float | None,
     zero_attn: bool,
@@ -235,15 +236,16 @@ def _check_inputs(
     rate: float,
 ) -> tuple[Array, float | None]:
     """The door of `head` and `mha`: the mask as an array or None, and the scale as a Python float or None."""
-    _check.one_dtype([*leaves.items(), *inputs.items()])
-    axes("query", inputs["query"], "... T Cq")
-    axes("key", inputs["key"], "... S Ck")
-    axes("value", inputs["value"], "... S Cv")
+    inputs = [("query", query), ("key", key), ("value", value)]
+    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", bias)])
+    axes("query", query, "... T Cq")
+    axes("key", key, "... S Ck")
+    axes("value", value, "... S Cv")
     lead = "... H " if "H" in axes.size else "... "  # one head has no such axis
-    axes.broadcast("bias", inputs["bias"], lead + "T S")
+    axes.broadcast("bias", bias, lead + "T S")
     if isinstance(mask, Mask) and "H" not in axes.size:
-        mask = head_of(dense(mask, axes["T"], axes["S"], inputs["query"]), 0)
-    mask = check_mask(axes, mask, inputs["query"], lead + "T S")
+        mask = head_of(dense(mask, axes["T"], axes["S"], query), 0)
+    mask = check_mask(axes, mask, query, lead + "T S")
     if not isinstance(zero_attn, bool):
         raise TypeError(f"zero_attn must be True or False, got {zero_attn!r}")
     axes.size["S'"] = axes["S"] + ("bias_kv.k" in leaves) + zero_attn

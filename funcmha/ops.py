@@ -34,20 +34,18 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
 
     Raises TypeError for mixed or unknown dtypes, ValueError for shapes that do not fit.
     """
-    _check.one_dtype([("x", x), ("w", w), ("b", b)])
+    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
     axes = _check.Axes()
     axes("x", x, "... I")
     axes("w", w, "O I")
     if b is not None:
         axes("b", b, "O")
 
-    cache = LinearCache(widen(x), widen(w), widen(b))
-    return narrow(_linear(*cache), x.dtype), cache
-
-
-def _linear(x: Array, w: Array, b: Array) -> Array:
+    dtype = x.dtype
+    x, w, b = widen(x), widen(w), widen(b)
     y = x @ namespace(x).matrix_transpose(w)
-    return y if b is None else y + b
+    y = y if b is None else y + b
+    return narrow(y, dtype), LinearCache(x, w, b)
 
 
 def linear_vjp(cache: LinearCache, dy: Array, /) -> tuple[Array, Array, Array]:
@@ -234,7 +232,7 @@ def _check_attention(
     q: Array, k: Array, v: Array, bias: Array, mask: Any, scale: float | None, keep: Array, rate: float
 ) -> tuple[Array, float, float]:
     """The door of `attention`: the mask as an array (..., T or 1, S or 1) or None, scale and rate as Python floats."""
-    _check.one_dtype([("q", q), ("k", k), ("v", v), ("bias", bias)])
+    _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", bias)])
     axes = _check.Axes()
     head, group, scores = ("... H ", "... K ", "... H T S") if q.ndim > 2 else ("", "", "T S")
     axes("q", q, head + "T D")

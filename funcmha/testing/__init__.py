@@ -1,1 +1,8 @@
-"""For tests of attention, funcmha or not: problems to try, bounds to hold, gradients to check."""
+"""For tests of attention, funcmha's or yours: problems to try, bounds to hold, gradients to check.
+
+`funcmha.testing.strategies` needs hypothesis and is imported by name; the rest needs NumPy alone.
+"""
+
+from .gradcheck import check_vjp
+
+__all__ = ["check_vjp"]

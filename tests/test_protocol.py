@@ -1,0 +1,200 @@
+"""The rules that every op keeps: signatures, order in the file, caches, dtypes, purity."""
+
+import ast
+import importlib
+import inspect
+import random
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import optree
+import pytest
+import torch
+from torch.utils import _pytree as torch_pytree
+
+import funcmha
+from funcmha import tree
+from funcmha.testing import check_vjp
+from funcmha.testing.strategies import AttentionProblem, MhaProblem
+
+
+class Pair(NamedTuple):
+    """An op, its vjp, and inputs to try it on."""
+
+    f: object
+    f_vjp: object
+    inputs: object  # dtype → tuple
+    static: dict
+
+
+SQUARE = MhaProblem(
+    K=1, G=2, Ck=17, Cv=17, S=5, mask="intersection", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3
+)
+ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
+
+
+def linear_inputs(dtype):
+    return tuple(np.random.default_rng(0).standard_normal(s).astype(dtype) for s in ((2, 5, 3), (7, 3), (7,)))
+
+
+def one_head_inputs(dtype):
+    params, query, key, value, _ = MhaProblem(bias_kv=True).inputs(dtype)
+    return funcmha.head_params(params, 1), query, key, value, None
+
+
+PAIRS = {
+    "linear": Pair(funcmha.linear, funcmha.linear_vjp, linear_inputs, {}),
+    "softmax": Pair(funcmha.softmax, funcmha.softmax_vjp, lambda dtype: linear_inputs(dtype)[:1], {}),
+    "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static()),
+    "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True}),
+    "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static()),
+    "self_attention": Pair(
+        funcmha.self_attention,
+        funcmha.self_attention_vjp,
+        lambda dtype: tuple(SQUARE.inputs(dtype)[i] for i in (0, 1, 4)),
+        SQUARE.static(),
+    ),
+}
+all_pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+
+
+def test_every_public_op_is_here():
+    public = {name.removesuffix("_vjp") for name in funcmha.__all__ if name.endswith("_vjp")}
+    assert public == PAIRS.keys()
+    assert all(hasattr(funcmha, name) for name in funcmha.__all__)
+    assert sorted(funcmha.__all__) == funcmha.__all__
+
+
+@all_pairs
+def test_purity_structure_and_gradient(pair):
+    check_vjp(pair.f, pair.f_vjp, pair.inputs("float64"), pair.static)
+
+
+@pytest.mark.parametrize("module", ["ops", "heads", "mha"])
+def test_the_vjp_is_the_next_function_in_the_file(module):
+    source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
+    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    vjps = [name for name in names if name.endswith("_vjp")]
+    assert vjps
+    for name in vjps:
+        assert names[names.index(name) - 1] == name.removesuffix("_vjp")
+
+
+@all_pairs
+def test_the_signature_says_what_is_differentiable(pair):
+    kinds = {p.kind for p in inspect.signature(pair.f).parameters.values()}
+    assert kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    cache, cotangent, *options = inspect.signature(pair.f_vjp).parameters.values()
+    assert cache.name == "cache"
+    assert cotangent.name.startswith("d")
+    assert {cache.kind, cotangent.kind} == {inspect.Parameter.POSITIONAL_ONLY}
+    assert {p.kind for p in options} <= {inspect.Parameter.KEYWORD_ONLY}
+    differentiable = [p for p in inspect.signature(pair.f).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    assert len(pair.f_vjp(pair.f(*pair.inputs("float64"), **pair.static)[1], cotangent_of(pair))) == len(differentiable)
+
+
+def cotangent_of(pair, dtype="float64"):
+    return pair.f(*pair.inputs(dtype), **pair.static)[0]
+
+
+@all_pairs
+def test_docstrings_open_with_the_formula_or_the_gradients(pair):
+    assert "=" in pair.f.__doc__.splitlines()[0]
+    assert "→" in pair.f.__doc__
+    assert pair.f_vjp.__doc__.startswith("d")
+
+
+@all_pairs
+def test_the_cache_is_a_plain_pytree_named_after_its_op(pair):
+    _, cache = pair.f(*pair.inputs("float64"), **pair.static)
+    assert type(cache).__name__ == f"{pair.f.__name__.title().replace('_', '')}Cache"
+    for flatten, unflatten in (
+        (lambda c: jax.tree.flatten(c), lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
+        (lambda c: optree.tree_flatten(c), lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
+        (lambda c: torch_pytree.tree_flatten(c), torch_pytree.tree_unflatten),
+    ):
+        leaves, spec = flatten(cache)
+        again = unflatten(leaves, spec)
+        assert type(again) is type(cache)
+        assert all(leaf is None or isinstance(leaf, (np.ndarray, float)) for leaf in leaves)
+        dy = cotangent_of(pair)
+        for got, want in zip(pair.f_vjp(again, dy), pair.f_vjp(cache, dy), strict=True):
+            tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, want)
+
+
+@all_pairs
+def test_jax_takes_the_pair_as_it_is(pair):
+    """jax.custom_vjp(f).defvjp(f, f_vjp) needs no adaptor, under jit too, and equals JAX's own differentiation."""
+    with jax.enable_x64(True):
+        inputs = [tree.map(lambda a: None if a is None else jax.numpy.asarray(a), x) for x in pair.inputs("float64")]
+        present = [i for i, x in enumerate(inputs) if x is not None]
+
+        def plain(*args):
+            filled = [args[present.index(i)] if i in present else None for i in range(len(inputs))]
+            return pair.f(*filled, **pair.static)
+
+        def plain_vjp(cache, dy):
+            return tuple(g for i, g in enumerate(pair.f_vjp(cache, dy)) if i in present)
+
+        ours = jax.custom_vjp(lambda *args: plain(*args)[0])
+        ours.defvjp(plain, plain_vjp)
+        args = [inputs[i] for i in present]
+        every = tuple(range(len(args)))
+        got = jax.jit(jax.grad(lambda *a: (ours(*a) ** 3).sum(), argnums=every))(*args)
+        want = jax.jit(jax.grad(lambda *a: (plain(*a)[0] ** 3).sum(), argnums=every))(*args)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@all_pairs
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_dtype_in_is_dtype_out(pair, dtype):
+    y, cache = pair.f(*pair.inputs(dtype), **pair.static)
+    assert y.dtype == dtype
+    for grad in pair.f_vjp(cache, y):
+        tree.map(lambda g: g is None or g.dtype == dtype or pytest.fail(f"{g.dtype}"), grad)
+
+
+@all_pairs
+def test_no_call_changes_global_state(pair):
+    def state():
+        return np.geterr(), np.get_printoptions(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+
+    before = state()
+    y, cache = pair.f(*pair.inputs("float64"), **pair.static)
+    pair.f_vjp(cache, y)
+    with pytest.raises(TypeError):
+        pair.f(*[None] * len(pair.inputs("float64")), **pair.static)
+    assert state() == before
+
+
+@all_pairs
+def test_no_floating_point_warning_on_ordinary_input(pair):
+    """T8. Underflow is allowed: the weight of a key that is far away is 0."""
+    with np.errstate(all="raise", under="ignore"):
+        y, cache = pair.f(*pair.inputs("float64"), **pair.static)
+        pair.f_vjp(cache, y)
+
+
+def test_the_core_imports_numpy_alone():
+    code = (
+        "import sys; before = set(sys.modules); import numpy; known = set(sys.modules); import funcmha;"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - known};"
+        "print(sorted(m for m in new - set(sys.stdlib_module_names) if 'cython' not in m))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['funcmha', 'numpy']"
+
+
+def test_torch_tensors_go_through_the_reference():
+    problem = AttentionProblem(mask="intersection", rate=0.3)
+    arrays, static = problem.inputs("float64"), problem.static()
+    want, _ = funcmha.attention(*arrays, **static)
+    static["keep"] = torch.tensor(np.array(static["keep"]))
+    got, _ = funcmha.attention(*(None if a is None else torch.tensor(np.array(a)) for a in arrays), **static)
+    assert isinstance(got, torch.Tensor)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)

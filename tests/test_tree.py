@@ -1,0 +1,65 @@
+"""Trees: every path is kept, and no two trees are mixed up."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from funcmha import tree
+
+KEYS = st.text("abc0_", min_size=1, max_size=3)
+TREES = st.dictionaries(
+    KEYS, st.recursive(st.integers(), lambda node: st.dictionaries(KEYS, node, min_size=1, max_size=3)), max_size=3
+)
+
+
+@given(TREES)
+def test_unflatten_is_the_inverse_of_flatten(t):
+    flat = tree.flatten(t)
+    assert tree.unflatten(flat) == t
+    assert not any(isinstance(leaf, dict) for leaf in flat.values())
+
+
+@given(TREES)
+def test_map_keeps_the_paths_and_their_order(t):
+    doubled = tree.map(lambda a, b: a + b, t, t)
+    assert list(tree.flatten(doubled).items()) == [(path, 2 * leaf) for path, leaf in tree.flatten(t).items()]
+
+
+def test_an_optimiser_step_is_one_map():
+    params, grads = {"a": {"w": 3.0}, "b": 5.0}, {"b": 1.0, "a": {"w": 2.0}}
+    assert tree.map(lambda p, g: p - 0.5 * g, params, grads) == {"a": {"w": 2.0}, "b": 4.5}
+    assert params == {"a": {"w": 3.0}, "b": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"a": {"w": 1}}, r"trees differ at the root: keys \['a', 'b'\] and keys \['a'\]"),
+        ({"a": {"v": 1}, "b": 2}, r"trees differ at a: keys \['w'\] and keys \['v'\]"),
+        ({"a": 1, "b": 2}, r"trees differ at a: keys \['w'\] and a leaf"),
+        ({"a": {"w": {"x": 1}}, "b": 2}, r"trees differ at a.w: a leaf and keys \['x'\]"),
+    ],
+)
+def test_map_refuses_trees_that_differ(other, message):
+    with pytest.raises(KeyError, match=message):
+        tree.map(lambda a, b: a, {"a": {"w": 1}, "b": 2}, other)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        ({"a.b": 1}, ValueError, "without dots, got 'a.b'"),
+        ({"": 1}, ValueError, "non-empty"),
+        ({0: 1}, TypeError, "keys of a tree must be strings, got 0"),
+        ({"a": {}}, ValueError, "may not hold an empty dict, as a is"),
+    ],
+)
+def test_flatten_refuses_what_no_path_can_name(t, error, message):
+    with pytest.raises(error, match=message):
+        tree.flatten(t)
+
+
+@pytest.mark.parametrize("flat", [{"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}, {"a..b": 1}, {".a": 1}, {"": 1}])
+def test_unflatten_refuses_paths_that_collide_or_are_empty(flat):
+    with pytest.raises(ValueError, match=r"leaf|non-empty"):
+        tree.unflatten(flat)
