@@ -43,7 +43,8 @@ class Mask(ABC):
     def dense(self, T: int, S: int, like: Array = None) -> Array:
         """The booleans: (T or 1, S or 1), and before them the batch and a head axis where the mask has them.
 
-        In the library and on the device of `like`, or of NumPy. ValueError if the mask was built for another T or S.
+        In the library and on the device of `like`, or of NumPy. ValueError if the mask was built for another T or S,
+        TypeError if it holds an array of a third library.
         """
         self._shape(T, S)
         return self._tile((0, T), (0, S), like)
@@ -56,8 +57,8 @@ class Mask(ABC):
         """Whether the block is "empty" (no True), "full" (no False) or "mixed", in all of the batch and heads at once.
 
         A block without rows or columns is empty. The answer is exact, but for two kinds of mask for which "mixed" means
-        "perhaps": an intersection, whose parts may exclude or complete each other, and an array outside NumPy, where
-        a look would wait for the device.
+        "perhaps": an intersection, whose parts may exclude each other, and an array outside NumPy, where a look would
+        wait for the device.
         """
         return "empty" if rows[0] >= rows[1] or cols[0] >= cols[1] else self._block(rows, cols)
 

@@ -321,7 +321,7 @@ EVERY_ANSWER = {
     Band: window(2, 1, 1),
     Lengths: lengths(np.array([3, 5])),
     Padding: padding(np.array([[0, 0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1, 0]], dtype=bool)),
-    Segments: segments(np.array([[8, 8, 2, 2, 5], [8, 8, 2, 2, 9]]), np.array([2, 2, 8, 8, 9, 6, 2])),
+    Segments: segments(np.array([[8, 8, 2, 2, 9], [8, 8, 2, 2, 5]]), np.array([2, 2, 8, 8, 9, 6, 2])),
     Dense: as_mask(np.array([[[1], [1], [0], [0], [1]], [[1], [1], [0], [0], [0]]], dtype=bool)),
     Intersection: window(2, 1, 1) & lengths(4),
 }
