@@ -1,0 +1,273 @@
+"""The command line.
+
+python -m funcmha verify              funcmha against PyTorch, value by value
+python -m funcmha inspect FILE.npz    what a parameter file holds
+
+Exit status: 0 if all is well, 1 if a value does not agree, 2 for bad input, with one line that says why.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import isfinite, prod
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import __version__, npz, tree
+from .params import SPEC, sizes
+
+
+class BadInputError(Exception):
+    """What the user gave cannot be worked with: the message is all that there is to say."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInputError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, and return its exit status."""
+    try:
+        args = _parser().parse_args(argv)
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (BadInputError, npz.ParameterFileError, MemoryError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="funcmha", description="Multi-head attention with explicit gradients.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("verify", help="compare funcmha with torch.nn.MultiheadAttention, value by value")
+    for name, default, text in (
+        ("batch", 16, "sequences, B"),
+        ("length", 256, "queries in each, T"),
+        ("width", 384, "embed_dim, C"),
+        ("heads", 6, "heads, H, which divide C"),
+    ):
+        command.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    command.add_argument("--dtype", choices=("float32", "float64"), help="one precision only (default: both)")
+    command.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="of weights, inputs, cotangents (default 0)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("inspect", help="list a parameter file")
+    command.add_argument("file", metavar="FILE.npz")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _natural(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _natural(text, 1)
+
+
+def _complain(message: str) -> int:
+    print(f"funcmha: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# ── verify ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if find_spec("torch") is None:
+        raise BadInputError("verify compares with PyTorch, which is not installed: pip install 'funcmha[torch]'")
+    if args.width % args.heads:
+        raise BadInputError(f"argument --width: must be a multiple of --heads {args.heads}, got {args.width}")
+    from .verify import TOLERANCE, verify
+
+    dtypes = (args.dtype,) if args.dtype else ("float32", "float64")
+    sides = {name: getattr(args, name) for name in ("batch", "length", "width", "heads", "seed")}
+    if not args.json:
+        print(", ".join(f"{name} {number}" for name, number in _versions().items()))
+        print("B, T, C, H = {batch}, {length}, {width}, {heads}, seed {seed}".format(**sides))
+    rows = list(verify(**sides, dtypes=dtypes, progress=_progress))
+    _progress("")
+    failed = [row for row in rows if not row.ok]
+
+    if args.json:
+        listed = [row._asdict() | {"ok": row.ok} for row in rows]
+        _print_json({"versions": _versions(), **sides, "ok": not failed, "rows": listed})
+        return int(bool(failed))
+    for problem, dtype in dict.fromkeys((row.problem, row.dtype) for row in rows):
+        _print_table(
+            f"{problem}, {dtype}: {TOLERANCE[dtype]}",
+            ("quantity", "shape", "worst error", "error / tolerance", "error / bound", "verdict"),
+            [
+                (
+                    r.quantity,
+                    _shape(r.shape),
+                    f"{r.error:.1e}",
+                    f"{r.of_tolerance:.3f}",
+                    f"{r.of_bound:.3f}",
+                    _verdict(r),
+                )
+                for r in rows
+                if (r.problem, r.dtype) == (problem, dtype)
+            ],
+            right=("worst error", "error / tolerance", "error / bound"),
+        )
+    print(
+        f"\n{len(failed)} of {len(rows)} values do not" if failed else f"\nAll {len(rows)} values",
+        "agree with PyTorch.",
+    )
+    return int(bool(failed))
+
+
+def _verdict(row: Any) -> str:
+    if row.ok:
+        return "ok"
+    return "FAILS: " + " and ".join(
+        name for name, ratio in (("tolerance", row.of_tolerance), ("bound", row.of_bound)) if not ratio <= 1
+    )
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "funcmha": __version__,
+        "PyTorch": version("torch"),
+        "NumPy": np.__version__,
+        blas["name"]: blas["version"],
+        "Python": platform.python_version(),
+        platform.system(): platform.machine(),
+    }
+
+
+def _progress(text: str) -> None:
+    """The one line that says what is going on, where there is somebody to read it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text and text + ' …'}", end="", file=sys.stderr, flush=True)
+
+
+# ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    entries = npz.entries(args.file)
+    trees = _attention_trees(entries)
+    numbers, total = sum(prod(entry.shape) for entry in entries.values()), sum(e.nbytes for e in entries.values())
+    if args.json:
+        leaves = {
+            name: {"axes": _axes(name), "shape": entry.shape, "dtype": str(entry.dtype), "bytes": entry.nbytes}
+            for name, entry in entries.items()
+        }
+        _print_json({"file": args.file, "leaves": leaves, "attention": trees, "numbers": numbers, "bytes": total})
+        return 0
+    _print_table(
+        args.file,
+        ("leaf", "axes", "shape", "dtype", "bytes"),
+        [(name, _axes(name) or "", _shape(e.shape), str(e.dtype), f"{e.nbytes:,}") for name, e in entries.items()],
+        right=("bytes",),
+    )
+    print()
+    for prefix, found in trees.items():
+        told = found if isinstance(found, str) else "  ".join(f"{axis}={n}" for axis, n in found.items())
+        print(f"{prefix or 'attention'}: {told}")
+    print(f"{len(entries)} leaves, {numbers:,} numbers, {total:,} bytes")
+    return 0
+
+
+def _axes(name: str) -> str | None:
+    """The axes of blocks.0.attn.q_proj.w are those of q_proj.w."""
+    return SPEC.get(".".join(name.split(".")[-2:]))
+
+
+def _attention_trees(entries: dict[str, npz.Entry]) -> dict[str, dict[str, int] | str]:
+    """The sizes of every tree of SPEC in the file by the path to it, or why it has none."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in entries.items():
+        if _axes(name):
+            prefix, leaf = ".".join(name.split(".")[:-2]), ".".join(name.split(".")[-2:])
+            found.setdefault(prefix, {})[leaf] = np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
+    return {prefix: _sizes(leaves) for prefix, leaves in found.items()}
+
+
+def _sizes(leaves: dict[str, Any]) -> dict[str, int] | str:
+    try:
+        return sizes(tree.unflatten(leaves))._asdict()
+    except (KeyError, TypeError, ValueError) as error:
+        return f"no attention: {error.args[0]}"
+
+
+# ── printing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """By rich on a terminal, if it is installed; elsewhere in columns as wide as they need to be."""
+    if sys.stdout.isatty() and find_spec("rich"):
+        _print_rich(title, columns, rows, right)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in (columns, ["─" * n for n in widths], *rows):
+        cells = (
+            cell.rjust(n) if name in right else cell.ljust(n)
+            for cell, n, name in zip(row, widths, columns, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _print_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold red" if row[-1].startswith("FAILS") else None)
+    Console().print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # where the terminal has no ×
+    sys.exit(main())
