@@ -1,0 +1,367 @@
+"""funcmha.npz: what is not sound is refused, whatever it is, before it costs memory.
+
+Every bad file has one fault, planted in a good one by `npy`, `zipped` or `patched`, and is refused for that fault.
+"""
+
+import io
+import pickle
+import struct
+import tracemalloc
+import zipfile
+import zlib
+from contextlib import suppress
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from funcmha import npz, tree
+
+MiB = 2**20
+
+
+def npy(descr="'<f4'", shape="(3, 5)", order="False", data=bytes(60), version=(1, 0), header=None, length=None):
+    """A .npy file: right, but for what is given."""
+    text = header or f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n"
+    length = len(text) if length is None else length
+    return (
+        b"\x93NUMPY" + bytes(version) + length.to_bytes(2 if version == (1, 0) else 4, "little") + text.encode() + data
+    )
+
+
+def zipped(*members, method=zipfile.ZIP_STORED, wide=False, extra=b""):
+    """What zipfile makes of (name, data) pairs, whatever the names; with zip64 records wherever it can if `wide`."""
+    buffer = io.BytesIO()
+    with (
+        mock.patch.object(zipfile, "ZIP64_LIMIT", 0 if wide else 2**31),
+        zipfile.ZipFile(buffer, "w", method) as archive,
+    ):
+        for name, data in members:
+            info = zipfile.ZipInfo()
+            info.filename, info.compress_type, info.file_size = name, method, len(data)  # ZipInfo(name) would mend it
+            info.extra = extra
+            with archive.open(info, "w") as member:
+                member.write(data)
+    return buffer.getvalue()
+
+
+FIELDS = {  # of each record: offset and struct code
+    "local": (b"PK\3\4", {"flags": "6H", "method": "8H", "crc": "14L", "stored": "18L", "size": "22L", "name": "30B"}),
+    "central": (
+        b"PK\1\2",
+        {"flags": "8H", "method": "10H", "crc": "16L", "stored": "20L", "size": "24L"}
+        | {"comment": "32H", "disk": "34H", "offset": "42L", "name": "46B"},
+    ),
+    "end": (b"PK\5\6", {"disk": "4H", "here": "8H", "count": "10H", "size": "12L", "start": "16L", "comment": "20H"}),
+    "end64": (b"PK\6\6", {"length": "4Q", "count": "32Q", "start": "48Q"}),
+    "locator": (b"PK\6\7", {"at": "8Q", "disks": "16L"}),
+}
+
+
+def patched(data, both=None, **records):
+    """`data` with other numbers in the last record of each kind; `both` is local and central."""
+    data = bytearray(data)
+    for record, values in ({"local": both, "central": both} if both else records).items():
+        signature, fields = FIELDS[record]
+        for field, value in values.items():
+            offset, code = fields[field][:-1], fields[field][-1]
+            struct.pack_into(f"<{code}", data, data.rindex(signature) + int(offset), value)
+    return bytes(data)
+
+
+def deflated(data):
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+def savez(write=np.savez, **arrays):
+    buffer = io.BytesIO()
+    write(buffer, **arrays)
+    return buffer.getvalue()
+
+
+ONE = zipped(("w.npy", npy()))
+TWO = zipped(("v.npy", npy()), ("w.npy", npy()))
+WIDE = zipped(("w.npy", npy()), wide=True)
+PACKED = zipped(("w.npy", npy()), method=zipfile.ZIP_DEFLATED)
+AT = ONE.index(b"PK\1\2")  # where its directory begins
+
+
+def stream(packed):
+    """An archive with one deflated member: `packed`, said to unpack to npy()."""
+    return patched(zipped(("w.npy", packed)), both={"method": 8, "size": len(npy()), "crc": zlib.crc32(npy())})
+
+
+def headed(header):
+    return zipped(("w.npy", npy(header=header)))
+
+
+def typed(descr):
+    return zipped(("w.npy", npy(descr=descr)))
+
+
+def shaped(shape, n=60):
+    return zipped(("w.npy", npy(shape=shape, data=bytes(n))))
+
+
+STRUCTURE = {
+    "empty": (b"", "at least 22 bytes, got 0"),
+    "text": (b"not an archive, but longer than an end record", "zip end record"),
+    "pickle": (pickle.dumps({"w": np.zeros(5)}), "zip end record"),
+    "bare npy": (npy(), "zip end record"),
+    "cut at the end": (ONE[:-1], "zip end record"),
+    "cut in the middle": (ONE[:99], "zip end record"),
+    "cut in front": (ONE[1:], "directory must end at"),
+    "junk before": (b"junk" + ONE, "directory must end at"),
+    "junk before, counted": (
+        patched(b"junk" + ONE, central={"offset": 4}, end={"start": AT + 4}),
+        "must begin at byte 0, where the one before it ends, got 4",
+    ),
+    "junk before the directory": (
+        patched(ONE[:AT] + b"junk" + ONE[AT:], end={"start": AT + 4}),
+        f"directory must begin at byte {AT}, where the last member ends, got {AT + 4}",
+    ),
+    "junk after": (ONE + b"\0", "zip end record"),
+    "comment": (patched(ONE, end={"comment": 4}) + b"junk", "zip end record"),
+    "comment of no bytes there": (patched(ONE, end={"comment": 4}), "zip end record"),
+    "comment of a member": (patched(ONE, central={"comment": 1}), "without a comment"),
+    "member of another disk": (patched(ONE, central={"disk": 1}), "on disk 0, got disk 1"),
+    "one part of many": (patched(ONE, end={"disk": 1}), "must be whole, got part 1"),
+    "fewer members here": (patched(ONE, end={"here": 0}), "must be whole"),
+    "more members counted": (patched(ONE, end={"count": 2, "here": 2}), "must list 2 members .* got 1"),
+    "directory too long": (patched(ONE, end={"size": 2**32 - 1}), "directory must end"),
+    "directory of junk": (bytes(46) + patched(zipped(), end={"size": 46}), "one record after another"),
+    "directory cut": (patched(ONE[:AT] + ONE[AT : AT + 30] + ONE[-22:], end={"size": 30}), "one record after another"),
+    "no local header": (ONE.replace(b"PK\3\4", b"PK\3\5"), "local header must be at byte 0"),
+    "zip64 end record elsewhere": (patched(WIDE, locator={"at": 0}), "zip64 end record must be at"),
+    "zip64 end record longer": (patched(WIDE, end64={"length": 45}), "zip64 end record must be at"),
+    "zip64 on two disks": (patched(WIDE, locator={"disks": 2}), "zip64 end record must be at"),
+    "zip64 end record differs": (patched(WIDE, end={"count": 2, "here": 2}), "both end records must agree"),
+    "zip64 alone": (WIDE[-42:], "the file must have 56 bytes at byte -56"),
+    "encrypted": (patched(ONE, both={"flags": 1}), "w.npy must not be encrypted"),
+    "sizes after the data": (patched(ONE, both={"flags": 8}), "to a file, not to a pipe"),
+    "bzip2": (zipped(("w.npy", npy()), method=zipfile.ZIP_BZIP2), "stored or deflated .*, got method 12"),
+    "local name differs": (patched(ONE, local={"name": ord("v")}), "must be alike in its local header"),
+    "local size differs": (patched(ONE, local={"size": 9}), "must be alike in its local header"),
+    "local checksum differs": (patched(ONE, local={"crc": 9}), "must be alike in its local header"),
+    "local method differs": (patched(ONE, local={"method": 8}), "must be alike in its local header"),
+    "stored size differs": (patched(ONE, both={"size": 9}), "must take its own size 9"),
+    "overlap": (patched(TWO, central={"offset": 0}), "where the one before it ends, got 0"),
+    "past the directory": (patched(ONE, both={"stored": 999, "size": 999}), "must end before the directory"),
+    "extra field": (zipped(("w.npy", npy()), extra=b"UT\0\0"), "no extra field but zip64's, with 0 numbers"),
+    "zip64 field of too few": (WIDE.replace(struct.pack("<2H", 1, 16), struct.pack("<2H", 1, 8)), "no extra field"),
+    "deflate breaks off": (stream(deflated(npy())[:-1]), "breaks off"),
+    "deflate goes on": (stream(deflated(npy()) + b"junk"), "nothing after it"),
+    "deflate in two": (stream(deflated(npy()) + deflated(b"")), "nothing after it"),
+    "not deflate": (stream(b"\7" * 9), "must hold a deflate stream, got"),
+    "deflate of more": (stream(deflated(npy() + b"\0")), f"must unpack to {len(npy())} bytes, got more"),
+    "deflate of less": (stream(deflated(npy()[:-1])), f"must unpack to {len(npy())} bytes, got {len(npy()) - 1}"),
+    "checksum, deflated": (patched(PACKED, both={"crc": 9}), "must have CRC 00000009"),
+    "bomb": (savez(np.savez_compressed, w=np.zeros(MiB)), "must unpack to at most 1000 times its own"),
+    "4 GiB of zeros": (patched(PACKED, both={"size": 2**32 - 2}), "must unpack to at most 1000 times its own"),
+}
+NAMES = {
+    ascii(name)[:30]: (zipped((name, npy())), "must be named in letters")
+    for name in [
+        "", "w", ".npy", "w.npz", "w.npy.txt", "w .npy", "w-1.npy", "w..npy", ".w.npy", "../w.npy", "/w.npy", "a/w.npy",
+        "a\\w.npy", "C:w.npy", "w.npy/", "w.npy\0", "w\0.npy", "w\n.npy", "w.npy\n", "\u202ew.npy", "é.npy", "٣.npy",
+        "__class__.npy", "a.__init__.b.npy", "a" * 252 + ".npy",
+    ]
+}  # fmt: skip
+TOGETHER = {
+    "twice": (TWO.replace(b"v.npy", b"w.npy"), "w must be there once"),
+    "w and w.npy": (zipped(("w.npy", npy()), ("w.npy.npy", npy())), "w.npy runs through a leaf"),
+    "branch and leaf": (zipped(("w.b.npy", npy()), ("w.npy", npy())), "w is both a leaf and a branch"),
+}
+NPY = {
+    "no bytes": (zipped(("w.npy", b"")), "w.npy must begin with"),
+    "no magic": (zipped(("w.npy", b"\x94" + npy()[1:])), "w.npy must begin with"),
+    "magic alone": (zipped(("w.npy", npy()[:6])), r"npy version .*, got \(\)"),
+    "version 0.1": (zipped(("w.npy", npy(version=(0, 1)))), r"npy version .*, got \(0, 1\)"),
+    "version 1.1": (zipped(("w.npy", npy(version=(1, 1)))), r"npy version .*, got \(1, 1\)"),
+    "version 4.0": (zipped(("w.npy", npy(version=(4, 0)))), r"npy version .*, got \(4, 0\)"),
+    "length alone": (zipped(("w.npy", npy(version=(2, 0))[:10])), "header of at most 10000 bytes, within its own 10"),
+    "length 4 GiB": (zipped(("w.npy", npy(version=(2, 0), length=2**32 - 1))), "got 4294967295"),
+    "length 10001": (headed(npy()[10:-61].decode() + " " * (10_001 - len(npy()) + 71)), "got 10001"),
+    "length past the end": (zipped(("w.npy", npy(data=b"", length=99))), "within its own"),
+    "length 0": (zipped(("w.npy", npy(length=0))), "must have a header like"),
+    "not a dict": (headed("('<f4', False, (3, 5))"), "must have a header like"),
+    "not closed": (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5)"), "must have a header like"),
+    "two dicts": (headed("{'descr': '<f4', 'fortran_order': False}, {'shape': (3, 5)}"), "must have a header like"),
+    "missing key": (headed("{'descr': '<f4', 'shape': (3, 5)}"), "must have a header like"),
+    "extra key": (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), 'a': True}"), "a header like"),
+    "key twice": (headed("{'descr': '<f4', 'shape': (3, 5), 'shape': (3, 5)}"), "must have a header like"),
+    "order 0": (zipped(("w.npy", npy(order="0"))), "must have a header like"),
+    "order a string": (zipped(("w.npy", npy(order="'C'"))), "must have a header like"),
+    "code": (shaped("print((3, 5))"), "must have a header like"),
+}
+DTYPES = {
+    descr: (typed(f"'{descr}'"), "w.npy must have dtype float16, float32 or float64, got")
+    for descr in [
+        "|O",
+        "<i4",
+        "<u8",
+        "|b1",
+        "<c8",
+        "<f16",
+        "<g",
+        "<U5",
+        "|S4",
+        "|V4",
+        "<V2",
+        "<M8[ns]",
+        "f4",
+        "=f4",
+        "float32",
+    ]
+} | {
+    "structured": (typed("[('a', '<f4')]"), "must have a header like"),
+    "sub-array": (typed("('<f4', (2,))"), "must have a header like"),
+    "object": (savez(w=np.array([{}])), "must have dtype"),
+    "bfloat16": (savez(w=np.ones(3, ml_dtypes.bfloat16)), "bfloat16, perhaps, .* save it as float32"),
+}
+SHAPES = {
+    shape: (shaped(shape), "must have a header like")
+    for shape in [
+        "3",
+        "(3)",
+        "[3, 5]",
+        "(-3, -5)",
+        "(3., 5)",
+        "(True,)",
+        "(3, 5",
+        "(,)",
+        "(03, 5)",
+        "(0xf,)",
+        "(9" * 20 + ",)",
+    ]
+} | {
+    "one byte too few": (shaped("(3, 5)", 59), r"must have 60 bytes after its header for float32 \(3, 5\), got 59"),
+    "one byte too many": (shaped("(3, 5)", 61), r"must have 60 bytes after its header for float32 \(3, 5\), got 61"),
+    "zero-size with bytes": (shaped("(3, 0)", 4), "must have 0 bytes"),
+    "4 TiB": (shaped(f"({2**40},)"), f"must have {2**42} bytes"),
+    "wraps to 60 bytes": (shaped(f"({2**32}, {2**30}, 15)"), "must have a shape that NumPy can hold"),
+    "zero-size beyond NumPy": (shaped(f"(0, {2**62}, 2)", 0), "must have a shape that NumPy can hold"),
+    "33 dimensions": (shaped("(" + "1," * 33 + ")", 4), "must have at most 32 dimensions, got 33"),
+}
+REFUSED = STRUCTURE | NAMES | TOGETHER | NPY | DTYPES | SHAPES
+STALE = zipped(("w.npy", npy(data=bytes(59) + b"\1"))).replace(
+    bytes(59) + b"\1", bytes(60)
+)  # the stored checksum is not right
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.npz"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """One path for all the examples of a property."""
+    return tmp_path_factory.mktemp("npz") / "model.npz"
+
+
+def written(path, data):
+    path.write_bytes(data)
+    return path
+
+
+def bits(params):
+    """Of each leaf: dtype, but for the byte order, shape and bits."""
+    return {
+        key: (x.dtype.name, x.shape, x.astype(x.dtype.newbyteorder("=")).tobytes())
+        for key, x in tree.flatten(params).items()
+    }
+
+
+@pytest.mark.parametrize("read", [npz.load, npz.entries])
+@pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_file_is_refused(path, read, data, reason):
+    with pytest.raises(npz.ParameterFileError, match=reason) as refusal:
+        read(written(path, data))
+    assert str(refusal.value).startswith(f"{path}: ")
+
+
+def test_a_wrong_checksum_is_refused_when_the_numbers_are_read(path):
+    assert npz.entries(written(path, STALE)).keys() == {"w"}
+    with pytest.raises(npz.ParameterFileError, match=r"w.npy must have CRC [0-9a-f]{8}, got"):
+        npz.load(path)
+
+
+def test_the_good_files_of_which_the_bad_are_made_are_good(path):
+    for data in ONE, TWO, WIDE, PACKED, stream(deflated(npy())), headed(npy()[10:-60].decode()):
+        assert (npz.load(written(path, data))["w"] == np.zeros((3, 5))).all()
+
+
+NOISE = np.random.default_rng(0).bytes(120_000)  # so that 100 MiB are less than 1000 times the file
+CLAIM = npy(shape=f"({25 * MiB},)", data=b"")  # to be 100 MiB
+COSTLY = REFUSED | {
+    "100 MiB that are not there": (
+        patched(
+            zipped(("v.npy", npy(shape="(30000,)", data=NOISE)), ("w.npy", deflated(CLAIM))),
+            both={"method": 8, "size": len(CLAIM) + 100 * MiB},
+        ),
+        "must unpack to",
+    ),
+    "700 members, the last one bad": (
+        patched(zipped(*((f"{i}.w.npy", npy()) for i in range(700))), both={"flags": 1}),
+        "must not be encrypted",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", [npz.load, npz.entries])
+@pytest.mark.parametrize(("data", "reason"), COSTLY.values(), ids=COSTLY)
+def test_a_refusal_costs_no_memory(path, read, data, reason):
+    written(path, data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(npz.ParameterFileError, match=reason):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] <= 2 * len(data) + MiB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_npy_is_read(path, version):
+    data = NOISE[:60]
+    assert npz.load(written(path, zipped(("w.npy", npy(data=data, version=version)))))["w"].tobytes() == data
+
+
+@pytest.mark.parametrize("header", [
+    "{'shape': (3, 5), 'descr': '<f4', 'fortran_order': False}",
+    "{'descr':'<f4','fortran_order':False,'shape':(3,5,),}",
+    " { 'descr' : '<f4' , 'fortran_order' : False , 'shape' : ( 3 , 5 ) , } \n",
+])  # fmt: skip
+def test_keys_and_spaces_of_a_header_are_free(path, header):
+    assert npz.load(written(path, headed(header)))["w"].shape == (3, 5)
+
+
+@pytest.mark.parametrize("read", [npz.load, npz.entries])
+def test_max_bytes_counts_unpacked_bytes(path, read):
+    n = len(npy())
+    assert read(written(path, PACKED), max_bytes=n).keys() == {"w"}
+    with pytest.raises(npz.ParameterFileError, match=f"must unpack to at most max_bytes={n - 1} bytes, got {n}"):
+        read(path, max_bytes=n - 1)
+
+
+NUMBERS = {"q_proj.w": np.arange(15.0).reshape(3, 5), "scale": np.float16(0.5), "none": np.zeros((0, 7), "float32")}
+GOOD = [savez(np.savez, **NUMBERS), savez(np.savez_compressed, **NUMBERS), zipped(("w.npy", npy()), wide=True)]
+
+
+@given(st.sampled_from(GOOD), st.integers(0, 2**16), st.integers(0, 9), st.binary(max_size=9))
+def test_damage_is_refused_or_without_effect(scratch, good, at, length, insert):
+    at %= len(good)
+    want = bits(npz.load(written(scratch, good)))
+    written(scratch, good[:at] + insert + good[at + length :])
+    with suppress(npz.ParameterFileError):
+        assert bits(npz.load(scratch)) == want
+
+
+def test_like_is_compared_before_numbers_are_read(path):
+    with pytest.raises(KeyError):
+        npz.load(written(path, STALE), like={"v": np.zeros((3, 5))})
