@@ -1,7 +1,8 @@
 """Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
 
-from . import masks, ops, params, tree
+from . import masks, npz, ops, params, tree
 from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
+from .npz import ParameterFileError, load, save
 from .ops import (
     attention,
     attention_vjp,
@@ -17,6 +18,7 @@ from .params import head_params, init, sizes
 __version__ = "0.1.0"
 
 __all__ = [
+    "ParameterFileError",
     "attention",
     "attention_vjp",
     "attention_weights",
@@ -26,12 +28,15 @@ __all__ = [
     "init",
     "linear",
     "linear_vjp",
+    "load",
     "log_sum_exp",
     "masks",
     "mha",
     "mha_vjp",
+    "npz",
     "ops",
     "params",
+    "save",
     "self_attention",
     "self_attention_vjp",
     "sizes",
