@@ -8,6 +8,8 @@ import numpy as np
 from funcmha import tree
 from funcmha._xp import Array
 
+from .tolerance import TINY
+
 STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be as small as it likes
 
 
@@ -53,7 +55,7 @@ def _check_protocol(f: Any, f_vjp: Any, inputs: tuple[Any, ...], static: dict[st
     assert _same(dy, cotangent), "f_vjp writes to its cotangent"
     _check_structure(grads, inputs)
     assert _same(f_vjp(cache, dy), grads), "f_vjp gives other bits when called again"
-    twice = _leaves(lambda g2, g: np.abs(g2 - 2 * g) <= 4 * np.finfo(g.dtype).tiny, f_vjp(cache, 2 * dy), grads)
+    twice = _leaves(lambda g2, g: np.abs(g2 - 2 * g) <= 4 * TINY[g.dtype.name], f_vjp(cache, 2 * dy), grads)
     assert all(np.all(exact) for exact in _flat(twice)), "f_vjp is not linear in its cotangent"
 
 
