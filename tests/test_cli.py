@@ -10,7 +10,8 @@ import pytest
 import funcmha.verify
 from funcmha import init, npz, tree
 from funcmha.__main__ import main
-from funcmha.verify import PROBLEMS, Row, everything_problem, run_funcmha, self_attention_problem, verify
+from funcmha.testing.tolerance import mha_bounds
+from funcmha.verify import PROBLEMS, Row, everything_problem, run_bounds, run_funcmha, self_attention_problem, verify
 
 SMALL = ["--batch", "3", "--length", "11", "--width", "14", "--heads", "2"]
 SIZES = {"batch": 3, "length": 11, "width": 14, "heads": 2}
@@ -58,7 +59,7 @@ def test_the_tolerance_is_that_of_allclose(monkeypatch):
     """The verdict at 0.9 and at 1.1 of the tolerance, with the bound out of the way."""
     want = {"output": np.array([0.0, 100.0], np.float32)}
     monkeypatch.setattr(funcmha.verify, "run_torch", lambda problem: want)
-    monkeypatch.setattr(funcmha.verify, "run_bounds", lambda problem, dtype: {"output": np.array([1.0, 1.0])})
+    monkeypatch.setattr(funcmha.verify, "run_bounds", lambda problem: {"output": np.array([1.0, 1.0])})
     for factor in (0.9, 1.1):
         got = {"output": want["output"] + np.array([0, factor * (1e-5 + 1e-5 * 100)], np.float32)}
         monkeypatch.setattr(funcmha.verify, "run_funcmha", lambda problem, got=got: got)
@@ -79,6 +80,19 @@ def test_the_problems_are_what_they_say():
     assert 0 < problem.forbidden.mean() < 1
     assert 0 < problem.padding.mean() < 1
     assert (~(problem.forbidden | problem.padding[:, None])).any(-1).all()  # no row is empty
+
+
+def test_bounds_are_proportional_to_the_unit_roundoff():
+    for problem in (self_attention_problem(0, 3, 11, 14, 2), everything_problem(0, 3, 11, 14, 2)):
+        bounds = run_bounds(problem)
+        inputs = (problem.query, problem.query, problem.query) if problem.key is None else problem[1:4]
+        static = {"zero_attn": problem.zero_attn, "dweights": problem.dweights, "dtype": "float64"}
+        if problem.forbidden is not None:
+            static["mask"] = ~(problem.forbidden | problem.padding[:, None, None])
+        double = mha_bounds(problem.params, *inputs, problem.bias, problem.dy, **static)
+        np.testing.assert_allclose(2.0**-29 * bounds["output"], double.y, rtol=0.01)
+        for leaf, bound in tree.flatten(double.dparams).items():
+            np.testing.assert_allclose(2.0**-29 * bounds[f"{leaf} gradient"], bound, rtol=0.01)
 
 
 def test_float32_inputs_are_those_of_float64_rounded():
@@ -147,11 +161,33 @@ def test_verify_fails_on_nan_and_its_json_can_be_read(monkeypatch, capsys):
     assert {row["error"] for row in failed} == {None}
 
 
-def test_verify_fails_on_an_error_that_the_tolerance_cannot_see(monkeypatch, capsys):
-    """1e-6 off where the values are 1e-3: the bound knows better."""
-    plant(monkeypatch, lambda grads: (*grads[:4], grads[4] if grads[4] is None else grads[4] + np.float32(1e-6)))
-    assert main(["verify", *SMALL, "--dtype", "float32"]) == 1
-    assert next(line for line in capsys.readouterr().out.splitlines() if "FAILS" in line).endswith("FAILS: bound")
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 5e-5), ("float64", 1e-13)])
+def test_verify_fails_on_an_error_that_the_tolerance_cannot_see(dtype, error, monkeypatch, capsys):
+    """A bias gradient of 0.2 at most, off by less than the tolerance: the bound knows better."""
+
+    def off(dbias):
+        return dbias if dbias is None else dbias * dbias.dtype.type(1 + error)
+
+    plant(monkeypatch, lambda grads: (*grads[:4], off(grads[4])))
+    assert main(["verify", *SMALL, "--dtype", dtype]) == 1
+    (failed,) = (line for line in capsys.readouterr().out.splitlines() if "FAILS" in line)
+    assert failed.startswith("bias gradient")
+    assert failed.endswith("FAILS: bound")
+
+
+def test_the_bound_is_held_against_torch_in_float64(monkeypatch):
+    """A PyTorch that is off in float32 changes the error, but not the error over the bound."""
+    want = list(verify(**SIZES, dtypes=["float32"]))
+    right = funcmha.verify.run_torch
+
+    def wrong(problem):
+        off = 1e-4 if problem.dy.dtype == np.float32 else 0.0
+        return {name: x + x.dtype.type(off) for name, x in right(problem).items()}
+
+    monkeypatch.setattr(funcmha.verify, "run_torch", wrong)
+    for row, wanted in zip(verify(**SIZES, dtypes=["float32"]), want, strict=True):
+        assert row.error > 9e-5
+        assert row.of_bound == wanted.of_bound
 
 
 def test_verify_runs_as_a_command():

@@ -358,6 +358,13 @@ def test_a_view_of_read_only_parameters_is_read_only():
     assert not back.flags.writeable
 
 
+def test_read_only_parameters_are_not_in_a_view_that_can_be_written():
+    params = from_state_dict({"in_proj_weight": np.ones((18, 6)), "out_proj.weight": np.ones((6, 6))}, 3)
+    params["k_proj"]["w"].flags.writeable = False
+    packed = to_state_dict(params)["in_proj_weight"]
+    assert not (packed.flags.writeable and np.shares_memory(packed, params["k_proj"]["w"]))
+
+
 def test_parameters_of_other_libraries_stay_there():
     params = tree.map(array_api_strict.asarray, init(0, 6, 3, bias_kv=True))
     back = from_state_dict(to_state_dict(params), 3)

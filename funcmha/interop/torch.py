@@ -123,7 +123,7 @@ def _pack(*parts: Array) -> Array:
     first = parts[0]
     if not all(_follows(b, a) for a, b in pairwise(parts)):
         return namespace(first).concat(parts)
-    return as_strided(first, (sum(len(part) for part in parts), *first.shape[1:]), writeable=first.flags.writeable)
+    return as_strided(first, (sum(len(part) for part in parts), *first.shape[1:]))
 
 
 def _follows(b: Array, a: Array) -> bool:
