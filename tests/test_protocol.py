@@ -160,6 +160,38 @@ def test_dtype_in_is_dtype_out(pair, dtype):
 
 
 @all_pairs
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_types_are_float32_rounded_once(pair, dtype):
+    """T4: from the same numbers, bit for bit what float32 gives, rounded at the end and nowhere else."""
+    inputs = pair.inputs(dtype)
+    wide = [tree.map(lambda a: None if a is None else a.astype(np.float32), x) for x in inputs]
+    y, cache = pair.f(*inputs, **pair.static)
+    y_wide, cache_wide = pair.f(*wide, **pair.static)
+    np.testing.assert_array_equal(y, y_wide.astype(dtype))
+    for got, want in zip(pair.f_vjp(cache, y), pair.f_vjp(cache_wide, y.astype(np.float32)), strict=True):
+        tree.map(lambda g, w: g is w or np.testing.assert_array_equal(g, w.astype(dtype)), got, want)
+
+
+@all_pairs
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [(np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64)]
+)
+def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
+    """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
+    rounded = set()
+    for module in (importlib.import_module("funcmha.ops"), importlib.import_module("funcmha.mha")):
+        monkeypatch.setattr(
+            module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)
+        )
+    y, cache = pair.f(*pair.inputs(dtype), **pair.static)
+    pair.f_vjp(cache, y)
+    assert rounded - {None} == {np.dtype(computed)}
+    leaves = jax.tree.leaves(cache)
+    assert {type(leaf) for leaf in leaves} <= {np.ndarray, float}
+    assert {leaf.dtype for leaf in leaves if isinstance(leaf, np.ndarray)} <= {np.dtype(computed), np.dtype(bool)}
+
+
+@all_pairs
 def test_no_call_changes_global_state(pair):
     def state():
         return np.geterr(), np.get_printoptions(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
