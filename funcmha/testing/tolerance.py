@@ -38,13 +38,7 @@ from funcmha.masks import Mask, dense
 from funcmha.params import Params
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
-TINY = {
-    "float16": 2.0**-14,
-    "bfloat16": 2.0**-126,
-    "float32": 2.0**-126,
-    "float64": 2.0**-1022,
-    "complex128": 2.0**-1022,
-}
+TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
 EXP = 4.0  # exp and log are off by 2 units in the last place at most, in NumPy, PyTorch and CUDA
 
 
@@ -253,13 +247,13 @@ class Arithmetic(NamedTuple):
     """Floating-point arithmetic on `Rounded`: its primitives, and the ops of funcmha written in them."""
 
     u: float
-    tiny: float  # the smallest normal number
+    tiny: float  # below this, what is computed may be 0
 
     @classmethod
     def of(cls, dtype: Any) -> "Arithmetic":
         """What is computed with where `dtype` is stored."""
         name = "float32" if _name(dtype) in HALF else _name(dtype)
-        return cls(U[name], TINY[name])
+        return cls(U[name], TINY.get(name, TINY["float64"]))
 
     def rounding(self, size: Array, n: int = 0) -> Array:
         """Of a sum of n products where Σ |terms| = size; n = 0: of one operation whose result has that size."""
@@ -359,12 +353,15 @@ class Arithmetic(NamedTuple):
 
         below = np.where(allowed, top - x, 0.0)
         score = np.where(allowed, z.error, 0.0)
-        own = score + u * (below + EXP)  # relative error of e; from the first largest, from where that one has none
         largest = (x == top) & (np.cumsum(x == top, axis=-1) == 1)
-        own = np.where(largest, 0.0, own + np.sum(own * largest, axis=-1, keepdims=True))
+
+        def apart(error: Array) -> Array:  # from that of the largest
+            return np.where(largest, 0.0, error + np.sum(error * largest, axis=-1, keepdims=True))
+
+        own = apart(score + u * (below + EXP))
         common = np.sqrt(np.sum((p * own) ** 2, axis=-1, keepdims=True)) + u * (2 + n)
         if z.row is not None:
-            common += np.sum(p * z.row, axis=-1, keepdims=True)
+            common += np.sum(p * apart(z.row), axis=-1, keepdims=True)
         # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
         r = own + common
         error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + self.tiny

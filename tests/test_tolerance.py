@@ -1,0 +1,404 @@
+"""The bounds hold for what is right (funcmha, PyTorch, mpmath), and not for what is nearly right."""
+
+import re
+import types
+from pathlib import Path
+
+import ml_dtypes
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, ops, tree
+from funcmha.testing.strategies import AttentionProblem, MhaProblem, attention_problems, mha_problems
+from funcmha.testing.tolerance import (
+    AttentionBounds,
+    MhaBounds,
+    assert_within,
+    attention_bounds,
+    linear_bounds,
+    mha_bounds,
+    unit_roundoff,
+    worst_ratio,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def wide(x):
+    return tree.map(lambda a: a.astype(np.float64) if isinstance(a, np.ndarray) else a, x)
+
+
+def arguments(problem, dtype="float32"):
+    """Inputs with the cotangent of the output, the static arguments, the other cotangents."""
+    do, dweights, dlse = problem.cotangents(dtype)
+    return (*problem.inputs(dtype), do), problem.static(), {"dweights": dweights, "dlse": dlse}
+
+
+def run_attention(inputs, static, cotangents, ops=ops):
+    *x, do = inputs
+    with np.errstate(under="ignore"):
+        o, cache = ops.attention(*x, **static)
+        return AttentionBounds(o, cache.p, cache.lse, *ops.attention_vjp(cache, do, **cotangents))
+
+
+def run_mha(inputs, static, cotangents):
+    *x, dy = inputs
+    with np.errstate(under="ignore"):
+        y, cache = mha(*x, **static)
+        return MhaBounds(y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, **cotangents))
+
+
+def results(run, bounds, problem, dtype="float32"):
+    """name → got in `dtype`, want in float64 from the same inputs, bound"""
+    inputs, static, cotangents = arguments(problem, dtype)
+    got = run(inputs, static, cotangents)
+    want = run(tuple(wide(a) for a in inputs), static, wide(cotangents))
+    bound = bounds(*inputs, **static, **cotangents, dtype=dtype)
+    leaves = [tree.flatten(r._asdict()) for r in (got, want, bound)]
+    return {name: tuple(leaf[name] for leaf in leaves) for name in leaves[0] if leaves[0][name] is not None}
+
+
+def attention_results(problem, dtype="float32"):
+    return results(run_attention, attention_bounds, problem, dtype)
+
+
+def mha_results(problem, dtype="float32"):
+    return results(run_mha, mha_bounds, problem, dtype)
+
+
+# ---------------------------------------------------------------------------------------------- what is right is within
+
+ATTENTION = [
+    AttentionProblem(),
+    AttentionProblem(batch=(), T=64, S=513, K=1, G=2, D=128, E=3, mask="causal", bias="S"),
+    AttentionProblem(T=65, S=100, D=64, E=64, mask="dense", rate=0.3, family="offset values", bias="... H T S"),
+    AttentionProblem(T=13, S=65, D=1, E=1, mask="heads", bias="... H T 1", gain=30.0),
+    AttentionProblem(T=64, S=64, mask="empty rows", bias="T S", gain=1e4, rate=0.3),
+    AttentionProblem(T=65, S=17, D=64, gain=1e-8, bias="... 1 1 S", scale=-0.5, mask="padding"),
+    AttentionProblem(T=5, S=1, family="tiny"),
+]
+MHA = [
+    MhaProblem(),
+    MhaProblem(T=64, S=65, D=64, E=32, Cq=128, Ck=65, Cv=100, O=64, mask="causal", rate=0.3, bias="... H T S"),
+    MhaProblem(T=65, S=2, D=1, E=1, Cq=1, Ck=1, Cv=1, O=1, bias_kv=True, zero_attn=True, bias="S", gain=1e4),
+    MhaProblem(T=64, S=64, gain=1e-3, family="offset values", mask="lengths", bias_kv=True, bias="... H 1 S"),
+    MhaProblem(T=64, S=64, gain=10.0, family="equal keys", biases=False, mask="dense", zero_attn=True),
+    MhaProblem(T=64, S=64, family="ties", layout="repeated", mask="intersection"),
+]
+
+
+@pytest.mark.parametrize("problem", ATTENTION, ids=range(len(ATTENTION)))
+def test_attention_in_float32_is_within(problem):
+    for name, (got, want, bound) in attention_results(problem).items():
+        assert_within(got, want, bound, name=name)
+
+
+@pytest.mark.parametrize("problem", MHA, ids=range(len(MHA)))
+def test_mha_in_float32_is_within(problem):
+    for name, (got, want, bound) in mha_results(problem).items():
+        assert_within(got, want, bound, name=name)
+
+
+@settings(max_examples=100)
+@given(attention_problems())
+def test_any_attention_in_float32_is_within(problem):
+    for name, (got, want, bound) in attention_results(problem).items():
+        assert_within(got, want, bound, name=name)
+
+
+@settings(max_examples=100)
+@given(mha_problems())
+def test_any_mha_in_float32_is_within(problem):
+    for name, (got, want, bound) in mha_results(problem).items():
+        assert_within(got, want, bound, name=name)
+
+
+@pytest.mark.parametrize(("T", "D", "gain"), [(256, 8, 1.0), (64, 1, 1.0)])
+def test_a_constant_cotangent_is_within(T, D, gain):
+    # dy = 1 is the gradient of a sum. All rows of do are then rounded alike, and their errors do not average out.
+    problem = MhaProblem(batch=(2,), T=T, S=T, D=D, E=D, Cq=16, Ck=16, Cv=16, O=16, gain=gain)
+    (params, x, _, _, _, dy), _, _ = arguments(problem)
+    inputs = params, x, x, x, None, np.ones_like(dy)
+    got, want = (tree.flatten(run_mha(a, {}, {})._asdict()) for a in (inputs, tuple(wide(a) for a in inputs)))
+    bounds = tree.flatten(mha_bounds(*inputs, dtype="float32")._asdict())
+    for name in got.keys() - {"dbias"}:
+        assert_within(got[name], want[name], bounds[name], name=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_within(dtype, bias):
+    rng = np.random.default_rng(7)
+    x, w, b, dy = (rng.standard_normal(s).astype(dtype) for s in [(3, 5, 101), (7, 101), (7,), (3, 5, 7)])
+    b = b if bias else None
+    bounds = linear_bounds(x, w, b, dy, dtype=dtype)
+
+    def run(x, w, b, dy):
+        y, cache = linear(x, w, b)
+        return y, *linear_vjp(cache, dy)
+
+    for name, got, want, bound in zip(
+        bounds._fields, run(x, w, b, dy), run(*wide(dict(enumerate((x, w, b, dy)))).values()), bounds, strict=True
+    ):
+        if got is not None:
+            assert_within(got, want, bound, name=name)
+            assert worst_ratio(got, want, bound) > 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
+def test_half_types_are_within_a_unit_in_the_last_place(dtype):
+    # bfloat16 has no exponent bits to spare over float32's, float16 has: 1e-6 is subnormal there
+    for gain in (1.0, 1e-6):
+        found = attention_results(AttentionProblem(T=17, S=65, mask="dense", bias="S", rate=0.3, gain=gain), dtype)
+        found |= mha_results(MhaProblem(T=17, S=65, mask="dense", bias_kv=True), dtype)
+        for name, (got, want, bound) in found.items():
+            assert_within(got, want, bound, name=name)
+            if name in ("o", "y", "dv", "dvalue"):  # rounding to nearest: half a unit
+                assert 0.4 < worst_ratio(got, want, bound) < 0.6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_torch_attention_in_float32_is_within(seed):
+    problem = AttentionProblem(T=33, S=101, G=1, D=64, E=31, bias="... H T S", seed=seed)
+    (q, k, v, bias, do), _, _ = arguments(problem)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v, bias)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        o = torch.nn.functional.scaled_dot_product_attention(*tensors[:3], attn_mask=tensors[3])
+    o.backward(torch.tensor(do))
+    want = run_attention(tuple(wide(a) for a in (q, k, v, bias, do)), {}, {})
+    bounds = attention_bounds(q, k, v, bias, do, dtype=torch.float32)
+    for name, got in zip(("o", "dq", "dk", "dv", "dbias"), (o, *(t.grad for t in tensors)), strict=True):
+        assert_within(got, getattr(want, name), getattr(bounds, name), name=name)
+
+
+# ------------------------------------------------------------------------------------------- the float64 reference (T0)
+
+
+def mp_attention(q, k, v, bias, do, dweights, dlse, allowed, keep, rate, scale):
+    """One head with mpmath: o, p, lse, dq, dk, dv, dz, from the formulas with all sums written out."""
+    (T, D), (S, E) = q.shape, v.shape
+    q, k, v, bias, do, dweights, dlse = (
+        [[mp.mpf(float(a)) for a in row] for row in np.atleast_2d(x)] for x in (q, k, v, bias, do, dweights, dlse)
+    )
+    a = [[mp.mpf(1) / (1 - mp.mpf(rate)) if keep[i, j] else mp.mpf(0) for j in range(S)] for i in range(T)]
+    o, p, lse, dq, dk, dv, dz = (
+        np.full(s, mp.mpf(0), object) for s in [(T, E), (T, S), (T,), (T, D), (S, D), (S, E), (T, S)]
+    )
+    for i in range(T):
+        keys = [j for j in range(S) if allowed[i, j]]
+        e = {j: mp.exp(scale * mp.fdot(q[i], k[j]) + bias[i][j]) for j in keys}
+        lse[i] = mp.log(mp.fsum(e.values())) if keys else mp.mpf("-inf")
+        for j in keys:
+            p[i, j] = e[j] / mp.fsum(e.values())
+        o[i] = [mp.fsum(p[i, j] * a[i][j] * v[j][m] for j in keys) for m in range(E)]
+        dp = {j: mp.fdot(do[i], v[j]) * a[i][j] + dweights[i][j] for j in keys}
+        delta = mp.fsum(p[i, j] * dp[j] for j in keys)
+        for j in keys:
+            dz[i, j] = p[i, j] * (dp[j] - delta + dlse[0][i])
+            dv[j] += p[i, j] * a[i][j] * np.array(do[i])
+            dk[j] += dz[i, j] * scale * np.array(q[i])
+            dq[i] += dz[i, j] * scale * np.array(k[j])
+    return o, p, lse, dq, dk, dv, dz
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_float64_reference_equals_mpmath(gain, rate):
+    problem = AttentionProblem(batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain)
+    (q, k, v, bias, do), static, cotangents = arguments(problem, "float64")
+    allowed = np.random.default_rng(1).random((5, 7)) < 0.7
+    allowed[2], allowed[3] = False, np.arange(7) == 4
+    keep = np.ones((2, 5, 7), bool) if rate == 0 else static["keep"]
+    static |= {"mask": allowed, "scale": 0.75, "keep": keep, "rate": 0.25 if rate else 0.0}
+
+    got = run_attention((q, k, v, bias, do), static, cotangents)
+    dweights, dlse = cotangents.values()
+    with mp.workdps(50):
+        heads = [
+            mp_attention(q[h], k[0], v[0], bias, do[h], dweights[h], dlse[h], allowed, keep[h], static["rate"], 0.75)
+            for h in range(2)
+        ]
+        o, p, lse, dq, dk, dv, dz = (np.stack(x) for x in zip(*heads, strict=True))
+        want = (o, p, lse, dq, dk.sum(0, keepdims=True), dv.sum(0, keepdims=True), dz.sum(0))
+        want = AttentionBounds(*(x.astype(np.float64) for x in want))
+    bounds = attention_bounds(q, k, v, bias, do, **static, **cotangents, dtype="float64")
+    for name, bound in bounds._asdict().items():
+        assert_within(getattr(got, name), getattr(want, name), bound, name=name)
+
+
+# -------------------------------------------------------------------------------------- what is nearly right is outside
+
+FAULTS = {  # what is wrong: a line of ops.py, the wrong line
+    "scale off by 1e-4": ("    z = (scale * q) @", "    z = (1.0001 * scale * q) @"),
+    "scale off by 1e-4 in dq": ("    dq = scale * (", "    dq = 1.0001 * scale * ("),
+    "no 1/(1 - rate)": ("0.0) / (1 - rate)", "0.0) + 0 * rate"),
+    "no dropout in dp": ("dp = _dropout(g @", "dp = (lambda a, *_: a)(g @"),
+    "dropout before Σ p dp only": ("dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate))",
+                                   "dv = _per_key_head(xp.matrix_transpose(p)"),
+    "no dlse": ("dlse is None else g + dlse[..., None]", "dlse is None else g"),
+    "no dweights": ("dp = dp if dweights is None else", "dp = dp if True else"),
+    "no Σ p dp": ("g = h - xp.sum(p * h, axis=-1, keepdims=True)", "g = h"),
+    "bias not in the scores": ("z = z if bias is None else z + bias", "z = z"),
+    "base 2 in lse": ("top + xp.log(total))", "top + xp.log2(total))"),
+    "a masked key leaks": ("x = x if where is None else xp.where(where, x, -INF)",
+                           "x = x if where is None else xp.where(where, x, -8.0)"),
+    "exp in half precision": ("e = xp.exp(x - top)", "e = xp.exp((x - top).astype('float16')).astype(x.dtype)"),
+    "scores in half precision": ("p, lse = _softmax(z, mask)",
+                                 "p, lse = _softmax(z.astype('float16').astype(z.dtype), mask)"),
+    "weights in half precision": ("    o = _dropout(p,", "    o = _dropout(p.astype('float16').astype(p.dtype),"),
+    "groups tiled": ("q.shape[-3] // x.shape[-3], axis=-3)", "q.shape[-3] // x.shape[-3], axis=-3)[..., ::-1, :, :]"),
+}  # fmt: skip
+
+
+def with_fault(fault):
+    right, wrong = FAULTS[fault]
+    source = Path(ops.__file__).read_text(encoding="utf-8")
+    assert source.count(right) == 1, fault
+    module = types.ModuleType("funcmha.ops")
+    module.__package__ = "funcmha"
+    exec(compile(source.replace(right, wrong), "ops.py", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_outside(fault):
+    # in float64, so that all of the difference is the fault's: a hundred times what float32 may differ by
+    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="dense", bias="... H T S", rate=0.3)
+    inputs, static, cotangents = arguments(problem)
+    bounds = attention_bounds(*inputs, **static, **cotangents, dtype="float32")
+    inputs, cotangents = tuple(wide(a) for a in inputs), wide(cotangents)
+    want = run_attention(inputs, static, cotangents)
+    got = run_attention(inputs, static, cotangents, ops=with_fault(fault))
+    assert max(map(worst_ratio, got, want, bounds)) > 5
+
+
+def test_the_bounds_are_not_far_off():
+    found = attention_results(AttentionProblem(T=65, S=65, D=64, E=64, bias="... H T S"))
+    ratios = {name: worst_ratio(*r) for name, r in found.items()}
+    assert min(ratios.values()) > 0.05, ratios
+    found = mha_results(MhaProblem(T=17, S=17, D=11, E=13, Cq=17, O=29, bias="... H T S"))
+    ratios = {name: worst_ratio(*r) for name, r in found.items()}
+    assert min(ratios.values()) > 0.01, ratios
+
+
+def test_a_saturated_row_is_exact():
+    # Scores of 1e6 are off by 1 in float32. One key is far above the others, and that is what the weights say.
+    q, k = np.array([[1e3]], np.float32), np.array([[1e3], [0.0], [-1e3]], np.float32)
+    v, do = np.array([[3.0], [5.0], [7.0]], np.float32), np.ones((1, 1), np.float32)
+    bounds = attention_bounds(q, k, v, None, do, dtype="float32")
+    assert bounds.o[0, 0] < 1e-5
+    assert np.all(bounds.weights < 1e-6)
+
+
+def test_what_is_masked_must_be_0():
+    mask = np.array([[True, False, True], [False, False, False]])
+    rng = np.random.default_rng(3)
+    q, k, v, do = (rng.standard_normal(s) for s in [(2, 5), (3, 5), (3, 7), (2, 7)])
+    k[1], v[1] = np.nan, np.inf
+    bounds = attention_bounds(q, k, v, None, do, mask=mask, dtype="float32")
+    assert np.all((bounds.weights > 0) == mask)
+    for zero in (bounds.o[1], bounds.dq[1], bounds.dk[1], bounds.dv[1], bounds.lse[1]):
+        assert np.all(zero == 0)
+    for some in (bounds.o[0], bounds.dq[0], bounds.dk[0], bounds.dv[2], bounds.lse[0]):
+        assert np.all((some > 0) & (some < 1e-4))
+
+
+def test_a_bias_of_minus_infinity_is_a_mask():
+    rng = np.random.default_rng(3)
+    mask = rng.random((5, 7)) < 0.6
+    q, k, v, do = (rng.standard_normal(s) for s in [(5, 3), (7, 3), (7, 2), (5, 2)])
+    with_bias = attention_bounds(q, k, v, np.where(mask, 0.0, -np.inf), do, dtype="float32")
+    with_mask = attention_bounds(q, k, v, np.zeros((5, 7)), do, mask=mask, dtype="float32")
+    for got, want in zip(with_bias, with_mask, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_arguments_may_come_from_any_library_in_any_dtype(dtype):
+    inputs, static, cotangents = arguments(MhaProblem(bias="T S", mask="dense"), dtype)
+    want = mha_bounds(*inputs, **static, **cotangents, dtype="float32")
+    params, *rest = inputs
+    tensors = [tree.map(torch.tensor, params), *(torch.tensor(a) for a in rest)]
+    cotangents = {name: torch.tensor(a) for name, a in cotangents.items()}
+    static["mask"] = torch.tensor(static["mask"])
+    got = mha_bounds(*tensors, **static, **cotangents, dtype=torch.float32)
+    for name, leaf in tree.flatten(got._asdict()).items():
+        assert isinstance(leaf, np.ndarray)
+        assert leaf.dtype == np.float64
+        np.testing.assert_array_equal(leaf, tree.flatten(want._asdict())[name])
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "bound", "ratio"),
+    [
+        ([1.0, 2.5], [1.0, 2.0], [0.1, 0.25], 2.0),
+        ([0.0], [0.0], [0.0], 0.0),
+        ([1e-30], [0.0], [0.0], INF),
+        ([NAN], [1.0], [1.0], INF),
+        ([1.0], [NAN], [1.0], INF),
+        ([NAN], [NAN], [1.0], INF),
+        ([1.0], [2.0], [NAN], INF),
+        ([1.0], [2.0], [INF], INF),
+        ([INF], [1.0], [1.0], INF),
+        ([-INF], [-INF], [0.0], 0.0),
+        ([-1e30], [-INF], [1.0], INF),
+        ([-INF], [INF], [1.0], INF),
+        ([], [], [], 0.0),
+        (3.0, 1.0, 4.0, 0.5),
+    ],
+)
+def test_worst_ratio(got, want, bound, ratio):
+    got, want, bound = (np.array(a) for a in (got, want, bound))
+    assert worst_ratio(got, want, bound) == ratio
+    if ratio <= 2:
+        assert_within(got, want, bound, factor=2)
+    else:
+        with pytest.raises(AssertionError):
+            assert_within(got, want, bound, factor=1e300)
+
+
+def test_shapes_must_be_equal():
+    with pytest.raises(ValueError, match=re.escape("must have one shape, got (2,), (1, 2) and (2,)")):
+        worst_ratio(np.zeros(2), np.zeros((1, 2)), np.zeros(2))
+
+
+def test_the_message_shows_the_worst_entry():
+    got = np.array([[1.0, 2.0], [3.5, 4.0]], np.float32)
+    want = np.array([[1.0, 1.9], [3.0, 4.0]])
+    message = "dq[1, 0] must be 3 within 2 × 0.1, got 3.5, off by 5 × the bound; 1 of 4 entries of float32 fail"
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        assert_within(got, want, np.full((2, 2), 0.1), factor=2, name="dq")
+    with pytest.raises(AssertionError, match=re.escape("2 of 4 entries")):
+        assert_within(got, want, np.full((2, 2), 0.01))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "u"),
+    [
+        ("float16", 2.0**-11),
+        (np.float16, 2.0**-11),
+        (np.dtype(ml_dtypes.bfloat16), 2.0**-8),
+        (ml_dtypes.bfloat16, 2.0**-8),
+        (torch.bfloat16, 2.0**-8),
+        (np.dtype("float32"), 2.0**-24),
+        (torch.float64, 2.0**-53),
+        ("complex128", 2.0**-53),
+    ],
+    ids=range(8),
+)
+def test_unit_roundoff(dtype, u):
+    assert unit_roundoff(dtype) == u
+
+
+@pytest.mark.parametrize("dtype", ["int8", float, np.int64, None])
+def test_unit_roundoff_refuses(dtype):
+    with pytest.raises(TypeError, match="dtype must be one of float16"):
+        unit_roundoff(dtype)
