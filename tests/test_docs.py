@@ -1,0 +1,247 @@
+"""The pages are true: their code runs, their links lead somewhere, what they name is there."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import funcmha
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MATH = (ROOT / "docs/math.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# ── the code of the README ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_readme_example_needs_numpy_alone(tmp_path):
+    """In a process that can import the standard library, NumPy and funcmha, and in which a warning is an error."""
+    assert len([line for line in BLOCKS[0].splitlines() if line]) == 12
+    guard = f"""
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {{*sys.stdlib_module_names, "numpy", "funcmha"}}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Guard())
+sys.path.insert(0, {str(ROOT)!r})
+"""
+    end = "\nassert weights.shape == (8, 4, 32, 32) and not np.triu(weights, 1).any()"
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", guard + BLOCKS[0] + end],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    losses = [float(line.split()[1]) for line in out.stdout.splitlines()]
+    assert len(losses) == 50
+    assert np.all(np.diff(losses) < 0)
+    first, last = re.search(r"# from ([\d.]+) to ([\d.]+)\n", BLOCKS[0]).groups()
+    assert f"{losses[0]:.3f}" == first
+    assert f"{losses[-1]:.3f}" == last
+
+
+def test_all_code_of_the_readme_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    np.testing.assert_array_equal(np.load("mean.npz")["q_proj.w"], names["params"]["q_proj"]["w"])
+    names["module"].train()
+    x = names["torch"].tensor(names["x"])
+    y, _ = names["module"](x, x, x, attn_mask=names["causal"])
+    np.testing.assert_allclose(names["y"], y.detach(), rtol=1e-5, atol=1e-5)
+    y.backward(names["torch"].tensor(names["y"]))
+    for name, parameter in names["module"].named_parameters():
+        np.testing.assert_allclose(names["grads"][name], parameter.grad, rtol=1e-4, atol=1e-4)
+    assert {"o", "dq", "dk", "dv"} <= set(dir(names["bound"]))
+
+
+# ── what the pages name ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Each check returns what is wrong with a text, so that the last test can show it a text with a fault.
+
+
+@cache
+def functions_in(path):
+    """The names of the functions of one file."""
+    with suppress(FileNotFoundError):
+        return {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+    return set()
+
+
+def promises_without_test(text):
+    """Rows of the table of promises whose last cell names no test, or one that is not there."""
+    table = re.search(r"\| promise \| test \|\n\|---\|---\|\n((?:\|.*\|\n)*)", text)[1]
+    for row in table.splitlines():
+        nodes = re.findall(r"`(tests/\w+\.py)::(\w+)`", row.split("|")[-2])
+        if not nodes:
+            yield row
+        yield from (name for path, name in nodes if name not in functions_in(path))
+
+
+def unknown_tests(text):
+    """Names of tests that no test has."""
+    known = set().union(*(functions_in(f"tests/{path.name}") for path in ROOT.glob("tests/test_*.py")))
+    return set(re.findall(r"`(?:tests/\w+\.py::)?(test_\w+)`", text)) - known
+
+
+def broken_links(text, folder):
+    """Relative links to files, and to headings of files, that are not there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        if not (folder / path).exists() or (heading and heading not in headings((folder / path).read_text())):
+            yield target
+
+
+def headings(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def unknown_names(text):
+    """Dotted names like `funcmha.tree.map` that lead nowhere."""
+    for dotted in re.findall(r"`(funcmha(?:\.\w+)+)", text):
+        if dotted.endswith((".py", ".md")):
+            continue
+        module, *rest = dotted.split(".")
+        node = importlib.import_module(module)
+        for part in rest:
+            module = f"{module}.{part}"
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(module)
+            node = getattr(node, part, None)
+        if node is None:
+            yield dotted
+
+
+def unknown_verbs(text):
+    """`make something` that the Makefile does not know."""
+    known = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+    return set(re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE)) - {(v, "") for v in known} - {
+        ("", v) for v in known
+    }  # fmt: skip
+
+
+def unknown_extras(text):
+    """Extras in the README's paragraph on installing that the project does not have."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return set(re.findall(r"`(\w+)`", re.search(r"Extras: (.*?)\. ", text, re.DOTALL)[1])) - known.keys() - {"verify"}
+
+
+def wrong_places(text):
+    """The `Where:` lines of docs/math.md that name no function of that file."""
+    for line in re.findall(r"^Where: (.*)$", text, re.MULTILINE):
+        for path, names in re.findall(r"\[`([\w/.]+)`\]\([\w/.]+\): ((?:`\w+`(?:, )?)+)", line):
+            module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+            yield from (f"{path}: {n}" for n in re.findall(r"`(\w+)`", names) if not hasattr(module, n))
+
+
+def sections_without_place(text):
+    """The headings of docs/math.md, from the first op to the laws, under which there are formulas and no `Where:`."""
+    ops = text[text.index("## linear") : text.index("## What follows")]
+    for section in re.split(r"^##+ ", ops, flags=re.MULTILINE):
+        if "```math" in section and "Where: " not in section:
+            yield section.splitlines()[0]
+
+
+def undocumented(names, text):
+    """Public names without a docstring of their own, or that no code on a page tells of."""
+    code = " ".join(re.findall(r"```python\n.*?```|(?<!`)`[^`\n]+`", text, re.DOTALL))
+    for name in names:
+        node = getattr(funcmha, name)
+        own = node.__doc__ and node.__doc__ != type(node).__doc__
+        if not own or not re.search(rf"\b{name}\b", code):
+            yield name
+
+
+def test_every_promise_has_its_test():
+    assert not list(promises_without_test(README))
+
+
+def test_every_public_name_is_told_of():
+    assert not list(undocumented(funcmha.__all__, README + MATH))
+
+
+def test_every_formula_has_its_place_in_the_code():
+    assert MATH.count("\nWhere: ") >= 10
+    assert not list(wrong_places(MATH))
+    assert not list(sections_without_place(MATH))
+
+
+def test_every_extra_of_the_readme_exists():
+    assert not unknown_extras(README)
+
+
+@every_page
+def test_links_and_names_of_a_page_lead_somewhere(page):
+    text = page.read_text()
+    assert not list(broken_links(text, page.parent))
+    assert not list(unknown_names(text))
+    assert not unknown_verbs(text)
+    assert not unknown_tests(text)
+
+
+# ── the form of the pages ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_decisions_are_numbered_in_a_row_and_have_one_form():
+    assert [page.name[:5] for page in DECISIONS] == [f"{i:04}-" for i in range(1, len(DECISIONS) + 1)]
+    for page in DECISIONS:
+        text = page.read_text()
+        assert re.match(rf"# {page.name[:4]} \S", text), page.name
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences"], page.name
+
+
+@every_page
+def test_fences_and_formulas_of_a_page_are_closed(page):
+    text = page.read_text()
+    assert text.endswith("\n")
+    assert text.count("\n```") % 2 == 0
+    assert not re.search(r"[ \t]$", text, re.MULTILINE)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert all(part.count("$") % 2 == 0 for part in prose.split("\n\n"))
+
+
+# ── the checks find faults ───────────────────────────────────────────────────────────────────────────────────────
+
+PLANTED = {
+    "a promise without a test": lambda: promises_without_test(README.replace("|---|---|\n", "|---|---|\n| x | - |\n")),
+    "a promise to a test that is gone": lambda: promises_without_test(README.replace("::test_mha_is", "::test_no")),
+    "a test file that is gone": lambda: promises_without_test(README.replace("tests/test_mha.py", "tests/test_x.py")),
+    "a test that is gone": lambda: unknown_tests("`test_that_was_renamed`"),
+    "a link to no file": lambda: broken_links("[x](docs/nothing.md)", ROOT),
+    "a link to no heading": lambda: broken_links("[x](docs/math.md#nothing)", ROOT),
+    "a name that is gone": lambda: unknown_names("`funcmha.tree.fold(x)`"),
+    "a module that is gone": lambda: unknown_names("`funcmha.nothing`"),
+    "a verb that make does not know": lambda: unknown_verbs("run `make coffee`"),
+    "an extra that is not there": lambda: unknown_extras("Extras: `torch`, `cuda11`. "),
+    "a place without the function": lambda: wrong_places(MATH.replace("`linear_vjp`", "`linear_backward`")),
+    "a section without a place": lambda: sections_without_place(re.sub(r"\nWhere: .*`_dropout`", "", MATH)
+                                                               .replace("diagonal", "```math\n```")),
+    "a public name no page tells of": lambda: undocumented(["sizes"], README.replace("`sizes(params)`", "The sizes")),
+    "a public name without docstring": lambda: undocumented(["__version__"], "`__version__`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", PLANTED.values(), ids=PLANTED)
+def test_a_planted_fault_is_found(check):
+    assert list(check())
