@@ -10,7 +10,7 @@ from . import _check, tree
 from ._xp import Array, namespace, narrow, widen
 from .heads import CombineCache, HeadsCache, attend, attend_vjp, combine, combine_vjp, head_of
 from .masks import Mask, dense
-from .ops import attention_weights, check_keep, check_mask, log_sum_exp
+from .ops import attention_weights, blank, check_keep, check_mask, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check
 
 # ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -49,8 +49,8 @@ def head(
     o, heads = attend(
         stack,
         widen(query),
-        widen(key),
-        widen(value),
+        _blank(widen(key), _as_head(mask)),
+        _blank(widen(value), _as_head(mask)),
         _as_head(widen(bias)),
         mask=_as_head(mask),
         scale=scale,
@@ -130,8 +130,8 @@ def mha(
     o, heads = attend(
         params,
         widen(query),
-        widen(key),
-        widen(value),
+        _blank(widen(key), mask),
+        _blank(widen(value), mask),
         widen(bias),
         mask=mask,
         scale=scale,
@@ -251,6 +251,11 @@ def _check_inputs(
     axes.size["S'"] = axes["S"] + ("bias_kv.k" in leaves) + zero_attn
     check_keep(axes, keep, rate, lead + "T S'")
     return mask, None if scale is None else _check.number("scale", scale)
+
+
+def _blank(x: Array, mask: Array) -> Array:
+    """x (..., S, C) with 0 at the keys that no query of any head may see: a NaN there would reach Σ dk xᵀ as 0 · NaN"""
+    return blank(x[..., None, :, :], mask)[..., 0, :, :]
 
 
 def _narrow(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:

@@ -163,7 +163,9 @@ def attention(
 
     mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
             gets o = 0, weights 0, lse = −∞ and gradients 0. A key that no query may see has no effect, even if NaN.
-    bias    added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend"
+            Read as (..., H, T, S) from the right: a mask per sample is (B, 1, T, S), for (B, T, S) would be per head
+    bias    added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend", but only a mask
+            keeps out a NaN of the key
     scale   D ** -0.5 unless given; 0 is zero
     keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S)
 
@@ -175,7 +177,7 @@ def attention(
     mask, scale, rate = _check_attention(q, k, v, bias, mask, scale, keep, rate)
 
     dtype = q.dtype
-    q, k, v, bias = widen(q), _blank(widen(k), mask), _blank(widen(v), mask), widen(bias)
+    q, k, v, bias = widen(q), blank(widen(k), mask), blank(widen(v), mask), widen(bias)
     xp = namespace(q)
     z = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
     z = z if bias is None else z + bias
@@ -280,7 +282,7 @@ def _dropout(p: Array, keep: Array, rate: float) -> Array:
     return p if keep is None else namespace(p).where(keep, p, 0.0) / (1 - rate)
 
 
-def _blank(x: Array, mask: Array) -> Array:
+def blank(x: Array, mask: Array) -> Array:
     """x (..., K, S, ·) with 0 at each key that no query of its heads may see, so that 0 · NaN cannot arise there."""
     if mask is None:
         return x

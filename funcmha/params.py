@@ -169,7 +169,7 @@ def _draw(leaf: str, size: Sizes, seed: int) -> np.ndarray:
     n = prod(shape)
     bits = np.random.PCG64(np.random.SeedSequence([seed, *leaf.encode()]))
     if leaf.startswith("bias_kv"):
-        return np.reshape(n**-0.5 * _normal(bits, n), shape)
+        return np.reshape(sqrt(1 / n) * _normal(bits, n), shape)
     return np.reshape(_bound(leaf, size) * (2 * _uniform(bits, n) - 1), shape)
 
 

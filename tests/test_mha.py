@@ -167,6 +167,22 @@ def test_half_types_are_rounded_once(dtype):
         )
 
 
+@pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
+@pytest.mark.parametrize("heads", ["all", "one"])
+def test_a_key_that_nobody_sees_has_no_effect(garbage, heads):
+    """Not on the gradients of the projections either: 0 · NaN in Σ dk xᵀ would be NaN."""
+    params, query, key, value, _ = MhaProblem(bias_kv=True).inputs("float64")
+    f, f_vjp = (mha, mha_vjp) if heads == "all" else (head, head_vjp)
+    params = params if heads == "all" else head_params(params, 0)
+
+    def run(x):
+        padded = [np.concatenate([a[:, :4], np.full_like(a[:, 4:], x)], axis=1) for a in (key, value)]
+        y, cache = f(params, query, *padded, mask=masks.lengths(4))
+        return {"y": y} | dict(zip("pqkv", f_vjp(cache, y), strict=False))
+
+    tree.map(lambda a, b: np.testing.assert_array_equal(a, b), run(garbage), run(0.5))
+
+
 def test_weights_and_lse_are_read_from_the_cache_without_a_trace():
     params, *arrays = MhaProblem().inputs("float64")
     y, cache = mha(params, *arrays)
