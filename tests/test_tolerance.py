@@ -281,7 +281,7 @@ def test_the_bounds_are_not_far_off():
     assert min(ratios.values()) > 0.05, ratios
     found = mha_results(MhaProblem(T=17, S=17, D=11, E=13, Cq=17, O=29, bias="... H T S"))
     ratios = {name: worst_ratio(*r) for name, r in found.items()}
-    assert min(ratios.values()) > 0.01, ratios
+    assert min(ratios.values()) > 0.005, ratios
 
 
 def test_a_saturated_row_is_exact():
