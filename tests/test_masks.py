@@ -338,6 +338,22 @@ def test_every_kind_gives_every_answer(kind):
     assert {mask.block(rows, cols) for rows, cols in cuts} == {"empty", "full", "mixed"}
 
 
+@pytest.mark.parametrize("kind", EVERY_ANSWER)
+def test_every_tile_columns_and_sample_of_a_small_mask(kind):
+    """All of them, where the properties above draw some: a tile that begins in the middle is not drawn often."""
+    mask, T, S = EVERY_ANSWER[kind], 5, 7
+    allowed = np.broadcast_to(mask.dense(T, S), (2, 2, T, S))
+    for rows in [(r0, r1) for r1 in range(T + 1) for r0 in range(r1)]:
+        start, stop = mask.columns(rows, S)
+        outside = np.r_[:start, stop:S]
+        assert not allowed[..., slice(*rows), outside].any()
+        for cols in [(c0, c1) for c1 in range(S + 1) for c0 in range(c1)]:
+            expected = allowed[..., slice(*rows), slice(*cols)]
+            np.testing.assert_array_equal(np.broadcast_to(mask.tile(rows, cols), expected.shape), expected)
+    for b in range(2):
+        np.testing.assert_array_equal(np.broadcast_to(mask.at((b,)).dense(T, S), (2, T, S)), allowed[b])
+
+
 @pytest.mark.parametrize("mask", EVERY_ANSWER.values(), ids=lambda mask: type(mask).__name__)
 @pytest.mark.parametrize(("rows", "cols"), [((3, 3), (0, 7)), ((0, 5), (2, 2)), ((0, 0), (0, 0))])
 def test_a_block_without_rows_or_columns_is_empty(mask, rows, cols):
