@@ -54,6 +54,7 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
 
 @given(attention_problems(**MODERATE))
 @example(AttentionProblem(mask="empty rows", rate=0.3, bias="... H T S"))
+@example(AttentionProblem(T=7, S=7))  # where a transpose can be forgotten unseen
 @example(AttentionProblem(S=0))
 def test_attention_is_torch(problem):
     arrays, static = problem.inputs("float64"), problem.static()
@@ -148,6 +149,11 @@ def test_softmax_ignores_what_is_not_allowed():
 def test_softmax_neither_overflows_nor_underflows(shift):
     p, _ = softmax(np.full((3, 5), shift))
     assert np.array_equal(p, np.full((3, 5), 0.2))
+
+
+def test_softmax_of_a_number_far_above_the_others_is_one():
+    p, _ = softmax(np.array([[0.0, 1e5, -1e5], [1e300, 0.0, -1e300], [-1e5, -1e5, -2e5]]))
+    assert np.array_equal(p, [[0, 1, 0], [1, 0, 0], [0.5, 0.5, 0]])
 
 
 # ── attention at its edges ───────────────────────────────────────────────────────────────────────────────────────
