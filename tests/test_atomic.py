@@ -125,12 +125,42 @@ def test_a_full_disk_leaves_the_old_file(path):
         assert os.listdir(path.parent) == [path.name]
 
 
+def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_directory_after(path, monkeypatch):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd)))
+    monkeypatch.setattr(os, "replace", lambda *args: [replace(*args), events.append("replace")])
+    with _atomic.replacing(path) as file:
+        file.write(b"whole")
+    file, what, directory = events
+    assert (file.st_ino, file.st_size) == (path.stat().st_ino, path.stat().st_size)
+    assert what == "replace"
+    assert directory.st_ino == path.parent.stat().st_ino
+
+
+@pytest.mark.usefixtures("temporary")
+def test_the_file_is_beside_the_one_it_replaces(path):
+    """Elsewhere could be another disk, from which nothing can be renamed at once."""
+    with mock.patch.object(os, "replace", wraps=os.replace) as replace:
+        npz.save(path, params(seed=1))
+    assert os.path.dirname(replace.call_args.args[0]) == str(path.parent)
+
+
 def test_a_file_has_no_name_until_it_is_complete(path):
     if not nameless(path.parent):
         pytest.skip("no O_TMPFILE on this file system")
     with _atomic.replacing(path) as file:
         file.write(b"half")
         assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.usefixtures("temporary")
+def test_of_two_writers_at_once_the_one_that_ends_last_stays(path):
+    with _atomic.replacing(path) as last:
+        last.write(b"last")
+        with _atomic.replacing(path) as first:
+            first.write(b"first")
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"last"
 
 
 def test_readers_see_whole_files_while_two_write(path):

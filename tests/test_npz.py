@@ -172,6 +172,13 @@ def test_loading_costs_the_arrays_and_little_more(path):
     assert peak(npz.load, path) <= path.stat().st_size + MiB
 
 
+def test_unpacking_costs_the_arrays_and_little_more(path):
+    w = normal((257, 1033))
+    np.savez_compressed(path, w=np.concatenate([w, np.zeros_like(w), w, np.zeros((3 * 257, 1033), "float32")]))
+    assert (npz.load(path)["w"][2 * 257 : 3 * 257] == w).all()
+    assert peak(npz.load, path) <= 6 * w.nbytes + MiB
+
+
 def test_entries_cost_no_memory(path):
     npz.save(path, {"w": normal((1031, 1033))})
     assert peak(npz.entries, path) <= MiB / 4

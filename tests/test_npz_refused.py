@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcmha import npz, tree
+from funcmha import _zip, npz, tree
 
 MiB = 2**20
 
@@ -53,7 +53,7 @@ FIELDS = {  # of each record: offset and struct code
     "central": (
         b"PK\1\2",
         {"flags": "8H", "method": "10H", "crc": "16L", "stored": "20L", "size": "24L"}
-        | {"comment": "32H", "disk": "34H", "offset": "42L", "name": "46B"},
+        | {"length": "28H", "comment": "32H", "disk": "34H", "offset": "42L", "name": "46B"},
     ),
     "end": (b"PK\5\6", {"disk": "4H", "here": "8H", "count": "10H", "size": "12L", "start": "16L", "comment": "20H"}),
     "end64": (b"PK\6\6", {"length": "4Q", "count": "32Q", "start": "48Q"}),
@@ -77,9 +77,10 @@ def deflated(data):
     return packer.compress(data) + packer.flush()
 
 
-def savez(write=np.savez, **arrays):
+def from_numpy(save, *args, **arrays):
+    """The file that np.save, np.savez or np.savez_compressed writes."""
     buffer = io.BytesIO()
-    write(buffer, **arrays)
+    save(buffer, *args, **arrays)
     return buffer.getvalue()
 
 
@@ -135,6 +136,7 @@ STRUCTURE = {
     "directory too long": (patched(ONE, end={"size": 2**32 - 1}), "directory must end"),
     "directory of junk": (bytes(46) + patched(zipped(), end={"size": 46}), "one record after another"),
     "directory cut": (patched(ONE[:AT] + ONE[AT : AT + 30] + ONE[-22:], end={"size": 30}), "one record after another"),
+    "name past the directory": (patched(ONE, central={"length": 6}), "must end within the directory"),
     "no local header": (ONE.replace(b"PK\3\4", b"PK\3\5"), "local header must be at byte 0"),
     "zip64 end record elsewhere": (patched(WIDE, locator={"at": 0}), "zip64 end record must be at"),
     "zip64 end record longer": (patched(WIDE, end64={"length": 45}), "zip64 end record must be at"),
@@ -152,6 +154,7 @@ STRUCTURE = {
     "overlap": (patched(TWO, central={"offset": 0}), "where the one before it ends, got 0"),
     "past the directory": (patched(ONE, both={"stored": 999, "size": 999}), "must end before the directory"),
     "extra field": (zipped(("w.npy", npy()), extra=b"UT\0\0"), "no extra field but zip64's, with 0 numbers"),
+    "zip64 field and another": (zipped(("w.npy", npy()), wide=True, extra=b"UT\0\0"), "no extra field but zip64's"),
     "zip64 field of too few": (WIDE.replace(struct.pack("<2H", 1, 16), struct.pack("<2H", 1, 8)), "no extra field"),
     "deflate breaks off": (stream(deflated(npy())[:-1]), "breaks off"),
     "deflate goes on": (stream(deflated(npy()) + b"junk"), "nothing after it"),
@@ -160,7 +163,7 @@ STRUCTURE = {
     "deflate of more": (stream(deflated(npy() + b"\0")), f"must unpack to {len(npy())} bytes, got more"),
     "deflate of less": (stream(deflated(npy()[:-1])), f"must unpack to {len(npy())} bytes, got {len(npy()) - 1}"),
     "checksum, deflated": (patched(PACKED, both={"crc": 9}), "must have CRC 00000009"),
-    "bomb": (savez(np.savez_compressed, w=np.zeros(MiB)), "must unpack to at most 1000 times its own"),
+    "bomb": (from_numpy(np.savez_compressed, w=np.zeros(MiB)), "must unpack to at most 1000 times its own"),
     "4 GiB of zeros": (patched(PACKED, both={"size": 2**32 - 2}), "must unpack to at most 1000 times its own"),
 }
 NAMES = {
@@ -191,7 +194,9 @@ NPY = {
     "not a dict": (headed("('<f4', False, (3, 5))"), "must have a header like"),
     "not closed": (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5)"), "must have a header like"),
     "two dicts": (headed("{'descr': '<f4', 'fortran_order': False}, {'shape': (3, 5)}"), "must have a header like"),
-    "missing key": (headed("{'descr': '<f4', 'shape': (3, 5)}"), "must have a header like"),
+    "no descr": (headed("{'fortran_order': False, 'shape': (3, 5)}"), "must have a header like"),
+    "no fortran_order": (headed("{'descr': '<f4', 'shape': (3, 5)}"), "must have a header like"),
+    "no shape": (headed("{'descr': '<f4', 'fortran_order': False}"), "must have a header like"),
     "extra key": (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), 'a': True}"), "a header like"),
     "key twice": (headed("{'descr': '<f4', 'shape': (3, 5), 'shape': (3, 5)}"), "must have a header like"),
     "order 0": (zipped(("w.npy", npy(order="0"))), "must have a header like"),
@@ -220,8 +225,8 @@ DTYPES = {
 } | {
     "structured": (typed("[('a', '<f4')]"), "must have a header like"),
     "sub-array": (typed("('<f4', (2,))"), "must have a header like"),
-    "object": (savez(w=np.array([{}])), "must have dtype"),
-    "bfloat16": (savez(w=np.ones(3, ml_dtypes.bfloat16)), "bfloat16, perhaps, .* save it as float32"),
+    "object": (from_numpy(np.savez, w=np.array([{}])), "must have dtype"),
+    "bfloat16": (from_numpy(np.savez, w=np.ones(3, ml_dtypes.bfloat16)), "bfloat16, perhaps, .* save it as float32"),
 }
 SHAPES = {
     shape: (shaped(shape), "must have a header like")
@@ -251,6 +256,18 @@ REFUSED = STRUCTURE | NAMES | TOGETHER | NPY | DTYPES | SHAPES
 STALE = zipped(("w.npy", npy(data=bytes(59) + b"\1"))).replace(
     bytes(59) + b"\1", bytes(60)
 )  # the stored checksum is not right
+
+
+NUMBERS = {
+    "q_proj": {"w": np.arange(15.0).reshape(3, 5)},
+    "scale": np.float16(0.5),
+    "none": np.zeros((0, 7), "float32"),
+}
+GOOD = [
+    from_numpy(np.savez, **tree.flatten(NUMBERS)),
+    from_numpy(np.savez_compressed, **tree.flatten(NUMBERS)),
+    zipped(*((f"{key}.npy", from_numpy(np.save, x)) for key, x in tree.flatten(NUMBERS).items()), wide=True),
+]
 
 
 @pytest.fixture
@@ -285,6 +302,18 @@ def test_a_bad_file_is_refused(path, read, data, reason):
     assert str(refusal.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize("chunk", [1, 7, len(deflated(npy()))])
+def test_it_matters_to_no_file_where_its_pieces_end(path, chunk):
+    zeros = npy(shape="(29,)", data=bytes(4 * 29))  # 114 of which come after the last byte of the stream is taken in
+    with mock.patch.object(_zip, "CHUNK", chunk):
+        assert not npz.load(written(path, zipped(("w.npy", zeros), method=zipfile.ZIP_DEFLATED)))["w"].any()
+        for good in GOOD:
+            assert bits(npz.load(written(path, good))) == bits(NUMBERS)
+        for bad, reason in STRUCTURE.values():
+            with pytest.raises(npz.ParameterFileError, match=reason):
+                npz.load(written(path, bad))
+
+
 def test_a_wrong_checksum_is_refused_when_the_numbers_are_read(path):
     assert npz.entries(written(path, STALE)).keys() == {"w"}
     with pytest.raises(npz.ParameterFileError, match=r"w.npy must have CRC [0-9a-f]{8}, got"):
@@ -292,7 +321,9 @@ def test_a_wrong_checksum_is_refused_when_the_numbers_are_read(path):
 
 
 def test_the_good_files_of_which_the_bad_are_made_are_good(path):
-    for data in ONE, TWO, WIDE, PACKED, stream(deflated(npy())), headed(npy()[10:-60].decode()):
+    elsewhere = patched(WIDE, end={"start": 2**32 - 1, "size": 2**32 - 1, "count": 2**16 - 1, "here": 2**16 - 1})
+    flagged = patched(ONE, both={"flags": 0x0806})
+    for data in ONE, TWO, WIDE, elsewhere, flagged, PACKED, stream(deflated(npy())), headed(npy()[10:-60].decode()):
         assert (npz.load(written(path, data))["w"] == np.zeros((3, 5))).all()
 
 
@@ -349,17 +380,18 @@ def test_max_bytes_counts_unpacked_bytes(path, read):
         read(path, max_bytes=n - 1)
 
 
-NUMBERS = {"q_proj.w": np.arange(15.0).reshape(3, 5), "scale": np.float16(0.5), "none": np.zeros((0, 7), "float32")}
-GOOD = [savez(np.savez, **NUMBERS), savez(np.savez_compressed, **NUMBERS), zipped(("w.npy", npy()), wide=True)]
-
-
 @given(st.sampled_from(GOOD), st.integers(0, 2**16), st.integers(0, 9), st.binary(max_size=9))
 def test_damage_is_refused_or_without_effect(scratch, good, at, length, insert):
     at %= len(good)
-    want = bits(npz.load(written(scratch, good)))
     written(scratch, good[:at] + insert + good[at + length :])
     with suppress(npz.ParameterFileError):
-        assert bits(npz.load(scratch)) == want
+        assert bits(npz.load(scratch)) == bits(NUMBERS)
+
+
+def test_one_axis_in_fortran_order_is_read_into_memory_of_its_own(path):
+    w = npz.load(written(path, zipped(("w.npy", npy(shape="(15,)", order="True")))))["w"]
+    assert w.shape == (15,)
+    assert w.flags.owndata
 
 
 def test_like_is_compared_before_numbers_are_read(path):
