@@ -263,6 +263,13 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
         ((Q, K[..., :3], V), {}, ValueError, r"k must be \(..., K, S, D\) with ...=\(2,\) as in q, D=4 as in q, got"),
         ((Q, K, V[:, :, :6]), {}, ValueError, r"v must be .* S=7 as in k, got \(2, 3, 6, 9\)"),
         ((Q, K[:1], V[:1]), {}, ValueError, r"k must be .* ...=\(2,\) as in q.*, got \(1, 3, 7, 4\)"),
+        (
+            (Q, K, V[:1]),
+            {},
+            ValueError,
+            r"v must be .* ...=\(2,\) as in q, K=3 as in k, S=7 as in k, got \(1, 3, 7, 9\)",
+        ),
+        ((Q, K, V, np.ones((1, 2, 6, 5, 7))), {}, ValueError, r"bias must broadcast to .*, got \(1, 2, 6, 5, 7\)"),
         ((Q, K[:, :, None], V), {}, ValueError, "k must be"),
         ((Q[:, :5], K, V), {}, ValueError, "q has H=5 heads, which must be a multiple of K=3 as in k"),
         ((Q, K[:, :0], V[:, :0]), {}, ValueError, "q has H=6 heads, which must be a multiple of K=0"),

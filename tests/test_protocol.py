@@ -174,7 +174,13 @@ def test_half_types_are_float32_rounded_once(pair, dtype):
 
 @all_pairs
 @pytest.mark.parametrize(
-    ("dtype", "computed"), [(np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64)]
+    ("dtype", "computed"),
+    [
+        (np.float16, np.float32),
+        (ml_dtypes.bfloat16, np.float32),
+        (np.float32, np.float32),
+        (np.float64, np.float64),
+    ],
 )
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""

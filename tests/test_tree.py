@@ -35,6 +35,7 @@ def test_an_optimiser_step_is_one_map():
     ("other", "message"),
     [
         ({"a": {"w": 1}}, r"trees differ at the root: keys \['a', 'b'\] and keys \['a'\]"),
+        ({"a": {"w": 1}, "b": 2, "c": 3}, r"trees differ at the root: keys \['a', 'b'\] and keys \['a', 'b', 'c'\]"),
         ({"a": {"v": 1}, "b": 2}, r"trees differ at a: keys \['w'\] and keys \['v'\]"),
         ({"a": 1, "b": 2}, r"trees differ at a: keys \['w'\] and a leaf"),
         ({"a": {"w": {"x": 1}}, "b": 2}, r"trees differ at a.w: a leaf and keys \['x'\]"),
