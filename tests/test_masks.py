@@ -338,6 +338,11 @@ def test_every_kind_gives_every_answer(kind):
     assert {mask.block(rows, cols) for rows, cols in cuts} == {"empty", "full", "mixed"}
 
 
+def test_the_columns_of_an_intersection_are_common_to_its_parts():
+    assert window(2, 1, 1).columns((2, 5), 7) == (1, 7)
+    assert (window(2, 1, 1) & lengths(4)).columns((2, 5), 7) == (1, 4)
+
+
 @pytest.mark.parametrize("kind", EVERY_ANSWER)
 def test_every_tile_columns_and_sample_of_a_small_mask(kind):
     """All of them, where the properties above draw some: a tile that begins in the middle is not drawn often."""
