@@ -1,0 +1,56 @@
+"""What a run ran on: the lines above every table, and the memory that is free."""
+
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+import funcmha
+
+LIBRARIES = ("numpy", "torch", "jax", "jaxlib")
+
+
+def describe(threads: int) -> dict[str, str]:
+    found = {"machine": f"{_processor()}, {cores()} cores, {_memory('MemTotal') / 2**30:.0f} GiB, {platform.system()}"}
+    found["threads"] = str(threads)
+    if hasattr(os, "getloadavg"):
+        found["load before"] = f"{os.getloadavg()[0]:.1f}"
+    found["python"] = platform.python_version()
+    found["funcmha"] = funcmha.__version__
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    found["numpy"] += f" with {blas['name']} {blas['version']}"
+    return found
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_available() -> float:
+    """Bytes; where the system does not say, 4 GiB."""
+    return _memory("MemAvailable") or 4 * 2**30
+
+
+def _memory(field: str) -> float:
+    return _field("/proc/meminfo", field, 0.0, lambda text: float(text.split()[0]) * 1024)
+
+
+def _processor() -> str:
+    return _field("/proc/cpuinfo", "model name", platform.processor() or platform.machine(), str)
+
+
+def _field(path: str, name: str, default, read):
+    """`name: value` in a file of Linux's, or the default."""
+    with suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return read(value.strip())
+    return default

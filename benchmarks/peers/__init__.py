@@ -1,0 +1,63 @@
+"""Who takes part. A peer is `prepare(case, problem, variant)` of its library's file: it gives a `Call`, or raises
+`SkipError`. No library is imported here: each has a process of its own, where `load` imports it.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.cases import Case, Problem, scores_bytes
+from benchmarks.machine import memory_available
+
+PEERS = {  # name: file, variant
+    "PyTorch": ("torch", "eager"),
+    "PyTorch weights": ("torch", "weights"),
+    "PyTorch compiled": ("torch", "compiled"),
+    "JAX": ("jax", ""),
+    "funcmha": ("funcmha", "default"),
+    "funcmha reference": ("funcmha", "reference"),
+    "Compyute sequential": ("compyute", "sequential"),
+    "Compyute semi": ("compyute", "semi"),
+    "Compyute parallel": ("compyute", "parallel"),
+}
+EAGER = "PyTorch"  # what the others are divided by
+PRODUCT = ("product", "")  # no peer: the machine's own speed
+
+
+class Call(NamedTuple):
+    """What is timed, for one case. Inputs and parameters are in the library's own form before the clock starts.
+
+    `both` gives the output and the gradients of every input and parameter; `named` has them as NumPy arrays, by name,
+    in the shapes of `funcmha.params.SPEC`. `warm` is what the first call of these shapes would do besides: compile.
+    """
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any] | None  # None: the case has no backward
+    named: Callable[[], dict[str, np.ndarray]]
+    warm: Callable[[], Any] = lambda: None
+
+    def of(self, direction: str) -> Callable[[], Any]:
+        return self.forward if direction == "forward" else self.both
+
+
+class SkipError(Exception):
+    """This peer cannot do this case; the message is shown in its row."""
+
+
+def load(name: str) -> Callable[[Case, Problem], Call]:
+    """`prepare` of a peer, with its variant; imports its library."""
+    file, variant = PRODUCT if name == "product" else PEERS[name]
+    try:
+        module = importlib.import_module(f"{__name__}.{file}")
+    except ModuleNotFoundError as error:
+        raise SkipError(f"{error.name} is not installed") from None
+    return lambda case, problem: module.prepare(case, problem, variant)
+
+
+def check_memory(case: Case, copies: float) -> None:
+    """Raise SkipError if `copies` arrays of all scores would need more than half of the memory that is free."""
+    need, limit = copies * scores_bytes(case), memory_available() / 2
+    if need > limit:
+        raise SkipError(f"about {need / 1e9:.0f} GB of scores; {limit / 1e9:.0f} GB allowed, half of what is free")

@@ -1,0 +1,110 @@
+"""How fast? Every peer in its own process, all alive at once, and run in turn: A B C A B C …
+
+So what else the machine does meets all of them alike. One run is as many calls as fill a tenth of a second, at least
+one; the table shows the median and the quartiles of the runs. A pause before each run lets the threads of the one
+before fall asleep: OpenBLAS's and OpenMP's spin for a while.
+
+The machine's matrix product takes its turn with the others. The share of its speed that a peer reaches is that of the
+products of a tiled attention (`cases.products`), the same count for every peer: one that holds all weights does fewer
+in its backward, and one that cannot skip what the mask hides does more.
+"""
+
+import time
+from collections.abc import Iterator
+from statistics import median, quantiles
+from typing import Any
+
+from . import table
+from .cases import Case, products
+from .peers import EAGER
+from .peers.product import OPERATIONS
+from .processes import Process, RefusedError, start
+
+PAUSE = 0.1  # seconds
+COLUMNS = ("peer", "median", "quartiles", "of matrix product", "to PyTorch")
+
+
+def run(cases: list[Case], peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
+    """A record for each case, pass and peer; a table for each case and pass."""
+    with start(["product", *peers], threads) as processes:
+        for case in cases:
+            refused = _prepare(case, processes)
+            for direction in case.passes:
+                runs, more = alternate([p for p in processes if p.peer not in refused], direction, repeats)
+                records = list(_records(case, direction, runs, refused | more))
+                _show(case, direction, records, repeats)
+                yield from records
+
+
+def _prepare(case: Case, processes: list[Process]) -> dict[str, str]:
+    """Tell all what is next; the reasons of those who will not."""
+    refused = {}
+    for process in processes:
+        try:
+            process.prepare(case)
+        except RefusedError as reason:
+            refused[process.peer] = str(reason)
+    return refused
+
+
+def alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every run, by peer; and the reasons of those who failed."""
+    calls, runs, refused = {}, {}, {}
+    for turn in range(repeats + 1):
+        for process in processes:
+            peer = process.peer
+            if peer in refused:
+                continue
+            time.sleep(PAUSE)
+            what = "forward" if peer == "product" else direction
+            try:
+                answer = process("time", direction=what, calls=calls.get(peer, 0))
+            except RefusedError as reason:
+                refused[peer] = str(reason)
+                continue
+            if turn == 0:
+                calls[peer] = answer
+            else:
+                runs.setdefault(peer, []).append(answer)
+    return {peer: r for peer, r in runs.items() if peer not in refused}, refused
+
+
+def _records(
+    case: Case, direction: str, runs: dict[str, list[float]], refused: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    speed = OPERATIONS / median(runs["product"])
+    for peer in [*runs, *refused]:
+        record = {"question": "time", "case": case.name, "sizes": case._asdict(), "pass": direction, "peer": peer}
+        if peer in refused:
+            yield record | {"refused": refused[peer]}
+            continue
+        middle = median(runs[peer])
+        record |= {"seconds": runs[peer], "median": middle}
+        if peer == "product":
+            yield record | {"flops_per_second": speed}
+            continue
+        yield record | {"of_product": products(case, direction) / middle / speed}
+
+
+def _show(case: Case, direction: str, records: list[dict[str, Any]], repeats: int) -> None:
+    medians = {r["peer"]: r["median"] for r in records if "median" in r}
+    rows = []
+    for r in records:
+        if "refused" in r:
+            rows.append((r["peer"], r["refused"]))
+        elif r["peer"] != "product":
+            low, high = quartiles(r["seconds"])
+            spread = f"{table.seconds(low)} … {table.seconds(high)}"
+            share = f"{100 * r['of_product']:.0f} %"
+            to_torch = table.ratio(r["median"], medians.get(EAGER))
+            rows.append((r["peer"], table.seconds(r["median"]), spread, share, to_torch))
+    speed = next(r["flops_per_second"] for r in records if r["peer"] == "product")
+    about = f"{repeats} runs, in turn; float32 matrix product {speed / 1e9:.0f} GFLOP/s"
+    table.show(f"{case}\n{direction}, {about}", COLUMNS, rows)
+
+
+def quartiles(x: list[float]) -> tuple[float, float]:
+    if len(x) == 1:
+        return x[0], x[0]
+    low, _, high = quantiles(x, n=4, method="inclusive")
+    return low, high

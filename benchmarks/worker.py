@@ -1,0 +1,116 @@
+"""One peer in a process of its own: takes orders on stdin, one JSON object a line, and answers each on stdout.
+
+    {"do": "prepare", "case": […], "dtype": "float32"}      make inputs and parameters
+    {"do": "time", "direction": "forward", "calls": 3}      seconds of one call, from so many; calls = 0: warm up, and
+                                                            answer how many calls fill `ENOUGH` seconds
+    {"do": "memory"}                                        bytes at the peak of one call, above what was there before
+    {"do": "save", "path": "…"}                             output and gradients as npz
+
+Answers are {"result": …}, {"skip": reason} or {"error": message}.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ENOUGH = 0.1  # seconds
+
+
+class Worker:
+    def __init__(self, peer: str) -> None:
+        from .peers import load
+
+        self._make = load(peer)
+
+    def prepare(self, case: list[Any], dtype: str) -> None:
+        from .cases import Case, draw
+
+        self.call = None  # free the last case first
+        self.case = Case(*case)
+        self.call = self._make(self.case, draw(self.case).astype(dtype))
+
+    def time(self, direction: str, calls: int) -> float:
+        call = self.call.of(direction)
+        if calls == 0:
+            call()
+            return max(1, round(ENOUGH / max(_seconds(call, 1), 1e-9)))
+        if calls > 1:
+            call()  # the others had the processor's caches meanwhile; one long call is longer than that lasts
+        return _seconds(call, calls)
+
+    def memory(self) -> int:
+        """The peak of `VmHWM` over the `VmRSS` before the call, output and gradients included.
+
+        Before it the peer has done the same at a tiny size (`processes.peak_memory`), so that what a library loads once
+        is not counted; it has compiled, if it does; and freed memory went back to the system, whose high-water mark was
+        set back. Nothing of this size was ever allocated, so no pool can hide it; but for a peer that must run to be
+        compiled, whose pools are those of the run before.
+        """
+        self.call.warm()
+        _release()
+        before = _status("VmRSS")
+        result = self.call.of(self.case.passes[-1])()
+        peak = _status("VmHWM")
+        del result
+        return peak - before
+
+    def save(self, path: str) -> None:
+        import numpy as np
+
+        np.savez(path, **self.call.named())
+
+
+def _seconds(call: Callable[[], Any], calls: int) -> float:
+    """The mean of so many."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _release() -> None:
+    """Give freed memory back to the system, and let the high-water mark be what is held now (Linux, glibc)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+def serve(peer: str, threads: int) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    if hasattr(os, "sched_setaffinity"):  # what all libraries heed, before any is imported
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    from .peers import SkipError
+
+    worker: Worker | None = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            worker = worker or Worker(peer)
+            answer = {"result": getattr(worker, order.pop("do"))(**order)}
+        except SkipError as reason:
+            answer = {"skip": str(reason)}
+        except Exception as error:
+            first, *_ = [*str(error).splitlines(), ""]
+            answer = {"error": f"{type(error).__name__}: {first}"}
+        print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
