@@ -46,7 +46,8 @@ class Case(NamedTuple):
         length = f"T {self.T}" if self.kind == "self" else f"{self.T} queries × {self.S} keys"
         heads = f"{self.H} heads of {self.D}" if self.K == self.H else f"{self.H} heads of {self.D}, {self.K} key/value"
         mask = f"window {self.window}" if self.window is not None else "causal" if self.causal else "no mask"
-        return f"{self.name}: B {self.B}, {length}, C {self.width}, {heads}, {mask}, {'' if self.bias else 'no '}biases"
+        linear = f"C {self.width}, {'' if self.bias else 'no '}biases" if self.kind != "attention" else "no projections"
+        return f"{self.name}: B {self.B}, {length}, {heads}, {mask}, {linear}"
 
 
 CASES = (

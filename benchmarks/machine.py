@@ -2,9 +2,11 @@
 
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +48,7 @@ def _processor() -> str:
     return _field("/proc/cpuinfo", "model name", platform.processor() or platform.machine(), str)
 
 
-def _field(path: str, name: str, default, read):
+def _field(path: str, name: str, default: Any, read: Callable[[str], Any]) -> Any:
     """`name: value` in a file of Linux's, or the default."""
     with suppress(OSError):
         for line in Path(path).read_text().splitlines():

@@ -17,7 +17,7 @@ COLUMNS = ("peer", "peak", "of all scores", "to PyTorch")
 def run(cases: list[Case], peers: list[str], threads: int) -> Iterator[dict[str, Any]]:
     """A record for each case and peer; a table for each case."""
     for case in cases:
-        records = [_record(case, peer, threads) for peer in peers]
+        records = [measure(case, peer, threads) for peer in peers]
         peaks = {r["peer"]: r["bytes"] for r in records if "bytes" in r}
         rows = []
         for r in records:
@@ -32,7 +32,7 @@ def run(cases: list[Case], peers: list[str], threads: int) -> Iterator[dict[str,
         yield from records
 
 
-def _record(case: Case, peer: str, threads: int) -> dict[str, Any]:
+def measure(case: Case, peer: str, threads: int) -> dict[str, Any]:
     record = {"question": "memory", "case": case.name, "sizes": case._asdict(), "pass": case.passes[-1], "peer": peer}
     try:
         return record | {"bytes": peak_memory(peer, case, threads)}

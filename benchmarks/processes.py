@@ -31,6 +31,7 @@ class Process:
             text=True,
             cwd=ROOT,
             env=os.environ | settings,
+            start_new_session=True,  # Ctrl-C is for the parent alone, which ends the others
         )
 
     def __call__(self, do: str, **order: Any) -> Any:

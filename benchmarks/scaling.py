@@ -1,48 +1,55 @@
 """How do time and memory grow with the length? Causal self-attention of 8 heads of 64, forward + backward."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import memory, table, timing
-from .cases import of_length
-from .peers import EAGER
+from .cases import Case, of_length
+from .peers import EAGER, PRODUCT
+from .processes import start
 
 LENGTHS = tuple(256 * 2**i for i in range(9))  # 256 … 65536
 COLUMNS = ("T", "peer", "median", "of matrix product", "peak", "time to PyTorch", "peak to PyTorch")
-LONG = 16384  # from here on one run tells enough: it takes seconds
+LONG = 16384  # beyond this there is one run, which takes a minute
 
 
 def run(longest: int, peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
-    """A record of time and one of memory for each length and peer, each told in a table of its own, and one for all."""
-    everything = []
-    for case in map(of_length, LENGTHS[: LENGTHS.index(longest) + 1]):
-        runs = 1 if case.T > LONG else repeats
-        records = [r for r in timing.run([case], peers, runs, threads) if r["pass"] == case.passes[-1]]
-        records += memory.run([case], peers, threads)
-        everything += records
-        yield from ({**r, "of": "scaling"} for r in records)
-    table.show("forward + backward against the length", COLUMNS, list(_rows(everything, peers)))
+    """A record of time and one of memory for each length and peer; one table for all."""
+    records = []
+    for T in LENGTHS[: LENGTHS.index(longest) + 1]:
+        print(f"T={T}", file=sys.stderr)
+        records += _measure(of_length(T), peers, 1 if T > LONG else repeats, threads)
+    table.show("forward + backward against the length", COLUMNS, list(_rows(records, peers)))
+    yield from records
+
+
+def _measure(case: Case, peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
+    with start([PRODUCT, *peers], threads) as processes:
+        times = list(timing.measure(case, case.passes[-1], processes, timing.prepare(case, processes), repeats))
+    for record in [*times, *(memory.measure(case, peer, threads) for peer in peers)]:
+        yield record | {"of": "scaling"}
 
 
 def _rows(records: list[dict[str, Any]], peers: list[str]) -> Iterator[tuple[str, ...]]:
-    times, peaks = _series(records, "time", "median"), _series(records, "memory", "bytes")
-    shares = _series(records, "time", "of_product")
-    for T in sorted({T for series in times.values() for T in series}):
+    times, shares, peaks = (_series(records, value) for value in ("median", "of_product", "bytes"))
+    reasons = _series(records, "refused")
+    for T in sorted({r["sizes"]["T"] for r in records}):
         for peer in peers:
-            t, m = times.get(peer, {}).get(T), peaks.get(peer, {}).get(T)
-            if t is None or m is None:
+            if T in reasons.get(peer, {}):
+                yield (str(T), f"{peer} {reasons[peer][T]}")
                 continue
+            to_torch = (table.ratio(x[peer][T], x.get(EAGER, {}).get(T)) for x in (times, peaks))
             share = f"{100 * shares[peer][T]:.0f} %"
-            to_torch = (table.ratio(x, s.get(EAGER, {}).get(T)) for x, s in ((t, times), (m, peaks)))
-            yield (str(T), peer, table.seconds(t), share, table.megabytes(m), *to_torch)
+            yield (str(T), peer, table.seconds(times[peer][T]), share, table.megabytes(peaks[peer][T]), *to_torch)
 
 
-def _series(records: list[dict[str, Any]], question: str, value: str) -> dict[str, dict[int, float]]:
+def _series(records: list[dict[str, Any]], value: str) -> dict[str, dict[int, Any]]:
     """peer: {T: value}"""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, Any]] = {}
     for r in records:
-        if r["question"] == question and value in r:
+        if value in r:
             found.setdefault(r["peer"], {})[r["sizes"]["T"]] = r[value]
     return found
 
@@ -56,17 +63,17 @@ def plot(records: list[dict[str, Any]], folder: Path, header: str) -> list[Path]
 
     records = [r for r in records if r.get("of") == "scaling"]
     paths = []
-    for question, value, unit, size in (("time", "median", "seconds", 1), ("memory", "bytes", "MB", 1e6)):
+    for what, value, unit, size in (("time", "median", "seconds", 1), ("memory", "bytes", "MB", 1e6)):
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for peer, points in _series(records, question, value).items():
-            if peer != "product":
+        for peer, points in _series(records, value).items():
+            if peer != PRODUCT:
                 axes.plot(list(points), [y / size for y in points.values()], marker="o", label=peer)
-        axes.set(xscale="log", yscale="log", xlabel="length T", ylabel=unit)
         axes.set_xscale("log", base=2)
-        axes.set_title(f"{question}, forward + backward, 8 causal heads of 64\n{header}", fontsize="small")
+        axes.set(yscale="log", xlabel="length T", ylabel=unit)
+        axes.set_title(f"{what}, forward + backward, 8 causal heads of 64\n{header}", fontsize="small")
         axes.grid(alpha=0.3)
         axes.legend()
-        paths.append(folder / f"performance-{question}.png")
+        paths.append(folder / f"performance-{what}.png")
         figure.savefig(paths[-1], dpi=150)
         pyplot.close(figure)
     return paths

@@ -11,7 +11,8 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | tupl
     print(f"\n{title}\n")
     for row in [columns, ["─" * width for width in widths], *rows]:
         rest = zip(row[1:], widths[1:], strict=True) if len(row) == len(columns) else [(row[1], 0)]
-        print("  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in rest)]), flush=True)
+        cells = [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in rest)]
+        print("  ".join(cells).rstrip(), flush=True)
 
 
 def seconds(s: float) -> str:

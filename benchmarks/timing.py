@@ -16,7 +16,7 @@ from typing import Any
 
 from . import table
 from .cases import Case, products
-from .peers import EAGER
+from .peers import EAGER, PRODUCT
 from .peers.product import OPERATIONS
 from .processes import Process, RefusedError, start
 
@@ -26,17 +26,16 @@ COLUMNS = ("peer", "median", "quartiles", "of matrix product", "to PyTorch")
 
 def run(cases: list[Case], peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
     """A record for each case, pass and peer; a table for each case and pass."""
-    with start(["product", *peers], threads) as processes:
+    with start([PRODUCT, *peers], threads) as processes:
         for case in cases:
-            refused = _prepare(case, processes)
+            refused = prepare(case, processes)
             for direction in case.passes:
-                runs, more = alternate([p for p in processes if p.peer not in refused], direction, repeats)
-                records = list(_records(case, direction, runs, refused | more))
+                records = list(measure(case, direction, processes, refused, repeats))
                 _show(case, direction, records, repeats)
                 yield from records
 
 
-def _prepare(case: Case, processes: list[Process]) -> dict[str, str]:
+def prepare(case: Case, processes: list[Process]) -> dict[str, str]:
     """Tell all what is next; the reasons of those who will not."""
     refused = {}
     for process in processes:
@@ -47,7 +46,15 @@ def _prepare(case: Case, processes: list[Process]) -> dict[str, str]:
     return refused
 
 
-def alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def measure(
+    case: Case, direction: str, processes: list[Process], refused: dict[str, str], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """A record for each peer, of those who refused too; `product` among them."""
+    runs, more = _alternate([p for p in processes if p.peer not in refused], direction, repeats)
+    yield from _records(case, direction, runs, refused | more)
+
+
+def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every run, by peer; and the reasons of those who failed."""
     calls, runs, refused = {}, {}, {}
     for turn in range(repeats + 1):
@@ -56,7 +63,7 @@ def alternate(processes: list[Process], direction: str, repeats: int) -> tuple[d
             if peer in refused:
                 continue
             time.sleep(PAUSE)
-            what = "forward" if peer == "product" else direction
+            what = "forward" if peer == PRODUCT else direction
             try:
                 answer = process("time", direction=what, calls=calls.get(peer, 0))
             except RefusedError as reason:
@@ -72,7 +79,7 @@ def alternate(processes: list[Process], direction: str, repeats: int) -> tuple[d
 def _records(
     case: Case, direction: str, runs: dict[str, list[float]], refused: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    speed = OPERATIONS / median(runs["product"])
+    speed = OPERATIONS / median(runs[PRODUCT])
     for peer in [*runs, *refused]:
         record = {"question": "time", "case": case.name, "sizes": case._asdict(), "pass": direction, "peer": peer}
         if peer in refused:
@@ -80,7 +87,7 @@ def _records(
             continue
         middle = median(runs[peer])
         record |= {"seconds": runs[peer], "median": middle}
-        if peer == "product":
+        if peer == PRODUCT:
             yield record | {"flops_per_second": speed}
             continue
         yield record | {"of_product": products(case, direction) / middle / speed}
@@ -92,18 +99,18 @@ def _show(case: Case, direction: str, records: list[dict[str, Any]], repeats: in
     for r in records:
         if "refused" in r:
             rows.append((r["peer"], r["refused"]))
-        elif r["peer"] != "product":
-            low, high = quartiles(r["seconds"])
+        elif r["peer"] != PRODUCT:
+            low, high = _quartiles(r["seconds"])
             spread = f"{table.seconds(low)} … {table.seconds(high)}"
             share = f"{100 * r['of_product']:.0f} %"
             to_torch = table.ratio(r["median"], medians.get(EAGER))
             rows.append((r["peer"], table.seconds(r["median"]), spread, share, to_torch))
-    speed = next(r["flops_per_second"] for r in records if r["peer"] == "product")
+    speed = next(r["flops_per_second"] for r in records if r["peer"] == PRODUCT)
     about = f"{repeats} runs, in turn; float32 matrix product {speed / 1e9:.0f} GFLOP/s"
     table.show(f"{case}\n{direction}, {about}", COLUMNS, rows)
 
 
-def quartiles(x: list[float]) -> tuple[float, float]:
+def _quartiles(x: list[float]) -> tuple[float, float]:
     if len(x) == 1:
         return x[0], x[0]
     low, _, high = quantiles(x, n=4, method="inclusive")

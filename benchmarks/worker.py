@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ENOUGH = 0.1  # seconds
+ENOUGH = 0.1  # seconds of one run, which is many calls if need be
 
 
 class Worker:
@@ -39,8 +39,8 @@ class Worker:
     def time(self, direction: str, calls: int) -> float:
         call = self.call.of(direction)
         if calls == 0:
-            call()
-            return max(1, round(ENOUGH / max(_seconds(call, 1), 1e-9)))
+            call()  # compiles, if the peer does
+            return max(1, round(ENOUGH / _seconds(call, 1)))
         if calls > 1:
             call()  # the others had the processor's caches meanwhile; one long call is longer than that lasts
         return _seconds(call, calls)

@@ -23,7 +23,7 @@ PEERS = {  # name: file, variant
     "Compyute parallel": ("compyute", "parallel"),
 }
 EAGER = "PyTorch"  # what the others are divided by
-PRODUCT = ("product", "")  # no peer: the machine's own speed
+PRODUCT = "product"  # no peer: the machine's own speed
 
 
 class Call(NamedTuple):
@@ -48,7 +48,7 @@ class SkipError(Exception):
 
 def load(name: str) -> Callable[[Case, Problem], Call]:
     """`prepare` of a peer, with its variant; imports its library."""
-    file, variant = PRODUCT if name == "product" else PEERS[name]
+    file, variant = (PRODUCT, "") if name == PRODUCT else PEERS[name]
     try:
         module = importlib.import_module(f"{__name__}.{file}")
     except ModuleNotFoundError as error:
