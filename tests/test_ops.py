@@ -36,6 +36,7 @@ def close(got, want, what=""):
 
 
 @given(st.lists(st.integers(0, 3), max_size=3), st.integers(0, 5), st.integers(0, 5), st.booleans(), st.integers(0, 99))
+@example([7], 3, 2, True, 0)  # 7 rows are three blocks of 2 and one of 1
 def test_linear_is_torch(batch, n_in, n_out, bias, seed):
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((*batch, n_in)), rng.standard_normal((n_out, n_in))
