@@ -138,3 +138,10 @@ def test_sizes_names_the_leaf_that_does_not_fit():
     params["v_proj"]["w"] = params["v_proj"]["w"][:2]
     with pytest.raises(ValueError, match=r"v_proj.w must be \(K, E, Cv\) with K=4 as in k_proj.w, got \(2, 3, 12\)"):
         sizes(params)
+
+
+def test_sizes_refuses_mixed_dtypes():
+    params = init(0, 12, 4)
+    params["v_proj"]["b"] = params["v_proj"]["b"].astype("float64")
+    with pytest.raises(TypeError, match=r"v_proj.b must have dtype float32 as q_proj.w has, got float64"):
+        sizes(params)
