@@ -128,6 +128,42 @@ def test_a_constant_cotangent_is_within(T, D, gain):
         assert_within(got[name], want[name], bounds[name], name=name)
 
 
+def test_an_error_of_a_query_is_one_for_all_its_keys():
+    # The largest of the weights is off by what all others are off by together. q is a long sum, k is exact.
+    rng = np.random.default_rng(5)
+    T, S, C = 512, 513, 256
+    one = np.ones((1, 1, 1), np.float32)
+    params = {"q_proj": {"w": rng.random((1, 1, C), np.float32)}}
+    params |= {name: {"w": one} for name in ("k_proj", "v_proj", "out_proj")}
+    key = np.full((S, 1), -6.0 / 64, np.float32)
+    key[7] = 0
+    inputs = params, rng.random((T, C), np.float32), key, rng.standard_normal((S, 1)).astype(np.float32), None
+    inputs = *inputs, np.ones((T, 1), np.float32)
+    check(run_mha, mha_bounds, inputs, {"scale": 1.0})
+
+
+def test_a_heavy_key_of_value_0_is_within():
+    # An attention sink: where its weight is off, those of all other keys are, in the same direction.
+    rng = np.random.default_rng(5)
+    T, S, D = 64, 1025, 64
+    q = (2 * rng.random((T, D))).astype(np.float32)
+    k = np.repeat(2 * rng.random((2, D)), [1, S - 1], axis=0).astype(np.float32)
+    v = np.ones((S, 3), np.float32)
+    v[0] = 0
+    z = wide(q) @ wide(k).T
+    bias = np.zeros((T, S), np.float32)
+    bias[:, 0] = z[:, 1] - z[:, 0] + np.log(S - 1)  # half of the weight each
+    check(run_attention, attention_bounds, (q, k, v, bias, np.ones((T, 3), np.float32)), {"scale": 1.0})
+
+
+def check(run, bounds, inputs, static):
+    got, want = (tree.flatten(run(a, static, {})._asdict()) for a in (inputs, tuple(wide(a) for a in inputs)))
+    bound = tree.flatten(bounds(*inputs, **static, dtype="float32")._asdict())
+    for name in got:
+        if got[name] is not None:
+            assert_within(got[name], want[name], bound[name], name=name)
+
+
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_within(dtype, bias):

@@ -12,9 +12,9 @@ rules are derived, not fitted, and there is no factor in front:
   * What is one error in many places does not average out. An error of a value enters the outputs of all queries; the
     total of a row, and Σ p dp in its gradient, are off by one amount for all its keys; queries that are alike are
     rounded alike. `Rounded.row` and `Rounded.col` carry these, to be added plainly along a row or down a column.
-  * Softmax makes an absolute error of a score a relative error of its weight. A common shift changes nothing, so
-    errors are counted from the largest weight, which has none: a saturated row is exact. (After Blanchard, Higham and
-    Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with scores that have errors already.)
+  * Softmax makes an absolute error of a score a relative error of its weight. A common shift changes nothing, so a
+    weight over 1/2 is what the others of its row are compared with, and has no error itself: a saturated row is exact.
+    (After Blanchard, Higham and Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with errors in the scores.)
   * What is smaller than the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, an
     empty row) has bound 0.
 
@@ -232,16 +232,21 @@ def each(f: Callable[[Array], Array], x: Any) -> Any:
 def transpose(x: Rounded) -> Rounded:
     """xᵀ"""
     value, error, row, col = each(lambda a: np.swapaxes(a, -1, -2), x)
-    return Rounded(value, error, col, row)
+    return Rounded(value, error, row=col, col=row)
 
 
-def tie(x: Rounded) -> Rounded:
-    """x, about to be summed over its rows: the errors of m equal rows add to m e, which is √m times √(Σ e²)."""
+def alike(x: Rounded) -> Rounded:
+    """x, where rows will be summed over that may be all but equal: then they are rounded alike."""
+    return x._replace(col=x.error if np.any(x.error) else None)
+
+
+def tied(x: Rounded) -> Array:
+    """The error of x, where rows will be summed over: of m that are equal the errors add to m e, or √m √(Σ e²)."""
     *batch, T, n = x.value.shape
     mark = np.sum(x.value * np.cos(np.arange(n)), axis=-1).astype(np.float32)
     matrix = np.arange(prod(batch)).reshape(*batch, 1)
     _, row, count = np.unique(mark + 1j * matrix, return_inverse=True, return_counts=True)
-    return x._replace(error=x.error * np.sqrt(count[row].reshape(*batch, T, 1)))
+    return x.error * np.sqrt(count[row].reshape(*batch, T, 1))
 
 
 class Arithmetic(NamedTuple):
@@ -263,7 +268,7 @@ class Arithmetic(NamedTuple):
     def add(self, x: Rounded, y: Rounded) -> Rounded:
         """x + y"""
         value = x.value + y.value
-        return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.row, x.col)
+        return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.row)
 
     def times(self, x: Rounded, c: Array | float) -> Rounded:
         """x c, where c is exact"""
@@ -271,23 +276,19 @@ class Arithmetic(NamedTuple):
         return y._replace(error=np.abs(y.error) + self.rounding(np.abs(y.value)))  # type: ignore[no-any-return]
 
     def matmul(self, x: Rounded, y: Rounded) -> Rounded:
-        """x y      An error of y enters all rows of x y, and so is one unknown for each column."""
+        """x y"""
         error = self.rounding(np.abs(x.value) @ np.abs(y.value), x.value.shape[-1])
-        row, col = None, None
+        row = None
         if np.any(x.error):
             error += np.sqrt(x.error**2 @ y.value**2)
+        if np.any(y.error):
+            error += np.sqrt((np.abs(x.value) + x.error) ** 2 @ y.error**2)
         if x.row is not None:
             row = x.row @ y.value
             error += np.abs(row)
-        if np.any(y.error):
-            col = np.sqrt((np.abs(x.value) + x.error) ** 2 @ y.error**2)
         if y.col is not None:
-            col = _sum(col, np.abs(x.value @ y.col))
-        if col is not None:
-            error += col
-        if x.col is not None:
-            col = _sum(col, np.sqrt(x.col**2 @ y.value**2))
-        return Rounded(x.value @ y.value, error, row, col)
+            error += np.abs(x.value @ y.col)
+        return Rounded(x.value @ y.value, error, row)
 
     def unbroadcast(self, x: Rounded, shape: tuple[int, ...]) -> Rounded:
         """The sum over the axes along which `shape` was broadcast."""
@@ -298,7 +299,8 @@ class Arithmetic(NamedTuple):
         for part, axis in ((x.row, -1), (x.col, -2)):
             if part is not None and (len(shape) < -axis or shape[axis] == 1):
                 error += np.sqrt(unbroadcast(np.sum(part, axis=axis, keepdims=True) ** 2, shape))
-        return Rounded(unbroadcast(x.value, shape), error)
+        kept = x.col is not None and shape[-2:] == x.value.shape[-2:]
+        return Rounded(unbroadcast(x.value, shape), error, col=unbroadcast(x.col, shape) if kept else None)
 
     def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
         """`ops.linear`"""
@@ -309,7 +311,7 @@ class Arithmetic(NamedTuple):
         """`ops.linear_vjp`"""
         rows, drows = (each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a) for a in (x, dy))
         dx = self.matmul(dy, w)
-        dw = self.matmul(transpose(drows), rows)
+        dw = self.matmul(transpose(alike(drows)), alike(rows))
         db = None if b is None else self.unbroadcast(drows, b.value.shape)
         return dx, dw, db
 
@@ -354,20 +356,25 @@ class Arithmetic(NamedTuple):
 
         below = np.where(allowed, top - x, 0.0)
         score = np.where(allowed, z.error, 0.0)
-        largest = (x == top) & (np.cumsum(x == top, axis=-1) == 1)
+        heavy = p > 0.5  # no row has two
+        light = np.where(heavy, 0.0, p)
 
-        def apart(error: Array) -> Array:  # from that of the largest
-            return np.where(largest, 0.0, error + np.sum(error * largest, axis=-1, keepdims=True))
+        def of_heavy(error: Array) -> Array:
+            return np.sum(error * heavy, axis=-1, keepdims=True)
 
-        own = apart(score + u * (below + EXP))
-        common = np.sqrt(np.sum((p * own) ** 2, axis=-1, keepdims=True)) + u * (2 + n)
+        def apart(error: Array) -> Array:
+            return np.where(heavy, 0.0, error + of_heavy(error))
+
+        e_error = score + u * (below + EXP)  # relative
+        common = np.sqrt(np.sum((light * e_error) ** 2, axis=-1, keepdims=True)) + u * (2 + n)
+        common += np.sum(light, axis=-1, keepdims=True) * of_heavy(e_error)
         if z.row is not None:
             common += np.sum(p * apart(z.row), axis=-1, keepdims=True)
         # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
-        r = own + common
+        r = apart(e_error) + common
         error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + self.tiny
         error = np.where(allowed, error, 0.0)
-        weights = Rounded(p, error, row=p * np.minimum(common, 1.0), col=error)
+        weights = Rounded(p, error, p * np.minimum(common, 1.0))
 
         shift = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
         size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_total + np.abs(lse)
@@ -383,7 +390,7 @@ class Arithmetic(NamedTuple):
             g, size = g + dlse.value[..., None], size + np.abs(dlse.value[..., None])
         error = (p.value + p.error) * (dp.error + common + 2 * self.rounding(size)) + p.error * np.abs(g)
         error += self.rounding(np.abs(p.value * g))
-        return Rounded(p.value * g, error, row=p.value * common, col=error)
+        return Rounded(p.value * g, error, p.value * common)
 
     def attention(
         self, q: Rounded, k: Rounded, v: Rounded, bias: Rounded | None, do: Rounded, static: _Static
@@ -408,14 +415,13 @@ class Arithmetic(NamedTuple):
         a = self.times(p, dropout)
         o = self.matmul(a, vh)
 
-        dv = self.matmul(transpose(a), tie(do))
+        dv = self.matmul(transpose(alike(a)), do)
+        dv = dv._replace(col=np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tied(do) ** 2))  # an error of do is in all dv
         dp = self.times(self.matmul(do, transpose(vh)), dropout)
         dp = dp if dweights is None else self.add(dp, dweights)
         dz = self.softmax_vjp(p, dp, dlse)
-        dk = self.matmul(transpose(dz), qs)
+        dk = self.matmul(transpose(alike(dz)), qs)
         dq = self.times(self.matmul(dz, kh), scale)
-        # a row of dz sums to 0, so what is alike of k and q enters with both signs
-        dq, dk = Rounded(dq.value, dq.error), Rounded(dk.value, dk.error)
         return o, p, lse, dq, self.per_key_head(dk, group), self.per_key_head(dv, group), dz
 
     def per_key_head(self, g: Rounded, group: int) -> Rounded:
