@@ -193,6 +193,7 @@ def bad():
             inputs(),
             "f_vjp is not the gradient",
         ),
+        "a gradient transposed": (affine, dp(lambda g, *_: g | {"w": g["w"].T}), inputs(), "f_vjp is not the gradient"),
         "a term forgotten": (affine, dp(lambda g, *_: g | {"b": 0 * g["b"]}), inputs(), "f_vjp is not the gradient"),
         "a mean for a sum": (affine, dp(lambda g, *_: g | {"b": g["b"] / 5}), inputs(), "f_vjp is not the gradient"),
         "NaN, in float64 only": (
