@@ -70,6 +70,13 @@ class Mask(ABC):
         start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
         return (start, stop) if start < stop else (0, 0)
 
+    def seen(self, T: int, S: int, like: Array = None) -> Array:
+        """The keys that any query sees: the rows of `dense(T, S, like)` joined into one by or, at the cost of one.
+
+        An array costs all its rows. An intersection says what each part sees, which may be more than all of them do.
+        """
+        return self._seen(T, S, like)
+
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
 
@@ -96,6 +103,9 @@ class Mask(ABC):
 
     def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
+        return self._tile((0, 1), (0, S), like)
 
     @abstractmethod
     def _at(self, index: tuple[int, ...]) -> "Mask": ...
@@ -136,6 +146,11 @@ class Band(Mask):
     def _columns(self, rows: Range, S: int) -> Range:
         least, greatest = self.diagonals
         return int(max(0, rows[0] + least)), int(min(S, rows[1] + greatest))
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        start, stop = self.columns((0, T), S)
+        keys = np.arange(S)
+        return _to(((start <= keys) & (keys < stop))[None], like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return self
@@ -216,6 +231,11 @@ class Segments(Mask):
             seen |= np.isin(k, q)
         return _span(seen)
 
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        seen = [np.isin(k, q) for q, k in self._samples((0, T), (0, S))]
+        shape = self._shape(T, S)
+        return _to(np.array(seen).reshape(*shape[:-2], 1, S), like)
+
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Segments(_pick(self.q_ids, index, 1), _pick(self.k_ids, index, 1))
 
@@ -251,6 +271,10 @@ class Dense(Mask):
     def _block(self, rows: Range, cols: Range) -> Block:
         return _summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
 
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        whole = self._tile((0, T), (0, S), like)
+        return namespace(whole).any(whole, axis=-2, keepdims=True)
+
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Dense(_pick(self.array, index, 3)) if self.array.ndim > 3 else self
 
@@ -280,6 +304,9 @@ class Intersection(Mask):
     def _columns(self, rows: Range, S: int) -> Range:
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        return reduce(and_, (part.seen(T, S, like) for part in self.parts))
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Intersection(tuple(part.at(index) for part in self.parts))
