@@ -1,11 +1,10 @@
 """Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
 
-from . import masks, npz, ops, params, tree
+from . import engines, masks, npz, ops, params, tree
+from .engines import attention, attention_vjp
 from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
 from .npz import ParameterFileError, load, save
 from .ops import (
-    attention,
-    attention_vjp,
     attention_weights,
     linear,
     linear_vjp,
@@ -22,6 +21,7 @@ __all__ = [
     "attention",
     "attention_vjp",
     "attention_weights",
+    "engines",
     "head",
     "head_params",
     "head_vjp",

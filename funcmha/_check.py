@@ -72,6 +72,11 @@ def cotangent(
         raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
 
 
+def shape_of(x: Array) -> tuple[int, ...] | None:
+    """The shape of an array, None for None."""
+    return None if x is None else tuple(x.shape)
+
+
 class Axes:
     """The sizes of the axis letters, each fixed by the first array that shows it.
 
@@ -101,12 +106,11 @@ class Axes:
             if letter not in self.size:
                 self.size[letter], self.owner[letter] = n, name
 
-    def broadcast(self, name: str, x: Array, symbols: str) -> None:
-        """Check that `x` (or None) broadcasts to the known sizes of `symbols`."""
-        if x is None:
+    def broadcast(self, name: str, got: tuple[int, ...] | None, symbols: str) -> None:
+        """Check that an array of shape `got` (or None, for none) broadcasts to the known sizes of `symbols`."""
+        if got is None:
             return
         want = self.shape(symbols)
-        got = tuple(x.shape)
         if len(got) > len(want) or any(n not in (1, m) for n, m in zip(got[::-1], want[::-1], strict=False)):
             spelt = ", ".join(symbols.split())
             raise ValueError(f"{name} must broadcast to ({spelt}) = {want}, got {got}")

@@ -1,4 +1,4 @@
-"""Heads, one after another: project the inputs, attend head by head, put the heads together; each with its gradient.
+"""All heads: project the inputs, attend head by head, put the heads together; each with its gradient.
 
 `funcmha.mha` composes these. Nothing is checked here: the doors are there.
 
@@ -6,10 +6,12 @@ Axes: T queries, S keys, S' keys with those that `extend` appends, H query heads
 E value width, O output width, C input width; `...` is batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._xp import Array, full, namespace, unbroadcast
-from .ops import AttentionCache, LinearCache, attention, attention_vjp, linear, linear_vjp
+from .engines import REFERENCE, Engine
+from .masks import Mask, as_mask, dense
+from .ops import LinearCache
 from .params import Params
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
@@ -19,25 +21,26 @@ class ProjectCache(NamedTuple):
     x: Array  # (..., T, C)
     w: Array  # (H, D, C)
     b: Array  # (H, D) or None
+    engine: Engine | None  # None for the reference, so that the cache holds nothing but arrays
 
 
-def project(params: Params, x: Array, /) -> tuple[Array, ProjectCache]:
+def project(params: Params, x: Array, /, *, engine: Engine) -> tuple[Array, ProjectCache]:
     """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
-    cache = ProjectCache(x, params["w"], params.get("b"))
-    y, _ = linear(*_stacked(cache))
+    cache = ProjectCache(x, params["w"], params.get("b"), _remembered(engine))
+    y, _ = engine.linear(*_stacked(cache))
     return namespace(x).reshape(y, (*x.shape[:-1], *cache.w.shape[:-1])), cache
 
 
 def project_vjp(cache: ProjectCache, dy: Array, /) -> tuple[Params, Array]:
     """dparams, dx"""
     reshape, (*batch, H, D) = namespace(dy).reshape, dy.shape
-    dx, dw, db = linear_vjp(_stacked(cache), reshape(dy, (*batch, H * D)))
+    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy, (*batch, H * D)))
     return _group(reshape(dw, cache.w.shape), None if db is None else reshape(db, (H, D))), dx
 
 
 def _stacked(cache: ProjectCache) -> LinearCache:
     """The heads as the rows of one matrix (H·D, C)."""
-    x, w, b = cache
+    x, w, b, _ = cache
     H, D, C = w.shape
     reshape = namespace(x).reshape
     return LinearCache(x, reshape(w, (H * D, C)), None if b is None else reshape(b, (H * D,)))
@@ -45,6 +48,14 @@ def _stacked(cache: ProjectCache) -> LinearCache:
 
 def _group(w: Array, b: Array) -> Params:
     return {"w": w} if b is None else {"w": w, "b": b}
+
+
+def _remembered(engine: Engine) -> Engine | None:
+    return None if engine is REFERENCE else engine
+
+
+def _engine(cache: Any) -> Engine:
+    return REFERENCE if cache.engine is None else cache.engine
 
 
 # ── extend: keys and values that come from no input ──────────────────────────────────────────────────────────────
@@ -71,9 +82,9 @@ def extend_scores(a: Array, S: int, extra: int, fill: float | bool) -> Array:
     return xp.concat([xp.broadcast_to(a, (*a.shape[:-1], S)), full((*a.shape[:-1], extra), fill, a)], axis=-1)
 
 
-def extend_scores_vjp(S: int, extra: int, da: Array) -> Array:
-    """da of the keys that were there before"""
-    return da if da is None or extra == 0 else da[..., :S]
+def extend_scores_vjp(S: int, extra: int, a: Array, da: Array) -> Array:
+    """da of the keys that were there before, summed where `a` was the same for all of them"""
+    return da if da is None or extra == 0 else unbroadcast(da[..., :S], a.shape)
 
 
 # ── combine: the output projection ───────────────────────────────────────────────────────────────────────────────
@@ -83,31 +94,32 @@ class CombineCache(NamedTuple):
     o: Array  # (..., T, H, E)
     w: Array  # (O, H, E)
     b: Array  # (O,) or None
+    engine: Engine | None  # None for the reference
 
 
-def combine(params: Params, o: Array, /) -> tuple[Array, CombineCache]:
+def combine(params: Params, o: Array, /, *, engine: Engine) -> tuple[Array, CombineCache]:
     """y = Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
-    cache = CombineCache(o, params["w"], params.get("b"))
-    y, _ = linear(*_concatenated(cache))
+    cache = CombineCache(o, params["w"], params.get("b"), _remembered(engine))
+    y, _ = engine.linear(*_concatenated(cache))
     return y, cache
 
 
 def combine_vjp(cache: CombineCache, dy: Array, /) -> tuple[Params, Array]:
     """dparams, do"""
     reshape = namespace(dy).reshape
-    do, dw, db = linear_vjp(_concatenated(cache), dy)
+    do, dw, db = _engine(cache).linear_vjp(_concatenated(cache), dy)
     return _group(reshape(dw, cache.w.shape), db), reshape(do, cache.o.shape)
 
 
 def _concatenated(cache: CombineCache) -> LinearCache:
     """The heads side by side, as the columns of one matrix (O, H·E)."""
-    o, w, b = cache
+    o, w, b, _ = cache
     O, H, E = w.shape
     reshape = namespace(o).reshape
     return LinearCache(reshape(o, (*o.shape[:-2], H * E)), reshape(w, (O, H * E)), b)
 
 
-# ── heads: one after another ─────────────────────────────────────────────────────────────────────────────────────
+# ── attend: what the engine does with the heads ──────────────────────────────────────────────────────────────────
 
 
 class HeadsCache(NamedTuple):
@@ -116,7 +128,8 @@ class HeadsCache(NamedTuple):
     v: ProjectCache
     bias_kv: Params  # k (K, D) and v (K, E), or both None
     bias: Array  # broadcasts to (..., H, T, S), or None
-    heads: tuple[AttentionCache, ...]  # H
+    attention: Any  # what the engine keeps: its k is (..., K, S', D)
+    engine: Engine | None  # None for the reference
 
 
 def attend(
@@ -126,87 +139,52 @@ def attend(
     value: Array,
     bias: Array,
     *,
-    mask: Array,
+    mask: Mask | None,
     scale: float | None,
     zero_attn: bool,
     keep: Array,
     rate: float,
+    engine: Engine,
 ) -> tuple[Array, HeadsCache]:
-    """oₕ = attention(project(query)ₕ, extend(project(key))ₕ, extend(project(value))ₕ)     →   o (..., T, H, E)"""
-    q, q_cache = project(params["q_proj"], query)
-    k, k_cache = project(params["k_proj"], key)
-    v, v_cache = project(params["v_proj"], value)
+    """o = attention(project(query), extend(project(key)), extend(project(value)))     →   o (..., T, H, E)"""
+    q, q_cache = project(params["q_proj"], query, engine=engine)
+    k, k_cache = project(params["k_proj"], key, engine=engine)
+    v, v_cache = project(params["v_proj"], value, engine=engine)
     bias_kv = params.get("bias_kv", {"k": None, "v": None})
     k, v = extend(k, bias_kv["k"], zero_attn), extend(v, bias_kv["v"], zero_attn)
     S, extra = key.shape[-2], k.shape[-3] - key.shape[-2]
-    all_mask, all_bias = extend_scores(mask, S, extra, True), extend_scores(bias, S, extra, 0.0)
-
-    os, caches = [], []
-    H, K = q.shape[-2], k.shape[-2]
-    for h in range(H):
-        kv = h // (H // K)
-        o, cache = attention(
-            q[..., h, :],
-            k[..., kv, :],
-            v[..., kv, :],
-            head_of(all_bias, h),
-            mask=head_of(all_mask, h),
-            scale=scale,
-            keep=head_of(keep, h),
-            rate=rate,
-        )
-        os.append(o)
-        caches.append(cache)
-    return namespace(q).stack(os, axis=-2), HeadsCache(q_cache, k_cache, v_cache, bias_kv, bias, tuple(caches))
+    all_bias = extend_scores(bias, S, extra, 0.0)
+    if mask is not None and extra:
+        mask = as_mask(extend_scores(dense(mask, q.shape[-3], S, q), S, extra, True))
+    o, cache = engine.attention(
+        _heads_first(q), _heads_first(k), _heads_first(v), all_bias, mask=mask, scale=scale, keep=keep, rate=rate
+    )
+    return _heads_last(o), HeadsCache(q_cache, k_cache, v_cache, bias_kv, bias, cache, _remembered(engine))
 
 
 def attend_vjp(
     cache: HeadsCache, do: Array, /, *, dweights: Array, dlse: Array
 ) -> tuple[Params, Array, Array, Array, Array]:
     """dparams, dquery, dkey, dvalue, dbias: `attend` from the bottom up"""
-    xp, S, K = namespace(do), cache.k.x.shape[-2], cache.k.w.shape[0]
-    grads = [
-        attention_vjp(
-            head,
-            do[..., h, :],
-            dweights=None if dweights is None else dweights[..., h, :, :],
-            dlse=None if dlse is None else dlse[..., h, :],
-        )
-        for h, head in enumerate(cache.heads)
-    ]
-    dqs, dks, dvs, dbiases = zip(*grads, strict=True)
-
-    extra = cache.heads[0].p.shape[-1] - S
-    dbias = _all_heads([extend_scores_vjp(S, extra, d) for d in dbiases], cache.bias)
-    dk, drow_k = extend_vjp(S, cache.bias_kv["k"], _per_key_head(dks, K))
-    dv, drow_v = extend_vjp(S, cache.bias_kv["v"], _per_key_head(dvs, K))
+    S = cache.k.x.shape[-2]
+    dq, dk, dv, dbias = _engine(cache).attention_vjp(cache.attention, _heads_first(do), dweights=dweights, dlse=dlse)
+    dbias = extend_scores_vjp(S, dk.shape[-2] - S, cache.bias, dbias)
+    dk, drow_k = extend_vjp(S, cache.bias_kv["k"], _heads_last(dk))
+    dv, drow_v = extend_vjp(S, cache.bias_kv["v"], _heads_last(dv))
     dv_proj, dvalue = project_vjp(cache.v, dv)
     dk_proj, dkey = project_vjp(cache.k, dk)
-    dq_proj, dquery = project_vjp(cache.q, xp.stack(dqs, axis=-2))
+    dq_proj, dquery = project_vjp(cache.q, _heads_last(dq))
     dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj}
     if drow_k is not None:
         dparams["bias_kv"] = {"k": drow_k, "v": drow_v}
     return dparams, dquery, dkey, dvalue, dbias
 
 
-def head_of(a: Array, h: int) -> Array:
-    """a (..., H or 1, T, S) as head h sees it: (..., T, S). An array without head axis serves every head."""
-    if a is None or a.ndim < 3:
-        return a
-    return a[..., h if a.shape[-3] > 1 else 0, :, :]
+def _heads_first(x: Array) -> Array:
+    """x (..., T, H, D)   →   (..., H, T, D)"""
+    return namespace(x).moveaxis(x, -2, -3)
 
 
-def _all_heads(das: list[Array], a: Array) -> Array:
-    """The gradient of `a` from those of `head_of(a, h)`: stacked where each head had its own, else summed."""
-    if a is None:
-        return None
-    da = namespace(a).stack(das, axis=-3 if a.ndim >= 3 else 0)
-    return unbroadcast(da, a.shape)
-
-
-def _per_key_head(dxs: tuple[Array, ...], K: int) -> Array:
-    """H gradients (..., S', D)   →   (..., S', K, D): the heads of a group share keys and values, so theirs add"""
-    group = len(dxs) // K
-    return namespace(dxs[0]).stack(
-        [sum(dxs[g * group + 1 : (g + 1) * group], dxs[g * group]) for g in range(K)], axis=-2
-    )
+def _heads_last(x: Array) -> Array:
+    """x (..., H, T, D)   →   (..., T, H, D)"""
+    return namespace(x).moveaxis(x, -3, -2)

@@ -7,9 +7,10 @@ width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Par
 from typing import Any, NamedTuple
 
 from . import _check, tree
-from ._xp import Array, namespace, narrow, widen
-from .heads import CombineCache, HeadsCache, attend, attend_vjp, combine, combine_vjp, head_of
-from .masks import Mask, dense
+from ._xp import Array, narrow, widen
+from .engines import Engine, pick
+from .heads import CombineCache, HeadsCache, attend, attend_vjp, combine, combine_vjp
+from .masks import Mask, as_mask
 from .ops import attention_weights, blank, check_keep, check_mask, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check
 
@@ -33,6 +34,7 @@ def head(
     zero_attn: bool = False,
     keep: Array = None,
     rate: float = 0.0,
+    engine: Engine | None = None,
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   o (..., T, E)
@@ -49,14 +51,15 @@ def head(
     o, heads = attend(
         stack,
         widen(query),
-        _blank(widen(key), _as_head(mask)),
-        _blank(widen(value), _as_head(mask)),
+        _blank(widen(key), mask, query.shape[-2]),
+        _blank(widen(value), mask, query.shape[-2]),
         _as_head(widen(bias)),
-        mask=_as_head(mask),
+        mask=mask,
         scale=scale,
         zero_attn=zero_attn,
         keep=_as_head(keep),
         rate=rate,
+        engine=pick(engine, query),
     )
     return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
 
@@ -66,10 +69,11 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
     from the cotangents of o and, where given, of the weights (..., T, S') and lse (..., T)
     """
     (heads,) = cache
-    (one,) = heads.heads
-    _check.cotangent("do", do, (*one.q.shape[:-1], one.v.shape[-1]), one.q, "... T E")
-    _check.cotangent("dweights", dweights, one.p.shape, one.p, "... T S'", optional=True)
-    _check.cotangent("dlse", dlse, one.lse.shape, one.lse, "... T", optional=True)
+    *batch, T, _ = heads.q.x.shape
+    like = heads.q.x
+    _check.cotangent("do", do, (*batch, T, heads.v.w.shape[-2]), like, "... T E")
+    _check.cotangent("dweights", dweights, (*batch, T, _keys(heads)), like, "... T S'", optional=True)
+    _check.cotangent("dlse", dlse, (*batch, T), like, "... T", optional=True)
     dstack, dquery, dkey, dvalue, dbias = attend_vjp(
         heads,
         widen(do)[..., None, :],
@@ -107,6 +111,7 @@ def mha(
     zero_attn: bool = False,
     keep: Array = None,
     rate: float = 0.0,
+    engine: Engine | None = None,
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ) woₕᵀ + bo
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   y (..., T, O)
@@ -117,6 +122,8 @@ def mha(
     scale      D ** -0.5 unless given
     zero_attn  append a key and value of zeros that every query may see, after those of params["bias_kv"]
     keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S')
+    engine     the way to do it, of `funcmha.engines`: TILED in linear memory, for NumPy arrays, REFERENCE for all; None
+               picks one. The results are the same, to rounding
 
     The dtype of the result is that of the inputs; float16 and bfloat16 are computed with in float32 and rounded once. A
     query that may see no key gives out_proj's bias, and gradients 0. Raises KeyError for a missing or unexpected leaf,
@@ -130,16 +137,17 @@ def mha(
     o, heads = attend(
         params,
         widen(query),
-        _blank(widen(key), mask),
-        _blank(widen(value), mask),
+        _blank(widen(key), mask, query.shape[-2]),
+        _blank(widen(value), mask, query.shape[-2]),
         widen(bias),
         mask=mask,
         scale=scale,
         zero_attn=zero_attn,
         keep=keep,
         rate=rate,
+        engine=pick(engine, query),
     )
-    y, out = combine(params["out_proj"], o)
+    y, out = combine(params["out_proj"], o, engine=pick(engine, query))
     return narrow(y, query.dtype), MhaCache(heads, out)
 
 
@@ -150,9 +158,7 @@ def mha_vjp(cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Arra
     heads, out = cache
     *batch, T, H, _ = out.o.shape
     _check.cotangent("dy", dy, (*batch, T, out.w.shape[0]), out.o, "... T O")
-    _check.cotangent(
-        "dweights", dweights, (*batch, H, *heads.heads[0].p.shape[-2:]), out.o, "... H T S'", optional=True
-    )
+    _check.cotangent("dweights", dweights, (*batch, H, T, _keys(heads)), out.o, "... H T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
     dout_proj, do = combine_vjp(out, widen(dy))
@@ -194,22 +200,22 @@ def self_attention_vjp(
 
 @attention_weights.register
 def _(cache: HeadCache, /) -> Array:
-    return cache.heads.heads[0].p
+    return attention_weights(cache.heads.attention)[..., 0, :, :]
 
 
 @log_sum_exp.register
 def _(cache: HeadCache, /) -> Array:
-    return cache.heads.heads[0].lse
+    return log_sum_exp(cache.heads.attention)[..., 0, :]
 
 
 @attention_weights.register
 def _(cache: MhaCache, /) -> Array:
-    return namespace(cache.out.o).stack([head.p for head in cache.heads.heads], axis=-3)
+    return attention_weights(cache.heads.attention)
 
 
 @log_sum_exp.register
 def _(cache: MhaCache, /) -> Array:
-    return namespace(cache.out.o).stack([head.lse for head in cache.heads.heads], axis=-2)
+    return log_sum_exp(cache.heads.attention)
 
 
 @attention_weights.register
@@ -234,18 +240,22 @@ def _check_inputs(
     zero_attn: bool,
     keep: Array,
     rate: float,
-) -> tuple[Array, float | None]:
-    """The door of `head` and `mha`: the mask as an array or None, and the scale as a Python float or None."""
+) -> tuple[Mask | None, float | None]:
+    """The door of `head` and `mha`: the mask as a `Mask` or None, and the scale as a Python float or None."""
     inputs = [("query", query), ("key", key), ("value", value)]
     _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", bias)])
     axes("query", query, "... T Cq")
     axes("key", key, "... S Ck")
     axes("value", value, "... S Cv")
-    lead = "... H " if "H" in axes.size else "... "  # one head has no such axis
-    axes.broadcast("bias", bias, lead + "T S")
-    if isinstance(mask, Mask) and "H" not in axes.size:
-        mask = head_of(dense(mask, axes["T"], axes["S"], query), 0)
-    mask = check_mask(axes, mask, query, lead + "T S")
+    one_head = "H" not in axes.size
+    lead = "... " if one_head else "... H "
+    axes.broadcast("bias", _check.shape_of(bias), lead + "T S")
+    if one_head and isinstance(mask, Mask):
+        axes.size["1"] = 1
+        mask = check_mask(axes, mask, "... 1 T S")
+    else:
+        mask = check_mask(axes, mask, lead + "T S")
+        mask = as_mask(_as_head(mask.array)) if one_head and mask is not None else mask
     if not isinstance(zero_attn, bool):
         raise TypeError(f"zero_attn must be True or False, got {zero_attn!r}")
     axes.size["S'"] = axes["S"] + ("bias_kv.k" in leaves) + zero_attn
@@ -253,9 +263,16 @@ def _check_inputs(
     return mask, None if scale is None else _check.number("scale", scale)
 
 
-def _blank(x: Array, mask: Array) -> Array:
+def _keys(cache: HeadsCache) -> int:
+    """S'"""
+    return int(cache.attention.k.shape[-2])
+
+
+def _blank(x: Array, mask: Mask | None, T: int) -> Array:
     """x (..., S, C) with 0 at the keys that no query of any head may see: a NaN there would reach Σ dk xᵀ as 0 · NaN"""
-    return blank(x[..., None, :, :], mask)[..., 0, :, :]
+    if mask is None:
+        return x
+    return blank(x[..., None, :, :], mask.seen(T, x.shape[-2], x))[..., 0, :, :]
 
 
 def _narrow(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:

@@ -14,9 +14,11 @@ from functools import singledispatch
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _check
 from ._xp import Array, namespace, narrow, unbroadcast, widen
-from .masks import Mask, dense
+from .masks import Mask, as_mask, dense
 
 INF = float("inf")
 
@@ -35,13 +37,7 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
 
     Raises TypeError for mixed or unknown dtypes, ValueError for shapes that do not fit.
     """
-    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
-    axes = _check.Axes()
-    axes("x", x, "... I")
-    axes("w", w, "O I")
-    if b is not None:
-        axes("b", b, "O")
-
+    check_linear(x, w, b)
     dtype = x.dtype
     x, w, b = widen(x), widen(w), widen(b)
     y = x @ namespace(x).matrix_transpose(w)
@@ -86,7 +82,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     _check.boolean("where", where, "True = allowed")
     axes = _check.Axes()
     axes("x", x, "... S")
-    axes.broadcast("where", where, "... S")
+    axes.broadcast("where", _check.shape_of(where), "... S")
 
     p, _ = _softmax(widen(x), where)
     return narrow(p, x.dtype), SoftmaxCache(p)
@@ -174,7 +170,8 @@ def attention(
     mixed dtypes, ValueError for shapes that do not fit, both before any arithmetic.
     Vaswani et al. 2017, eq. 1.
     """
-    mask, scale, rate = _check_attention(q, k, v, bias, mask, scale, keep, rate)
+    mask, scale, rate = check_attention(q, k, v, bias, mask, scale, keep, rate)
+    mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
     q, k, v, bias = widen(q), blank(widen(k), mask), blank(widen(v), mask), widen(bias)
@@ -239,10 +236,20 @@ def _(cache: AttentionCache, /) -> Array:
     return cache.lse
 
 
-def _check_attention(
+def check_linear(x: Array, w: Array, b: Array) -> None:
+    """The door of `linear`."""
+    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
+    axes = _check.Axes()
+    axes("x", x, "... I")
+    axes("w", w, "O I")
+    if b is not None:
+        axes("b", b, "O")
+
+
+def check_attention(
     q: Array, k: Array, v: Array, bias: Array, mask: Any, scale: float | None, keep: Array, rate: float
-) -> tuple[Array, float, float]:
-    """The door of `attention`: the mask as an array (..., T or 1, S or 1) or None, scale and rate as Python floats."""
+) -> tuple[Mask | None, float, float]:
+    """The door of `attention`: the mask as a `Mask` or None, scale and rate as Python floats."""
     _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", bias)])
     axes = _check.Axes()
     head, group, scores = ("... H ", "... K ", "... H T S") if q.ndim > 2 else ("", "", "T S")
@@ -251,28 +258,29 @@ def _check_attention(
     axes("v", v, group + "S E")
     if head:
         _check.multiple("q", axes["H"], "k", axes["K"])
-    axes.broadcast("bias", bias, scores)
-    mask = check_mask(axes, mask, q, scores)
+    axes.broadcast("bias", _check.shape_of(bias), scores)
+    mask = check_mask(axes, mask, scores)
     check_keep(axes, keep, rate, scores)
     scale = max(axes["D"], 1) ** -0.5 if scale is None else _check.number("scale", scale)
     return mask, scale, float(rate)
 
 
-def check_mask(axes: _check.Axes, mask: Any, like: Array, scores: str) -> Array:
-    """The mask as a boolean array of at least two axes that broadcasts to `scores`, or None."""
+def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
+    """The mask as a `Mask` that broadcasts to `scores`, or None."""
+    if mask is None:
+        return None
     if not isinstance(mask, Mask):
         _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
-    mask = dense(mask, axes["T"], axes["S"], like)
-    axes.broadcast("mask", mask, scores)
-    if mask is None or mask.ndim >= 2:
-        return mask
-    return namespace(mask).reshape(mask, (1,) * (2 - mask.ndim) + tuple(mask.shape))
+        axes.broadcast("mask", mask.shape, scores)
+    checked = as_mask(mask)
+    axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
+    return checked
 
 
 def check_keep(axes: _check.Axes, keep: Array, rate: float, scores: str) -> None:
     """Dropout is a mask and a rate, or neither."""
     _check.boolean("keep", keep, "True = keep")
-    axes.broadcast("keep", keep, scores)
+    axes.broadcast("keep", _check.shape_of(keep), scores)
     if _check.number("rate", rate, 0.0, 1.0) > 0 and keep is None:
         raise ValueError(f"keep must be given with rate={rate}: dropout takes its mask as an input")
 
@@ -288,6 +296,8 @@ def blank(x: Array, mask: Array) -> Array:
         return x
     xp = namespace(x)
     seen = xp.any(mask, axis=-2)  # (..., H or 1, S or 1)
+    if isinstance(seen, np.ndarray) and seen.all():
+        return x
     if seen.ndim > 1 and seen.shape[-2] not in (1, x.shape[-3]):
         *batch, heads, n = seen.shape
         seen = xp.any(xp.reshape(seen, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)

@@ -1,5 +1,6 @@
 """What every test shares: hypothesis profiles, and the array libraries to run on."""
 
+import importlib
 from typing import Any, NamedTuple
 
 import array_api_strict
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from funcmha import tree
+from funcmha import engines, tree
+from funcmha.tiled import tiles
 
 # The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -65,3 +67,23 @@ _LIBRARIES = {
 @pytest.fixture(params=[pytest.param(n, marks=pytest.mark.gpu if n == "cupy" else ()) for n in _LIBRARIES])
 def xp(request: pytest.FixtureRequest) -> Library:
     return _LIBRARIES[request.param]()
+
+
+@pytest.fixture(scope="module", params=engines.ENGINES, ids=lambda engine: engine.name)
+def each_engine(request: pytest.FixtureRequest) -> Any:
+    """What is tested of NumPy arrays is tested of every engine, in tiles so small that it takes many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "ROWS", 4)
+        patch.setattr(tiles, "COLS", 3)
+        for module in ("engines", "mha"):
+            patch.setattr(importlib.import_module(f"funcmha.{module}"), "pick", _always(request.param))
+        yield request.param
+
+
+def _always(engine: engines.Engine) -> Any:
+    def pick(given: engines.Engine | None, x: Any) -> engines.Engine:
+        if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":
+            return engine
+        return engines.REFERENCE if given is None else given
+
+    return pick

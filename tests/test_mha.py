@@ -28,6 +28,8 @@ from funcmha import (
 from funcmha._xp import unbroadcast
 from funcmha.testing.strategies import MhaProblem, mha_problems
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as torch_pytree
 
 import funcmha
 from funcmha import tree
+from funcmha.engines import REFERENCE
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
@@ -34,6 +35,7 @@ class Pair(NamedTuple):
 SQUARE = MhaProblem(
     K=1, G=2, Ck=17, Cv=17, S=5, mask="intersection", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3
 )
+ENGINE = {"engine": REFERENCE}  # whose caches hold nothing but arrays and numbers
 ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
 
 
@@ -49,14 +51,14 @@ def one_head_inputs(dtype):
 PAIRS = {
     "linear": Pair(funcmha.linear, funcmha.linear_vjp, linear_inputs, {}),
     "softmax": Pair(funcmha.softmax, funcmha.softmax_vjp, lambda dtype: linear_inputs(dtype)[:1], {}),
-    "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static()),
-    "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True}),
-    "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static()),
+    "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static() | ENGINE),
+    "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True} | ENGINE),
+    "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static() | ENGINE),
     "self_attention": Pair(
         funcmha.self_attention,
         funcmha.self_attention_vjp,
         lambda dtype: tuple(SQUARE.inputs(dtype)[i] for i in (0, 1, 4)),
-        SQUARE.static(),
+        SQUARE.static() | ENGINE,
     ),
 }
 all_pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
@@ -72,6 +74,7 @@ def test_every_public_op_is_here():
 @all_pairs
 def test_purity_structure_and_gradient(pair):
     check_vjp(pair.f, pair.f_vjp, pair.inputs("float64"), pair.static)
+    check_vjp(pair.f, pair.f_vjp, pair.inputs("float64"), {n: x for n, x in pair.static.items() if n != "engine"})
 
 
 @pytest.mark.parametrize("module", ["ops", "heads", "mha"])
@@ -218,14 +221,14 @@ def test_no_floating_point_warning_on_ordinary_input(pair):
         pair.f_vjp(cache, y)
 
 
-def test_the_core_imports_numpy_alone():
+def test_the_core_imports_numpy_and_threadpoolctl_alone():
     code = (
         "import sys; before = set(sys.modules); import numpy; known = set(sys.modules); import funcmha;"
         "new = {m.partition('.')[0] for m in set(sys.modules) - known};"
         "print(sorted(m for m in new - set(sys.stdlib_module_names) if 'cython' not in m))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['funcmha', 'numpy']"
+    assert out.stdout.strip() == "['funcmha', 'numpy', 'threadpoolctl']"
 
 
 def test_torch_tensors_go_through_the_reference():

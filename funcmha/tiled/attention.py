@@ -1,0 +1,226 @@
+"""Attention in tiles: `funcmha.ops.attention` and its vjp in linear memory (Dao et al. 2022).
+
+The heads come one after another; the work of a head is cut into tiles, and these are shared out among the threads. The
+result does not depend on how many there are: what is added up is added in the order of the tiles.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._xp import Array, narrow, widen
+from funcmha.masks import Mask, Range
+from funcmha.ops import attention_weights, blank, check_attention, log_sum_exp
+
+from . import threads, tiles
+from .schedule import BiasGradient, steps
+from .tiles import LN2, LOG2E, Head, Rows, backward, blocks, forward, mean_cotangent
+
+
+class AttentionCache(NamedTuple):
+    q: Array  # (..., H, T, D)
+    k: Array  # (..., K, S, D), 0 at the keys that nobody may see
+    v: Array  # (..., K, S, E), 0 at the keys that nobody may see
+    bias: Array  # broadcasts to (..., H, T, S), or None
+    o: Array  # (..., H, T, E)
+    total: Array  # (..., H, T), Σ 2^(s − c), 0 where no key is seen
+    shift: Array  # (..., H, T), c, or None where nothing was shifted
+    keep: Array  # broadcasts to (..., H, T, S), or None
+    mask: Mask | None
+    scale: float
+    rate: float
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array = None,
+    /,
+    *,
+    mask: Array | Mask = None,
+    scale: float | None = None,
+    keep: Array = None,
+    rate: float = 0.0,
+) -> tuple[Array, AttentionCache]:
+    """o = dropout(softmax(scale · q kᵀ + bias)) v
+    q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     as `funcmha.ops.attention`
+
+    Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
+    """
+    mask, scale, rate = check_attention(q, k, v, bias, mask, scale, keep, rate)
+    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
+        raise TypeError(f"q must be a real NumPy array for the tiled engine, got {type(q).__name__} of {q.dtype}")
+
+    dtype = q.dtype
+    q, k, v, bias = widen(q), widen(k), widen(v), widen(bias)
+    seen = None if mask is None else mask.seen(q.shape[-2], k.shape[-2])
+    k, v = blank(k, seen), blank(v, seen)
+    o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
+    cache = AttentionCache(q, k, v, bias, o, total, shift, keep, mask, scale, rate)
+    with threads.single_threaded_blas():
+        _forward(_Views.of(cache))
+    return narrow(o, dtype), cache if shift.any() else cache._replace(shift=None)
+
+
+def attention_vjp(
+    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, ...]:
+    """dq, dk, dv, dbias: every tile once more, five products each
+    from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
+    """
+    q, k, v, bias, *_ = cache
+    _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
+    _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
+    _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
+
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dbias = None if bias is None else BiasGradient(bias, (*q.shape[:-1], k.shape[-2]))
+    with threads.single_threaded_blas():
+        _backward(
+            _Views.of(cache),
+            _with_head(widen(do)),
+            _with_head(widen(dweights)),
+            _with_head(widen(dlse), 1),
+            (_with_head(dq), _with_head(dk), _with_head(dv)),
+            dbias,
+        )
+    grads = (narrow(d, do.dtype) for d in (dq, dk, dv))
+    return *grads, None if dbias is None else narrow(dbias.total(), do.dtype)
+
+
+class _Views(NamedTuple):
+    """The arrays of a cache with a head axis and with the broadcast axes spelt out, by strides of 0."""
+
+    q: Array  # (..., H, T, D)
+    k: Array  # (..., K, S, D)
+    v: Array  # (..., K, S, E)
+    bias: Array  # (..., H, T, S) or None
+    o: Array  # (..., H, T, E)
+    total: Array  # (..., H, T)
+    shift: Array  # (..., H, T) or None
+    keep: Array  # (..., H, T, S) or None
+    mask: Mask | None
+    scale: float
+    rate: float
+
+    @staticmethod
+    def of(cache: AttentionCache) -> "_Views":
+        q, k, v, o = (_with_head(a) for a in (cache.q, cache.k, cache.v, cache.o))
+        scores = (*q.shape[:-1], k.shape[-2])
+        bias, keep = (None if a is None else np.broadcast_to(a, scores) for a in (cache.bias, cache.keep))
+        total, shift = _with_head(cache.total, 1), _with_head(cache.shift, 1)
+        return _Views(q, k, v, bias, o, total, shift, keep, cache.mask, cache.scale, cache.rate)
+
+    def head(self, b: tuple[int, ...], h: int) -> Head:
+        """Head h of sample b."""
+        kv = h // (self.q.shape[-3] // self.k.shape[-3])
+        bias, keep = (None if a is None else a[(*b, h)] for a in (self.bias, self.keep))
+        mask = None if self.mask is None else self.mask.at(b)
+        return Head(self.q[(*b, h)], self.k[(*b, kv)], self.v[(*b, kv)], bias, mask, h, keep, self.scale, self.rate)
+
+
+def _with_head(a: Array, rank: int = 2) -> Array:
+    """`a` with a head axis before its last `rank` axes, where it has no other."""
+    return a if a is None or a.ndim > rank else a[None]
+
+
+def _forward(x: _Views) -> None:
+    """Write o, total and shift."""
+    *batch, H, T, D = x.q.shape
+    K, S, E = x.v.shape[-3:]
+    samples = list(np.ndindex(*batch))
+    rows_first_to_last = blocks(T, tiles.ROWS)
+    longest = np.empty((*batch, K), x.q.dtype)  # max |k|
+
+    def measure(b: Any) -> None:
+        longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
+
+    threads.run(measure, samples, flops=2 * x.k.size)
+    for h in range(H):
+
+        def work(task: tuple[Any, Range], h: int = h) -> None:
+            b, rows = task
+            at = (*b, h, slice(*rows))
+            x.o[at], x.total[at], shift = forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+            if shift is not None:
+                x.shift[at] = shift
+
+        # Where the mask is causal the last rows take longest, and begin first.
+        tasks = [(b, rows) for rows in reversed(rows_first_to_last) for b in samples]
+        threads.run(work, tasks, flops=2.0 * prod(batch) * T * S * (D + E))
+
+
+def _backward(
+    x: _Views, do: Array, dweights: Array, dlse: Array, into: tuple[Array, Array, Array], dbias: BiasGradient | None
+) -> None:
+    """Add to dq, dk, dv and dbias, with δ = Σ p dp = Σ do o + Σ p dweights."""
+    dq, dk, dv = into
+    *batch, H, T, D = x.q.shape
+    K, S, E = x.v.shape[-3:]
+    samples = list(np.ndindex(*batch))
+    together = [[b] for b in samples] if dbias is not None and dbias.sums_samples else [samples]
+    schedule = [tasks for group in together for tasks in steps(x.head, group, T, S)]
+    inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
+    q, d = np.empty((*batch, T, D), x.q.dtype), np.empty((*batch, T, E + 1), x.q.dtype)
+    v1 = np.ones((*batch, S, E + 1), x.q.dtype)
+
+    def of_rows(b: Any, h: int, rows: Range) -> Rows:
+        i = slice(*rows)
+        return Rows(q[b][i], None if x.shift is None else x.shift[(*b, h)][i], inverse[(*b, h)][i], d[b][i])
+
+    for h in range(H):
+        kv = h // (H // K)
+
+        def prepare(b: Any, h: int = h) -> None:
+            head, g = x.head(b, h), do[(*b, h)]
+            np.multiply(head.q, head.scale * LOG2E, out=q[b])
+            v1[b][:, :E], d[b][:, :E] = head.v, g
+            delta = np.einsum("te,te->t", g, x.o[(*b, h)])
+            if dweights is not None:
+                for rows in blocks(T, tiles.ROWS):
+                    i = slice(*rows)
+                    delta[i] += mean_cotangent(head, rows, of_rows(b, h, rows), dweights[(*b, h)][i])
+            d[b][:, E] = -delta if dlse is None else np.where(x.total[(*b, h)] == 0, 0.0, dlse[(*b, h)]) - delta
+            d[b] *= inverse[(*b, h)]
+
+        def work(task: Any, h: int = h, kv: int = kv) -> None:
+            b, rows, cols, mixed = task
+            at = i, j = slice(*rows), slice(*cols)
+            cotangent = None if dweights is None else dweights[(*b, h)][at]
+            grads = dq[(*b, h)][i], dk[(*b, kv)][j], dv[(*b, kv)][j]
+            dz = backward(x.head(b, h), rows, cols, mixed, of_rows(b, h, rows), v1[b][j], cotangent, *grads)
+            if dbias is not None:
+                dbias.add((*b, h), at, dz)
+
+        threads.run(prepare, samples, flops=10 * d.size)
+        for tasks in schedule:
+            threads.run(work, tasks, flops=len(tasks) * 6.0 * tiles.ROWS**2 * (D + E))
+
+
+@log_sum_exp.register
+def _(cache: AttentionCache, /) -> Array:
+    some = cache.total != 0
+    fraction, exponent = np.frexp(np.where(some, cache.total, 1.0))  # a guessed shift is whole, so their sum is exact
+    whole = exponent.astype(fraction.dtype) if cache.shift is None else exponent + cache.shift
+    return np.where(some, LN2 * (np.log2(fraction) + whole), -np.inf).astype(fraction.dtype)
+
+
+@attention_weights.register
+def _(cache: AttentionCache, /) -> Array:
+    x = _Views.of(cache)
+    p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
+    total = np.where(x.total == 0, 1.0, x.total)[..., None]
+    for *b, h in np.ndindex(*p.shape[:-2]):
+        head = x.head(tuple(b), h)
+        for rows in blocks(p.shape[-2], tiles.ROWS):
+            at = (*b, h, slice(*rows))
+            q, shift = (head.scale * LOG2E) * head.q[slice(*rows)], None if x.shift is None else x.shift[at]
+            for cols, mixed in head.tiles(rows):
+                p[(*at, slice(*cols))] = head.exponentials(q, rows, cols, mixed, shift) / total[at]
+    return p.reshape(*cache.total.shape, p.shape[-1])

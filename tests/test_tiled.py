@@ -1,0 +1,222 @@
+"""The tiled engine beyond what every engine is tested for: threads, BLAS, memory, large scores, interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from test_ops import close
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from funcmha import (
+    attention,
+    attention_vjp,
+    attention_weights,
+    init,
+    log_sum_exp,
+    masks,
+    self_attention,
+    self_attention_vjp,
+)
+from funcmha.engines import REFERENCE, TILED
+from funcmha.testing.strategies import AttentionProblem, attention_problems
+from funcmha.testing.tolerance import assert_within, attention_bounds
+from funcmha.tiled import threads
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def large(T=700, dtype="float32", **fields):
+    return AttentionProblem(batch=(2,), T=T, S=T + 13, K=2, G=2, D=16, E=24, **fields), dtype
+
+
+def both(problem, dtype, engine):
+    do, dweights, dlse = problem.cotangents(dtype)
+    o, cache = attention(*problem.inputs(dtype), **problem.static(), engine=engine)
+    return [o, log_sum_exp(cache), *attention_vjp(cache, do, dlse=dlse)]
+
+
+@given(attention_problems(mask=st.sampled_from(["none", "causal", "intersection"]), rate=st.just(0.0)))
+def test_float32_stays_within_the_bound(problem):
+    """T1 at every gain, where the shift of the scores is none, a guess, or the maximum; twice, as hypothesis searches."""
+    arrays, static = problem.inputs("float32"), problem.static()
+    do, dweights, dlse = problem.cotangents("float32")
+    wide = [None if a is None else a.astype("float64") for a in arrays]
+    want_o, want = attention(*wide, **static, engine=REFERENCE)
+    want_grads = attention_vjp(want, *(x.astype("float64") for x in (do,)), dlse=dlse.astype("float64"))
+    bounds = attention_bounds(*arrays, do, **static, dlse=dlse, dtype="float32")
+    o, cache = attention(*arrays, **static, engine=TILED)
+    assert_within(o, want_o, bounds.o, factor=2, name="o")
+    assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2, name="lse")
+    names = ("dq", "dk", "dv", "dbias")
+    for name, got, ref in zip(names, attention_vjp(cache, do, dlse=dlse), want_grads, strict=True):
+        if ref is not None:
+            assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "segments", "heads"])
+def test_many_tiles_are_the_reference(mask):
+    problem, dtype = large(dtype="float64", mask=mask, bias="... H 1 S")
+    for got, want in zip(both(problem, dtype, TILED), both(problem, dtype, REFERENCE), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("bias", ["none", "TS", "1 S", "T 1", "... 1 1 S"])
+def test_the_number_of_threads_changes_no_bit(monkeypatch, bias):
+    problem, dtype = large(mask="causal", bias=bias if bias != "TS" else "T S")
+    results = []
+    for n in ("1", "2", "3"):
+        monkeypatch.setenv("FUNCMHA_NUM_THREADS", n)
+        results.append(both(problem, dtype, TILED))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("given_", ["0", "-1", "two", ""])
+def test_a_bad_number_of_threads_is_refused(monkeypatch, given_):
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", given_)
+    with pytest.raises(ValueError, match=f"FUNCMHA_NUM_THREADS must be an integer of at least 1, got '{given_}'"):
+        threads.num_threads()
+
+
+def test_blas_has_its_threads_back_after_a_call_and_after_an_error():
+    before = blas_threads()
+    with threadpool_limits(2, "blas"):
+        problem, dtype = large()
+        both(problem, dtype, TILED)
+        assert set(blas_threads()) == {2}
+        with pytest.raises(ZeroDivisionError), threads.single_threaded_blas():
+            assert set(blas_threads()) == {1}
+            1 / 0  # noqa: B018
+        assert set(blas_threads()) == {2}
+    assert blas_threads() == before
+
+
+def test_two_threads_of_a_program_may_call_at_once():
+    problem, dtype = large()
+    want, got = both(problem, dtype, TILED), {}
+    before = blas_threads()
+
+    def call(i):
+        got[i] = both(problem, dtype, TILED)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert blas_threads() == before
+    for result in got.values():
+        for a, b in zip(result, want, strict=True):
+            assert a is b is None or np.array_equal(a, b)
+
+
+def test_an_error_in_a_task_stops_the_others_and_is_raised(monkeypatch):
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
+    done = []
+
+    def work(i):
+        if i == 5:
+            raise KeyError(i)
+        time.sleep(0.001)
+        done.append(i)
+
+    with pytest.raises(KeyError):
+        threads.run(work, range(1000), flops=1e9)
+    assert len(done) < 500
+
+
+def test_memory_is_linear():
+    """Four times the tokens take four times the memory, and the scores of one head alone would take sixteen times."""
+    peaks = []
+    for T in (1024, 4096):
+        x = np.random.default_rng(0).standard_normal((1, 2, T, 16), dtype=np.float32)
+        tracemalloc.start()
+        o, cache = attention(x, x, x, mask=masks.causal(), engine=TILED)
+        attention_vjp(cache, o)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 5 * peaks[0]
+    assert peaks[1] < 4 * 4096 * 4096
+
+
+def test_ctrl_c_comes_back_promptly():
+    code = """
+import numpy as np, threading, time
+from funcmha import attention, masks
+from funcmha.engines import TILED
+x = np.ones((1, 8, 65536, 64), np.float32)
+print("begin", flush=True)
+try:
+    attention(x, x, x, engine=TILED)
+except KeyboardInterrupt:
+    begin = time.process_time()
+    time.sleep(0.3)
+    print("idle" if time.process_time() - begin < 0.1 else "busy", flush=True)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begin\n"
+    time.sleep(1)
+    begin = time.perf_counter()
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30)[0] == "idle\n"
+    assert time.perf_counter() - begin < 20  # the tasks that had begun, on a busy machine
+    assert child.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own():
+    code = """
+import os, numpy as np
+from funcmha import attention
+from funcmha.engines import TILED
+x = np.ones((4, 2, 512, 32), np.float32)
+attention(x, x, x, engine=TILED)
+pid = os.fork()
+attention(x, x, x, engine=TILED)
+if pid:
+    raise SystemExit(os.waitpid(pid, 0)[1])
+"""
+    warn = ["-W", "ignore::DeprecationWarning"]  # of forking with threads, which is what is tried
+    assert subprocess.run([sys.executable, *warn, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_only_numpy_arrays_and_real_ones():
+    q = np.ones((2, 3, 4))
+    with pytest.raises(TypeError, match="q must be a real NumPy array for the tiled engine, got ndarray of complex128"):
+        attention(q + 0j, q + 0j, q + 0j, engine=TILED)
+
+
+def test_an_engine_is_a_value_and_not_a_name():
+    q = np.ones((2, 3, 4))
+    with pytest.raises(TypeError, match="engine must be one of funcmha.engines or None, got 'tiled'"):
+        attention(q, q, q, engine="tiled")
+
+
+def test_weights_are_made_from_the_cache():
+    problem, dtype = large(T=300, dtype="float64", mask="window", bias="H T S")
+    arrays, static = problem.inputs(dtype), problem.static()
+    got, want = (attention_weights(attention(*arrays, **static, engine=e)[1]) for e in (TILED, REFERENCE))
+    close(got, want)
+
+
+def test_mha_by_either_engine():
+    params = init(0, 48, 6, num_kv_heads=2, bias_kv=True, dtype="float64")
+    x = np.random.default_rng(0).standard_normal((2, 300, 48))
+    results = []
+    for engine in (TILED, REFERENCE):
+        y, cache = self_attention(params, x, mask=masks.causal(), zero_attn=True, engine=engine)
+        dparams, dx, _ = self_attention_vjp(cache, y)
+        results.append([y, dx, dparams["q_proj"]["w"], dparams["out_proj"]["b"], dparams["bias_kv"]["v"]])
+    for got, want in zip(*results, strict=True):
+        close(got, want)
