@@ -17,7 +17,7 @@ check: .venv/ready ## formatting, lint and types
 	$(BIN)/mypy
 
 bench: .venv/ready ## forward and backward against PyTorch, timed
-	$(BIN)/python benchmarks/reference.py
+	$(BIN)/python -m benchmarks
 
 mutants: .venv/ready ## plant every fault of tests/mutants.py, and see the suite catch it
 	$(BIN)/python tests/mutants.py

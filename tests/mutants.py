@@ -482,15 +482,15 @@ attention: any keep-mask is taken
 + pass
 
 attention: a keep-mask of any shape is taken
-- axes.broadcast("keep", keep, scores)
+- axes.broadcast("keep", _check.shape_of(keep), scores)
 + pass
 
 attention: a mask of any shape is taken
-- axes.broadcast("mask", mask, scores)
+- axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
 + pass
 
 attention: a bias of any shape is taken
-- axes.broadcast("bias", bias, scores)
+- axes.broadcast("bias", _check.shape_of(bias), scores)
 + pass
 
 attention: values of another dtype are taken
@@ -534,7 +534,7 @@ softmax: an integer mask is taken
 + pass
 
 softmax: a mask of any shape is taken
-- axes.broadcast("where", where, "... S")
+- axes.broadcast("where", _check.shape_of(where), "... S")
 + pass
 
 ## heads.py
@@ -581,12 +581,12 @@ extend: the gradient of the keys has the appended columns
 + dy
 
 extend: appended keys are masked
-- extend_scores(mask, S, extra, True)
-+ extend_scores(mask, S, extra, False)
+- S, q), S, extra, True))
++ S, q), S, extra, False))
 
 extend: the mask is not extended
-- extend_scores(mask, S, extra, True)
-+ mask
+- if mask is not None and extra:
++ if False:
 
 extend: appended keys have a bias
 - extend_scores(bias, S, extra, 0.0)
@@ -601,12 +601,12 @@ extend: a bias that is the same for all keys falls on the appended ones too
 +     xp
 
 extend: the bias gradient has the appended columns
-- da if da is None or extra == 0 else da[..., :S]
-+ da
+- unbroadcast(da[..., :S], a.shape)
++ unbroadcast(da, a.shape)
 
 extend: the bias gradient is cut at the wrong end
-- else da[..., :S]
-+ else da[..., extra:]
+- unbroadcast(da[..., :S], a.shape)
++ unbroadcast(da[..., extra:], a.shape)
 
 combine: heads interleaved
 - reshape(o, (*o.shape[:-2], H * E))
@@ -624,6 +624,29 @@ combine: the bias gradient is the bias
 - return _group(reshape(dw, cache.w.shape), db)
 + return _group(reshape(dw, cache.w.shape), cache.b)
 
+heads: learned key and value exchanged in the gradient, where their shapes allow it
+- {"k": drow_k, "v": drow_v}
++ {"k": drow_v, "v": drow_k} if drow_k.shape == drow_v.shape else {"k": drow_k, "v": drow_v}
+
+heads: no gradient of the learned keys
+- if drow_k is not None:
++ if drow_k is not None and drow_v is None:
+
+heads: projections of key and value exchanged in the gradient
+- "k_proj": dk_proj, "v_proj": dv_proj}
++ "k_proj": dv_proj, "v_proj": dk_proj}
+
+heads: key and value gradients exchanged
+- return dparams, dquery, dkey, dvalue, dbias
++ return dparams, dquery, dvalue, dkey, dbias
+
+heads: the learned value is a second learned key, where their shapes allow it
+- extend(v, bias_kv["v"], zero_attn)
++ extend(v, bias_kv["v" if bias_kv["v"] is None or k.shape[-1] != v.shape[-1] else "k"], zero_attn)
+
+## engines.py
+# test_mha.py::test_mha_is_torch
+
 heads: grouped as if tiled
 - kv = h // (H // K)
 + kv = h % K
@@ -637,32 +660,20 @@ heads: groups begin one head early
 + kv = min((h + 1) // (H // K), K - 1)
 
 heads: values are not grouped
-- v[..., kv, :]
-+ v[..., min(h, K - 1), :]
+- v[..., kv, :, :]
++ v[..., min(h, K - 1), :, :]
 
 heads: all have the bias of the first
-- head_of(all_bias, h)
-+ head_of(all_bias, 0)
+- _head_of(bias, h)
++ _head_of(bias, 0)
 
 heads: all have the mask of the first
-- head_of(all_mask, h)
-+ head_of(all_mask, 0)
+- _head_of(mask, h)
++ _head_of(mask, 0)
 
 heads: all drop what the first drops
-- head_of(keep, h)
-+ head_of(keep, 0)
-
-heads: nothing is dropped
-- rate=rate,
--         )
-+ rate=0.0,
-+         )
-
-heads: the scale is forgotten
-- scale=scale,
--             keep=head_of
-+ scale=None,
-+             keep=head_of
+- _head_of(keep, h)
++ _head_of(keep, 0)
 
 heads: the cotangent of the weights is dropped
 - dweights=None if dweights is None else dweights[..., h, :, :]
@@ -677,19 +688,27 @@ heads: the cotangent of lse is dropped
 + dlse=None
 
 heads: all have the first head's cotangent
-- do[..., h, :]
-+ do[..., 0, :]
+- do[..., h, :, :]
++ do[..., 0, :, :]
+
+heads: nothing is dropped
+- keep=_head_of(keep, h), **static
++ keep=_head_of(keep, h), **static | {"rate": 0.0}
+
+heads: the scale is forgotten
+- keep=_head_of(keep, h), **static)
++ keep=_head_of(keep, h), **static | {"scale": None})
 
 heads: a bias that heads share has the gradient of the first
-- da = namespace(a).stack(das, axis=-3 if a.ndim >= 3 else 0)
-+ da = namespace(a).stack(das if a.ndim >= 3 and a.shape[-3] > 1 else das[:1], axis=-3 if a.ndim >= 3 else 0)
+- xp.stack(dbiases, axis
++ xp.stack(dbiases if bias.ndim >= 3 and bias.shape[-3] > 1 else dbiases[:1], axis
 
 heads: the bias gradient of each head lands before the batch
-- axis=-3 if a.ndim >= 3 else 0
+- axis=-3 if bias.ndim >= 3 else 0
 + axis=0
 
 heads: the bias gradient of each head lands after the batch, where the bias has none
-- axis=-3 if a.ndim >= 3 else 0
+- axis=-3 if bias.ndim >= 3 else 0
 + axis=-3
 
 heads: a bias without a head axis is that of one query
@@ -713,28 +732,16 @@ heads: the last head of a group is left out of the key gradient
 + dxs[g * group + 1 : max((g + 1) * group - 1, g * group + 1)]
 
 heads: value gradients from the keys
-- cache.bias_kv["v"], _per_key_head(dvs, K)
-+ cache.bias_kv["v"], _per_key_head(dks if dks[0].shape == dvs[0].shape else dvs, K)
+- _per_key_head(dvs, k.shape[-3])
++ _per_key_head(dks if dks[0].shape == dvs[0].shape else dvs, k.shape[-3])
 
-heads: learned key and value exchanged in the gradient, where their shapes allow it
-- {"k": drow_k, "v": drow_v}
-+ {"k": drow_v, "v": drow_k} if drow_k.shape == drow_v.shape else {"k": drow_k, "v": drow_v}
+mha: the weights of the heads come in reverse order
+- [head.p for head in cache.heads]
++ [head.p for head in cache.heads[::-1]]
 
-heads: no gradient of the learned keys
-- if drow_k is not None:
-+ if drow_k is not None and drow_v is None:
-
-heads: projections of key and value exchanged in the gradient
-- "k_proj": dk_proj, "v_proj": dv_proj}
-+ "k_proj": dv_proj, "v_proj": dk_proj}
-
-heads: key and value gradients exchanged
-- return dparams, dquery, dkey, dvalue, dbias
-+ return dparams, dquery, dvalue, dkey, dbias
-
-heads: the learned value is a second learned key, where their shapes allow it
-- extend(v, bias_kv["v"], zero_attn)
-+ extend(v, bias_kv["v" if bias_kv["v"] is None or k.shape[-1] != v.shape[-1] else "k"], zero_attn)
+mha: the lse of the heads come in reverse order
+- [head.lse for head in cache.heads]
++ [head.lse for head in cache.heads[::-1]]
 
 ## mha.py
 # test_mha.py::test_mha_is_torch
@@ -746,14 +753,6 @@ mha: the cotangent of the weights is dropped
 mha: the cotangent of lse is dropped
 - attend_vjp(heads, do, dweights=widen(dweights), dlse=widen(dlse))
 + attend_vjp(heads, do, dweights=widen(dweights), dlse=None)
-
-mha: the weights of the heads come in reverse order
-- [head.p for head in cache.heads.heads]
-+ [head.p for head in cache.heads.heads[::-1]]
-
-mha: the lse of the heads come in reverse order
-- [head.lse for head in cache.heads.heads]
-+ [head.lse for head in cache.heads.heads[::-1]]
 
 mha: zero_attn is forgotten
 - widen(bias),
@@ -780,12 +779,10 @@ head: the bias gradient keeps a head axis
 + dbias
 
 head: zero_attn is forgotten
-- mask=_as_head(mask),
--         scale=scale,
--         zero_attn=zero_attn,
-+ mask=_as_head(mask),
-+         scale=scale,
-+         zero_attn=False,
+- zero_attn=zero_attn,
+-         keep=_as_head(keep),
++ zero_attn=False,
++         keep=_as_head(keep),
 
 head: the batch of a mask is read as heads
 - a if a is None or a.ndim < 3 else a[..., None, :, :]
@@ -793,9 +790,9 @@ head: the batch of a mask is read as heads
 
 # test_mha.py::test_head_takes_the_masks_of_mha
 
-head: a structured mask of a batch keeps its head axis
-- mask = head_of(dense(mask, axes["T"], axes["S"], query), 0)
-+ mask = dense(mask, axes["T"], axes["S"], query)
+head: an array mask of a batch gets no head axis
+- mask = as_mask(_as_head(mask.array)) if
++ mask = as_mask(mask.array) if
 
 # test_mha.py::test_self_attention_sums_the_three_gradients
 
@@ -838,7 +835,7 @@ mha: keys of another batch are taken
 + axes("key", key[(0,) * (key.ndim - 2)], "S Ck")
 
 mha: a bias of any shape is taken
-- axes.broadcast("bias", bias, lead + "T S")
+- axes.broadcast("bias", _check.shape_of(bias), lead + "T S")
 + pass
 
 mha: zero_attn may be anything
@@ -864,15 +861,15 @@ mha: any dlse is taken
 + pass
 
 head: any do is taken
-- _check.cotangent("do", do, (*one.q.shape[:-1], one.v.shape[-1]), one.q, "... T E")
+- _check.cotangent("do", do, (*batch, T, heads.v.w.shape[-2]), like, "... T E")
 + pass
 
 head: any dweights is taken
-- _check.cotangent("dweights", dweights, one.p.shape, one.p, "... T S'", optional=True)
+- _check.cotangent("dweights", dweights, (*batch, T, _keys(heads)), like, "... T S'", optional=True)
 + pass
 
 head: any dlse is taken
-- _check.cotangent("dlse", dlse, one.lse.shape, one.lse, "... T", optional=True)
+- _check.cotangent("dlse", dlse, (*batch, T), like, "... T", optional=True)
 + pass
 
 # test_mha.py::test_self_attention_refuses_widths_that_differ
@@ -1296,12 +1293,12 @@ segments: the others
 # test_masks.py::test_and_is_the_and_of_the_booleans
 
 intersection: what any part allows
-- reduce(and_, (
-+ reduce(lambda a, b: a | b, (
+- reduce(and_, (part.tile
++ reduce(lambda a, b: a | b, (part.tile
 
 intersection: the last part decides
-- reduce(and_, (
-+ reduce(lambda a, b: b & b | a & False, (
+- reduce(and_, (part.tile
++ reduce(lambda a, b: b & b | a & False, (part.tile
 
 # test_masks.py::test_every_tile_columns_and_sample_of_a_small_mask
 

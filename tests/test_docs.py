@@ -29,14 +29,14 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 # ── the code of the README ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_readme_example_needs_numpy_alone(tmp_path):
+def test_the_readme_example_needs_numpy_and_threadpoolctl_alone(tmp_path):
     """In a process that can import the standard library, NumPy and funcmha, and in which a warning is an error."""
     assert len([line for line in BLOCKS[0].splitlines() if line]) == 12
     guard = f"""
 import sys
 class Guard:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {{*sys.stdlib_module_names, "numpy", "funcmha"}}:
+        if name.partition(".")[0] not in {{*sys.stdlib_module_names, "numpy", "threadpoolctl", "funcmha"}}:
             raise ImportError(name)
 sys.meta_path.insert(0, Guard())
 sys.path.insert(0, {str(ROOT)!r})
