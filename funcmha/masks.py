@@ -129,11 +129,11 @@ class Band(Mask):
         return T, S
 
     def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
-        least, greatest = self.diagonals
-        i = np.arange(*rows, dtype=float)[:, None]  # float holds every index exactly, and ±inf too
-        j = np.arange(*cols, dtype=float)
-        allowed = i + least <= j
-        allowed &= j <= i + greatest
+        n, m = rows[1] - rows[0], cols[1] - cols[0]
+        least, greatest = (int(min(max(d + rows[0] - cols[0], -n), m)) for d in self.diagonals)  # of this tile
+        allowed = np.tri(n, m, greatest, dtype=bool)
+        if least > -n:
+            allowed &= ~np.tri(n, m, least - 1, dtype=bool)
         return _to(allowed, like)
 
     def _block(self, rows: Range, cols: Range) -> Block:

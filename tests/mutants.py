@@ -1263,8 +1263,8 @@ band: the offset has the wrong sign at the right
 + -self.offset + self.right
 
 band: either bound is enough
-- allowed &= j
-+ allowed |= j
+- allowed &= ~np.tri
++ allowed |= ~np.tri
 
 causal: a query does not see itself
 - return window(None, 0, offset)
@@ -1303,12 +1303,12 @@ intersection: the last part decides
 # test_masks.py::test_every_tile_columns_and_sample_of_a_small_mask
 
 band: a tile begins at row 0
-- np.arange(*rows, dtype=float)
-+ np.arange(rows[1] - rows[0], dtype=float)
+- d + rows[0] - cols[0]
++ d - cols[0]
 
 band: a tile begins at column 0
-- np.arange(*cols, dtype=float)
-+ np.arange(cols[1] - cols[0], dtype=float)
+- d + rows[0] - cols[0]
++ d + rows[0]
 
 lengths: a tile begins at column 0
 - np.arange(*cols) < self.n

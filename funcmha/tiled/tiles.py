@@ -168,7 +168,7 @@ def mean_cotangent(head: Head, rows: Range, x: Rows, dweights: Array) -> Array:
 
 class _Scratch(threading.local):
     def __init__(self) -> None:
-        self.buffers: dict[str, Array] = {}
+        self.buffers: dict[tuple[str, Any], Array] = {}
 
 
 _local = _Scratch()
@@ -177,10 +177,9 @@ _local = _Scratch()
 def _scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
     """An uninitialised array that belongs to this thread until it asks for the same name again."""
     size = shape[0] * shape[1]
-    key = f"{name} {dtype}"
-    buffer = _local.buffers.get(key)
+    buffer = _local.buffers.get((name, dtype))
     if buffer is None or buffer.size < size:
-        buffer = _local.buffers[key] = np.empty(size, dtype)
+        buffer = _local.buffers[name, dtype] = np.empty(size, dtype)
     return buffer[:size].reshape(shape)
 
 
