@@ -9,9 +9,10 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, ops, tree
+from funcmha.engines import REFERENCE
 from funcmha.testing.strategies import AttentionProblem, MhaProblem, attention_problems, mha_problems
 from funcmha.testing.tolerance import (
     AttentionBounds,
@@ -47,7 +48,7 @@ def run_attention(inputs, static, cotangents, ops=ops):
 def run_mha(inputs, static, cotangents):
     *x, dy = inputs
     with np.errstate(under="ignore"):
-        y, cache = mha(*x, **static)
+        y, cache = mha(*x, **static, engine=REFERENCE)
         return MhaBounds(y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, **cotangents))
 
 
@@ -111,21 +112,74 @@ def test_any_attention_in_float32_is_within(problem):
 
 @settings(max_examples=100)
 @given(mha_problems())
+@example(
+    MhaProblem(
+        (),
+        65,
+        7,
+        1,
+        1,
+        1,
+        13,
+        bias="1 T S",
+        rate=0.3,
+        gain=1e4,
+        family="ties",
+        layout="repeated",
+        seed=1,
+        Cq=2,
+        Ck=3,
+        Cv=5,
+        O=2,
+    )
+)
+@example(
+    MhaProblem(
+        (3,),
+        1,
+        65,
+        3,
+        3,
+        2,
+        8,
+        "empty rows",
+        "1 S",
+        scale=-0.5,
+        gain=10.0,
+        family="equal keys",
+        layout="repeated",
+        seed=3,
+        Cq=1,
+        Ck=3,
+        Cv=1,
+        O=2,
+        bias_kv=True,
+        zero_attn=True,
+    )
+)
 def test_any_mha_in_float32_is_within(problem):
     for name, (got, want, bound) in mha_results(problem).items():
         assert_within(got, want, bound, name=name)
 
 
-@pytest.mark.parametrize(("T", "D", "gain"), [(256, 8, 1.0), (64, 1, 1.0)])
-def test_a_constant_cotangent_is_within(T, D, gain):
-    # dy = 1 is the gradient of a sum. All rows of do are then rounded alike, and their errors do not average out.
-    problem = MhaProblem(batch=(2,), T=T, S=T, D=D, E=D, Cq=16, Ck=16, Cv=16, O=16, gain=gain)
-    (params, x, _, _, _, dy), _, _ = arguments(problem)
-    inputs = params, x, x, x, None, np.ones_like(dy)
-    got, want = (tree.flatten(run_mha(a, {}, {})._asdict()) for a in (inputs, tuple(wide(a) for a in inputs)))
-    bounds = tree.flatten(mha_bounds(*inputs, dtype="float32")._asdict())
-    for name in got.keys() - {"dbias"}:
-        assert_within(got[name], want[name], bounds[name], name=name)
+@pytest.mark.parametrize(("T", "gain", "seed"), [(64, 1.0, 0), (512, 0.1, 2)])
+def test_a_constant_cotangent_is_within(T, gain, seed):
+    # dy = 1 is the gradient of a sum. Rows that are equal, or nearly, are rounded alike: nothing averages out.
+    rng = np.random.default_rng(seed)
+    sizes = {"q_proj": (2, 8, 16), "k_proj": (2, 8, 16), "v_proj": (2, 8, 16)}
+    params = {name: {"w": rng.standard_normal(s) / 4, "b": rng.standard_normal(s[:2])} for name, s in sizes.items()}
+    params["out_proj"] = {"w": rng.standard_normal((16, 2, 8)) / 4, "b": rng.standard_normal(16)}
+    x = (gain * rng.standard_normal((1, T, 16))).astype(np.float32)
+    inputs = tree.map(np.float32, params), x, x, x, None, np.ones((1, T, 16), np.float32)
+    check(run_mha, mha_bounds, inputs, {})
+
+
+def test_uniform_weights_under_a_constant_cotangent_are_within():
+    # All scores are 0 to 1e-8, each weight is off from 1/17 by the same, and dv is the sum of 129 of them.
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal(s) for s in [(129, 8), (17, 8), (17, 3)])
+    inputs = *(a.astype(np.float32) for a in (1e-8 * q, k, v)), None, np.ones((129, 3), np.float32)
+    check(run_attention, attention_bounds, inputs, {})
 
 
 def test_an_error_of_a_query_is_one_for_all_its_keys():
@@ -194,6 +248,20 @@ def test_half_types_are_within_a_unit_in_the_last_place(dtype):
             assert_within(got, want, bound, name=name)
             if name in ("o", "y", "dv", "dvalue"):  # rounding to nearest: half a unit
                 assert 0.4 < worst_ratio(got, want, bound) < 0.6
+
+
+def test_a_constant_value_is_within_in_torch():
+    # The gradient of the scores is 0, but for the error of Σ p dp, which is one for all keys; k is far from 0.
+    rng = np.random.default_rng(1)
+    q, k = (a.astype(np.float32) for a in (rng.standard_normal((64, 8)), 5 + rng.standard_normal((2049, 8))))
+    v, do = np.full((2049, 1), 3.3, np.float32), np.ones((64, 1), np.float32)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
+    weights = torch.softmax(tensors[0] @ tensors[1].T * 8**-0.5, dim=-1)
+    (weights @ tensors[2]).backward(torch.tensor(do))
+    want = run_attention(tuple(wide(a) for a in (q, k, v, None, do)), {}, {})
+    bounds = attention_bounds(q, k, v, None, do, dtype="float32")
+    for name, tensor in zip(("dq", "dk", "dv"), tensors, strict=True):
+        assert_within(tensor.grad, getattr(want, name), getattr(bounds, name), name=name)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -327,6 +395,14 @@ def test_a_saturated_row_is_exact():
     bounds = attention_bounds(q, k, v, None, do, dtype="float32")
     assert bounds.o[0, 0] < 1e-5
     assert np.all(bounds.weights < 1e-6)
+
+
+def test_a_weight_is_off_by_1_at_most():
+    # two scores of 1e7, which are off by 1, and nearer than that
+    q, k = np.array([[1e3]], np.float32), np.array([[1e4], [np.nextafter(np.float32(1e4), 0)]], np.float32)
+    v, do = np.array([[3.0], [5.0]], np.float32), np.ones((1, 1), np.float32)
+    weights = attention_bounds(q, k, v, None, do, dtype="float32").weights
+    assert np.all((weights > 0.1) & (weights < 1.0001))
 
 
 def test_what_is_masked_must_be_0():

@@ -240,13 +240,13 @@ def alike(x: Rounded) -> Rounded:
     return x._replace(col=x.error if np.any(x.error) else None)
 
 
-def tied(x: Rounded) -> Array:
-    """The error of x, where rows will be summed over: of m that are equal the errors add to m e, or √m √(Σ e²)."""
+def tie(x: Rounded) -> Rounded:
+    """x, where rows will be summed over: of m that are equal the errors add to m e, which is √m times √(Σ e²)."""
     *batch, T, n = x.value.shape
     mark = np.sum(x.value * np.cos(np.arange(n)), axis=-1).astype(np.float32)
     matrix = np.arange(prod(batch)).reshape(*batch, 1)
     _, row, count = np.unique(mark + 1j * matrix, return_inverse=True, return_counts=True)
-    return x.error * np.sqrt(count[row].reshape(*batch, T, 1))
+    return x._replace(error=x.error * np.sqrt(count[row].reshape(*batch, T, 1)))
 
 
 class Arithmetic(NamedTuple):
@@ -299,8 +299,7 @@ class Arithmetic(NamedTuple):
         for part, axis in ((x.row, -1), (x.col, -2)):
             if part is not None and (len(shape) < -axis or shape[axis] == 1):
                 error += np.sqrt(unbroadcast(np.sum(part, axis=axis, keepdims=True) ** 2, shape))
-        kept = x.col is not None and shape[-2:] == x.value.shape[-2:]
-        return Rounded(unbroadcast(x.value, shape), error, col=unbroadcast(x.col, shape) if kept else None)
+        return Rounded(unbroadcast(x.value, shape), error)
 
     def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
         """`ops.linear`"""
@@ -309,9 +308,9 @@ class Arithmetic(NamedTuple):
 
     def linear_vjp(self, x: Rounded, w: Rounded, b: Rounded | None, dy: Rounded) -> tuple[Any, ...]:
         """`ops.linear_vjp`"""
-        rows, drows = (each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a) for a in (x, dy))
+        rows, drows = (tie(each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a)) for a in (x, dy))
         dx = self.matmul(dy, w)
-        dw = self.matmul(transpose(alike(drows)), alike(rows))
+        dw = self.matmul(transpose(drows), alike(rows))
         db = None if b is None else self.unbroadcast(drows, b.value.shape)
         return dx, dw, db
 
@@ -387,7 +386,7 @@ class Arithmetic(NamedTuple):
         size = np.abs(dp.value) + np.abs(delta.value)
         g, common = dp.value - delta.value, delta.error
         if dlse is not None:
-            g, size = g + dlse.value[..., None], size + np.abs(dlse.value[..., None])
+            g = g + dlse.value[..., None]
         error = (p.value + p.error) * (dp.error + common + 2 * self.rounding(size)) + p.error * np.abs(g)
         error += self.rounding(np.abs(p.value * g))
         return Rounded(p.value * g, error, p.value * common)
@@ -416,7 +415,8 @@ class Arithmetic(NamedTuple):
         o = self.matmul(a, vh)
 
         dv = self.matmul(transpose(alike(a)), do)
-        dv = dv._replace(col=np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tied(do) ** 2))  # an error of do is in all dv
+        # an error of do is one for all dv of a column
+        dv = dv._replace(col=np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tie(do).error ** 2))
         dp = self.times(self.matmul(do, transpose(vh)), dropout)
         dp = dp if dweights is None else self.add(dp, dweights)
         dz = self.softmax_vjp(p, dp, dlse)
