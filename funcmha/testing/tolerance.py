@@ -243,7 +243,8 @@ def alike(x: Rounded) -> Rounded:
 def tie(x: Rounded) -> Rounded:
     """x, where rows will be summed over: of m that are equal the errors add to m e, which is √m times √(Σ e²)."""
     *batch, T, n = x.value.shape
-    mark = np.sum(x.value * np.cos(np.arange(n)), axis=-1).astype(np.float32)
+    error = np.sum(x.error, axis=-1)
+    mark = np.rint(1e3 * np.sum(x.value * np.cos(np.arange(n)), axis=-1) / np.where(error > 0, error, 1.0))
     matrix = np.arange(prod(batch)).reshape(*batch, 1)
     _, row, count = np.unique(mark + 1j * matrix, return_inverse=True, return_counts=True)
     return x._replace(error=x.error * np.sqrt(count[row].reshape(*batch, T, 1)))
@@ -299,7 +300,8 @@ class Arithmetic(NamedTuple):
         for part, axis in ((x.row, -1), (x.col, -2)):
             if part is not None and (len(shape) < -axis or shape[axis] == 1):
                 error += np.sqrt(unbroadcast(np.sum(part, axis=axis, keepdims=True) ** 2, shape))
-        return Rounded(unbroadcast(x.value, shape), error)
+        col = None if x.col is None or shape[-2:] != x.value.shape[-2:] else unbroadcast(x.col, shape)
+        return Rounded(unbroadcast(x.value, shape), error, col=col)
 
     def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
         """`ops.linear`"""
