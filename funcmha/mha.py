@@ -182,9 +182,8 @@ def self_attention(params: Params, x: Array, bias: Array = None, /, **static: An
     _check.one_dtype([*leaves.items(), ("x", x)], optional=[("bias", bias)])
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
-    wide = widen(x)
-    y, cache = mha(tree.map(widen, params), wide, wide, wide, widen(bias), **static)
-    return narrow(y, x.dtype), SelfAttentionCache(cache)
+    y, cache = mha(params, x, x, x, bias, **static)
+    return y, SelfAttentionCache(cache)
 
 
 def self_attention_vjp(

@@ -222,7 +222,7 @@ def test_minus_infinity_in_the_bias_is_a_mask():
 def test_rows_of_large_logits_are_rows_like_others(logit):
     q, k, v = np.ones((1, 3, 1)), np.full((1, 5, 1), logit), np.arange(5.0).reshape(1, 5, 1)
     o, _ = attention(q, k, v)
-    assert np.array_equal(o, np.full((1, 3, 1), 2.0))
+    np.testing.assert_array_max_ulp(o, np.full((1, 3, 1), 2.0), 2)
 
 
 def test_scale_zero_is_uniform_and_not_the_default():

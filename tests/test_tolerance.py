@@ -162,13 +162,13 @@ def test_any_mha_in_float32_is_within(problem):
         assert_within(got, want, bound, name=name)
 
 
-@pytest.mark.parametrize(("T", "gain", "seed"), [(64, 1.0, 0), (512, 0.1, 2)])
-def test_a_constant_cotangent_is_within(T, gain, seed):
+@pytest.mark.parametrize(("H", "T", "gain", "seed"), [(2, 64, 1.0, 0), (2, 512, 0.1, 2), (4, 512, 0.003, 6)])
+def test_a_constant_cotangent_is_within(H, T, gain, seed):
     # dy = 1 is the gradient of a sum. Rows that are equal, or nearly, are rounded alike: nothing averages out.
     rng = np.random.default_rng(seed)
-    sizes = {"q_proj": (2, 8, 16), "k_proj": (2, 8, 16), "v_proj": (2, 8, 16)}
+    sizes = {"q_proj": (H, 8, 16), "k_proj": (2, 8, 16), "v_proj": (2, 8, 16)}
     params = {name: {"w": rng.standard_normal(s) / 4, "b": rng.standard_normal(s[:2])} for name, s in sizes.items()}
-    params["out_proj"] = {"w": rng.standard_normal((16, 2, 8)) / 4, "b": rng.standard_normal(16)}
+    params["out_proj"] = {"w": rng.standard_normal((16, H, 8)) / 4, "b": rng.standard_normal(16)}
     x = (gain * rng.standard_normal((1, T, 16))).astype(np.float32)
     inputs = tree.map(np.float32, params), x, x, x, None, np.ones((1, T, 16), np.float32)
     check(run_mha, mha_bounds, inputs, {})
@@ -248,6 +248,24 @@ def test_half_types_are_within_a_unit_in_the_last_place(dtype):
             assert_within(got, want, bound, name=name)
             if name in ("o", "y", "dv", "dvalue"):  # rounding to nearest: half a unit
                 assert 0.4 < worst_ratio(got, want, bound) < 0.6
+
+
+def test_weights_that_are_recomputed_from_lse_are_within():
+    # PyTorch's fused kernel does so for the gradient, and loses |lse| u: lse is in the hundreds here.
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 1, n, 32)).astype(np.float32) for n in (64, 65, 65))
+    inputs = 8 * q, 8 * k, v, None, np.ones_like(q)
+    tensors = [torch.tensor(a, requires_grad=True) for a in inputs[:3]]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        o = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    o.backward(torch.ones_like(o))
+    want = run_attention(tuple(wide(a) for a in inputs), {}, {})
+    bounds = attention_bounds(*inputs, recomputed=True, dtype="float32")
+    for name, got in zip(("o", "dq", "dk", "dv"), (o, *(t.grad for t in tensors)), strict=True):
+        assert_within(got, getattr(want, name), getattr(bounds, name), name=name)
+    kept = attention_bounds(*inputs, dtype="float32")
+    assert np.array_equal(kept.o, bounds.o)
+    assert worst_ratio(tensors[2].grad, want.dv, kept.dv) > 2
 
 
 def test_a_constant_value_is_within_in_torch():

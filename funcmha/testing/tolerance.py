@@ -21,9 +21,8 @@ rules are derived, not fitted, and there is no factor in front:
 float16 and bfloat16 are storage: the arithmetic is float32's, and the one rounding at the end may cost a unit in the
 last place. Weights and lse stay float32 there.
 
-Not covered: overflow; sums over thousands of terms that are all but equal, whose roundings are not independent
-(2048 of them, equal to 1e-5: 3 times the bound); and weights that are recomputed as exp(score − lse), which lose
-|lse| u: PyTorch's fused CPU kernel exceeds the bound of dv up to 24 times, where scores are in the hundreds.
+Not covered: overflow, and sums over thousands of terms that are all but equal, whose roundings are not independent
+(512 equal terms: measured at 3 times the bound).
 """
 
 from collections.abc import Callable
@@ -136,12 +135,16 @@ def attention_bounds(
     rate: float = 0.0,
     dweights: Array = None,
     dlse: Array = None,
+    recomputed: bool = False,
     dtype: Any,
 ) -> AttentionBounds:
-    """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`."""
+    """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`.
+
+    recomputed  for what keeps no weights, and has them from the scores and lse when it needs them: exp(score − lse)
+    """
     fl, mask = Arithmetic.of(dtype), _host(dense(mask, q.shape[-2], k.shape[-2], None))
     q, k, v, bias, do, dweights, dlse = (exact(a) for a in (q, k, v, bias, do, dweights, dlse))
-    static = _Static(mask, scale, _host(keep), rate, dweights, dlse)
+    static = _Static(mask, scale, _host(keep), rate, dweights, dlse, recomputed)
     o, p, lse, dq, dk, dv, dz = fl.attention(q, k, v, bias, do, static)
     dbias = None if bias is None else fl.unbroadcast(dz, bias.value.shape)
     o, dq, dk, dv, dbias = _bounds((o, dq, dk, dv, dbias), dtype)
@@ -164,9 +167,10 @@ def mha_bounds(
     rate: float = 0.0,
     dweights: Array = None,
     dlse: Array = None,
+    recomputed: bool = False,
     dtype: Any,
 ) -> MhaBounds:
-    """Bounds for `mha`, its weights (before dropout) and lse, and its vjp, in `dtype`."""
+    """Bounds for `mha`, its weights (before dropout) and lse, and its vjp, in `dtype`; as in `attention_bounds`."""
     fl, T, S = Arithmetic.of(dtype), query.shape[-2], key.shape[-2]
     params = tree.map(exact, params)
     query, key, value, bias, dy, dweights, dlse = (exact(a) for a in (query, key, value, bias, dy, dweights, dlse))
@@ -184,7 +188,7 @@ def mha_bounds(
         each(_swap_heads, v),
         each(lambda a: extend_scores(a, S, extra, 0.0), bias),
         each(_swap_heads, do),
-        _Static(mask, scale, _host(keep), rate, dweights, dlse),
+        _Static(mask, scale, _host(keep), rate, dweights, dlse, recomputed),
     )
     o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
     y, dout_proj = fl.combine(params["out_proj"], o, dy)
@@ -217,6 +221,7 @@ class _Static(NamedTuple):
     rate: float
     dweights: Rounded | None
     dlse: Rounded | None
+    recomputed: bool
 
 
 def exact(x: Array) -> Any:
@@ -343,8 +348,8 @@ class Arithmetic(NamedTuple):
         do = self.matmul(dy, each(_merge, p["w"]))
         return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
 
-    def softmax(self, z: Rounded, allowed: Array) -> tuple[Rounded, Rounded]:
-        """`ops._softmax`: p and lse"""
+    def softmax(self, z: Rounded, allowed: Array) -> tuple[Rounded, Rounded, Rounded]:
+        """`ops._softmax`: p, p from lse, and lse"""
         u, n = self.u, z.value.shape[-1] ** 0.5
         x = np.where(allowed, z.value, -np.inf)
         top = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
@@ -371,15 +376,18 @@ class Arithmetic(NamedTuple):
         common += np.sum(light, axis=-1, keepdims=True) * of_heavy(e_error)
         if z.row is not None:
             common += np.sum(p * apart(z.row), axis=-1, keepdims=True)
-        # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
-        r = apart(e_error) + common
-        error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + self.tiny
-        error = np.where(allowed, error, 0.0)
-        weights = Rounded(p, error, p * np.minimum(common, 1.0))
-
         shift = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
         size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_total + np.abs(lse)
-        return weights, Rounded(lse[..., 0], np.where(empty, 0.0, shift + u * size)[..., 0])
+        lse_error = np.where(empty, 0.0, shift + u * size)
+
+        def weights(own: Array, common: Array) -> Rounded:
+            # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
+            r = own + common
+            error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + self.tiny
+            return Rounded(p, np.where(allowed, error, 0.0), p * np.minimum(common, 1.0))
+
+        again = weights(e_error, lse_error)  # exp(x − lse)
+        return weights(apart(e_error), common), again, Rounded(lse[..., 0], lse_error[..., 0])
 
     def softmax_vjp(self, p: Rounded, dp: Rounded, dlse: Rounded | None) -> Rounded:
         """`ops._softmax_vjp`"""
@@ -397,7 +405,7 @@ class Arithmetic(NamedTuple):
         self, q: Rounded, k: Rounded, v: Rounded, bias: Rounded | None, do: Rounded, static: _Static
     ) -> tuple[Rounded, ...]:
         """`ops.attention` and `ops.attention_vjp`: o, p, lse, dq, dk, dv, dz"""
-        mask, scale, keep, rate, dweights, dlse = static
+        mask, scale, keep, rate, dweights, dlse, recomputed = static
         (*lead, D), S = q.value.shape, k.value.shape[-2]
         scale = max(D, 1) ** -0.5 if scale is None else scale
         dropout = 1.0 if keep is None else keep / (1 - rate)
@@ -412,9 +420,10 @@ class Arithmetic(NamedTuple):
         qs = self.times(q, scale)
         z = self.matmul(qs, transpose(kh))._replace(row=np.sqrt(qs.error**2 @ np.swapaxes(kh.value, -1, -2) ** 2))
         z = z if bias is None else self.add(z, bias)
-        p, lse = self.softmax(z, allowed)
+        p, again, lse = self.softmax(z, allowed)
+        o = self.matmul(self.times(p, dropout), vh)
+        p = again if recomputed else p
         a = self.times(p, dropout)
-        o = self.matmul(a, vh)
 
         dv = self.matmul(transpose(alike(a)), do)
         # an error of do is one for all dv of a column

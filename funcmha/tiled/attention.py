@@ -81,15 +81,11 @@ def attention_vjp(
 
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias = None if bias is None else BiasGradient(bias, (*q.shape[:-1], k.shape[-2]))
+    x = _Views.of(cache)
+    inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
+    given = (_with_head(widen(do)), _with_head(widen(dweights)), _with_head(widen(dlse), 1))
     with threads.single_threaded_blas():
-        _backward(
-            _Views.of(cache),
-            _with_head(widen(do)),
-            _with_head(widen(dweights)),
-            _with_head(widen(dlse), 1),
-            (_with_head(dq), _with_head(dk), _with_head(dv)),
-            dbias,
-        )
+        _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias))
     grads = (narrow(d, do.dtype) for d in (dq, dk, dv))
     return *grads, None if dbias is None else narrow(dbias.total(), do.dtype)
 
@@ -135,72 +131,106 @@ def _forward(x: _Views) -> None:
     *batch, H, T, D = x.q.shape
     K, S, E = x.v.shape[-3:]
     samples = list(np.ndindex(*batch))
-    rows_first_to_last = blocks(T, tiles.ROWS)
     longest = np.empty((*batch, K), x.q.dtype)  # max |k|
 
     def measure(b: Any) -> None:
         longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
 
+    def work(task: tuple[int, Range, Any]) -> None:
+        h, rows, b = task
+        at = (*b, h, slice(*rows))
+        x.o[at], x.total[at], shift = forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        if shift is not None:
+            x.shift[at] = shift
+
     threads.run(measure, samples, flops=2 * x.k.size)
-    for h in range(H):
-
-        def work(task: tuple[Any, Range], h: int = h) -> None:
-            b, rows = task
-            at = (*b, h, slice(*rows))
-            x.o[at], x.total[at], shift = forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
-            if shift is not None:
-                x.shift[at] = shift
-
-        # Where the mask is causal the last rows take longest, and begin first.
-        tasks = [(b, rows) for rows in reversed(rows_first_to_last) for b in samples]
-        threads.run(work, tasks, flops=2.0 * prod(batch) * T * S * (D + E))
+    # Head by head; where the mask is causal the last rows of a head take longest, and begin first.
+    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, tiles.ROWS)) for b in samples]
+    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E))
 
 
-def _backward(
-    x: _Views, do: Array, dweights: Array, dlse: Array, into: tuple[Array, Array, Array], dbias: BiasGradient | None
-) -> None:
-    """Add to dq, dk, dv and dbias, with δ = Σ p dp = Σ do o + Σ p dweights."""
-    dq, dk, dv = into
-    *batch, H, T, D = x.q.shape
-    K, S, E = x.v.shape[-3:]
-    samples = list(np.ndindex(*batch))
-    together = [[b] for b in samples] if dbias is not None and dbias.sums_samples else [samples]
-    schedule = [tasks for group in together for tasks in steps(x.head, group, T, S)]
-    inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
-    q, d = np.empty((*batch, T, D), x.q.dtype), np.empty((*batch, T, E + 1), x.q.dtype)
-    v1 = np.ones((*batch, S, E + 1), x.q.dtype)
+class _Prepared(NamedTuple):
+    """What all tiles of one head of one sample need."""
 
-    def of_rows(b: Any, h: int, rows: Range) -> Rows:
+    q: Array  # (T, D), times scale · log₂e
+    d: Array  # (T, E + 1), [do, dlse − δ] / total
+    v1: Array  # (S, E + 1), [v, 1]
+
+
+class _Backward(NamedTuple):
+    x: _Views
+    inverse: Array  # (..., H, T, 1), of the totals, 0 where no key is seen
+    do: Array  # (..., H, T, E)
+    dweights: Array  # (..., H, T, S) or None
+    dlse: Array  # (..., H, T) or None
+    dq: Array  # (..., H, T, D)
+    dk: Array  # (..., K, S, D)
+    dv: Array  # (..., K, S, E)
+    dbias: BiasGradient | None
+
+    def rows(self, at: tuple[Any, ...], p: _Prepared, rows: Range) -> Rows:
         i = slice(*rows)
-        return Rows(q[b][i], None if x.shift is None else x.shift[(*b, h)][i], inverse[(*b, h)][i], d[b][i])
+        return Rows(p.q[i], None if self.x.shift is None else self.x.shift[at][i], self.inverse[at][i], p.d[i])
 
+    def prepare(self, b: Any, h: int) -> _Prepared:
+        """δ = Σ p dp = Σ do o + Σ p dweights"""
+        at, head, g = (*b, h), self.x.head(b, h), self.do[(*b, h)]
+        (T, E), S = g.shape, len(head.v)
+        p = _Prepared((head.scale * LOG2E) * head.q, np.empty((T, E + 1), g.dtype), np.ones((S, E + 1), g.dtype))
+        p.v1[:, :E], p.d[:, :E] = head.v, g
+        delta = np.einsum("te,te->t", g, self.x.o[at])
+        for rows in blocks(T, tiles.ROWS) if self.dweights is not None else ():
+            i = slice(*rows)
+            delta[i] += mean_cotangent(head, rows, self.rows(at, p, rows), self.dweights[at][i])
+        p.d[:, E] = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
+        np.multiply(p.d, self.inverse[at], out=p.d)
+        return p
+
+    def tile(self, b: Any, h: int, p: _Prepared, rows: Range, cols: Range, mixed: bool) -> None:
+        """Add the share of one tile to dq, dk, dv and dbias."""
+        at, i, j = (*b, h), slice(*rows), slice(*cols)
+        of_key = (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
+        cotangent = None if self.dweights is None else self.dweights[at][i, j]
+        grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
+        dz = backward(self.x.head(b, h), rows, cols, mixed, self.rows(at, p, rows), p.v1[j], cotangent, *grads)
+        if self.dbias is not None:
+            self.dbias.add(at, (i, j), dz)
+
+
+def _backward(y: _Backward) -> None:
+    """Every tile once. What a row or a column is added up from comes in the order of `steps`, on one thread or many."""
+    *batch, H, T, D = y.dq.shape
+    K, S, E = y.dv.shape[-3:]
+    samples = list(np.ndindex(*batch))
+    flops = 6.0 * prod(batch) * T * S * (D + E)
+    if y.dbias is None and len(samples) >= threads.num_threads():  # samples share nothing: each has a thread to itself
+
+        def of_sample(task: tuple[int, Any]) -> None:
+            kv, b = task
+            for h in range(kv * H // K, (kv + 1) * H // K):
+                p = y.prepare(b, h)
+                for step in steps(y.x.head, [b], T, S):
+                    for _, *tile in step:
+                        y.tile(b, h, p, *tile)
+
+        threads.run(of_sample, [(kv, b) for kv in range(K) for b in samples], flops * H)
+        return
+
+    together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
+    schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
     for h in range(H):
-        kv = h // (H // K)
+        prepared: dict[Any, _Prepared] = {}
 
-        def prepare(b: Any, h: int = h) -> None:
-            head, g = x.head(b, h), do[(*b, h)]
-            np.multiply(head.q, head.scale * LOG2E, out=q[b])
-            v1[b][:, :E], d[b][:, :E] = head.v, g
-            delta = np.einsum("te,te->t", g, x.o[(*b, h)])
-            if dweights is not None:
-                for rows in blocks(T, tiles.ROWS):
-                    i = slice(*rows)
-                    delta[i] += mean_cotangent(head, rows, of_rows(b, h, rows), dweights[(*b, h)][i])
-            d[b][:, E] = -delta if dlse is None else np.where(x.total[(*b, h)] == 0, 0.0, dlse[(*b, h)]) - delta
-            d[b] *= inverse[(*b, h)]
+        def prepare(b: Any, h: int = h, prepared: dict[Any, _Prepared] = prepared) -> None:
+            prepared[b] = y.prepare(b, h)
 
-        def work(task: Any, h: int = h, kv: int = kv) -> None:
-            b, rows, cols, mixed = task
-            at = i, j = slice(*rows), slice(*cols)
-            cotangent = None if dweights is None else dweights[(*b, h)][at]
-            grads = dq[(*b, h)][i], dk[(*b, kv)][j], dv[(*b, kv)][j]
-            dz = backward(x.head(b, h), rows, cols, mixed, of_rows(b, h, rows), v1[b][j], cotangent, *grads)
-            if dbias is not None:
-                dbias.add((*b, h), at, dz)
+        def of_tile(task: Any, h: int = h, prepared: dict[Any, _Prepared] = prepared) -> None:
+            b, *tile = task
+            y.tile(b, h, prepared[b], *tile)
 
-        threads.run(prepare, samples, flops=10 * d.size)
-        for tasks in schedule:
-            threads.run(work, tasks, flops=len(tasks) * 6.0 * tiles.ROWS**2 * (D + E))
+        threads.run(prepare, samples, flops / max(S, 1))
+        for step in schedule:
+            threads.run(of_tile, step, flops / len(schedule))
 
 
 @log_sum_exp.register
