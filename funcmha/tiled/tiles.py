@@ -47,27 +47,29 @@ class Head(NamedTuple):
                 found.append((cols, block == "mixed"))
         return found
 
-    def scores(self, q: Array, rows: Range, cols: Range, mixed: bool) -> Array:
-        """s = q kᵀ + log₂e · bias, −∞ where not mask     q (R, D), these rows times scale · log₂e   →   s (R, N)"""
+    def scores(self, q: Array, rows: Range, cols: Range) -> Array:
+        """s = q kᵀ + log₂e · bias     q (R, D), these rows times scale · log₂e   →   s (R, N)"""
         s = np.matmul(q, self.k[slice(*cols)].T, out=_scratch("s", (len(q), cols[1] - cols[0]), q.dtype))
         if self.bias is not None:
             s += LOG2E * self.bias[slice(*rows), slice(*cols)]
-        if mixed:
-            np.copyto(s, -np.inf, where=~self.mask_tile(rows, cols))
         return s
 
     def exponentials(self, q: Array, rows: Range, cols: Range, mixed: bool, shift: Array) -> Array:
         """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
-        s = self.scores(q, rows, cols, mixed)
-        if shift is not None:
-            s -= shift[:, None]
-        return np.exp2(s, out=s)
+        s = self.scores(q, rows, cols)
+        if shift is not None:  # exp2 takes five times as long where it under- or overflows, as hidden scores may
+            np.clip(np.subtract(s, shift[:, None], out=s), np.finfo(s.dtype).minexp, 2 * BOUND, out=s)
+        np.exp2(s, out=s)
+        if mixed:
+            self.hide(s, rows, cols, 0.0)
+        return s
 
-    def mask_tile(self, rows: Range, cols: Range) -> Array:
-        """The booleans of this head"""
+    def hide(self, a: Array, rows: Range, cols: Range, value: float) -> None:
+        """a = value where not mask"""
         assert self.mask is not None
         tile = self.mask.tile(rows, cols)
-        return tile[self.h if len(tile) > 1 else 0] if tile.ndim == 3 else tile
+        tile = tile[self.h if len(tile) > 1 else 0] if tile.ndim == 3 else tile
+        np.copyto(a, value, where=~tile)
 
     def drop(self, a: Array, rows: Range, cols: Range) -> Array:
         """a ⊙ keep / (1 − rate)"""
@@ -113,7 +115,10 @@ def _maximum(head: Head, q: Array, rows: Range, tiles: list[Any]) -> Array:
     """The largest score of each row, 0 where there is none"""
     top = np.full(len(q), -np.inf, q.dtype)
     for cols, mixed in tiles:
-        top = np.maximum(top, head.scores(q, rows, cols, mixed).max(axis=-1))
+        s = head.scores(q, rows, cols)
+        if mixed:
+            head.hide(s, rows, cols, -np.inf)
+        top = np.maximum(top, s.max(axis=-1))
     return np.where(top == -np.inf, 0.0, top)
 
 
