@@ -135,6 +135,36 @@ def test_an_error_in_a_task_stops_the_others_and_is_raised(monkeypatch):
     assert len(done) < 500
 
 
+def test_every_task_is_done_also_when_another_thread_finds_the_queue_empty_first(monkeypatch):
+    """The caller is done while a helper holds the last task and has not begun it."""
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "2")
+    done, caller = [], threading.current_thread()
+
+    taken = threading.Event()
+
+    class Queue:
+        """Gives its only task to the helper, which then sleeps before it looks whether to stop."""
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if threading.current_thread() is caller:
+                taken.wait(10)
+                raise StopIteration
+            if taken.is_set():
+                raise StopIteration
+            taken.set()
+            time.sleep(0.1)
+            return "last"
+
+    threads.run(done.append, Queue(), flops=1e9)
+    assert done == ["last"]
+
+
 def test_memory_is_linear():
     """Four times the tokens take four times the memory, and the scores of one head alone would take sixteen times."""
     peaks = []

@@ -1,7 +1,7 @@
 """Many tasks on a few threads: one pool for all the work, and BLAS held at one thread meanwhile.
 
 OpenBLAS's own threads spin for a while after each product, and so take the cores from a pool beside them. A pool that
-does every product itself, each on one BLAS thread, has no such neighbour. (docs/decisions/0020-one-pool.md)
+does every product itself, each on one BLAS thread, has no such neighbour. (docs/decisions/0016-tiled.md)
 """
 
 import os
@@ -33,7 +33,7 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float) -> None:
     waited for, and the exception is raised.
     """
     threads = min(num_threads(), len(tasks)) if flops > ALONE else 1
-    queue: Iterator[Any] = iter(tasks)  # next() on a list iterator is one step of the interpreter: no two get the same
+    queue: Iterator[Any] = iter(tasks)  # whose next() is one step of the interpreter: no two get the same
     stopped = threading.Event()
 
     def worker() -> None:
@@ -51,8 +51,10 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float) -> None:
         for _ in range(threads - 1):
             helpers.append(_pool().submit(worker))
         worker()
-    finally:
+    except BaseException:  # only then: a helper may just have taken the last task, and must not drop it
         stopped.set()
+        raise
+    finally:
         wait(helpers)
     for helper in helpers:
         helper.result()
