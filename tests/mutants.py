@@ -743,6 +743,161 @@ mha: the lse of the heads come in reverse order
 - [head.lse for head in cache.heads]
 + [head.lse for head in cache.heads[::-1]]
 
+## tiled/tiles.py
+# test_tiled.py::test_many_tiles_are_the_reference
+
+tiles: the last column of a tile is left out
+- cols = (max(j, start), min(j + width, stop))
++ cols = (max(j, start), min(j + width, stop - 1))
+
+tiles: a mixed block is taken for a full one
+- found.append((cols, block == "mixed"))
++ found.append((cols, False))
+
+tiles: the bias is not in units of log 2
+- s += LOG2E * self.bias
++ s += self.bias
+
+tiles: the mask hides what it should show
+- np.copyto(a, value, where=~tile)
++ np.copyto(a, value, where=tile)
+
+tiles: every head has the mask of the first
+- tile[self.h if len(tile) > 1 else 0]
++ tile[0]
+
+tiles: only the last tile is summed
+- acc += np.matmul(
++ acc[:] = np.matmul(
+
+tiles: the value gradient of the last row of tiles only
+- dv += np.matmul(
++ dv[:] = np.matmul(
+
+tiles: dk in units of log 2
+- LN2, out=t)
++ 1.0, out=t)
+
+tiles: dq without the scale
+- head.scale, out=t)
++ 1.0, out=t)
+
+# test_tiled.py::test_scores_of_any_size_are_shifted_as_they_must
+
+tiles: no shift, however large the scores
+- if c > 0 else None
++ if c > np.inf else None
+
+tiles: a sum that vanished is left so
+- if not np.all(total >= FLOOR):
++ if False:
+
+# test_ops.py::test_attention_is_torch
+
+tiles: dropout is not made up for
+- a / (1 - self.rate)
++ a
+
+tiles: the cotangent of the weights is not divided by the sum
+- dp += dweights * x.inverse
++ dp += dweights
+
+tiles: the mean cotangent is not divided by the sum
+- return total * x.inverse[:, 0]
++ return total
+
+## tiled/attention.py
+
+tiled: no delta
+- p.d[:, E] = -delta if
++ p.d[:, E] = 0 * delta if
+
+tiled: dlse is dropped
+- self.dlse[at]) - delta
++ 0.0) - delta
+
+tiled: the cotangent of the weights is not in delta
+- delta[i] += mean_cotangent(
++ mean_cotangent(
+
+tiled: an empty row has a log-sum-exp of 0
+- (np.log2(fraction) + whole), -np.inf)
++ (np.log2(fraction) + whole), 0.0)
+
+tiled: weights of an empty row are NaN
+- total = np.where(x.total == 0, 1.0, x.total)[..., None]
++ total = x.total[..., None] / (x.total[..., None] != 0)
+
+# test_ops.py::test_a_key_that_nobody_sees_has_no_effect
+
+tiled: hidden keys are not blanked
+- k, v = blank(k, seen), blank(v, seen)
++ pass
+
+# test_tiled.py::test_many_tiles_are_the_reference
+
+tiled: groups are tiled
+- kv = h // (self.q.shape[-3] // self.k.shape[-3])
++ kv = h % self.k.shape[-3]
+
+## tiled/schedule.py
+# test_tiled.py::test_many_tiles_are_the_reference
+# test_ops.py::test_attention_is_torch
+
+schedule: a step is left out
+- return [tasks for tasks in out if tasks]
++ return [tasks for tasks in out[1:] if tasks]
+
+schedule: a bias of all queries has the gradient of one tile
+- self.sum[place][rows, cols] += dz
++ self.sum[place][rows, cols] = dz
+
+schedule: a bias of all samples has the gradient of one head
+- i if n > 1 else 0
++ 0
+
+## tiled/threads.py
+# test_tiled.py::test_every_task_is_done_also_when_another_thread_finds_the_queue_empty_first
+
+threads: the caller stops the others when it runs out of tasks
+-         wait(helpers)
+-     for helper
++         stopped.set()
++         wait(helpers)
++     for helper
+
+# test_tiled.py::test_an_error_in_a_task_stops_the_others_and_is_raised
+
+threads: an error does not stop the others
+-         except BaseException:
+-             stopped.set()
+-             raise
++         except BaseException:
++             raise
+
+# test_tiled.py::test_blas_has_its_threads_back_after_a_call_and_after_an_error
+
+threads: BLAS keeps one thread
+- library.set_num_threads(n)
++ pass
+
+## tiled/linear.py
+# test_mha.py::test_mha_is_torch
+
+tiled linear: the bias is forgotten
+- block += cache.b
++ pass
+
+# test_tiled.py::test_mha_by_either_engine
+
+tiled linear: dw of the last rows only
+- dw[columns] += block.T
++ dw[columns] = block.T
+
+tiled linear: db of the last rows only
+- db[columns] += np.ones
++ db[columns] = np.ones
+
 ## mha.py
 # test_mha.py::test_mha_is_torch
 

@@ -70,6 +70,28 @@ def test_many_tiles_are_the_reference(mask):
         close(got, want)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
+def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
+    """All near the bound |q| max |k|, where a shift is needed, or near its opposite, where the guess is too much."""
+    rng = np.random.default_rng(0)
+    q, k = size + 0.1 * rng.random((2, 3, 7, 1)), sign * (size + 0.1 * rng.random((2, 3, 11, 1)))
+    v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
+    for dtype in ("float32", "float64"):
+        arrays = [a.astype(dtype) for a in (q, k, v)]
+        want_o, want = attention(*(a.astype("float64") for a in arrays), engine=REFERENCE)
+        o, cache = attention(*arrays, engine=TILED)
+        bounds = attention_bounds(*arrays, None, do.astype(dtype), dtype=dtype)
+        assert_within(o, want_o, bounds.o, factor=2)
+        assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
+        for i, name in enumerate(("dq", "dk", "dv")):
+            got, ref = (
+                attention_vjp(cache, do.astype(dtype))[i],
+                attention_vjp(want, do.astype(dtype).astype("float64"))[i],
+            )
+            assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
+
+
 @pytest.mark.parametrize("bias", ["none", "TS", "1 S", "T 1", "... 1 1 S"])
 def test_the_number_of_threads_changes_no_bit(monkeypatch, bias):
     problem, dtype = large(mask="causal", bias=bias if bias != "TS" else "T S")
