@@ -57,8 +57,8 @@ class Head(NamedTuple):
     def exponentials(self, q: Array, rows: Range, cols: Range, mixed: bool, shift: Array) -> Array:
         """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
         s = self.scores(q, rows, cols)
-        if shift is not None:  # exp2 takes five times as long where it under- or overflows, as hidden scores may
-            np.clip(np.subtract(s, shift[:, None], out=s), np.finfo(s.dtype).minexp, 2 * BOUND, out=s)
+        if shift is not None:  # above the shift by more than BOUND are only scores that the mask hides
+            np.minimum(np.subtract(s, shift[:, None], out=s), 2 * BOUND, out=s)
         np.exp2(s, out=s)
         if mixed:
             self.hide(s, rows, cols, 0.0)
