@@ -346,10 +346,6 @@ blank: a key that some query may not see is blanked for all
 - xp.any(mask, axis=-2)
 + xp.all(mask, axis=-2)
 
-blank: a key that some head of the group may not see is blanked for all of it
-- xp.any(xp.reshape(seen
-+ xp.all(xp.reshape(seen
-
 # test_ops.py::test_softmax_gradient_keeps_its_digits_in_saturated_rows
 
 softmax gradient: not centred
@@ -536,6 +532,12 @@ softmax: an integer mask is taken
 softmax: a mask of any shape is taken
 - axes.broadcast("where", _check.shape_of(where), "... S")
 + pass
+
+# test_ops.py::test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it
+
+blank: a key that some head of the group may not see is blanked for all of it
+- xp.any(xp.reshape(seen
++ xp.all(xp.reshape(seen
 
 ## heads.py
 # test_mha.py::test_mha_is_torch

@@ -189,6 +189,13 @@ def test_nan_in_a_key_of_another_group_stays_there():
     assert np.isfinite(o).all()
 
 
+def test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it():
+    q, k, v, _ = AttentionProblem().inputs("float64")
+    mask = np.ones((1, 6, 1, 7), bool)
+    mask[:, 0, :, 4] = False  # of the three heads of the first group, two may see key 4
+    close(attention(q, k, v, mask=mask)[0][:, 1:], attention(q, k, v)[0][:, 1:])
+
+
 def test_an_empty_row_is_zero_with_zero_gradients():
     q, k, v, _ = AttentionProblem().inputs("float64")
     mask = np.ones((5, 7), bool)
