@@ -131,8 +131,9 @@ def attention(
     What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: TILED in linear memory, for NumPy arrays,
     REFERENCE for all; None picks one. The results are the same, to rounding.
     """
-    fast = pick(engine, q) is TILED
-    return (tiled.attention if fast else ops.attention)(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    chosen = pick(engine, q)
+    run = ops.attention if chosen is REFERENCE else chosen.attention  # which needs no head axis, and takes all at once
+    return run(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
 
 
 @singledispatch

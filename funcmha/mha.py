@@ -132,6 +132,7 @@ def mha(
     """
     axes, leaves = check(params, SPEC)
     mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
+    engine = pick(engine, query)
 
     params = tree.map(widen, params)
     o, heads = attend(
@@ -145,9 +146,9 @@ def mha(
         zero_attn=zero_attn,
         keep=keep,
         rate=rate,
-        engine=pick(engine, query),
+        engine=engine,
     )
-    y, out = combine(params["out_proj"], o, engine=pick(engine, query))
+    y, out = combine(params["out_proj"], o, engine=engine)
     return narrow(y, query.dtype), MhaCache(heads, out)
 
 

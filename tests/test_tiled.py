@@ -254,6 +254,16 @@ def test_an_engine_is_a_value_and_not_a_name():
         attention(q, q, q, engine="tiled")
 
 
+def test_an_engine_of_ones_own_is_used():
+    used = []
+    own = TILED._replace(
+        name="own", attention=lambda *args, **static: used.append(1) or TILED.attention(*args, **static)
+    )
+    q = np.ones((2, 3, 4))
+    attention(q, q, q, engine=own)
+    assert used == [1]
+
+
 def test_weights_are_made_from_the_cache():
     problem, dtype = large(T=300, dtype="float64", mask="window", bias="H T S")
     arrays, static = problem.inputs(dtype), problem.static()

@@ -12,9 +12,8 @@ from . import threads
 
 ROWS = 512  # of x in one task: a fixed number, so that the result does not depend on how many threads there are
 ROWS_OF_W = 192  # of dw in one task
-TERMS = (
-    128  # of a sum over rows before it is added to the others: shorter sums lose fewer digits, longer ones are faster
-)
+# Terms of a sum over rows before it is added to the others: shorter sums lose fewer digits, longer ones are faster.
+TERMS = 128
 
 
 def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
