@@ -1,0 +1,328 @@
+"""Packed sequences: sequences of different lengths, one after another on one axis, with no padding.
+
+    q, cache = pack(*qs)                                    # qs of (H, T_b, D)  →  q (H, N, D)
+    cu = cumulative([x.shape[-2] for x in qs])              # (B + 1,): 0, …, N, the cu_seqlens of flash-attention
+    o, cache = attention(q, k, v, mask=packing.causal(cu))  # no token sees another sequence
+    os, cache = unpack(o, cu_seqlens=cu)                    # one (H, T_b, E) for each sequence
+
+`pad` and `unpad` go to padded batches and back. All four move rows and compute nothing, in any dtype of funcmha.
+
+Axes: B sequences, N tokens of all of them, T tokens of the longest, C width; `...` is heads, and batch of packed rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _check, masks
+from ._xp import Array, from_host, full, namespace
+from .masks import Block, Mask, Range
+
+# ── what cu_seqlens says ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cumulative(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """cu[b] = Σ lengths[:b]      lengths (B,)   →   cu (B + 1,) int64, from 0 to N"""
+    n = np.asarray(lengths)
+    if n.ndim != 1 or (n.size and n.dtype.kind not in "iu"):
+        raise TypeError(f"lengths must be (B,) of integers, got {n.dtype} {n.shape}")
+    if n.size and n.min() < 0:
+        raise ValueError(f"lengths must be at least 0, got {n.min()}")
+    cu = np.zeros(n.size + 1, np.int64)
+    np.cumsum(n, out=cu[1:])
+    return cu
+
+
+def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarray:
+    """t + offset[b]      for token t of sequence b      cu_seqlens (B + 1,)   offset an int or (B,)   →   (N,) int64
+
+    For rotary and other embeddings of the position; the offset is the length of the past.
+    """
+    cu = _cu("cu_seqlens", cu_seqlens)
+    first = _offset(offset, cu) - cu[:-1]
+    at: np.ndarray = np.arange(cu[-1]) + np.repeat(first, np.diff(cu))
+    return at
+
+
+def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Mask:
+    """b(i) = b(j)      a query sees the keys of its own sequence      cu_q (B + 1,)   cu_k (B + 1,), or as cu_q
+
+    For T = cu_q[-1] queries and S = cu_k[-1] keys. `masks.segments` with the number of the sequence as id.
+    """
+    cu_q, cu_k = _pair(cu_q, cu_k)
+    q_ids, k_ids = (np.repeat(np.arange(cu.size - 1), np.diff(cu)) for cu in (cu_q, cu_k))
+    return masks.segments(q_ids, k_ids)
+
+
+def causal(cu_q: np.ndarray, cu_k: np.ndarray | None = None, offset: int | np.ndarray | None = None) -> "Spans":
+    """b(i) = b(j) and t(j) ≤ t(i) + offset[b]      `window` without a bound on the left"""
+    return window(None, 0, cu_q, cu_k, offset)
+
+
+def window(
+    left: int | None,
+    right: int | None,
+    cu_q: np.ndarray,
+    cu_k: np.ndarray | None = None,
+    offset: int | np.ndarray | None = None,
+) -> "Spans":
+    """b(i) = b(j) and t(i) + offset[b] − left ≤ t(j) ≤ t(i) + offset[b] + right
+
+    t counts the tokens of a sequence from 0. offset is an int or (B,); by default S_b − T_b, which aligns the last
+    query of each sequence with its last key, as flash-attention does: for equal lengths 0. It differs between
+    sequences, so that no single `masks.window(left, right, offset)` joined with `mask` can say this of cu_q ≠ cu_k.
+    Inclusive: left = 3 sees itself and three before. None is no bound.
+    """
+    cu_q, cu_k = _pair(cu_q, cu_k)
+    band = masks.window(left, right)  # which checks them
+    n = np.diff(cu_q)
+    at = positions(cu_q, np.diff(cu_k) - n if offset is None else offset) + np.repeat(cu_k[:-1], n)  # of the key axis
+    low, high = np.repeat(cu_k[:-1], n), np.repeat(cu_k[1:], n)
+    start = low if band.left is None else np.clip(at - band.left, low, high)
+    stop = high if band.right is None else np.clip(at + band.right + 1, low, high)
+    return Spans(_frozen(start), _frozen(stop), int(cu_k[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Spans(Mask):
+    """start[i] ≤ j < stop[i]. Blocks and columns cost O(rows), and are exact; made by `window` and `causal`."""
+
+    start: np.ndarray  # (T,) integers, at most stop
+    stop: np.ndarray  # (T,) integers, at most S
+    keys: int  # S
+
+    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+        if (self.start.size, self.keys) != (T, S):
+            raise ValueError(
+                f"mask must be (T, S) with T={T} as in q, S={S} as in k, got {(self.start.size, self.keys)}"
+            )
+        return T, S
+
+    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+        start, stop = self.start[slice(*rows), None], self.stop[slice(*rows), None]
+        j = np.arange(*cols)
+        tile = (start <= j) & (j < stop)
+        return tile if like is None else from_host(tile, like)
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        start, stop = self.start[slice(*rows)], self.stop[slice(*rows)]
+        if (start <= cols[0]).all() and (cols[1] <= stop).all():
+            return "full"
+        return "mixed" if (np.maximum(start, cols[0]) < np.minimum(stop, cols[1])).any() else "empty"
+
+    def _columns(self, rows: Range, S: int) -> Range:
+        start, stop = self.start[slice(*rows)], self.stop[slice(*rows)]
+        some = start < stop
+        return int(start[some].min(initial=S)), int(stop[some].max(initial=0))
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
+        seen = (np.cumsum(opened - closed) > 0)[None, :S]
+        return seen if like is None else from_host(seen, like)
+
+    def _at(self, index: tuple[int, ...]) -> Mask:
+        return self
+
+
+# ── pack, unpack ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PackCache(NamedTuple):
+    xs: tuple[Array, ...]  # B of (..., T_b, C)
+
+
+def pack(*xs: Array) -> tuple[Array, PackCache]:
+    """x = [x₀; x₁; …]      B of (..., T_b, C)   →   x (..., N, C)
+
+    Raises TypeError for mixed dtypes, ValueError unless the arrays differ in T_b alone, and there is one.
+    """
+    if not xs:
+        raise ValueError("xs must be one or more arrays (..., T_b, C), got none")
+    names = [f"xs[{b}]" for b in range(len(xs))]
+    _check.one_dtype(zip(names, xs, strict=True))
+    axes = _check.Axes()
+    for b, (name, x) in enumerate(zip(names, xs, strict=True)):
+        axes(name, x, f"... T_{b} C")
+    return namespace(xs[0]).concat(xs, axis=-2), PackCache(xs)
+
+
+def pack_vjp(cache: PackCache, dx: Array, /) -> tuple[Array, ...]:
+    """dx_b = the rows of x_b in dx"""
+    (xs,) = cache
+    cu = cumulative([x.shape[-2] for x in xs])
+    *batch, _, width = xs[0].shape
+    _check.cotangent("dx", dx, (*batch, int(cu[-1]), width), xs[0], "... N C")
+    return _split(dx, cu)
+
+
+class UnpackCache(NamedTuple):
+    x: Array  # (..., N, C)
+    xs: tuple[Array, ...]  # B of (..., T_b, C), views of x where the library has views
+
+
+def unpack(x: Array, /, *, cu_seqlens: np.ndarray) -> tuple[tuple[Array, ...], UnpackCache]:
+    """x_b = x[cu[b] … cu[b + 1]]      x (..., N, C)   cu_seqlens (B + 1,)   →   B of (..., T_b, C)"""
+    cu = _rows("x", x, cu_seqlens)
+    xs = _split(x, cu)
+    return xs, UnpackCache(x, xs)
+
+
+def unpack_vjp(cache: UnpackCache, dxs: Sequence[Array], /) -> tuple[Array]:
+    """dx = [dx₀; dx₁; …]"""
+    x, xs = cache
+    if len(dxs) != len(xs):
+        raise ValueError(f"dxs must be B={len(xs)} arrays as the output is, got {len(dxs)}")
+    for b, (dy, y) in enumerate(zip(dxs, xs, strict=True)):
+        _check.cotangent(f"dxs[{b}]", dy, y.shape, y, f"... T_{b} C")
+    _check.one_dtype((f"dxs[{b}]", dy) for b, dy in enumerate(dxs))
+    return (namespace(x).concat(tuple(dxs), axis=-2) if dxs else x,)  # of no sequences: x has no rows
+
+
+# ── pad, unpad ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PadCache(NamedTuple):
+    x: Array  # (..., N, C)
+    slots: Array  # (N,) integers: where in B · T each token goes
+    rows: Array  # (B, T) integers: the token of each place, N for none
+
+
+def pad(x: Array, /, *, cu_seqlens: np.ndarray, length: int | None = None) -> tuple[Array, PadCache]:
+    """y[b, ..., t] = x[..., cu[b] + t], 0 past the end      x (..., N, C)   →   y (B, ..., T, C)
+
+    T is the greatest length, or `length`, which must be no less. Heads stay between: (H, N, D) becomes (B, H, T, D).
+    The mask of a padded batch is `masks.lengths(np.diff(cu_seqlens))`.
+    """
+    cu = _rows("x", x, cu_seqlens)
+    slots, rows = _places(cu, length, x)
+    return _scatter(x, rows), PadCache(x, slots, rows)
+
+
+def pad_vjp(cache: PadCache, dy: Array, /) -> tuple[Array]:
+    """dx[..., cu[b] + t] = dy[b, ..., t]"""
+    x, slots, rows = cache
+    B, T = rows.shape
+    _check.cotangent("dy", dy, (B, *x.shape[:-2], T, x.shape[-1]), x, "B ... T C")
+    return (_gather(dy, slots),)
+
+
+class UnpadCache(NamedTuple):
+    y: Array  # (B, ..., T, C)
+    slots: Array  # (N,) integers: where in B · T each token is
+    rows: Array  # (B, T) integers: the token of each place, N for none
+
+
+def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
+    """x[..., cu[b] + t] = y[b, ..., t]      y (B, ..., T, C)   →   x (..., N, C)
+
+    What stands in the padding has no effect, even NaN, and gradient 0.
+    """
+    _check.one_dtype([("y", y)])
+    axes = _check.Axes()
+    if y.ndim < 3:
+        raise ValueError(f"y must be (B, ..., T, C), got {tuple(y.shape)}")
+    axes("y", y, "... T C")
+    cu = _cu("cu_seqlens", cu_seqlens)
+    if cu.size - 1 != y.shape[0]:
+        raise ValueError(f"cu_seqlens must be (B + 1,) with B={y.shape[0]} as in y, got {cu.shape}")
+    if np.diff(cu).max(initial=0) > y.shape[-2]:
+        raise ValueError(f"cu_seqlens must have lengths of at most T={y.shape[-2]} as in y, got {np.diff(cu).max()}")
+    slots, rows = _places(cu, y.shape[-2], y)
+    return _gather(y, slots), UnpadCache(y, slots, rows)
+
+
+def unpad_vjp(cache: UnpadCache, dx: Array, /) -> tuple[Array]:
+    """dy[b, ..., t] = dx[..., cu[b] + t], 0 past the end"""
+    y, slots, rows = cache
+    _check.cotangent("dx", dx, (*y.shape[1:-2], slots.shape[0], y.shape[-1]), y, "... N C")
+    return (_scatter(dx, rows),)
+
+
+def _split(x: Array, cu: np.ndarray) -> tuple[Array, ...]:
+    return tuple(x[..., int(start) : int(stop), :] for start, stop in pairwise(cu))
+
+
+def _places(cu: np.ndarray, length: int | None, like: Array) -> tuple[Array, Array]:
+    """slots (N,) and rows (B, T), which are each other's inverse, in the library of `like`."""
+    n = np.diff(cu)
+    longest = int(n.max(initial=0))
+    T = longest if length is None else length
+    if not isinstance(T, Integral) or isinstance(T, bool):
+        raise TypeError(f"length must be an int or None, got {length!r} of type {type(length).__name__}")
+    if longest > T:
+        raise ValueError(f"length must be at least {longest} as in cu_seqlens, got {length}")
+    slots = positions(cu, int(T) * np.arange(n.size))
+    t = np.arange(int(T))
+    rows = np.where(t < n[:, None], cu[:-1, None] + t, cu[-1])
+    return from_host(slots, like), from_host(rows, like)
+
+
+def _scatter(x: Array, rows: Array) -> Array:
+    """x (..., N, C)   →   (B, ..., T, C), with 0 where rows (B, T) is N"""
+    xp = namespace(x)
+    *batch, _, width = x.shape
+    x = xp.concat([x, full((*batch, 1, width), 0.0, x)], axis=-2)
+    y = xp.take(x, xp.reshape(rows, (-1,)), axis=-2)
+    return xp.moveaxis(xp.reshape(y, (*batch, *rows.shape, width)), -3, 0)
+
+
+def _gather(y: Array, slots: Array) -> Array:
+    """y (B, ..., T, C)   →   (..., N, C)"""
+    xp = namespace(y)
+    y = xp.moveaxis(y, 0, -3)
+    *batch, B, T, width = y.shape
+    return xp.take(xp.reshape(y, (*batch, B * T, width)), slots, axis=-2)
+
+
+# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cu(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.ndarray:
+    """`cu` as int64; it must rise from 0 to `total`."""
+    if not isinstance(cu, np.ndarray):
+        kind = f"{type(cu).__module__}.{type(cu).__name__}"
+        raise TypeError(f"{name} must be a NumPy array (B + 1,) of integers, got {kind}")
+    if cu.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be (B + 1,) of integers, got dtype {cu.dtype}")
+    if cu.ndim != 1 or cu.size == 0:
+        raise ValueError(f"{name} must be (B + 1,), got {cu.shape}")
+    wide = cu.astype(np.int64)
+    if wide[0] != 0 or (np.diff(wide) < 0).any():
+        raise ValueError(f"{name} must begin with 0 and never fall, got {cu}")
+    if total is not None and wide[-1] != total:
+        raise ValueError(f"{name} must end with N={total} as in {owner}, got {wide[-1]}")
+    return wide
+
+
+def _pair(cu_q: Any, cu_k: Any) -> tuple[np.ndarray, np.ndarray]:
+    cu_q = _cu("cu_q", cu_q)
+    cu_k = cu_q if cu_k is None else _cu("cu_k", cu_k)
+    if cu_q.size != cu_k.size:
+        raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
+    return cu_q, cu_k
+
+
+def _rows(name: str, x: Any, cu: Any) -> np.ndarray:
+    _check.one_dtype([(name, x)])
+    axes = _check.Axes()
+    axes(name, x, "... N C")
+    return _cu("cu_seqlens", cu, axes["N"], name)
+
+
+def _offset(offset: Any, cu: np.ndarray) -> np.ndarray:
+    a = np.asarray(offset)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"offset must be an int or (B,) of integers, got {offset!r} of type {type(offset).__name__}")
+    if a.shape not in ((), (cu.size - 1,)):
+        raise ValueError(f"offset must be an int or (B,) with B={cu.size - 1} as in cu_seqlens, got {a.shape}")
+    return a.astype(np.int64)
+
+
+def _frozen(a: np.ndarray) -> np.ndarray:
+    a = np.array(a)
+    a.flags.writeable = False
+    return a
