@@ -142,7 +142,8 @@ def _turned(x: Array, rotary: Rotary) -> Array:
 
 def _beside(table: Array, x: Array) -> Array:
     """The table in the library, on the device and in the dtype of x."""
-    return narrow(from_host(table, x) if isinstance(table, np.ndarray) else table, x.dtype)
+    table = from_host(table, x) if isinstance(table, np.ndarray) else table
+    return namespace(x).astype(table, x.dtype, copy=False)
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
