@@ -208,11 +208,12 @@ def test_neighbours_are_independent(rate):
         assert_binomial(same, rate**2 + (1 - rate) ** 2)
 
 
-def test_the_rate_is_met_to_two_to_the_minus_32():
+@pytest.mark.parametrize("j", range(4))
+def test_the_rate_is_met_to_two_to_the_minus_32(j):
     """A word equal to the threshold is kept, one below it is not."""
-    word = scalar((0, 0, 0, 0), (0, 0))[0]
+    word = scalar((0, 0, 0, 0), (0, 0))[j]
     for step, keep in ((0, True), (1, False), (0.5, True)):
-        assert seeded(0, (word + step) / 2**32).tile(0, 0, (0, 1), (0, 1))[0, 0] == keep
+        assert seeded(0, (word + step) / 2**32).tile(0, 0, (0, 1), (j, j + 1))[0, 0] == keep
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────
