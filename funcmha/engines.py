@@ -1,7 +1,9 @@
 """Engines: the same ops done in different ways, and the choice among them.
 
-An engine is a value: the ops that it does, by the protocol of `funcmha.ops` and with the results of `funcmha.ops`. To
-add one, write the four functions, make an `Engine` of them here, and name it in ENGINES for the conformance tests.
+An engine is a value: the ops that it does, by the protocol of `funcmha.ops` and with the results of `funcmha.ops`. Its
+`linear` takes `onto` as well, an array that y is added to, and its `linear_vjp` one that dx is added to; both may write
+into it. To add an engine, write the four functions, make an `Engine` of them here, and name it in ENGINES for the
+conformance tests.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
@@ -13,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import ops, tiled
-from ._xp import Array, namespace, unbroadcast
-from .masks import Mask, dense
-from .ops import AttentionCache, attention_weights, log_sum_exp
+from ._xp import Array
+from .masks import Mask
+from .ops import AttentionCache, LinearCache
 
 
 class Engine(NamedTuple):
@@ -26,79 +28,24 @@ class Engine(NamedTuple):
     attention_vjp: Callable[..., Any]
 
 
-# ── the reference, head by head ──────────────────────────────────────────────────────────────────────────────────
+# ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class OneByOneCache(NamedTuple):
-    k: Array  # (..., K, S, D)
-    bias: Array  # broadcasts to (..., H, T, S), or None
-    heads: tuple[AttentionCache, ...]  # H
+def _linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tuple[Array, LinearCache]:
+    """y = onto + x wᵀ + b"""
+    y, cache = ops.linear(x, w, b)
+    return y if onto is None else onto + y, cache
 
 
-def one_by_one(
-    q: Array, k: Array, v: Array, bias: Array = None, /, *, mask: Array | Mask = None, keep: Array = None, **static: Any
-) -> tuple[Array, OneByOneCache]:
-    """oₕ = attention(qₕ, kₕ, vₕ, biasₕ)
-    q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)
-    """
-    H, K = q.shape[-3], k.shape[-3]
-    mask = dense(mask, q.shape[-2], k.shape[-2], q)
-    heads = []
-    for h in range(H):
-        kv = h // (H // K)
-        of_head = (q[..., h, :, :], k[..., kv, :, :], v[..., kv, :, :], _head_of(bias, h))
-        heads.append(ops.attention(*of_head, mask=_head_of(mask, h), keep=_head_of(keep, h), **static))
-    os, caches = zip(*heads, strict=True)
-    return namespace(q).stack(os, axis=-3), OneByOneCache(k, bias, caches)
-
-
-def one_by_one_vjp(
-    cache: OneByOneCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array]:
-    """dq, dk, dv, dbias: `one_by_one`, where the heads of a group share keys and values, so that their gradients add"""
-    k, bias, heads = cache
-    xp = namespace(do)
-    grads = [
-        ops.attention_vjp(
-            head,
-            do[..., h, :, :],
-            dweights=None if dweights is None else dweights[..., h, :, :],
-            dlse=None if dlse is None else dlse[..., h, :],
-        )
-        for h, head in enumerate(heads)
-    ]
-    dqs, dks, dvs, dbiases = zip(*grads, strict=True)
-    dbias = None if bias is None else unbroadcast(xp.stack(dbiases, axis=-3 if bias.ndim >= 3 else 0), bias.shape)
-    return xp.stack(dqs, axis=-3), _per_key_head(dks, k.shape[-3]), _per_key_head(dvs, k.shape[-3]), dbias
-
-
-def _head_of(a: Array, h: int) -> Array:
-    """a (..., H or 1, T, S) as head h sees it: (..., T, S). An array without head axis serves every head."""
-    if a is None or a.ndim < 3:
-        return a
-    return a[..., h if a.shape[-3] > 1 else 0, :, :]
-
-
-def _per_key_head(dxs: tuple[Array, ...], K: int) -> Array:
-    """H gradients (..., S, D)   →   (..., K, S, D), summed over each group"""
-    group = len(dxs) // K
-    sums = [sum(dxs[g * group + 1 : (g + 1) * group], dxs[g * group]) for g in range(K)]
-    return namespace(dxs[0]).stack(sums, axis=-3)
-
-
-@attention_weights.register
-def _(cache: OneByOneCache, /) -> Array:
-    return namespace(cache.k).stack([head.p for head in cache.heads], axis=-3)
-
-
-@log_sum_exp.register
-def _(cache: OneByOneCache, /) -> Array:
-    return namespace(cache.k).stack([head.lse for head in cache.heads], axis=-2)
+def _linear_vjp(cache: LinearCache, dy: Array, /, *, onto: Array = None) -> tuple[Array, Array, Array]:
+    """onto + dx, dw, db"""
+    dx, dw, db = ops.linear_vjp(cache, dy)
+    return dx if onto is None else onto + dx, dw, db
 
 
 # ── the engines, and which one ───────────────────────────────────────────────────────────────────────────────────
 
-REFERENCE = Engine("reference", ops.linear, ops.linear_vjp, one_by_one, one_by_one_vjp)
+REFERENCE = Engine("reference", _linear, _linear_vjp, ops.attention, ops.attention_vjp)
 TILED = Engine("tiled", tiled.linear, tiled.linear_vjp, tiled.attention, tiled.attention_vjp)
 ENGINES = (REFERENCE, TILED)
 
@@ -131,9 +78,8 @@ def attention(
     What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: TILED in linear memory, for NumPy arrays,
     REFERENCE for all; None picks one. The results are the same, to rounding.
     """
-    chosen = pick(engine, q)
-    run = ops.attention if chosen is REFERENCE else chosen.attention  # which needs no head axis, and takes all at once
-    return run(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    o, cache = pick(engine, q).attention(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    return o, cache
 
 
 @singledispatch

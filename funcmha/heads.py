@@ -1,9 +1,10 @@
-"""All heads: project the inputs, attend head by head, put the heads together; each with its gradient.
+"""A group of heads: project the inputs, attend, put the heads together; each with its gradient.
 
-`funcmha.mha` composes these. Nothing is checked here: the doors are there.
+A group is some key/value heads and the query heads that read them. `funcmha.mha` composes group after group. Nothing is
+checked here: the doors are there.
 
-Axes: T queries, S keys, S' keys with those that `extend` appends, H query heads, K key/value heads, D query/key width,
-E value width, O output width, C input width; `...` is batch.
+Axes: T queries, S keys, S' keys with those that `extend` appends, H query heads and K key/value heads of the group,
+D query/key width, E value width, O output width, C input width; `...` is batch.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from ._xp import Array, full, namespace, unbroadcast
 from .engines import REFERENCE, Engine
 from .masks import Mask, as_mask, dense
-from .ops import LinearCache
+from .ops import LinearCache, cut_heads, of_heads
 from .params import Params
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
@@ -27,15 +28,47 @@ class ProjectCache(NamedTuple):
 def project(params: Params, x: Array, /, *, engine: Engine) -> tuple[Array, ProjectCache]:
     """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
     cache = ProjectCache(x, params["w"], params.get("b"), _remembered(engine))
-    y, _ = engine.linear(*_stacked(cache))
-    return namespace(x).reshape(y, (*x.shape[:-1], *cache.w.shape[:-1])), cache
+    return _projected(cache), cache
 
 
-def project_vjp(cache: ProjectCache, dy: Array, /) -> tuple[Params, Array]:
-    """dparams, dx"""
+def project_vjp(cache: ProjectCache, dy: Array, /, *, onto: Array) -> tuple[Params, Array]:
+    """dparams, onto + dx"""
     reshape, (*batch, H, D) = namespace(dy).reshape, dy.shape
-    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy, (*batch, H * D)))
+    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy, (*batch, H * D)), onto=onto)
     return _group(reshape(dw, cache.w.shape), None if db is None else reshape(db, (H, D))), dx
+
+
+def _back_to_each(
+    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
+) -> tuple[list[Params], tuple[Array, ...]]:
+    """The vjp of several projections, each of an input of its own"""
+    grads = [project_vjp(cache, dy, onto=dx) for cache, dy, dx in zip(caches, dys, onto, strict=True)]
+    return [dparams for dparams, _ in grads], tuple(dx for _, dx in grads)
+
+
+def _back_to_one(
+    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
+) -> tuple[list[Params], tuple[Array, ...]]:
+    """The vjp of several projections of one input: as one product, whose rows of w are those of all"""
+    xp, engine, parts = namespace(dys[0]), _engine(caches[0]), [_stacked(cache) for cache in caches]
+    w = xp.concat([part.w for part in parts])
+    b = None
+    if any(part.b is not None for part in parts):
+        b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
+    flat = [xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys]
+    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), xp.concat(flat, axis=-1), onto=onto[0])
+    dparams, stop = [], 0
+    for cache, part in zip(caches, parts, strict=True):
+        rows = slice(stop, stop + part.w.shape[0])
+        dbias = None if part.b is None else xp.reshape(db[rows], cache.b.shape)
+        dparams.append(_group(xp.reshape(dw[rows, :], cache.w.shape), dbias))
+        stop = rows.stop
+    return dparams, (dx,)
+
+
+def _projected(cache: ProjectCache) -> Array:
+    y, _ = _engine(cache).linear(*_stacked(cache))
+    return namespace(y).reshape(y, (*cache.x.shape[:-1], *cache.w.shape[:-1]))
 
 
 def _stacked(cache: ProjectCache) -> LinearCache:
@@ -97,10 +130,10 @@ class CombineCache(NamedTuple):
     engine: Engine | None  # None for the reference
 
 
-def combine(params: Params, o: Array, /, *, engine: Engine) -> tuple[Array, CombineCache]:
-    """y = Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
+def combine(params: Params, o: Array, /, *, engine: Engine, onto: Array) -> tuple[Array, CombineCache]:
+    """y = onto + Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
     cache = CombineCache(o, params["w"], params.get("b"), _remembered(engine))
-    y, _ = engine.linear(*_concatenated(cache))
+    y, _ = engine.linear(*_concatenated(cache), onto=onto)
     return y, cache
 
 
@@ -111,6 +144,12 @@ def combine_vjp(cache: CombineCache, dy: Array, /) -> tuple[Params, Array]:
     return _group(reshape(dw, cache.w.shape), db), reshape(do, cache.o.shape)
 
 
+def cut_combined(cache: CombineCache, h: slice) -> CombineCache:
+    """The cache of the query heads `h`, as views. The bias, which is added once, goes with the first of them."""
+    o, w, b, engine = cache
+    return CombineCache(o[..., h, :], w[:, h, :], b if h.start == 0 else None, engine)
+
+
 def _concatenated(cache: CombineCache) -> LinearCache:
     """The heads side by side, as the columns of one matrix (O, H·E)."""
     o, w, b, _ = cache
@@ -119,16 +158,16 @@ def _concatenated(cache: CombineCache) -> LinearCache:
     return LinearCache(reshape(o, (*o.shape[:-2], H * E)), reshape(w, (O, H * E)), b)
 
 
-# ── attend: what the engine does with the heads ──────────────────────────────────────────────────────────────────
+# ── attend: from the inputs to what the heads have found ─────────────────────────────────────────────────────────
 
 
-class HeadsCache(NamedTuple):
+class AttendCache(NamedTuple):
     q: ProjectCache
     k: ProjectCache
     v: ProjectCache
     bias_kv: Params  # k (K, D) and v (K, E), or both None
     bias: Array  # broadcasts to (..., H, T, S), or None
-    attention: Any  # what the engine keeps: its k is (..., K, S', D)
+    attention: Any  # what the engine keeps, without q, k and v where these are cheap
     engine: Engine | None  # None for the reference
 
 
@@ -145,7 +184,7 @@ def attend(
     keep: Array,
     rate: float,
     engine: Engine,
-) -> tuple[Array, HeadsCache]:
+) -> tuple[Array, AttendCache]:
     """o = attention(project(query), extend(project(key)), extend(project(value)))     →   o (..., T, H, E)"""
     q, q_cache = project(params["q_proj"], query, engine=engine)
     k, k_cache = project(params["k_proj"], key, engine=engine)
@@ -159,25 +198,69 @@ def attend(
     o, cache = engine.attention(
         _heads_first(q), _heads_first(k), _heads_first(v), all_bias, mask=mask, scale=scale, keep=keep, rate=rate
     )
-    return _heads_last(o), HeadsCache(q_cache, k_cache, v_cache, bias_kv, bias, cache, _remembered(engine))
+    if extra == 0 and cheap(query.shape[-2], S, max(x.shape[-1] for x in (query, key, value))):
+        cache = cache._replace(q=None, k=None, v=None)
+    return _heads_last(o), AttendCache(q_cache, k_cache, v_cache, bias_kv, bias, cache, _remembered(engine))
 
 
 def attend_vjp(
-    cache: HeadsCache, do: Array, /, *, dweights: Array, dlse: Array
-) -> tuple[Params, Array, Array, Array, Array]:
-    """dparams, dquery, dkey, dvalue, dbias: `attend` from the bottom up"""
-    S = cache.k.x.shape[-2]
-    dq, dk, dv, dbias = _engine(cache).attention_vjp(cache.attention, _heads_first(do), dweights=dweights, dlse=dlse)
+    cache: AttendCache, do: Array, /, *, dweights: Array, dlse: Array, onto: tuple[Array, ...]
+) -> tuple[Params, tuple[Array, ...], Array]:
+    """dparams, onto + (dquery, dkey, dvalue), dbias: `attend` from the bottom up
+
+    Where `onto` is one array, query, key and value are one input, and their gradients are added up.
+    """
+    S, engine = cache.k.x.shape[-2], _engine(cache)
+    dq, dk, dv, dbias = engine.attention_vjp(recall(cache), _heads_first(do), dweights=dweights, dlse=dlse)
     dbias = extend_scores_vjp(S, dk.shape[-2] - S, cache.bias, dbias)
     dk, drow_k = extend_vjp(S, cache.bias_kv["k"], _heads_last(dk))
     dv, drow_v = extend_vjp(S, cache.bias_kv["v"], _heads_last(dv))
-    dv_proj, dvalue = project_vjp(cache.v, dv)
-    dk_proj, dkey = project_vjp(cache.k, dk)
-    dq_proj, dquery = project_vjp(cache.q, _heads_last(dq))
-    dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj}
+    back = _back_to_one if len(onto) == 1 else _back_to_each
+    dprojections, dxs = back((cache.q, cache.k, cache.v), (_heads_last(dq), dk, dv), onto=onto)
+    dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True))
     if drow_k is not None:
         dparams["bias_kv"] = {"k": drow_k, "v": drow_v}
-    return dparams, dquery, dkey, dvalue, dbias
+    return dparams, dxs, dbias
+
+
+def cut(cache: AttendCache, start: int, stop: int) -> AttendCache:
+    """The cache of key/value heads start … stop and of the query heads that read them, as views."""
+    per_key_head = cache.q.w.shape[0] // max(cache.k.w.shape[0], 1)
+    h, kv = slice(start * per_key_head, stop * per_key_head), slice(start, stop)
+    return AttendCache(
+        _cut_projection(cache.q, h),
+        _cut_projection(cache.k, kv),
+        _cut_projection(cache.v, kv),
+        {leaf: None if a is None else a[kv, ...] for leaf, a in cache.bias_kv.items()},
+        of_heads(cache.bias, h),
+        cut_heads(cache.attention, h, kv),
+        cache.engine,
+    )
+
+
+def _cut_projection(cache: ProjectCache, heads: slice) -> ProjectCache:
+    return cache._replace(w=cache.w[heads, ...], b=None if cache.b is None else cache.b[heads, ...])
+
+
+def num_keys(cache: AttendCache) -> int:
+    """S'"""
+    return int(cache.k.x.shape[-2] if cache.attention.k is None else cache.attention.k.shape[-2])
+
+
+def recall(cache: AttendCache) -> Any:
+    """What the engine kept, with q, k and v projected again where they were not."""
+    if cache.attention.q is not None:
+        return cache.attention
+    q, k, v = _projected(cache.q), _projected(cache.k), _projected(cache.v)
+    return cache.attention._replace(q=_heads_first(q), k=_heads_first(k), v=_heads_first(v))
+
+
+def cheap(T: int, S: int, width: int) -> bool:
+    """Whether to project again costs a twentieth of attention and its vjp or less, so that memory is worth more.
+
+    A row is 6 C D operations to project, and 14 min(T, S) D to attend with and back, or half of that if causal.
+    """
+    return min(T, S) >= 16 * width
 
 
 def _heads_first(x: Array) -> Array:

@@ -84,6 +84,10 @@ class Mask(ABC):
         """
         return self._at(index)
 
+    def heads(self, start: int, stop: int) -> "Mask":
+        """The mask of heads start … stop, where it has a head axis."""
+        return self._heads(slice(start, stop))
+
     def __and__(self, other: Any) -> "Intersection":
         return Intersection(_parts(self) + _parts(as_mask(other, "an operand of &")))
 
@@ -109,6 +113,9 @@ class Mask(ABC):
 
     @abstractmethod
     def _at(self, index: tuple[int, ...]) -> "Mask": ...
+
+    def _heads(self, heads: slice) -> "Mask":  # of the masks without a head axis
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,6 +285,9 @@ class Dense(Mask):
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Dense(_pick(self.array, index, 3)) if self.array.ndim > 3 else self
 
+    def _heads(self, heads: slice) -> Mask:
+        return Dense(self.array[..., heads, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
+
 
 @dataclass(frozen=True, eq=False)
 class Intersection(Mask):
@@ -310,6 +320,9 @@ class Intersection(Mask):
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Intersection(tuple(part.at(index) for part in self.parts))
+
+    def _heads(self, heads: slice) -> Mask:
+        return Intersection(tuple(part.heads(heads.start, heads.stop) for part in self.parts))
 
 
 def causal(offset: int = 0) -> Band:

@@ -1,24 +1,41 @@
-"""Multi-head attention and one head of it: check, widen, compose, round; and the same from the bottom up.
+"""Multi-head attention and one head of it: check, widen, compose group after group, round; and from the bottom up.
 
 Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H query heads, K key/value heads, D query/key
 width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
+from math import prod
 from typing import Any, NamedTuple
 
 from . import _check, tree
-from ._xp import Array, narrow, widen
-from .engines import Engine, pick
-from .heads import CombineCache, HeadsCache, attend, attend_vjp, combine, combine_vjp
+from ._xp import Array, namespace, narrow, widen
+from .engines import REFERENCE, Engine, pick
+from .heads import (
+    AttendCache,
+    CombineCache,
+    attend,
+    attend_vjp,
+    cheap,
+    combine,
+    combine_vjp,
+    cut,
+    cut_combined,
+    num_keys,
+    recall,
+)
 from .masks import Mask, as_mask
-from .ops import attention_weights, blank, check_keep, check_mask, log_sum_exp
-from .params import HEAD_SPEC, SPEC, Params, check
+from .ops import attention_weights, blank, check_keep, check_mask, log_sum_exp, of_heads
+from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups
+
+# So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
+# many heads at a time, and holds what it needs between projection and attention for these alone.
+GROUP = 2**18
 
 # ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class HeadCache(NamedTuple):
-    heads: HeadsCache  # of one head
+    heads: AttendCache  # of one head
 
 
 def head(
@@ -72,17 +89,18 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
     *batch, T, _ = heads.q.x.shape
     like = heads.q.x
     _check.cotangent("do", do, (*batch, T, heads.v.w.shape[-2]), like, "... T E")
-    _check.cotangent("dweights", dweights, (*batch, T, _keys(heads)), like, "... T S'", optional=True)
+    _check.cotangent("dweights", dweights, (*batch, T, num_keys(heads)), like, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, T), like, "... T", optional=True)
-    dstack, dquery, dkey, dvalue, dbias = attend_vjp(
+    dstack, dxs, dbias = attend_vjp(
         heads,
         widen(do)[..., None, :],
         dweights=None if dweights is None else widen(dweights)[..., None, :, :],
         dlse=None if dlse is None else widen(dlse)[..., None, :],
+        onto=(None, None, None),
     )
     dparams = tree.map(lambda a: a[0, ...], dstack)
     dbias = dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
-    return _narrow((dparams, dquery, dkey, dvalue, dbias), do)
+    return _narrow((dparams, *dxs, dbias), do)
 
 
 def _as_head(a: Array) -> Array:
@@ -93,9 +111,14 @@ def _as_head(a: Array) -> Array:
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class MhaCache(NamedTuple):
-    heads: HeadsCache
+class GroupCache(NamedTuple):
+    heads: AttendCache
     out: CombineCache
+
+
+class MhaCache(NamedTuple):
+    groups: tuple[GroupCache, ...]  # some heads each, in order
+    bias: Array  # broadcasts to (..., H, T, S), or None
 
 
 def mha(
@@ -132,39 +155,97 @@ def mha(
     """
     axes, leaves = check(params, SPEC)
     mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
-    engine = pick(engine, query)
+    engine, dtype = pick(engine, query), query.dtype
 
-    params = tree.map(widen, params)
-    o, heads = attend(
-        params,
-        widen(query),
-        _blank(widen(key), mask, query.shape[-2]),
-        _blank(widen(value), mask, query.shape[-2]),
-        widen(bias),
-        mask=mask,
-        scale=scale,
-        zero_attn=zero_attn,
-        keep=keep,
-        rate=rate,
-        engine=engine,
-    )
-    y, out = combine(params["out_proj"], o, engine=engine)
-    return narrow(y, query.dtype), MhaCache(heads, out)
+    params, query, bias = tree.map(widen, params), widen(query), widen(bias)
+    key, value = (_blank(widen(x), mask, query.shape[-2]) for x in (key, value))
+    y, groups, per_key_head = None, [], axes["H"] // max(axes["K"], 1)
+    for start, stop in _groups(axes, engine):
+        group, h = group_params(params, start, stop), slice(start * per_key_head, stop * per_key_head)
+        o, heads = attend(
+            group,
+            query,
+            key,
+            value,
+            of_heads(bias, h),
+            mask=None if mask is None else mask.heads(h.start, h.stop),
+            scale=scale,
+            zero_attn=zero_attn,
+            keep=of_heads(keep, h),
+            rate=rate,
+            engine=engine,
+        )
+        y, out = combine(group["out_proj"], o, engine=engine, onto=y)
+        groups.append(GroupCache(heads, out))
+    return narrow(y, dtype), MhaCache(tuple(groups), bias)
 
 
 def mha_vjp(cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias: `mha` from the bottom up
     from the cotangents of y and, where given, of the weights (..., H, T, S') and lse (..., H, T)
     """
-    heads, out = cache
-    *batch, T, H, _ = out.o.shape
+    return _backward(cache, dy, dweights, dlse, inputs=3)
+
+
+def _backward(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
+    """`mha_vjp` with a gradient for each of three inputs, or one for one input that is query, key and value."""
+    heads, out = cache.groups[0]
+    *batch, T, _, _ = out.o.shape
+    H = sum(group.out.o.shape[-2] for group in cache.groups)
     _check.cotangent("dy", dy, (*batch, T, out.w.shape[0]), out.o, "... T O")
-    _check.cotangent("dweights", dweights, (*batch, H, T, _keys(heads)), out.o, "... H T S'", optional=True)
+    _check.cotangent("dweights", dweights, (*batch, H, T, num_keys(heads)), out.o, "... H T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
-    dout_proj, do = combine_vjp(out, widen(dy))
-    dparams, dquery, dkey, dvalue, dbias = attend_vjp(heads, do, dweights=widen(dweights), dlse=widen(dlse))
-    return _narrow((dparams | {"out_proj": dout_proj}, dquery, dkey, dvalue, dbias), dy)
+    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    dxs: tuple[Array, ...] = (None,) * inputs
+    dgroups, dbiases = [], []
+    for h, (heads, out) in reversed(_pieces(cache)):
+        dout, do = combine_vjp(out, g)
+        dlse_h = None if dlse is None else dlse[..., h, :]
+        dgroup, dxs, dbias = attend_vjp(heads, do, dweights=of_heads(dweights, h), dlse=dlse_h, onto=dxs)
+        dgroups.append(dgroup | {"out_proj": dout})
+        dbiases.append(dbias)
+    return _narrow((join_groups(dgroups[::-1]), *dxs, _join_biases(cache.bias, dbiases[::-1])), dy)
+
+
+def _groups(axes: _check.Axes, engine: Engine) -> list[tuple[int, int]]:
+    """The key/value heads, start … stop, to project at once: few, or all if the projections are kept anyhow.
+
+    But the reference, which takes at once what it is given, gets few in any case.
+    """
+    T, S, K, width = axes["T"], axes["S"], axes["K"], max(axes["Cq"], axes["Ck"], axes["Cv"])
+    if engine is not REFERENCE and not cheap(T, S, width):
+        return [(0, K)]
+    return _few(K, prod(axes["..."]) * max(axes["H"] // max(K, 1) * T, S) * (axes["D"] + axes["E"]))
+
+
+def _pieces(cache: MhaCache) -> list[tuple[slice, GroupCache]]:
+    """The groups, cut into few heads each, and which query heads those are."""
+    pieces, stop = [], 0
+    for heads, out in cache.groups:
+        (H, D, _), (K, E, _) = heads.q.w.shape, heads.v.w.shape
+        numbers = prod(out.o.shape[:-3]) * max(H // max(K, 1) * out.o.shape[-3], num_keys(heads)) * (D + E)
+        for kv in _few(K, numbers):
+            h = slice(kv[0] * (H // max(K, 1)), kv[1] * (H // max(K, 1)))
+            piece = GroupCache(heads, out) if h == slice(0, H) else GroupCache(cut(heads, *kv), cut_combined(out, h))
+            pieces.append((slice(stop + h.start, stop + h.stop), piece))
+        stop += H
+    return pieces
+
+
+def _few(K: int, numbers: int) -> list[tuple[int, int]]:
+    """0 … K in ranges of so many heads as have at most GROUP `numbers`, one head having so many; of one at least"""
+    size = max(GROUP // max(numbers, 1), 1)
+    return [(i, min(i + size, K)) for i in range(0, max(K, 1), size)]
+
+
+def _join_biases(bias: Array, dbiases: list[Array]) -> Array:
+    """The gradient of a bias from those of the groups, which each had their heads of it or all of it."""
+    if bias is None or len(dbiases) == 1:
+        return dbiases[0]
+    if bias.ndim < 3 or bias.shape[-3] == 1:
+        return sum(dbiases[1:], dbiases[0])
+    return namespace(bias).concat(dbiases, axis=-3)
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,8 +272,7 @@ def self_attention_vjp(
     cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias      dx = dquery + dkey + dvalue"""
-    dparams, dquery, dkey, dvalue, dbias = mha_vjp(cache.mha, widen(dy), dweights=widen(dweights), dlse=widen(dlse))
-    return _narrow((dparams, dquery + dkey + dvalue, dbias), dy)
+    return _backward(cache.mha, dy, dweights, dlse, inputs=1)
 
 
 # ── what the caches can tell, and the doors ──────────────────────────────────────────────────────────────────────
@@ -200,7 +280,7 @@ def self_attention_vjp(
 
 @attention_weights.register
 def _(cache: HeadCache, /) -> Array:
-    return attention_weights(cache.heads.attention)[..., 0, :, :]
+    return attention_weights(recall(cache.heads))[..., 0, :, :]
 
 
 @log_sum_exp.register
@@ -210,12 +290,14 @@ def _(cache: HeadCache, /) -> Array:
 
 @attention_weights.register
 def _(cache: MhaCache, /) -> Array:
-    return attention_weights(cache.heads.attention)
+    parts = [attention_weights(recall(heads)) for heads, _ in cache.groups]
+    return namespace(parts[0]).concat(parts, axis=-3)
 
 
 @log_sum_exp.register
 def _(cache: MhaCache, /) -> Array:
-    return log_sum_exp(cache.heads.attention)
+    parts = [log_sum_exp(heads.attention) for heads, _ in cache.groups]
+    return namespace(parts[0]).concat(parts, axis=-2)
 
 
 @attention_weights.register
@@ -261,11 +343,6 @@ def _check_inputs(
     axes.size["S'"] = axes["S"] + ("bias_kv.k" in leaves) + zero_attn
     check_keep(axes, keep, rate, lead + "T S'")
     return mask, None if scale is None else _check.number("scale", scale)
-
-
-def _keys(cache: HeadsCache) -> int:
-    """S'"""
-    return int(cache.attention.k.shape[-2])
 
 
 def _blank(x: Array, mask: Mask | None, T: int) -> Array:

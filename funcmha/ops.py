@@ -226,6 +226,24 @@ def log_sum_exp(cache: Any, /) -> Array:
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
+@singledispatch
+def cut_heads(cache: Any, h: slice, kv: slice, /) -> Any:
+    """The cache of query heads `h` and of the key/value heads `kv` that they read, as views."""
+    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+
+
+def of_heads(a: Array, h: slice) -> Array:
+    """a (..., H or 1, ·, ·), or without a head axis, or None, as the heads `h` see it"""
+    return a if a is None or a.ndim < 3 or a.shape[-3] == 1 else a[..., h, :, :]
+
+
+@cut_heads.register
+def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
+    q, k, v, bias, p, lse, keep, *statics = cache
+    cut = q[..., h, :, :], k[..., kv, :, :], v[..., kv, :, :], of_heads(bias, h), p[..., h, :, :], lse[..., h, :]
+    return AttentionCache(*cut, of_heads(keep, h), *statics)
+
+
 @attention_weights.register
 def _(cache: AttentionCache, /) -> Array:
     return cache.p

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, tree
-from ._xp import Array
+from ._xp import Array, namespace
 
 Params = dict[str, Any]
 
@@ -91,6 +91,32 @@ def head_params(params: Params, h: int, /) -> Params:
         for name, group in params.items()
         if name != "out_proj"
     }
+
+
+def group_params(params: Params, start: int, stop: int) -> Params:
+    """The parameters of key/value heads start … stop and of the query heads that read them, as views.
+
+    The output's bias, which is added once, goes with the first of them.
+    """
+    per_key_head = params["q_proj"]["w"].shape[0] // max(params["k_proj"]["w"].shape[0], 1)
+    heads = {"H": slice(start * per_key_head, stop * per_key_head), "K": slice(start, stop)}
+    cut = {
+        leaf: a[tuple(heads.get(axis, slice(None)) for axis in SPEC[leaf].split())]
+        for leaf, a in tree.flatten(params).items()
+        if leaf != "out_proj.b" or start == 0
+    }
+    return tree.unflatten(cut)
+
+
+def join_groups(groups: list[Params]) -> Params:
+    """The gradient of all parameters from those of all groups: side by side, or summed where groups share a leaf."""
+    leaves = [tree.flatten(group) for group in groups]
+    joined = {}
+    for leaf in list(leaves[0]):
+        parts = [group.pop(leaf) for group in leaves if leaf in group]
+        head = next((i for i, axis in enumerate(SPEC[leaf].split()) if axis in "HK"), None)
+        joined[leaf] = sum(parts[1:], parts[0]) if head is None else namespace(parts[0]).concat(parts, axis=head)
+    return tree.unflatten(joined)
 
 
 def init(

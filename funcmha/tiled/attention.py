@@ -14,11 +14,11 @@ import numpy as np
 from funcmha import _check
 from funcmha._xp import Array, narrow, widen
 from funcmha.masks import Mask, Range
-from funcmha.ops import attention_weights, blank, check_attention, log_sum_exp
+from funcmha.ops import attention_weights, blank, check_attention, cut_heads, log_sum_exp, of_heads
 
 from . import threads, tiles
 from .schedule import BiasGradient, steps
-from .tiles import LN2, LOG2E, Head, Rows, backward, blocks, forward, mean_cotangent
+from .tiles import LN2, LOG2E, Head, Rows, Tile, backward, blocks, forward, mean_cotangent
 
 
 class AttentionCache(NamedTuple):
@@ -90,6 +90,14 @@ def attention_vjp(
     return *grads, None if dbias is None else narrow(dbias.total(), do.dtype)
 
 
+@cut_heads.register
+def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
+    q, k, v, bias, o, total, shift, keep, mask, *statics = cache
+    cut = q[..., h, :, :], k[..., kv, :, :], v[..., kv, :, :], of_heads(bias, h), o[..., h, :, :], total[..., h, :]
+    mask = None if mask is None else mask.heads(h.start, h.stop)
+    return AttentionCache(*cut, None if shift is None else shift[..., h, :], of_heads(keep, h), mask, *statics)
+
+
 class _Views(NamedTuple):
     """The arrays of a cache with a head axis and with the broadcast axes spelt out, by strides of 0."""
 
@@ -153,6 +161,7 @@ class _Prepared(NamedTuple):
     """What all tiles of one head of one sample need."""
 
     q: Array  # (T, D), times scale · log₂e
+    k: Array  # (S, D), row after row
     d: Array  # (T, E + 1), [do, dlse − δ] / total
     v1: Array  # (S, E + 1), [v, 1]
 
@@ -176,23 +185,31 @@ class _Backward(NamedTuple):
         """δ = Σ p dp = Σ do o + Σ p dweights"""
         at, head, g = (*b, h), self.x.head(b, h), self.do[(*b, h)]
         (T, E), S = g.shape, len(head.v)
-        p = _Prepared((head.scale * LOG2E) * head.q, np.empty((T, E + 1), g.dtype), np.ones((S, E + 1), g.dtype))
+        q, k = (head.scale * LOG2E) * head.q, np.ascontiguousarray(head.k)
+        p = _Prepared(q, k, np.empty((T, E + 1), g.dtype), np.ones((S, E + 1), g.dtype))
         p.v1[:, :E], p.d[:, :E] = head.v, g
         delta = np.einsum("te,te->t", g, self.x.o[at])
         for rows in blocks(T, tiles.ROWS) if self.dweights is not None else ():
-            i = slice(*rows)
-            delta[i] += mean_cotangent(head, rows, self.rows(at, p, rows), self.dweights[at][i])
+            for tile in (tile for block in head.tiles(rows) for tile in block):
+                i, j = slice(*tile.rows), slice(*tile.cols)
+                delta[i] += mean_cotangent(head, tile, self.rows(at, p, tile.rows), self.dweights[at][i, j])
         p.d[:, E] = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
         np.multiply(p.d, self.inverse[at], out=p.d)
         return p
 
-    def tile(self, b: Any, h: int, p: _Prepared, rows: Range, cols: Range, mixed: bool) -> None:
-        """Add the share of one tile to dq, dk, dv and dbias."""
-        at, i, j = (*b, h), slice(*rows), slice(*cols)
+    def tiles(self, b: Any, h: int, p: _Prepared, block: list[Tile]) -> None:
+        """Add the share of a block of tiles to dq, dk, dv and dbias."""
+        for tile in block:
+            self.tile(b, h, p, tile)
+
+    def tile(self, b: Any, h: int, p: _Prepared, tile: Tile) -> None:
+        """Add the share of one tile."""
+        at, i, j = (*b, h), slice(*tile.rows), slice(*tile.cols)
         of_key = (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
         cotangent = None if self.dweights is None else self.dweights[at][i, j]
         grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
-        dz = backward(self.x.head(b, h), rows, cols, mixed, self.rows(at, p, rows), p.v1[j], cotangent, *grads)
+        head = self.x.head(b, h)._replace(k=p.k)
+        dz = backward(head, tile, self.rows(at, p, tile.rows), p.v1[j], cotangent, *grads)
         if self.dbias is not None:
             self.dbias.add(at, (i, j), dz)
 
@@ -204,33 +221,36 @@ def _backward(y: _Backward) -> None:
     samples = list(np.ndindex(*batch))
     flops = 6.0 * prod(batch) * T * S * (D + E)
     if y.dbias is None and len(samples) >= threads.num_threads():  # samples share nothing: each has a thread to itself
-
-        def of_sample(task: tuple[int, Any]) -> None:
-            kv, b = task
-            for h in range(kv * H // K, (kv + 1) * H // K):
-                p = y.prepare(b, h)
-                for step in steps(y.x.head, [b], T, S):
-                    for _, *tile in step:
-                        y.tile(b, h, p, *tile)
-
-        threads.run(of_sample, [(kv, b) for kv in range(K) for b in samples], flops * H)
+        threads.run(lambda task: _one_sample(y, *task), [(kv, b) for kv in range(K) for b in samples], flops * H)
         return
 
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
     schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
     for h in range(H):
-        prepared: dict[Any, _Prepared] = {}
+        _all_samples(y, h, samples, schedule, flops)
 
-        def prepare(b: Any, h: int = h, prepared: dict[Any, _Prepared] = prepared) -> None:
-            prepared[b] = y.prepare(b, h)
 
-        def of_tile(task: Any, h: int = h, prepared: dict[Any, _Prepared] = prepared) -> None:
-            b, *tile = task
-            y.tile(b, h, prepared[b], *tile)
-
-        threads.run(prepare, samples, flops / max(S, 1))
+def _one_sample(y: _Backward, kv: int, b: Any) -> None:
+    """The heads that read key/value head kv of one sample, on this thread."""
+    (H, T, _), (K, S, _) = y.dq.shape[-3:], y.dv.shape[-3:]
+    schedule = steps(y.x.head, [b], T, S)
+    for h in range(kv * H // K, (kv + 1) * H // K):
+        p = y.prepare(b, h)
         for step in schedule:
-            threads.run(of_tile, step, flops / len(schedule))
+            for _, block in step:
+                y.tiles(b, h, p, block)
+
+
+def _all_samples(y: _Backward, h: int, samples: list[Any], schedule: list[Any], flops: float) -> None:
+    """One head of all samples, step after step on all threads."""
+    prepared: dict[Any, _Prepared] = {}
+
+    def prepare(b: Any) -> None:
+        prepared[b] = y.prepare(b, h)
+
+    threads.run(prepare, samples, flops / max(y.dv.shape[-2], 1))
+    for step in schedule:
+        threads.run(lambda task: y.tiles(task[0], h, prepared[task[0]], task[1]), step, flops / len(schedule))
 
 
 @log_sum_exp.register
@@ -249,8 +269,8 @@ def _(cache: AttentionCache, /) -> Array:
     for *b, h in np.ndindex(*p.shape[:-2]):
         head = x.head(tuple(b), h)
         for rows in blocks(p.shape[-2], tiles.ROWS):
-            at = (*b, h, slice(*rows))
-            q, shift = (head.scale * LOG2E) * head.q[slice(*rows)], None if x.shift is None else x.shift[at]
-            for cols, mixed in head.tiles(rows):
-                p[(*at, slice(*cols))] = head.exponentials(q, rows, cols, mixed, shift) / total[at]
+            for tile in (tile for block in head.tiles(rows) for tile in block):
+                at = (*b, h, slice(*tile.rows))
+                q, shift = (head.scale * LOG2E) * head.q[at[-1]], None if x.shift is None else x.shift[at]
+                p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, shift) / total[at]
     return p.reshape(*cache.total.shape, p.shape[-1])

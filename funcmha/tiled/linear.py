@@ -1,6 +1,7 @@
 """`funcmha.ops.linear` and its vjp, in blocks of rows shared out among the threads."""
 
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -10,21 +11,26 @@ from funcmha.ops import LinearCache, check_linear
 
 from . import threads
 
-ROWS = 512  # of x in one task: a fixed number, so that the result does not depend on how many threads there are
-ROWS_OF_W = 192  # of dw in one task
+ROWS = 256  # of x in one task: a fixed number, so that the result does not depend on how many threads there are
+# Rows and columns of dw in one task, if there are more columns than rows, and else of its transpose: a product with
+# many columns is faster than one with many rows.
+BLOCK = 192, 384
 # Terms of a sum over rows before it is added to the others: shorter sums lose fewer digits, longer ones are faster.
-TERMS = 128
+TERMS = 256
 
 
-def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
-    """y = x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O)     as `funcmha.ops.linear`"""
+def linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tuple[Array, LinearCache]:
+    """y = onto + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O)     as `funcmha.ops.linear`
+
+    `onto` is of y's shape and in the dtype computed with, and y is written into it; or None.
+    """
     check_linear(x, w, b)
     cache = LinearCache(widen(x), widen(w), widen(b))
     rows, wt = _rows(cache.x), np.ascontiguousarray(cache.w.T)  # row-major by row-major is the fastest of the products
-    y = np.empty((len(rows), len(w)), rows.dtype)
+    y = np.empty((len(rows), len(w)), rows.dtype) if onto is None else _rows(onto)
 
     def work(i: int) -> None:
-        block = np.matmul(rows[i : i + ROWS], wt, out=y[i : i + ROWS])
+        block = _product(rows[i : i + ROWS], wt, y[i : i + ROWS], onto is not None)
         if b is not None:
             block += cache.b
 
@@ -33,28 +39,44 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
     return narrow(y.reshape(*x.shape[:-1], len(w)), x.dtype), cache
 
 
-def linear_vjp(cache: LinearCache, dy: Array, /) -> tuple[Array, Array, Array]:
-    """dx = dy w     dw = Σ dy xᵀ     db = Σ dy        sums over the batch axes, in partial sums of TERMS"""
+def linear_vjp(cache: LinearCache, dy: Array, /, *, onto: Array = None) -> tuple[Array, Array, Array]:
+    """dx = onto + dy w     dw = Σ dy xᵀ     db = Σ dy        sums over the batch axes, in partial sums of TERMS
+
+    `onto` is of x's shape and in the dtype computed with, and dx is written into it; or None.
+    """
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
     rows, g = _rows(x), _rows(widen(dy))
-    dx, dw, db = np.empty(rows.shape, x.dtype), np.zeros_like(w), None if b is None else np.zeros_like(b)
+    dx = np.empty(rows.shape, x.dtype) if onto is None else _rows(onto)
+    dw, db = np.zeros_like(w), np.zeros(len(w), w.dtype)
+    # dw = leftᵀ right, or its transpose
+    left, right, out = (g, rows, dw) if w.shape[1] >= len(w) else (rows, g, dw.T)
 
-    def of_x(i: int) -> None:
-        np.matmul(g[i : i + ROWS], w, out=dx[i : i + ROWS])
+    def of_x(i: int, _: int) -> None:
+        _product(g[i : i + ROWS], w, dx[i : i + ROWS], onto is not None)
 
-    def of_w(o: int) -> None:
-        columns = slice(o, o + ROWS_OF_W)
-        for i in range(0, len(rows), TERMS):
-            block = g[i : i + TERMS, columns]
-            dw[columns] += block.T @ rows[i : i + TERMS]
-            if db is not None:
-                db[columns] += np.ones(len(block), g.dtype) @ block
+    def of_w(i: int, j: int) -> None:
+        at = slice(i, i + BLOCK[0]), slice(j, j + BLOCK[1])
+        for k in range(0, len(rows), TERMS):
+            out[at] += left[k : k + TERMS, at[0]].T @ right[k : k + TERMS, at[1]]
 
-    tasks = [(of_w, o) for o in range(0, len(w), ROWS_OF_W)] + [(of_x, i) for i in range(0, len(rows), ROWS)]
+    def of_b(_: int, __: int) -> None:
+        for k in range(0, len(rows), TERMS):
+            block = g[k : k + TERMS]
+            db[:] += np.ones(len(block), g.dtype) @ block
+
+    tasks: list[Any] = [(of_w, i, j) for i in range(0, len(out), BLOCK[0]) for j in range(0, len(out.T), BLOCK[1])]
+    tasks += [(of_x, i, 0) for i in range(0, len(rows), ROWS)] + [(of_b, 0, 0)] * (b is not None)
     with threads.single_threaded_blas():
-        threads.run(lambda task: task[0](task[1]), tasks, flops=4 * rows.size * len(w))
-    return narrow(dx.reshape(x.shape), dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
+        threads.run(lambda task: task[0](*task[1:]), tasks, flops=4 * rows.size * len(w))
+    return narrow(dx.reshape(x.shape), dy.dtype), narrow(dw, dy.dtype), None if b is None else narrow(db, dy.dtype)
+
+
+def _product(a: Array, b: Array, out: Array, add: bool) -> Array:
+    """out = a b, or out += a b"""
+    if not add:
+        return np.matmul(a, b, out=out)
+    return np.add(out, np.matmul(a, b), out=out)
 
 
 def _rows(x: Array) -> Array:

@@ -13,7 +13,7 @@ from .tiles import Head, blocks, columns
 
 
 def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
-    """The tiles (sample, rows, cols, mixed) in steps; in one step no two of a sample share rows or columns.
+    """Blocks of tiles, as (sample, tiles), in steps; in one step no two of a sample share rows or columns.
 
     So each may add to its rows of dq and columns of dk and dv, and these are added to in the order of the steps,
     whatever the number of threads: diagonal by diagonal.
@@ -24,8 +24,8 @@ def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) 
     for b in samples:
         of_sample = head(b, 0)
         for rows in blocks(T, tiles.ROWS):
-            for cols, mixed in of_sample.tiles(rows):
-                out[(rows[0] // tiles.ROWS - cols[0] // width) % n].append((b, rows, cols, mixed))
+            for block in of_sample.tiles(rows):
+                out[(rows[0] // tiles.ROWS - block[0].cols[0] // width) % n].append((b, block))
     return [tasks for tasks in out if tasks]
 
 
