@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import product
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -76,12 +77,14 @@ def test_dense_is_the_loop(problem):
     assert np.array_equal(dense(relative, T, S), dense_loop(relative.values, T, S))
 
 
-@given(relatives(), st.data())
-def test_a_tile_is_a_part_of_the_whole(problem, data):
-    relative, T, S = problem
-    rows, cols = (tuple(sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in (T, S))
-    tile = toeplitz(relative.values, rows, cols, T)
-    assert np.array_equal(tile, dense_loop(relative.values, T, S)[..., slice(*rows), slice(*cols)])
+@each_size
+def test_a_tile_is_a_part_of_the_whole(T, S):
+    """Every tile, and those without rows or columns."""
+    values = np.random.default_rng(0).standard_normal((2, max(T + S - 1, 0)))
+    whole = dense_loop(values, T, S)
+    for i, j, k, l in product(range(T + 1), range(T + 1), range(S + 1), range(S + 1)):
+        if i <= j and k <= l:
+            assert np.array_equal(toeplitz(values, (i, j), (k, l), T), whole[:, i:j, k:l])
 
 
 def test_a_tile_is_a_view_that_cannot_be_written_to():
@@ -467,6 +470,7 @@ def test_ops_of_torch_and_jax(f, f_vjp, shape, static):
 @each_op
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_float32_rounded_once(f, f_vjp, shape, static, dtype):
+    static = static | ({"offset": 4099} if f is alibi else {})  # which no half type holds
     x = np.random.default_rng(19).standard_normal(shape).astype(dtype)
     bias, cache = f(x, **static)
     wide, cache_wide = f(x.astype(np.float32), **static)
