@@ -118,8 +118,8 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
     """values = −slope · |j − i − offset|        slopes (H,)   →   values (H, T + S − 1)
 
     In float32 off by two roundings at most: distances are whole up to 2²⁴, and are rounded once beyond. In float16 a
-    value below −65504 is −∞. Where the mask is causal, adding slope · (j − i) instead, as others do, gives the same
-    weights, and another lse. Press et al. 2022, section 3.
+    value below −65504 is −∞. Where the mask is causal, adding slope · j instead, as the reference implementation does,
+    gives the same weights, and another lse. Press et al. 2022, section 3.
     """
     _check.one_dtype([("slopes", slopes)])
     _check.Axes()("slopes", slopes, "H")
