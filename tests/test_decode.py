@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 
@@ -331,6 +332,16 @@ def test_two_branches_share_the_past_and_not_the_rest():
     assert np.array_equal(longer.values, np.concatenate([v, v[:, :2], v[:, 4:6]], axis=1))
 
 
+@pytest.fixture
+def often():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("left", [None, 3])
 def test_threads_that_append_to_one_value_each_have_their_own(left):
     workers, rounds = 8, 60
@@ -358,6 +369,36 @@ def test_threads_that_append_to_one_value_each_have_their_own(left):
     assert all(np.array_equal(old.keys, k) and np.array_equal(old.values, v) for old in olds)
 
 
+def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
+    """Each waits for the other between its look and its taking."""
+    k, v = draw((2, 5, 3), (2, 5, 1))
+    old, _ = append(empty(k, v), k, v)
+    barrier, looks, made = threading.Barrier(2), [], [None, None]
+
+    class Slow(dict):
+        def get(self, key):
+            found = super().get(key)
+            barrier.wait(timeout=60)
+            looks.append(found)
+            return found
+
+    def work(me):
+        made[me], _ = append(old, me * ones, me * ones[..., :1])
+
+    monkeypatch.setattr(decode, "_rooms", Slow(decode._rooms))
+    ones = np.ones((2, 1, 3))
+    threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(looks) == 4
+    assert None not in looks
+    for me, kv in enumerate(made):
+        assert np.array_equal(kv.keys, np.concatenate([k, me * ones], axis=1))
+        assert np.array_equal(kv.values, np.concatenate([v, me * ones[..., :1]], axis=1))
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -365,13 +406,14 @@ def test_threads_that_append_to_one_value_each_have_their_own(left):
         lambda kv: kv._replace(keys=kv.keys[..., ::-1, :]),
         lambda kv: kv._replace(keys=kv.keys[..., :-1, :], values=kv.values[..., :-1, :]),
         lambda kv: KV(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
+        lambda kv: KV(kv.keys, kv.keys, kv.seen),
         copy.deepcopy,
         lambda kv: pickle.loads(pickle.dumps(kv)),
     ],
-    ids=["negated", "reversed", "shortened", "reordered", "deep copy", "pickle"],
+    ids=["negated", "reversed", "shortened", "reordered", "one array twice", "deep copy", "pickle"],
 )
 def test_a_value_pieced_together_shows_its_own_rows(other):
-    k, v = draw((2, 5, 3), (2, 5, 1))
+    k, v = draw((2, 5, 3), (2, 5, 3))
     kv, _ = append(empty(k, v), k, v)
     made = other(kv)
     want = np.concatenate([made.keys, k[:, :1]], axis=1), np.concatenate([made.values, v[:, :1]], axis=1)
@@ -422,6 +464,18 @@ def test_an_append_that_is_stopped_half_way_leaves_all_as_it_was(monkeypatch):
         again, _ = append(kv, sign * k, sign * v)
         assert np.array_equal(again.keys, np.concatenate([k, sign * k], axis=1))
         assert np.array_equal(again.values, np.concatenate([v, sign * v], axis=1))
+
+
+def test_room_behind_a_view_that_is_gone_is_nobodys():
+    """Should an interrupt ever keep an entry from going, an array that got the same id must not write there."""
+    k, v, buffer = draw((3, 5, 4), (3, 5, 7), (3, 20, 4))
+    decode._rooms[id(k)] = decode._Room(lambda: None, buffer, 5)
+    try:
+        kv, _ = append(KV(k, v, 5), -k, -v)
+    finally:
+        del decode._rooms[id(k)]
+    assert np.array_equal(kv.keys, np.concatenate([k, -k], axis=1))
+    assert not np.shares_memory(kv.keys, buffer)
 
 
 # ── what it costs ────────────────────────────────────────────────────────────────────────────────────────────────
