@@ -94,7 +94,7 @@ class Axes:
         """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
         letters = symbols.split()
         shape = tuple(x.shape)
-        batched = letters[0] == "..."
+        batched = letters[:1] == ["..."]
         rank = len(letters) - batched
         if len(shape) < rank or (len(shape) > rank and not batched):
             raise self._error(name, letters, shape)

@@ -12,7 +12,7 @@ layer and each step.
 Axes: T queries, S keys, H heads; `...` is batch, whose elements are the samples.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from numbers import Integral
 from typing import Any
@@ -97,6 +97,10 @@ class Seeded:
             keep[n] = self.tile(n // heads, n % heads, (0, T), (0, S))
         keep = keep.reshape(shape)
         return keep if like is None else from_host(keep, like)
+
+    def heads(self, start: int) -> "Seeded":
+        """The same from head `start` on."""
+        return replace(self, first_head=self.first_head + start)
 
     def _place(self, name: str, of: Range, size: int) -> Range:
         """The range in the coordinates of the whole."""

@@ -8,7 +8,7 @@ conformance tests.
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from . import ops, tiled
 from ._xp import Array
+from .biases import Relative
+from .dropout import Seeded
 from .masks import Mask
 from .ops import AttentionCache, LinearCache
 
@@ -63,30 +65,32 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array = None,
+    bias: Array | Relative = None,
+    sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
-    keep: Array = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
     engine: Engine | None = None,
 ) -> tuple[Array, Any]:
-    """o = dropout(softmax(scale · q kᵀ + bias)) v
+    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
     What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: TILED in linear memory, for NumPy arrays,
     REFERENCE for all; None picks one. The results are the same, to rounding.
     """
-    o, cache = pick(engine, q).attention(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    o, cache = pick(engine, q).attention(q, k, v, bias, sink, mask=mask, scale=scale, cap=cap, keep=keep, rate=rate)
     return o, cache
 
 
 @singledispatch
 def attention_vjp(
     cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array]:
-    """dq, dk, dv, dbias: `attention` from the bottom up, by the engine that the cache is from
+) -> tuple[Array, Array, Array, Array | Relative, Array]:
+    """dq, dk, dv, dbias, dsink: `attention` from the bottom up, by the engine that the cache is from
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")

@@ -9,11 +9,17 @@ D query/key width, E value width, O output width, C input width; `...` is batch.
 
 from typing import Any, NamedTuple
 
+from ._bias import bias_of_heads
+from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
 from ._xp import Array, full, namespace, unbroadcast
+from .biases import Relative
+from .dropout import Seeded
 from .engines import REFERENCE, Engine
 from .masks import Mask, as_mask, dense
-from .ops import LinearCache, cut_heads, of_heads
+from .norms import Norm
+from .ops import LinearCache, cut_heads
 from .params import Params
+from .rotary import Rotary, cut_turned
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
 
@@ -107,10 +113,11 @@ def extend_vjp(S: int, row: Array, dy: Array) -> tuple[Array, Array]:
     return dy[..., :S, :, :], None if row is None else unbroadcast(dy[..., S, :, :], row.shape)
 
 
-def extend_scores(a: Array, S: int, extra: int, fill: float | bool) -> Array:
+def extend_scores(a: Any, S: int, extra: int, fill: float | bool) -> Any:
     """a (..., S or 1) or None   →   (..., S'): what a mask or a bias says of the keys that `extend` appends"""
     if a is None or extra == 0:
         return a
+    assert not isinstance(a, Relative)  # refused at the door: an appended key has no position
     xp = namespace(a)
     return xp.concat([xp.broadcast_to(a, (*a.shape[:-1], S)), full((*a.shape[:-1], extra), fill, a)], axis=-1)
 
@@ -161,66 +168,88 @@ def _concatenated(cache: CombineCache) -> LinearCache:
 # ── attend: from the inputs to what the heads have found ─────────────────────────────────────────────────────────
 
 
+class Options(NamedTuple):
+    """What is not differentiable of an attention of several heads, checked."""
+
+    mask: Mask | None
+    scale: Any  # of every head, or (H,), or None
+    cap: Any  # of every head, or (H,), or None
+    zero_attn: bool
+    norm: Norm | None
+    rotary: tuple[Rotary | None, Rotary | None]  # of queries and of keys
+    keep: Array | Seeded
+    rate: float
+    engine: Engine
+
+
 class AttendCache(NamedTuple):
     q: ProjectCache
     k: ProjectCache
     v: ProjectCache
+    q_ready: ReadyCache
+    k_ready: ReadyCache
     bias_kv: Params  # k (K, D) and v (K, E), or both None
-    bias: Array  # broadcasts to (..., H, T, S), or None
+    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
     attention: Any  # what the engine keeps, without q, k and v where these are cheap
     engine: Engine | None  # None for the reference
 
 
 def attend(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array,
-    *,
-    mask: Mask | None,
-    scale: float | None,
-    zero_attn: bool,
-    keep: Array,
-    rate: float,
-    engine: Engine,
+    params: Params, query: Array, key: Array, value: Array, bias: Array | Relative, x: Options
 ) -> tuple[Array, AttendCache]:
-    """o = attention(project(query), extend(project(key)), extend(project(value)))     →   o (..., T, H, E)"""
-    q, q_cache = project(params["q_proj"], query, engine=engine)
-    k, k_cache = project(params["k_proj"], key, engine=engine)
-    v, v_cache = project(params["v_proj"], value, engine=engine)
+    """o = attention(ready(project(query)), extend(ready(project(key))), extend(project(value)))   →   (..., T, H, E)"""
+    q, q_cache = project(params["q_proj"], query, engine=x.engine)
+    k, k_cache = project(params["k_proj"], key, engine=x.engine)
+    v, v_cache = project(params["v_proj"], value, engine=x.engine)
+    q, q_ready = ready(q, params.get("q_norm", {}), norm=x.norm, rotary=x.rotary[0])
+    k, k_ready = ready(k, params.get("k_norm", {}), norm=x.norm, rotary=x.rotary[1])
     bias_kv = params.get("bias_kv", {"k": None, "v": None})
-    k, v = extend(k, bias_kv["k"], zero_attn), extend(v, bias_kv["v"], zero_attn)
-    S, extra = key.shape[-2], k.shape[-3] - key.shape[-2]
+    k, v = extend(k, bias_kv["k"], x.zero_attn), extend(v, bias_kv["v"], x.zero_attn)
+    S, extra, mask = key.shape[-2], k.shape[-3] - key.shape[-2], x.mask
     all_bias = extend_scores(bias, S, extra, 0.0)
     if mask is not None and extra:
         mask = as_mask(extend_scores(dense(mask, q.shape[-3], S, q), S, extra, True))
-    o, cache = engine.attention(
-        _heads_first(q), _heads_first(k), _heads_first(v), all_bias, mask=mask, scale=scale, keep=keep, rate=rate
+    o, cache = x.engine.attention(
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
+        all_bias,
+        params["sink"]["w"] if "sink" in params else None,
+        mask=mask,
+        scale=x.scale,
+        cap=x.cap,
+        keep=x.keep,
+        rate=0.0 if isinstance(x.keep, Seeded) else x.rate,
     )
-    if extra == 0 and cheap(query.shape[-2], S, max(x.shape[-1] for x in (query, key, value))):
+    if extra == 0 and cheap(query.shape[-2], S, max(a.shape[-1] for a in (query, key, value))):
         cache = cache._replace(q=None, k=None, v=None)
-    return _heads_last(o), AttendCache(q_cache, k_cache, v_cache, bias_kv, bias, cache, _remembered(engine))
+        q_ready, k_ready = q_ready._replace(x=None), k_ready._replace(x=None)
+    projections = q_cache, k_cache, v_cache, q_ready, k_ready
+    return heads_last(o), AttendCache(*projections, bias_kv, bias, cache, _remembered(x.engine))
 
 
 def attend_vjp(
     cache: AttendCache, do: Array, /, *, dweights: Array, dlse: Array, onto: tuple[Array, ...]
-) -> tuple[Params, tuple[Array, ...], Array]:
+) -> tuple[Params, tuple[Array, ...], Array | Relative]:
     """dparams, onto + (dquery, dkey, dvalue), dbias: `attend` from the bottom up
 
     Where `onto` is one array, query, key and value are one input, and their gradients are added up.
     """
-    S, engine = cache.k.x.shape[-2], _engine(cache)
-    dq, dk, dv, dbias = engine.attention_vjp(recall(cache), _heads_first(do), dweights=dweights, dlse=dlse)
+    S, engine, cache = cache.k.x.shape[-2], _engine(cache), recall(cache)
+    dq, dk, dv, dbias, dsink = engine.attention_vjp(cache.attention, heads_first(do), dweights=dweights, dlse=dlse)
     dbias = extend_scores_vjp(S, dk.shape[-2] - S, cache.bias, dbias)
-    dk, drow_k = extend_vjp(S, cache.bias_kv["k"], _heads_last(dk))
-    dv, drow_v = extend_vjp(S, cache.bias_kv["v"], _heads_last(dv))
+    dk, drow_k = extend_vjp(S, cache.bias_kv["k"], heads_last(dk))
+    dv, drow_v = extend_vjp(S, cache.bias_kv["v"], heads_last(dv))
+    dk, dk_norm = ready_vjp(cache.k_ready, dk)
+    dq, dq_norm = ready_vjp(cache.q_ready, heads_last(dq))
     back = _back_to_one if len(onto) == 1 else _back_to_each
-    dprojections, dxs = back((cache.q, cache.k, cache.v), (_heads_last(dq), dk, dv), onto=onto)
+    dprojections, dxs = back((cache.q, cache.k, cache.v), (dq, dk, dv), onto=onto)
     dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True))
     if drow_k is not None:
         dparams["bias_kv"] = {"k": drow_k, "v": drow_v}
-    return dparams, dxs, dbias
+    if dsink is not None:
+        dparams["sink"] = {"w": dsink}
+    return dparams | {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}, dxs, dbias
 
 
 def cut(cache: AttendCache, start: int, stop: int) -> AttendCache:
@@ -231,11 +260,19 @@ def cut(cache: AttendCache, start: int, stop: int) -> AttendCache:
         _cut_projection(cache.q, h),
         _cut_projection(cache.k, kv),
         _cut_projection(cache.v, kv),
+        _cut_ready(cache.q_ready, h),
+        _cut_ready(cache.k_ready, kv),
         {leaf: None if a is None else a[kv, ...] for leaf, a in cache.bias_kv.items()},
-        of_heads(cache.bias, h),
+        bias_of_heads(cache.bias, h),
         cut_heads(cache.attention, h, kv),
         cache.engine,
     )
+
+
+def _cut_ready(cache: ReadyCache, heads: slice) -> ReadyCache:
+    """Positions are turned alike in every head, or each head has its table."""
+    cache = cache if cache.x is None else cache._replace(x=cache.x[..., heads, :])
+    return cache if cache.rotary is None else cache._replace(rotary=cut_turned(cache.rotary, heads))
 
 
 def _cut_projection(cache: ProjectCache, heads: slice) -> ProjectCache:
@@ -247,12 +284,20 @@ def num_keys(cache: AttendCache) -> int:
     return int(cache.k.x.shape[-2] if cache.attention.k is None else cache.attention.k.shape[-2])
 
 
-def recall(cache: AttendCache) -> Any:
-    """What the engine kept, with q, k and v projected again where they were not."""
+def recall(cache: AttendCache) -> AttendCache:
+    """The cache with q, k and v, projected again where they were not kept."""
     if cache.attention.q is not None:
-        return cache.attention
-    q, k, v = _projected(cache.q), _projected(cache.k), _projected(cache.v)
-    return cache.attention._replace(q=_heads_first(q), k=_heads_first(k), v=_heads_first(v))
+        return cache
+    raw_q, raw_k, v = _projected(cache.q), _projected(cache.k), _projected(cache.v)
+    q, q_ready = _ready_again(raw_q, cache.q_ready)
+    k, k_ready = _ready_again(raw_k, cache.k_ready)
+    kept = cache.attention._replace(q=heads_first(q), k=heads_first(k), v=heads_first(v))
+    return cache._replace(q_ready=q_ready, k_ready=k_ready, attention=kept)
+
+
+def _ready_again(x: Array, cache: ReadyCache) -> tuple[Array, ReadyCache]:
+    rotary = None if cache.rotary is None else cache.rotary.rotary
+    return ready(x, cache.w, norm=cache.norm, rotary=rotary)
 
 
 def cheap(T: int, S: int, width: int) -> bool:
@@ -261,13 +306,3 @@ def cheap(T: int, S: int, width: int) -> bool:
     A row is 6 C D operations to project, and 14 min(T, S) D to attend with and back, or half of that if causal.
     """
     return min(T, S) >= 16 * width
-
-
-def _heads_first(x: Array) -> Array:
-    """x (..., T, H, D)   →   (..., H, T, D)"""
-    return namespace(x).moveaxis(x, -2, -3)
-
-
-def _heads_last(x: Array) -> Array:
-    """x (..., H, T, D)   →   (..., T, H, D)"""
-    return namespace(x).moveaxis(x, -3, -2)

@@ -4,15 +4,21 @@ Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H quer
 width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from . import _check, tree
+from ._bias import bias_of_heads, join_biases, on_bias
+from ._doors import blank, check_bias, check_keep, check_mask, check_per_head, values_of
 from ._xp import Array, namespace, narrow, widen
+from .biases import Relative
+from .dropout import Seeded
 from .engines import REFERENCE, Engine, pick
 from .heads import (
     AttendCache,
     CombineCache,
+    Options,
     attend,
     attend_vjp,
     cheap,
@@ -24,8 +30,10 @@ from .heads import (
     recall,
 )
 from .masks import Mask, as_mask
-from .ops import attention_weights, blank, check_keep, check_mask, log_sum_exp, of_heads
-from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups
+from .norms import Norm
+from .ops import attention_weights, log_sum_exp, of_heads
+from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
+from .rotary import HalfPairs, InterleavedPairs, Rotary
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
 # many heads at a time, and holds what it needs between projection and attention for these alone.
@@ -43,13 +51,16 @@ def head(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array = None,
+    bias: Array | Relative = None,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    keep: Array = None,
+    norm: Norm | None = None,
+    rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
     engine: Engine | None = None,
 ) -> tuple[Array, HeadCache]:
@@ -62,22 +73,12 @@ def head(
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
-
-    stack = tree.map(lambda a: widen(a)[None, ...], params)
-    o, heads = attend(
-        stack,
-        widen(query),
-        _blank(widen(key), mask, query.shape[-2]),
-        _blank(widen(value), mask, query.shape[-2]),
-        _as_head(widen(bias)),
-        mask=mask,
-        scale=scale,
-        zero_attn=zero_attn,
-        keep=_as_head(keep),
-        rate=rate,
-        engine=pick(engine, query),
+    options = _options(
+        axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
     )
+    stack = tree.map(widen, stack_head(params))
+    key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
+    o, heads = attend(stack, widen(query), key, value, on_bias(_as_head, on_bias(widen, bias)), options)
     return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
 
 
@@ -98,9 +99,8 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
         dlse=None if dlse is None else widen(dlse)[..., None, :],
         onto=(None, None, None),
     )
-    dparams = tree.map(lambda a: a[0, ...], dstack)
-    dbias = dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
-    return _narrow((dparams, *dxs, dbias), do)
+    dbias = on_bias(lambda a: a if a.ndim < 4 else a[..., 0, :, :], dbias)
+    return _narrow((unstack_head(dstack), *dxs, dbias), do)
 
 
 def _as_head(a: Array) -> Array:
@@ -126,25 +126,33 @@ def mha(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array = None,
+    bias: Array | Relative = None,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    keep: Array = None,
+    norm: Norm | None = None,
+    rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
     engine: Engine | None = None,
 ) -> tuple[Array, MhaCache]:
-    """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ) woₕᵀ + bo
+    """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ, bias, sinkₕ) woₕᵀ + bo
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   y (..., T, O)
 
     params     a tree of `funcmha.params.SPEC`; without biases where it has none, with K < H for grouped queries
     mask       boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S); per batch: (B, 1, T, S)
-    bias       added to the scores, differentiable, broadcasts to (..., H, T, S)
-    scale      D ** -0.5 unless given
+    bias       added to the scores, differentiable, broadcasts to (..., H, T, S); or a `Relative` of `funcmha.biases`
+    scale      D ** -0.5 unless given: a number, or one for each head
+    cap        soft cap of the scores, before the bias: a number, or one for each head
+    norm       `Rms`, `L2` or `Layer` of `funcmha.norms`: of queries and keys after their projection, by the parameters
+               q_norm and k_norm, which are those of every head
+    rotary     a table of `funcmha.rotary` that turns queries and keys after that, or two, of T and of S positions
     zero_attn  append a key and value of zeros that every query may see, after those of params["bias_kv"]
-    keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S')
+    keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S'); or a `Seeded` of
+               `funcmha.dropout`, which has a rate of its own
     engine     the way to do it, of `funcmha.engines`: TILED in linear memory, for NumPy arrays, REFERENCE for all; None
                picks one. The results are the same, to rounding
 
@@ -154,28 +162,16 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    mask, scale = _check_inputs(axes, leaves, query, key, value, bias, mask, scale, zero_attn, keep, rate)
-    engine, dtype = pick(engine, query), query.dtype
-
-    params, query, bias = tree.map(widen, params), widen(query), widen(bias)
-    key, value = (_blank(widen(x), mask, query.shape[-2]) for x in (key, value))
+    options = _options(
+        axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
+    )
+    dtype, params, query, bias = query.dtype, tree.map(widen, params), widen(query), on_bias(widen, bias)
+    key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
     y, groups, per_key_head = None, [], axes["H"] // max(axes["K"], 1)
-    for start, stop in _groups(axes, engine):
+    for start, stop in _groups(axes, options.engine):
         group, h = group_params(params, start, stop), slice(start * per_key_head, stop * per_key_head)
-        o, heads = attend(
-            group,
-            query,
-            key,
-            value,
-            of_heads(bias, h),
-            mask=None if mask is None else mask.heads(h.start, h.stop),
-            scale=scale,
-            zero_attn=zero_attn,
-            keep=of_heads(keep, h),
-            rate=rate,
-            engine=engine,
-        )
-        y, out = combine(group["out_proj"], o, engine=engine, onto=y)
+        o, heads = attend(group, query, key, value, bias_of_heads(bias, h), _of_heads(options, h))
+        y, out = combine(group["out_proj"], o, engine=options.engine, onto=y)
         groups.append(GroupCache(heads, out))
     return narrow(y, dtype), MhaCache(tuple(groups), bias)
 
@@ -205,7 +201,15 @@ def _backward(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: 
         dgroup, dxs, dbias = attend_vjp(heads, do, dweights=of_heads(dweights, h), dlse=dlse_h, onto=dxs)
         dgroups.append(dgroup | {"out_proj": dout})
         dbiases.append(dbias)
-    return _narrow((join_groups(dgroups[::-1]), *dxs, _join_biases(cache.bias, dbiases[::-1])), dy)
+    return _narrow((join_groups(dgroups[::-1]), *dxs, join_biases(cache.bias, dbiases[::-1])), dy)
+
+
+def _of_heads(x: Options, h: slice) -> Options:
+    """The options of some query heads."""
+    mask = None if x.mask is None else x.mask.heads(h.start, h.stop)
+    scale, cap = (a if a is None or isinstance(a, float) else a[h] for a in (x.scale, x.cap))
+    keep = x.keep.heads(h.start) if isinstance(x.keep, Seeded) else of_heads(x.keep, h)
+    return x._replace(mask=mask, scale=scale, cap=cap, keep=keep)
 
 
 def _groups(axes: _check.Axes, engine: Engine) -> list[tuple[int, int]]:
@@ -237,15 +241,6 @@ def _few(K: int, numbers: int) -> list[tuple[int, int]]:
     """0 … K in ranges of so many heads as have at most GROUP `numbers`, one head having so many; of one at least"""
     size = max(GROUP // max(numbers, 1), 1)
     return [(i, min(i + size, K)) for i in range(0, max(K, 1), size)]
-
-
-def _join_biases(bias: Array, dbiases: list[Array]) -> Array:
-    """The gradient of a bias from those of the groups, which each had their heads of it or all of it."""
-    if bias is None or len(dbiases) == 1:
-        return dbiases[0]
-    if bias.ndim < 3 or bias.shape[-3] == 1:
-        return sum(dbiases[1:], dbiases[0])
-    return namespace(bias).concat(dbiases, axis=-3)
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -280,7 +275,7 @@ def self_attention_vjp(
 
 @attention_weights.register
 def _(cache: HeadCache, /) -> Array:
-    return attention_weights(recall(cache.heads))[..., 0, :, :]
+    return attention_weights(recall(cache.heads).attention)[..., 0, :, :]
 
 
 @log_sum_exp.register
@@ -290,7 +285,7 @@ def _(cache: HeadCache, /) -> Array:
 
 @attention_weights.register
 def _(cache: MhaCache, /) -> Array:
-    parts = [attention_weights(recall(heads)) for heads, _ in cache.groups]
+    parts = [attention_weights(recall(heads).attention) for heads, _ in cache.groups]
     return namespace(parts[0]).concat(parts, axis=-3)
 
 
@@ -310,28 +305,32 @@ def _(cache: SelfAttentionCache, /) -> Array:
     return log_sum_exp(cache.mha)
 
 
-def _check_inputs(
+def _options(
     axes: _check.Axes,
     leaves: dict[str, Array],
     query: Array,
     key: Array,
     value: Array,
-    bias: Array,
+    bias: Any,
     mask: Any,
-    scale: float | None,
-    zero_attn: bool,
-    keep: Array,
+    scale: Any,
+    cap: Any,
+    zero_attn: Any,
+    norm: Any,
+    rotary: Any,
+    keep: Any,
     rate: float,
-) -> tuple[Mask | None, float | None]:
-    """The door of `head` and `mha`: the mask as a `Mask` or None, and the scale as a Python float or None."""
+    engine: Any,
+) -> Options:
+    """The door of `head` and `mha`."""
     inputs = [("query", query), ("key", key), ("value", value)]
-    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", bias)])
+    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", values_of(bias))])
     axes("query", query, "... T Cq")
     axes("key", key, "... S Ck")
     axes("value", value, "... S Cv")
     one_head = "H" not in axes.size
     lead = "... " if one_head else "... H "
-    axes.broadcast("bias", _check.shape_of(bias), lead + "T S")
+    check_bias(axes, bias, lead + "T S")
     if one_head and isinstance(mask, Mask):
         axes.size["1"] = 1
         mask = check_mask(axes, mask, "... 1 T S")
@@ -340,9 +339,42 @@ def _check_inputs(
         mask = as_mask(_as_head(mask.array)) if one_head and mask is not None else mask
     if not isinstance(zero_attn, bool):
         raise TypeError(f"zero_attn must be True or False, got {zero_attn!r}")
-    axes.size["S'"] = axes["S"] + ("bias_kv.k" in leaves) + zero_attn
-    check_keep(axes, keep, rate, lead + "T S'")
-    return mask, None if scale is None else _check.number("scale", scale)
+    extra = ("bias_kv.k" in leaves) + zero_attn
+    if extra and isinstance(bias, Relative):
+        raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
+    axes.size["S'"] = axes["S"] + extra
+    rate = check_keep(axes, keep, rate, lead + "T S'")
+    keep = keep if isinstance(keep, Seeded) or not one_head else _as_head(keep)
+    scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
+    check_norm(norm, leaves)
+    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, query))
+
+
+def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
+    """A `Norm` or None, and no parameters that it would leave unused."""
+    if norm is not None and not isinstance(norm, Norm):
+        raise TypeError(f"norm must be Rms, L2 or Layer of funcmha.norms, or None, got {norm!r}")
+    used = () if norm is None else norm.leaves
+    for leaf in leaves:
+        group, _, name = leaf.partition(".")
+        if group in ("q_norm", "k_norm") and name not in used:
+            raise ValueError(f"norm must be one that takes {leaf}, as params have it, got {norm!r}")
+
+
+def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
+    """The tables of queries and of keys, of as many positions; one table serves both."""
+    pair: tuple[Any, ...] = rotary if type(rotary) is tuple else (rotary, rotary)
+    if len(pair) != 2:
+        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, of queries and of keys, got {len(pair)}")
+    for table, letter, name in zip(pair, "TS", ("queries", "keys"), strict=True):
+        if table is not None and not isinstance(table, HalfPairs | InterleavedPairs):
+            raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
+        if table is not None and table.cos.shape[-2] != axes[letter]:
+            n, got = axes[letter], table.cos.shape[-2]
+            raise ValueError(f"rotary must have {letter}={n} positions for the {name}, got {got}")
+        if table is not None and 2 * table.cos.shape[-1] > axes["D"]:
+            raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * table.cos.shape[-1]}")
+    return pair[0], pair[1]
 
 
 def _blank(x: Array, mask: Mask | None, T: int) -> Array:
@@ -353,5 +385,10 @@ def _blank(x: Array, mask: Mask | None, T: int) -> Array:
 
 
 def _narrow(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    """Every gradient in the dtype of the cotangent."""
-    return tuple(tree.map(lambda g: narrow(g, dy.dtype), grad) for grad in grads)
+    """Every gradient in the dtype of the cotangent: of the parameters, the inputs, and the bias."""
+
+    def rounded(g: Array) -> Array:
+        return narrow(g, dy.dtype)
+
+    dparams, *dxs, dbias = grads
+    return tree.map(rounded, dparams), *(rounded(dx) for dx in dxs), on_bias(rounded, dbias)

@@ -10,7 +10,7 @@ Axes: D the width that is normalised over; `...` is batch.
 """
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import _check
 from ._xp import Array, namespace, narrow, widen
@@ -145,6 +145,76 @@ def layer_norm_vjp(cache: LayerNormCache, dy: Array, /) -> tuple[Array, Array, A
     # c = x − mean x    is its own adjoint, and may come before that of the root, as mean n = 0
     dx = _rms_vjp(n, root, unit, g - _mean(g)) * scale
     return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
+
+
+# ── a norm as a static value, for `mha` ──────────────────────────────────────────────────────────────────────────
+
+
+class Rms(NamedTuple):
+    """`rms_norm` of queries and keys, by q_norm.w and k_norm.w if there are any: Qwen 3, Gemma 3."""
+
+    eps: float = 1e-6
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """What it may have for parameters."""
+        return ("w",)
+
+    def apply(self, x: Array, params: dict[str, Array]) -> tuple[Array, Any]:
+        """y = rms_norm(x, w)"""
+        return rms_norm(x, params.get("w"), eps=self.eps)
+
+    def apply_vjp(self, cache: Any, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """dx, dparams"""
+        dx, dw = rms_norm_vjp(cache, dy)
+        return dx, _present(w=dw)
+
+
+class L2(NamedTuple):
+    """`l2_norm` of queries and keys, which has no parameters (Henry et al. 2020)."""
+
+    eps: float = 1e-12
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """What it may have for parameters."""
+        return ()
+
+    def apply(self, x: Array, params: dict[str, Array]) -> tuple[Array, Any]:
+        """y = l2_norm(x)"""
+        return l2_norm(x, eps=self.eps)
+
+    def apply_vjp(self, cache: Any, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """dx, {}"""
+        (dx,) = l2_norm_vjp(cache, dy)
+        return dx, {}
+
+
+class Layer(NamedTuple):
+    """`layer_norm` of queries and keys, by q_norm and k_norm, w and b, if there are any (Dehghani et al. 2023)."""
+
+    eps: float = 1e-5
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """What it may have for parameters."""
+        return ("w", "b")
+
+    def apply(self, x: Array, params: dict[str, Array]) -> tuple[Array, Any]:
+        """y = layer_norm(x, w, b)"""
+        return layer_norm(x, params.get("w"), params.get("b"), eps=self.eps)
+
+    def apply_vjp(self, cache: Any, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """dx, dparams"""
+        dx, dw, db = layer_norm_vjp(cache, dy)
+        return dx, _present(w=dw, b=db)
+
+
+Norm = Rms | L2 | Layer
+
+
+def _present(**grads: Array) -> dict[str, Array]:
+    return {leaf: grad for leaf, grad in grads.items() if grad is not None}
 
 
 def _centred(x: Array) -> tuple[Array, Array]:

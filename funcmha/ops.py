@@ -10,15 +10,18 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 `...` is batch.
 """
 
+from collections.abc import Sequence
 from functools import singledispatch
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from . import _check
-from ._xp import Array, namespace, narrow, unbroadcast, widen
-from .masks import Mask, as_mask, dense
+from ._bias import bias_of_heads, dense_bias, dense_bias_vjp, on_bias
+from ._doors import blank, check_attention, check_linear
+from ._xp import Array, from_host, namespace, narrow, unbroadcast, widen
+from .biases import Relative
+from .dropout import Seeded
+from .masks import Mask, dense
 
 INF = float("inf")
 
@@ -84,7 +87,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
-    p, _ = _softmax(widen(x), where)
+    p, *_ = _softmax(widen(x), where)
     return narrow(p, x.dtype), SoftmaxCache(p)
 
 
@@ -92,39 +95,47 @@ def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     """dx = p (dp − Σ p dp)        needs p alone, never x"""
     (p,) = cache
     _check.cotangent("dp", dp, p.shape, p, "... S")
-    return (narrow(_softmax_vjp(p, widen(dp)), dp.dtype),)
+    dx, _ = _softmax_vjp(p, widen(dp))
+    return (narrow(dx, dp.dtype),)
 
 
-def _softmax(x: Array, where: Array) -> tuple[Array, Array]:
-    """p (..., S) and lse = log Σ exp(x) (...); a row with nothing allowed has p = 0 and lse = −∞."""
+def _softmax(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
+    """p = exp(x − lse) (..., S), lse = log (Σ exp(x) + exp(sink)) (...), and exp(sink − lse) (...), 0 without a sink
+
+    Without a sink, a row with nothing allowed has p = 0 and lse = −∞.
+    """
     xp = namespace(x)
     x = x if where is None else xp.where(where, x, -INF)
-    top = (xp.max if x.shape[-1] else xp.sum)(
-        x, axis=-1, keepdims=True
-    )  # no keys: any shift will do, and Σ of none is 0
+    largest = xp.max if x.shape[-1] else xp.sum  # no keys: any shift will do, and Σ of none is 0
+    top = largest(x, axis=-1, keepdims=True)
+    top = top if sink is None else xp.where(sink > top, sink, top)
     top = xp.where(top == -INF, 0.0, top)
     e = xp.exp(x - top)
-    total = xp.sum(e, axis=-1, keepdims=True)
+    e_sink = xp.zeros_like(top) if sink is None else xp.exp(sink - top)
+    total = xp.sum(e, axis=-1, keepdims=True) + e_sink
     empty = total == 0
     total = xp.where(empty, 1.0, total)
     lse = xp.where(empty, -INF, top + xp.log(total))
-    return e / total, lse[..., 0]
+    return e / total, lse[..., 0], (e_sink / total)[..., 0]
 
 
-def _softmax_vjp(p: Array, dp: Array, dlse: Array = None) -> Array:
-    """dx = p (dp − Σ p dp + dlse)
+def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
+    """dx = p (dp − δ + dlse)     dsink = p_sink (dlse − δ)     δ = Σ p dp
 
-    dp is first centred at the largest weight. That changes nothing in exact arithmetic, as Σ p = 1, and saves the
-    digits of a saturated row, where dp − Σ p dp would cancel. Where p is 0 the gradient is 0, whatever dp is there.
+    dp is first centred at the largest weight, m = dp there: with h = dp − m and Σ p = 1 − p_sink, δ = Σ p h + m (1 −
+    p_sink). That saves the digits of a saturated row, where dp − Σ p dp would cancel. Where p is 0 the gradient is 0,
+    whatever dp is there.
     """
     xp = namespace(p)
     if p.shape[-1] == 0:
-        return p * dp
+        return p * dp, None if p_sink is None or dlse is None else p_sink * dlse
     largest = xp.argmax(p, axis=-1, keepdims=True)
-    h = xp.where(p == 0, 0.0, dp - xp.take_along_axis(dp, largest, axis=-1))
-    g = h - xp.sum(p * h, axis=-1, keepdims=True)
-    g = g if dlse is None else g + dlse[..., None]
-    return xp.where(p == 0, 0.0, p * g)
+    m = xp.where(xp.take_along_axis(p, largest, axis=-1) == 0, 0.0, xp.take_along_axis(dp, largest, axis=-1))
+    h = xp.where(p == 0, 0.0, dp - m)
+    r = -xp.sum(p * h, axis=-1, keepdims=True)  # dlse − δ + m
+    r = r if p_sink is None else r + m * p_sink[..., None]
+    r = r if dlse is None else r + dlse[..., None]
+    return xp.where(p == 0, 0.0, p * (h + r)), None if p_sink is None else p_sink * (r - m)[..., 0]
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,11 +145,13 @@ class AttentionCache(NamedTuple):
     q: Array  # (..., H, T, D)
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
-    bias: Array  # broadcasts to (..., H, T, S), or None
+    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    sink: Array  # (H,), or () without a head axis, or None
+    slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
     p: Array  # (..., H, T, S), the weights before dropout
     lse: Array  # (..., H, T)
     keep: Array  # broadcasts to (..., H, T, S), or None
-    scale: float
+    scale: Array | float  # of every head, or (H,)
     rate: float
 
 
@@ -146,50 +159,59 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array = None,
+    bias: Array | Relative = None,
+    sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
-    keep: Array = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
 ) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(scale · q kᵀ + bias)) v
+    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
-    mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
-            gets o = 0, weights 0, lse = −∞ and gradients 0. A key that no query may see has no effect, even if NaN.
-            Read as (..., H, T, S) from the right: a mask per sample is (B, 1, T, S), for (B, T, S) would be per head
     bias    added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend", but only a mask
-            keeps out a NaN of the key
-    scale   D ** -0.5 unless given; 0 is zero
-    keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S)
+            keeps out a NaN of the key. Or a `Relative` of `funcmha.biases`, in linear memory: ALiBi, T5, tables
+    sink    a logit for each head, (H,), that joins the softmax's denominator and lse, and nothing else: the weights of
+            a row sum to 1 − exp(sink − lse) (Xiao et al. 2023; gpt-oss)
+    mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
+            gets o = 0, weights 0, lse = −∞ (or the sink) and gradients 0. A key that no query may see has no effect,
+            even if NaN. Read as (..., H, T, S) from the right: a mask per sample is (B, 1, T, S), for (B, T, S) would
+            be per head
+    scale   D ** -0.5 unless given; 0 is zero. A number, or one for each head
+    cap     soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
+    keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S); or a
+            `Seeded` of `funcmha.dropout`, which has a rate of its own
 
     H is a multiple of K, and query head h reads key/value head h // (H // K): grouped-query attention (Ainslie et al.
     2023), multi-query where K = 1. Time and memory O(H T S). Raises TypeError for a mask that is not boolean and for
-    mixed dtypes, ValueError for shapes that do not fit, both before any arithmetic.
+    mixed dtypes, ValueError for shapes that do not fit and options that contradict, before any arithmetic.
     Vaswani et al. 2017, eq. 1.
     """
-    mask, scale, rate = check_attention(q, k, v, bias, mask, scale, keep, rate)
+    mask, scale, cap, rate = check_attention(q, k, v, bias, sink, mask, scale, cap, keep, rate)
     mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
-    q, k, v, bias = widen(q), blank(widen(k), mask), blank(widen(v), mask), widen(bias)
-    xp = namespace(q)
-    z = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
-    z = z if bias is None else z + bias
-    p, lse = _softmax(z, mask)
+    q, k, v, bias, sink = widen(q), blank(widen(k), mask), blank(widen(v), mask), on_bias(widen, bias), widen(sink)
+    xp, scale = namespace(q), _per_head(scale, q)
+    u = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
+    c, slope = _soft_cap(u, _per_head(cap, q))
+    z = c if bias is None else c + dense_bias(bias, *u.shape[-2:])
+    p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
+    keep = keep.dense(p.shape, q) if isinstance(keep, Seeded) else keep
     o = _dropout(p, keep, rate) @ _per_query_head(v, q)
-    return narrow(o, dtype), AttentionCache(q, k, v, bias, p, lse, keep, scale, rate)
+    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, rate)
 
 
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array]:
-    """dq, dk, dv, dbias: `attention` from the bottom up
+) -> tuple[Array, Array, Array, Array | Relative, Array]:
+    """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
-    q, k, v, bias, p, lse, keep, scale, rate = cache
+    q, k, v, bias, sink, slope, p, lse, keep, scale, rate = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
@@ -199,18 +221,35 @@ def attention_vjp(
     dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate)) @ g, v)
     dp = _dropout(g @ xp.matrix_transpose(_per_query_head(v, q)), keep, rate)
     dp = dp if dweights is None else dp + widen(dweights)
-    # p, lse = softmax(z)
-    dz = _softmax_vjp(p, dp, widen(dlse))
-    # z = scale · q kᵀ + bias
-    dbias = None if bias is None else unbroadcast(dz, bias.shape)
-    dk = _per_key_head(xp.matrix_transpose(dz) @ (scale * q), k)
-    dq = scale * (dz @ _per_query_head(k, q))
-    return narrow(dq, do.dtype), narrow(dk, do.dtype), narrow(dv, do.dtype), narrow(dbias, do.dtype)
+    # p, lse = softmax(z, sink)
+    p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
+    dz, drows = _softmax_vjp(p, dp, widen(dlse), p_sink)
+    dsink = None if sink is None else unbroadcast(xp.sum(drows, axis=-1), sink.shape)
+    # z = c + bias   with   c = cap · tanh(u / cap)   and   u = scale · q kᵀ
+    dbias = None if bias is None else dense_bias_vjp(bias, dz)
+    du = dz if slope is None else dz * slope
+    dk = _per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
+    dq = scale * (du @ _per_query_head(k, q))
+    dq, dk, dv, dsink = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dsink))
+    return dq, dk, dv, on_bias(lambda dx: narrow(dx, do.dtype), dbias), dsink
+
+
+def _soft_cap(u: Array, cap: Array | float | None) -> tuple[Array, Array]:
+    """c = cap · tanh(u / cap)     and     dc/du = 1 − tanh(u / cap)²     for the gradient, None without a cap"""
+    if cap is None:
+        return u, None
+    t = namespace(u).tanh(u / cap)
+    return cap * t, 1 - t * t
+
+
+def _per_head(x: Any, q: Array) -> Any:
+    """A number as it is, and one for each head as (H, 1, 1), in the library and dtype of q."""
+    return x if x is None or isinstance(x, float) else namespace(q).astype(from_host(x, q), q.dtype)[:, None, None]
 
 
 @singledispatch
 def attention_weights(cache: Any, /) -> Array:
-    """p = softmax(scale · q kᵀ + bias)    (..., H, T, S), before dropout, from the cache of any attention
+    """p = softmax(z, sink)    (..., H, T, S), z the scores of `attention`, before dropout, from any attention's cache
 
     In the dtype computed with: float32 for float16 and bfloat16.
     """
@@ -219,9 +258,9 @@ def attention_weights(cache: Any, /) -> Array:
 
 @singledispatch
 def log_sum_exp(cache: Any, /) -> Array:
-    """lse = log Σ exp(scale · q kᵀ + bias)    (..., H, T), natural, from the cache of any attention
+    """lse = log (Σ exp(z) + exp(sink))    (..., H, T), natural, z the scores of `attention`, from any attention's cache
 
-    −∞ for a query that may see no key. In the dtype computed with: float32 for float16 and bfloat16.
+    −∞, or the sink, for a query that may see no key. In the dtype computed with: float32 for float16 and bfloat16.
     """
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
@@ -239,9 +278,20 @@ def of_heads(a: Array, h: slice) -> Array:
 
 @cut_heads.register
 def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
-    q, k, v, bias, p, lse, keep, *statics = cache
-    cut = q[..., h, :, :], k[..., kv, :, :], v[..., kv, :, :], of_heads(bias, h), p[..., h, :, :], lse[..., h, :]
-    return AttentionCache(*cut, of_heads(keep, h), *statics)
+    q, k, v, bias, sink, slope, p, lse, keep, scale, rate = cache
+    return AttentionCache(
+        q[..., h, :, :],
+        k[..., kv, :, :],
+        v[..., kv, :, :],
+        bias_of_heads(bias, h),
+        None if sink is None else sink[h],
+        of_heads(slope, h),
+        p[..., h, :, :],
+        lse[..., h, :],
+        of_heads(keep, h),
+        scale if isinstance(scale, float) else scale[h, ...],
+        rate,
+    )
 
 
 @attention_weights.register
@@ -254,72 +304,9 @@ def _(cache: AttentionCache, /) -> Array:
     return cache.lse
 
 
-def check_linear(x: Array, w: Array, b: Array) -> None:
-    """The door of `linear`."""
-    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
-    axes = _check.Axes()
-    axes("x", x, "... I")
-    axes("w", w, "O I")
-    if b is not None:
-        axes("b", b, "O")
-
-
-def check_attention(
-    q: Array, k: Array, v: Array, bias: Array, mask: Any, scale: float | None, keep: Array, rate: float
-) -> tuple[Mask | None, float, float]:
-    """The door of `attention`: the mask as a `Mask` or None, scale and rate as Python floats."""
-    _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", bias)])
-    axes = _check.Axes()
-    head, group, scores = ("... H ", "... K ", "... H T S") if q.ndim > 2 else ("", "", "T S")
-    axes("q", q, head + "T D")
-    axes("k", k, group + "S D")
-    axes("v", v, group + "S E")
-    if head:
-        _check.multiple("q", axes["H"], "k", axes["K"])
-    axes.broadcast("bias", _check.shape_of(bias), scores)
-    mask = check_mask(axes, mask, scores)
-    check_keep(axes, keep, rate, scores)
-    scale = max(axes["D"], 1) ** -0.5 if scale is None else _check.number("scale", scale)
-    return mask, scale, float(rate)
-
-
-def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
-    """The mask as a `Mask` that broadcasts to `scores`, or None."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Mask):
-        _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
-        axes.broadcast("mask", mask.shape, scores)
-    checked = as_mask(mask)
-    axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
-    return checked
-
-
-def check_keep(axes: _check.Axes, keep: Array, rate: float, scores: str) -> None:
-    """Dropout is a mask and a rate, or neither."""
-    _check.boolean("keep", keep, "True = keep")
-    axes.broadcast("keep", _check.shape_of(keep), scores)
-    if _check.number("rate", rate, 0.0, 1.0) > 0 and keep is None:
-        raise ValueError(f"keep must be given with rate={rate}: dropout takes its mask as an input")
-
-
 def _dropout(p: Array, keep: Array, rate: float) -> Array:
     """a = p ⊙ keep / (1 − rate)    linear in p and its own adjoint, so the gradient is the same function"""
     return p if keep is None else namespace(p).where(keep, p, 0.0) / (1 - rate)
-
-
-def blank(x: Array, mask: Array) -> Array:
-    """x (..., K, S, ·) with 0 at each key that no query of its heads may see, so that 0 · NaN cannot arise there."""
-    if mask is None:
-        return x
-    xp = namespace(x)
-    seen = xp.any(mask, axis=-2)  # (..., H or 1, S or 1)
-    if isinstance(seen, np.ndarray) and seen.all():
-        return x
-    if seen.ndim > 1 and seen.shape[-2] not in (1, x.shape[-3]):
-        *batch, heads, n = seen.shape
-        seen = xp.any(xp.reshape(seen, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)
-    return xp.where(seen[..., None], x, 0.0)
 
 
 def _per_query_head(x: Array, q: Array) -> Array:

@@ -28,7 +28,13 @@ SPEC = {  # leaf: axes
     "out_proj.b": "O",
     "bias_kv.k": "K D",
     "bias_kv.v": "K E",
+    "sink.w": "H",
+    "q_norm.w": "D",
+    "q_norm.b": "D",
+    "k_norm.w": "D",
+    "k_norm.b": "D",
 }
+REQUIRED = ("q_proj.w", "k_proj.w", "v_proj.w", "out_proj.w")
 HEAD_SPEC = {  # the same for one head, as `head_params` cuts it out
     leaf: " ".join(axis for axis in axes.split() if axis not in "HK")
     for leaf, axes in SPEC.items()
@@ -64,7 +70,7 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
     if not isinstance(params, dict):
         raise TypeError(f"params must be a dict of dicts of arrays, got {type(params).__name__}")
     leaves = tree.flatten(params)
-    _check.keys("params", leaves, required=[leaf for leaf in spec if leaf.endswith(".w")], optional=spec)
+    _check.keys("params", leaves, required=[leaf for leaf in REQUIRED if leaf in spec], optional=spec)
     if ("bias_kv.k" in leaves) != ("bias_kv.v" in leaves):
         raise KeyError("params must have both bias_kv.k and bias_kv.v, or neither")
     _check.one_dtype(leaves.items())
@@ -78,7 +84,7 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
 
 
 def head_params(params: Params, h: int, /) -> Params:
-    """The parameters of head `h`, as views: q_proj w (D, Cq), b (D)   k_proj   v_proj   bias_kv k (D), v (E)
+    """The parameters of head `h`, as views: those of `SPEC` without the axes H and K
 
     `head` takes them. The output projection belongs to no single head and is left out. Raises IndexError unless
     0 ≤ h < H.
@@ -86,11 +92,25 @@ def head_params(params: Params, h: int, /) -> Params:
     H, K, *_ = sizes(params)
     if not 0 <= h < H:
         raise IndexError(f"h must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {h}")
-    return {
-        name: {leaf: a[h if name == "q_proj" else h // (H // K), ...] for leaf, a in group.items()}
-        for name, group in params.items()
-        if name != "out_proj"
+    index = {"H": h, "K": h // (H // K)}
+    cut = {
+        leaf: a[tuple(index.get(axis, slice(None)) for axis in SPEC[leaf].split())]
+        for leaf, a in tree.flatten(params).items()
+        if leaf in HEAD_SPEC
     }
+    return tree.unflatten(cut)
+
+
+def stack_head(params: Params) -> Params:
+    """The parameters of a head as a stack of one, where `SPEC` has an axis of heads."""
+    leaves = tree.flatten(params)
+    return tree.unflatten({leaf: a if SPEC[leaf] == HEAD_SPEC[leaf] else a[None, ...] for leaf, a in leaves.items()})
+
+
+def unstack_head(params: Params) -> Params:
+    """The head that `stack_head` made a stack of."""
+    leaves = tree.flatten(params)
+    return tree.unflatten({leaf: a if SPEC[leaf] == HEAD_SPEC[leaf] else a[0, ...] for leaf, a in leaves.items()})
 
 
 def group_params(params: Params, start: int, stop: int) -> Params:
@@ -132,6 +152,8 @@ def init(
     out_dim: int | None = None,
     bias: bool = True,
     bias_kv: bool = False,
+    sink: bool = False,
+    qk_norm: bool = False,
     dtype: Any = np.float32,
 ) -> Params:
     """A tree of `SPEC` from the distributions of `torch.nn.MultiheadAttention`; one seed gives the same bits anywhere.
@@ -141,7 +163,8 @@ def init(
 
     Input projections: U(±√(6 / (fan_in + fan_out))) (Glorot and Bengio 2010, eq. 16). PyTorch stores the three as one
     matrix when their inputs have one width, and its fan_out then counts the rows of all three; so does this.
-    Output projection: U(±fan_in ** -0.5). Biases: 0. bias_kv: N(0, 1 / (K·D)) and N(0, 1 / (K·E)).
+    Output projection: U(±fan_in ** -0.5). Biases and sinks: 0. q_norm.w and k_norm.w: 1. bias_kv: N(0, 1 / (K·D)) and
+    N(0, 1 / (K·E)).
     Raises ValueError for sizes that are not positive or do not divide, TypeError for a dtype that is not a float.
     """
     size = _init_sizes(embed_dim, num_heads, num_kv_heads, head_dim, value_dim, kdim, vdim, out_dim)
@@ -150,7 +173,9 @@ def init(
     dtype = np.dtype(dtype)
     if dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    wanted = [leaf for leaf in SPEC if leaf.endswith(".w") or (bias_kv if leaf.startswith("bias_kv") else bias)]
+    wanted = list(REQUIRED) + ["q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"] * bias
+    wanted += ["bias_kv.k", "bias_kv.v"] * bias_kv + ["sink.w"] * sink + ["q_norm.w", "k_norm.w"] * qk_norm
+    wanted.sort(key=list(SPEC).index)
     return tree.unflatten({leaf: _draw(leaf, size, int(seed)).astype(dtype) for leaf in wanted})
 
 
@@ -190,8 +215,10 @@ def _init_sizes(
 def _draw(leaf: str, size: Sizes, seed: int) -> np.ndarray:
     """One leaf in float64. Each has a stream of its own, so that no leaf depends on which others there are."""
     shape = tuple(getattr(size, letter) for letter in SPEC[leaf].split())
-    if leaf.endswith(".b"):
+    if leaf.endswith(".b") or leaf == "sink.w":
         return np.zeros(shape)
+    if leaf in ("q_norm.w", "k_norm.w"):
+        return np.ones(shape)
     n = prod(shape)
     bits = np.random.PCG64(np.random.SeedSequence([seed, *leaf.encode()]))
     if leaf.startswith("bias_kv"):

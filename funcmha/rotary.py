@@ -129,6 +129,16 @@ def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     return (narrow(_turned(widen(dy), turn._replace(sin=-turn.sin)), dy.dtype),)
 
 
+def cut_turned(cache: RotateCache, heads: slice) -> RotateCache:
+    """The cache of some heads of x (..., H, T, D)."""
+    rotary, like = cache
+
+    def cut(table: Array) -> Array:
+        return table if table.ndim < 3 or table.shape[-3] == 1 else table[..., heads, :, :]
+
+    return RotateCache(rotary._replace(cos=cut(rotary.cos), sin=cut(rotary.sin)), like[..., heads, :, :, :])
+
+
 def _turned(x: Array, rotary: Rotary) -> Array:
     """The rotation itself, in one dtype."""
     xp, (cos, sin) = namespace(x), rotary

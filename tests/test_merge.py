@@ -84,7 +84,7 @@ def keys(x, a, b, S):
 @example((AttentionProblem(mask="heads", rate=0.3), 0, 7))
 def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
     problem, *cuts = problem_and_cuts
-    (q, k, v, bias), static = problem.inputs("float64"), problem.static()
+    (q, k, v, bias, _), static = problem.inputs("float64"), problem.static()
     do, _, dlse = problem.cotangents("float64")
     S, mask, keep = problem.S, static.pop("mask"), static.pop("keep")
     scores = (*q.shape[:-1], S)

@@ -20,7 +20,8 @@ from funcmha import (
     softmax,
     softmax_vjp,
 )
-from funcmha.testing.strategies import AttentionProblem, attention_problems
+from funcmha.biases import Relative
+from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -28,7 +29,9 @@ MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is 
 
 
 def close(got, want, what=""):
-    """T3: within 1e-11 of the largest value wanted, or of 1; −∞ where −∞ is wanted."""
+    """T3: within 1e-11 of the largest value wanted, or of 1; −∞ where −∞ is wanted, None where None."""
+    if got is want is None:
+        return
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape, what
     finite = np.isfinite(want)
@@ -55,10 +58,14 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
             close(got, grad)
 
 
-@given(attention_problems(**MODERATE))
+@given(attention_problems(**(MODERN | MODERATE)))
 @example(AttentionProblem(mask="empty rows", rate=0.3, bias="... H T S"))
 @example(AttentionProblem(T=7, S=7))  # where a transpose can be forgotten unseen
 @example(AttentionProblem(S=0))
+@example(AttentionProblem(T=0, bias="1 T+S-1"))
+@example(AttentionProblem(T=13, S=17, bias="... H T+S-1", sink=True, cap=0.5, per_head=True, scale=0.5, mask="causal"))
+@example(AttentionProblem(mask="empty rows", sink=True, rate=0.3, seeded=True))
+@example(AttentionProblem(S=0, sink=True, cap=30.0))
 def test_attention_is_torch(problem):
     arrays, static = problem.inputs("float64"), problem.static()
     do, dweights, dlse = problem.cotangents("float64")
@@ -69,7 +76,8 @@ def test_attention_is_torch(problem):
         close(got, want.detach(), what)
     lse = torch.where(torch.isinf(outputs[2]), 0.0, outputs[2])
     wanted = oracles.gradients([outputs[0], outputs[1], lse], [do, dweights, dlse], leaves)
-    for what, got, want in zip("qkvb", attention_vjp(cache, do, dweights=dweights, dlse=dlse), wanted, strict=True):
+    for what, got, want in zip("qkvbs", attention_vjp(cache, do, dweights=dweights, dlse=dlse), wanted, strict=True):
+        got = got.values if isinstance(got, Relative) else got
         assert (got is None) == (want is None)
         if want is not None:
             close(got, want, "d" + what)
@@ -79,7 +87,7 @@ def test_attention_is_torch(problem):
     attention_problems(batch=st.just(()), K=st.just(1), G=st.just(1), mask=st.sampled_from(["none", "causal", "dense"]))
 )
 def test_attention_without_head_axis_is_one_head(problem):
-    q, k, v, _ = problem.inputs("float64")
+    q, k, v, *_ = problem.inputs("float64")
     mask = masks.dense(problem.static()["mask"], problem.T, problem.S, q)
     mask = mask if mask is None or mask.ndim < 3 else mask[0]
     do, *_ = problem.cotangents("float64")
@@ -91,7 +99,7 @@ def test_attention_without_head_axis_is_one_head(problem):
 
 
 def test_every_array_library_gives_the_same(xp):
-    problem = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
+    problem = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3, sink=True, cap=0.5, per_head=True)
     arrays, static = problem.inputs("float64"), problem.static()
     cotangents = problem.cotangents("float64")
     o, cache = attention(*arrays, **static)
@@ -164,7 +172,7 @@ def test_softmax_of_a_number_far_above_the_others_is_one():
 
 def run(problem, mask, *, value=np.nan):
     """Everything that attention computes with `value` in the keys and values that `mask` (S,) hides."""
-    q, k, v, _ = problem.inputs("float64")
+    q, k, v, *_ = problem.inputs("float64")
     k, v = (np.where(mask[:, None], x, value) for x in (k, v))
     do, dweights, dlse = problem.cotangents("float64")
     o, cache = attention(q, k, v, mask=np.broadcast_to(mask, (problem.T, problem.S)))
@@ -180,7 +188,7 @@ def test_a_key_that_nobody_sees_has_no_effect(garbage, G):
 
 
 def test_nan_in_a_key_of_another_group_stays_there():
-    q, k, v, _ = AttentionProblem().inputs("float64")
+    q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((2, 6, 5, 7), bool)
     mask[:, :3, :, 4] = False  # the first group may not see key 4
     v = v.copy()
@@ -190,14 +198,14 @@ def test_nan_in_a_key_of_another_group_stays_there():
 
 
 def test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it():
-    q, k, v, _ = AttentionProblem().inputs("float64")
+    q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((1, 6, 1, 7), bool)
     mask[:, 0, :, 4] = False  # of the three heads of the first group, two may see key 4
     close(attention(q, k, v, mask=mask)[0][:, 1:], attention(q, k, v)[0][:, 1:])
 
 
 def test_an_empty_row_is_zero_with_zero_gradients():
-    q, k, v, _ = AttentionProblem().inputs("float64")
+    q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((5, 7), bool)
     mask[2] = False
     o, cache = attention(q, k, v, mask=mask)
@@ -215,7 +223,7 @@ def test_an_empty_row_is_zero_with_zero_gradients():
 
 
 def test_minus_infinity_in_the_bias_is_a_mask():
-    q, k, v, bias = AttentionProblem(bias="... H T S").inputs("float64")
+    q, k, v, bias, _ = AttentionProblem(bias="... H T S").inputs("float64")
     mask = AttentionProblem(mask="heads").static()["mask"]
     do, *_ = AttentionProblem().cotangents("float64")
     mask = mask & (np.arange(5) != 2)[:, None]  # and a row of nothing but −∞
@@ -236,7 +244,7 @@ def test_rows_of_large_logits_are_rows_like_others(logit):
 
 
 def test_scale_zero_is_uniform_and_not_the_default():
-    q, k, v, _ = AttentionProblem(G=1).inputs("float64")
+    q, k, v, *_ = AttentionProblem(G=1).inputs("float64")
     o, _ = attention(q, k, v, scale=0)
     close(o, np.broadcast_to(v.mean(-2, keepdims=True), o.shape))
 
@@ -250,7 +258,7 @@ def test_width_zero_is_uniform():
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_rounded_once(dtype):
     """T4: the float32 result, rounded. A second rounding on the way would show in about every other value."""
-    arrays = AttentionProblem(bias="H T S").inputs(dtype)
+    arrays = AttentionProblem(bias="H T S", sink=True, cap=0.5).inputs(dtype)
     do, *_ = AttentionProblem().cotangents(dtype)
     o, cache = attention(*arrays)
     o_wide, cache_wide = attention(*(a.astype(np.float32) for a in arrays))

@@ -5,8 +5,8 @@ the problem smaller, and its repr can be pasted into a test as it stands.
 
     @given(attention_problems(mask=st.just("causal")))  # any field can be given a strategy of its own
     def test_something(problem):
-        q, k, v, bias = problem.inputs("float32")
-        o, cache = attention(q, k, v, bias, **problem.static())
+        q, k, v, bias, sink = problem.inputs("float32")
+        o, cache = attention(q, k, v, bias, sink, **problem.static())
 
 Every array is read-only. Axes: T queries, S keys, K key/value heads, G query heads to each, D query/key width, E value
 width, Cq Ck Cv input widths, O output width.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from funcmha import masks, params, tree
+from funcmha import biases, dropout, masks, norms, params, rotary, tree
 from funcmha._xp import Array
 
 MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
@@ -37,7 +37,10 @@ BIASES = (
     "T 1",
     "S",
 )
+RELATIVE = ("... H T+S-1", "1 T+S-1", "T+S-1")  # biases that are a `Relative`
 FAMILIES = ("normal", "ties", "equal keys", "one hot", "offset values", "powers of two", "tiny", "zeros")
+NORMS = ("none", "rms", "l2", "layer")
+ROTARIES = ("none", "half of all", "half of some", "interleaved of all", "interleaved of some")
 LAYOUTS = ("contiguous", "fortran", "reversed", "strided", "repeated")
 GAINS = (1e-8, 1e-3, 1.0, 10.0, 1e2, 1e4)
 
@@ -54,9 +57,13 @@ class AttentionProblem:
     D: int = 11
     E: int = 13
     mask: str = "none"  # one of MASKS
-    bias: str = "none"  # one of BIASES: its axes, where 1 is broadcast
+    bias: str = "none"  # one of BIASES or RELATIVE: its axes, where 1 is broadcast
+    sink: bool = False
     rate: float = 0.0  # of dropout
+    seeded: bool = False  # whether dropout is drawn from a seed
     scale: float | None = None
+    cap: float | None = None
+    per_head: bool = False  # whether scale and cap, where given, are one for each head
     gain: float = 1.0  # multiplies the queries, and so the scores
     family: str = "normal"  # one of FAMILIES: what the values are like
     layout: str = "contiguous"  # one of LAYOUTS: how they lie in memory
@@ -73,16 +80,24 @@ class AttentionProblem:
         return self.S
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
-        """q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   bias or None"""
+        """q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   bias or None   sink (H,) or None"""
         q = self._normal("q", (*self.batch, self.H, self.T, self.D))
         k = self._normal("k", (*self.batch, self.K, self.S, self.D))
         v = self._normal("v", (*self.batch, self.K, self.S, self.E))
-        return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype)
+        sink = _frozen(self._normal("sink.w", (self.H,)).astype(dtype)) if self.sink else None
+        return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, keep, rate."""
+        """The keyword arguments: mask, scale, cap, keep, rate."""
+        static = {"mask": self._mask(), "scale": self._each_head(self.scale), "cap": self._each_head(self.cap)}
+        if self.rate and self.seeded:
+            return static | {"keep": dropout.seeded(self.seed, self.rate), "rate": 0.0}
         keep = _frozen(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
-        return {"mask": self._mask(), "scale": self.scale, "keep": keep if self.rate else None, "rate": self.rate}
+        return static | {"keep": keep if self.rate else None, "rate": self.rate}
+
+    def _each_head(self, x: float | None) -> Any:
+        """A number, or numbers around it of its sign."""
+        return x if x is None or not self.per_head else tuple(x * (1 + 0.25 * h) for h in range(self.H))
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """do (..., H, T, E)   dweights (..., H, T, keys)   dlse (..., H, T)"""
@@ -101,8 +116,10 @@ class AttentionProblem:
         if self.bias == "none":
             return None
         size = {"...": self.batch, "H": (self.H,), "T": (self.T,), "S": (self.S,), "1": (1,)}
+        size["T+S-1"] = (max(self.T + self.S - 1, 0),)
         shape = tuple(n for axis in self.bias.split() for n in size[axis])
-        return self._lay(self._normal("bias", shape), dtype)
+        bias = self._lay(self._normal("bias", shape), dtype)
+        return biases.Relative(bias) if "T+S-1" in self.bias else bias
 
     def _mask(self) -> Any:
         rng, batch, T, S = self._rng("mask"), self.batch, self.T, self.S
@@ -164,6 +181,8 @@ class MhaProblem(AttentionProblem):
     biases: bool = True
     bias_kv: bool = False
     zero_attn: bool = False
+    norm: str = "none"  # one of NORMS
+    turned: str = "none"  # one of ROTARIES
 
     @property
     def keys(self) -> int:
@@ -179,8 +198,19 @@ class MhaProblem(AttentionProblem):
         return self._params(dtype), *arrays, self._bias(dtype)
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, keep, rate, zero_attn."""
-        return super().static() | {"zero_attn": self.zero_attn}
+        """The keyword arguments: mask, scale, cap, keep, rate, zero_attn, norm, rotary."""
+        norm = {"none": None, "rms": norms.Rms(), "l2": norms.L2(), "layer": norms.Layer()}[self.norm]
+        return super().static() | {"zero_attn": self.zero_attn, "norm": norm, "rotary": self._rotary()}
+
+    def _rotary(self) -> Any:
+        """Tables of queries and keys that turn half of the features, or all but an odd one."""
+        if self.turned == "none":
+            return None
+        width = self.D // 2 * 2 if "all" in self.turned else self.D // 4 * 2
+        pairs: Any = "half" if "half" in self.turned else "interleaved"
+        places = (np.arange(n) + start for n, start in ((self.T, 3), (self.S, 0)))
+        q, k = (rotary.rotary(p, rotary.frequencies(width), pairs=pairs) for p in places)
+        return q, k
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """dy (..., T, O)   dweights (..., H, T, keys)   dlse (..., H, T)"""
@@ -191,11 +221,19 @@ class MhaProblem(AttentionProblem):
         """Weights that keep the size of what they multiply, and biases of size 1."""
         leaves = {}
         for leaf, axes in params.SPEC.items():
-            if leaf.endswith(".w") or (self.bias_kv if leaf.startswith("bias_kv") else self.biases):
+            if self._has(leaf):
                 shape = tuple(getattr(self, axis) for axis in axes.split())
                 fan_in = np.prod(shape[1:] if leaf == "out_proj.w" else shape[2:])
                 leaves[leaf] = _frozen((fan_in**-0.5 * self._normal(leaf, shape)).astype(dtype))
         return tree.unflatten(leaves)
+
+    def _has(self, leaf: str) -> bool:
+        group, _, name = leaf.partition(".")
+        if group in ("q_norm", "k_norm"):
+            return self.norm == "layer" or (self.norm == "rms" and name == "w")
+        if group in ("bias_kv", "sink"):
+            return self.bias_kv if group == "bias_kv" else self.sink
+        return name == "w" or self.biases
 
 
 def _frozen(a: np.ndarray) -> np.ndarray:
@@ -229,6 +267,15 @@ _MHA_FIELDS: dict[str, Any] = {
     "bias_kv": st.booleans(),
     "zero_attn": st.booleans(),
 }
+# What a problem has only when asked: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
+MODERN: dict[str, Any] = {
+    "bias": st.sampled_from([*BIASES, *RELATIVE]),
+    "sink": st.booleans(),
+    "seeded": st.booleans(),
+    "cap": st.sampled_from([None, None, 0.5, 30.0]),
+    "per_head": st.booleans(),
+}
+MODERN_MHA: dict[str, Any] = {"norm": st.sampled_from(NORMS), "turned": st.sampled_from(ROTARIES)}
 
 
 def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[AttentionProblem]:
@@ -238,4 +285,9 @@ def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[At
 
 def mha_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[MhaProblem]:
     """Any `MhaProblem`; a field named here is drawn from the strategy given for it."""
-    return st.builds(MhaProblem, **(_FIELDS | _MHA_FIELDS | fields))
+    return st.builds(MhaProblem, **(_FIELDS | _MHA_FIELDS | fields)).filter(_agrees)
+
+
+def _agrees(problem: MhaProblem) -> bool:
+    """An appended key has no position, and so no part in a `Relative`."""
+    return "T+S-1" not in problem.bias or not (problem.bias_kv or problem.zero_attn)

@@ -6,32 +6,39 @@ result does not depend on how many there are: what is added up is added in the o
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha import _check
+from funcmha._bias import bias_of_heads, on_bias
+from funcmha._doors import blank, check_attention
 from funcmha._xp import Array, narrow, widen
+from funcmha.biases import Relative
+from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
-from funcmha.ops import attention_weights, blank, check_attention, cut_heads, log_sum_exp, of_heads
+from funcmha.ops import attention_weights, cut_heads, log_sum_exp, of_heads
 
 from . import threads, tiles
-from .schedule import BiasGradient, steps
-from .tiles import LN2, LOG2E, Head, Rows, Tile, backward, blocks, forward, mean_cotangent
+from .schedule import BiasGradient, RelativeGradient, steps
+from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink
 
 
 class AttentionCache(NamedTuple):
     q: Array  # (..., H, T, D)
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
-    bias: Array  # broadcasts to (..., H, T, S), or None
+    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    sink: Array  # (H,), or () without a head axis, or None
     o: Array  # (..., H, T, E)
-    total: Array  # (..., H, T), Σ 2^(s − c), 0 where no key is seen
+    total: Array  # (..., H, T), Σ 2^(s − c) and the sink's share, 0 where no key is seen and there is no sink
     shift: Array  # (..., H, T), c, or None where nothing was shifted
-    keep: Array  # broadcasts to (..., H, T, S), or None
+    keep: Array | Seeded  # broadcasts to (..., H, T, S), or None
     mask: Mask | None
-    scale: float
+    scale: Array | float  # of every head, or (H,)
+    cap: Array | float | None  # of every head, or (H,)
     rate: float
 
 
@@ -39,30 +46,32 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array = None,
+    bias: Array | Relative = None,
+    sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
-    keep: Array = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
 ) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(scale · q kᵀ + bias)) v
+    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     as `funcmha.ops.attention`
 
     Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
     """
-    mask, scale, rate = check_attention(q, k, v, bias, mask, scale, keep, rate)
+    mask, scale, cap, rate = check_attention(q, k, v, bias, sink, mask, scale, cap, keep, rate)
     if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
         raise TypeError(f"q must be a real NumPy array for the tiled engine, got {type(q).__name__} of {q.dtype}")
 
     dtype = q.dtype
-    q, k, v, bias = widen(q), widen(k), widen(v), widen(bias)
+    q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(widen, bias), widen(sink)
     seen = None if mask is None else mask.seen(q.shape[-2], k.shape[-2])
     k, v = blank(k, seen), blank(v, seen)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
-    cache = AttentionCache(q, k, v, bias, o, total, shift, keep, mask, scale, rate)
+    cache = AttentionCache(q, k, v, bias, sink, o, total, shift, keep, mask, scale, cap, rate)
     with threads.single_threaded_blas():
         _forward(_Views.of(cache))
     return narrow(o, dtype), cache if shift.any() else cache._replace(shift=None)
@@ -71,31 +80,50 @@ def attention(
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
 ) -> tuple[Array, ...]:
-    """dq, dk, dv, dbias: every tile once more, five products each
+    """dq, dk, dv, dbias, dsink: every tile once more, five products each
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
-    q, k, v, bias, *_ = cache
+    q, k, v, bias, sink, *_ = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
 
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    dbias = None if bias is None else BiasGradient(bias, (*q.shape[:-1], k.shape[-2]))
-    x = _Views.of(cache)
+    dbias, x = None, _Views.of(cache)
+    if bias is not None:
+        of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
+        dbias = of_bias(bias, (*q.shape[:-1], k.shape[-2]))
+    dsink = np.zeros(x.q.shape[:-2], q.dtype)
     inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
     given = (_with_head(widen(do)), _with_head(widen(dweights)), _with_head(widen(dlse), 1))
     with threads.single_threaded_blas():
-        _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias))
-    grads = (narrow(d, do.dtype) for d in (dq, dk, dv))
-    return *grads, None if dbias is None else narrow(dbias.total(), do.dtype)
+        _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias, dsink))
+    dq, dk, dv = (narrow(dx, do.dtype) for dx in (dq, dk, dv))
+    total = None if dbias is None else on_bias(lambda dx: narrow(dx, do.dtype), dbias.total())
+    return dq, dk, dv, total, None if sink is None else narrow(_total_sink(dsink, sink), do.dtype)
+
+
+def _total_sink(dsink: Array, sink: Array) -> Array:
+    """dsink (..., H)   →   as sink"""
+    return dsink.reshape(-1, dsink.shape[-1]).sum(axis=0).reshape(sink.shape)
 
 
 @cut_heads.register
 def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
-    q, k, v, bias, o, total, shift, keep, mask, *statics = cache
-    cut = q[..., h, :, :], k[..., kv, :, :], v[..., kv, :, :], of_heads(bias, h), o[..., h, :, :], total[..., h, :]
-    mask = None if mask is None else mask.heads(h.start, h.stop)
-    return AttentionCache(*cut, None if shift is None else shift[..., h, :], of_heads(keep, h), mask, *statics)
+    return cache._replace(
+        q=None if cache.q is None else cache.q[..., h, :, :],
+        k=None if cache.k is None else cache.k[..., kv, :, :],
+        v=None if cache.v is None else cache.v[..., kv, :, :],
+        bias=bias_of_heads(cache.bias, h),
+        sink=None if cache.sink is None else cache.sink[h],
+        o=cache.o[..., h, :, :],
+        total=cache.total[..., h, :],
+        shift=None if cache.shift is None else cache.shift[..., h, :],
+        keep=cache.keep.heads(h.start) if isinstance(cache.keep, Seeded) else of_heads(cache.keep, h),
+        mask=None if cache.mask is None else cache.mask.heads(h.start, h.stop),
+        scale=cache.scale[h] if isinstance(cache.scale, np.ndarray) else cache.scale,
+        cap=cache.cap[h] if isinstance(cache.cap, np.ndarray) else cache.cap,
+    )
 
 
 class _Views(NamedTuple):
@@ -104,29 +132,51 @@ class _Views(NamedTuple):
     q: Array  # (..., H, T, D)
     k: Array  # (..., K, S, D)
     v: Array  # (..., K, S, E)
-    bias: Array  # (..., H, T, S) or None
+    bias: Array  # (..., H, T, S), or (..., H, T + S − 1) of a `Relative`, or None
+    sink: Array  # (H,) or None
     o: Array  # (..., H, T, E)
     total: Array  # (..., H, T)
     shift: Array  # (..., H, T) or None
-    keep: Array  # (..., H, T, S) or None
+    keep: Array | Seeded  # (..., H, T, S) or None
     mask: Mask | None
-    scale: float
+    scale: Array  # (H,)
+    cap: Array  # (H,) or None
     rate: float
 
     @staticmethod
     def of(cache: AttentionCache) -> "_Views":
         q, k, v, o = (_with_head(a) for a in (cache.q, cache.k, cache.v, cache.o))
-        scores = (*q.shape[:-1], k.shape[-2])
-        bias, keep = (None if a is None else np.broadcast_to(a, scores) for a in (cache.bias, cache.keep))
+        scores, (*batch, H, _, _) = (*q.shape[:-1], k.shape[-2]), q.shape
+        bias = cache.bias
+        if isinstance(bias, Relative):
+            bias = np.broadcast_to(bias.values, (*batch, H, bias.values.shape[-1]))
+        elif bias is not None:
+            bias = np.broadcast_to(bias, scores)
+        keep = (
+            cache.keep if cache.keep is None or isinstance(cache.keep, Seeded) else np.broadcast_to(cache.keep, scores)
+        )
+        sink, scale, cap = (None if a is None else np.broadcast_to(a, H) for a in (cache.sink, cache.scale, cache.cap))
         total, shift = _with_head(cache.total, 1), _with_head(cache.shift, 1)
-        return _Views(q, k, v, bias, o, total, shift, keep, cache.mask, cache.scale, cache.rate)
+        return _Views(q, k, v, bias, sink, o, total, shift, keep, cache.mask, scale, cap, cache.rate)
 
     def head(self, b: tuple[int, ...], h: int) -> Head:
         """Head h of sample b."""
-        kv = h // (self.q.shape[-3] // self.k.shape[-3])
-        bias, keep = (None if a is None else a[(*b, h)] for a in (self.bias, self.keep))
-        mask = None if self.mask is None else self.mask.at(b)
-        return Head(self.q[(*b, h)], self.k[(*b, kv)], self.v[(*b, kv)], bias, mask, h, keep, self.scale, self.rate)
+        kv, keep = h // (self.q.shape[-3] // self.k.shape[-3]), self.keep
+        sink, cap = (None if a is None else float(a[h]) for a in (self.sink, self.cap))
+        return Head(
+            self.q[(*b, h)],
+            self.k[(*b, kv)],
+            self.v[(*b, kv)],
+            None if self.bias is None else self.bias[(*b, h)],
+            sink,
+            None if self.mask is None else self.mask.at(b),
+            int(np.ravel_multi_index(b, self.q.shape[:-3])) if b else 0,
+            h,
+            keep if keep is None or isinstance(keep, Seeded) else keep[(*b, h)],
+            float(self.scale[h]),
+            cap,
+            self.rate,
+        )
 
 
 def _with_head(a: Array, rank: int = 2) -> Array:
@@ -160,7 +210,7 @@ def _forward(x: _Views) -> None:
 class _Prepared(NamedTuple):
     """What all tiles of one head of one sample need."""
 
-    q: Array  # (T, D), times scale · log₂e
+    q: Array  # (T, D), times `unit`
     k: Array  # (S, D), row after row
     d: Array  # (T, E + 1), [do, dlse − δ] / total
     v1: Array  # (S, E + 1), [v, 1]
@@ -175,7 +225,8 @@ class _Backward(NamedTuple):
     dq: Array  # (..., H, T, D)
     dk: Array  # (..., K, S, D)
     dv: Array  # (..., K, S, E)
-    dbias: BiasGradient | None
+    dbias: BiasGradient | RelativeGradient | None
+    dsink: Array  # (..., H)
 
     def rows(self, at: tuple[Any, ...], p: _Prepared, rows: Range) -> Rows:
         i = slice(*rows)
@@ -185,7 +236,7 @@ class _Backward(NamedTuple):
         """δ = Σ p dp = Σ do o + Σ p dweights"""
         at, head, g = (*b, h), self.x.head(b, h), self.do[(*b, h)]
         (T, E), S = g.shape, len(head.v)
-        q, k = (head.scale * LOG2E) * head.q, np.ascontiguousarray(head.k)
+        q, k = head.unit * head.q, np.ascontiguousarray(head.k)
         p = _Prepared(q, k, np.empty((T, E + 1), g.dtype), np.ones((S, E + 1), g.dtype))
         p.v1[:, :E], p.d[:, :E] = head.v, g
         delta = np.einsum("te,te->t", g, self.x.o[at])
@@ -194,6 +245,9 @@ class _Backward(NamedTuple):
                 i, j = slice(*tile.rows), slice(*tile.cols)
                 delta[i] += mean_cotangent(head, tile, self.rows(at, p, tile.rows), self.dweights[at][i, j])
         p.d[:, E] = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
+        if head.sink is not None:
+            p_sink = of_sink(head, None if self.x.shift is None else self.x.shift[at]) * self.inverse[at][:, 0]
+            self.dsink[at] = np.sum(p_sink * p.d[:, E])
         np.multiply(p.d, self.inverse[at], out=p.d)
         return p
 
@@ -211,7 +265,7 @@ class _Backward(NamedTuple):
         head = self.x.head(b, h)._replace(k=p.k)
         dz = backward(head, tile, self.rows(at, p, tile.rows), p.v1[j], cotangent, *grads)
         if self.dbias is not None:
-            self.dbias.add(at, (i, j), dz)
+            self.dbias.add(at, tile, dz)
 
 
 def _backward(y: _Backward) -> None:
@@ -251,6 +305,8 @@ def _all_samples(y: _Backward, h: int, samples: list[Any], schedule: list[Any], 
     threads.run(prepare, samples, flops / max(y.dv.shape[-2], 1))
     for step in schedule:
         threads.run(lambda task: y.tiles(task[0], h, prepared[task[0]], task[1]), step, flops / len(schedule))
+        if y.dbias is not None:
+            y.dbias.settle()
 
 
 @log_sum_exp.register
@@ -258,7 +314,8 @@ def _(cache: AttentionCache, /) -> Array:
     some = cache.total != 0
     fraction, exponent = np.frexp(np.where(some, cache.total, 1.0))  # a guessed shift is whole, so their sum is exact
     whole = exponent.astype(fraction.dtype) if cache.shift is None else exponent + cache.shift
-    return np.where(some, LN2 * (np.log2(fraction) + whole), -np.inf).astype(fraction.dtype)
+    # np.log has the same bits wherever in an array a number stands, np.log2 not
+    return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)
 
 
 @attention_weights.register
@@ -271,6 +328,6 @@ def _(cache: AttentionCache, /) -> Array:
         for rows in blocks(p.shape[-2], tiles.ROWS):
             for tile in (tile for block in head.tiles(rows) for tile in block):
                 at = (*b, h, slice(*tile.rows))
-                q, shift = (head.scale * LOG2E) * head.q[at[-1]], None if x.shift is None else x.shift[at]
+                q, shift = head.unit * head.q[at[-1]], None if x.shift is None else x.shift[at]
                 p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, shift) / total[at]
     return p.reshape(*cache.total.shape, p.shape[-1])

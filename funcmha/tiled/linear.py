@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
+from funcmha._doors import check_linear
 from funcmha._xp import Array, narrow, widen
-from funcmha.ops import LinearCache, check_linear
+from funcmha.ops import LinearCache
 
 from . import threads
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from funcmha._xp import Array, unbroadcast
+from funcmha.biases import Relative, diagonal_sums, diagonals
 
 from . import tiles
-from .tiles import Head, blocks, columns
+from .tiles import Head, Tile, blocks, columns
 
 
 def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
@@ -29,6 +30,32 @@ def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) 
     return [tasks for tasks in out if tasks]
 
 
+class RelativeGradient:
+    """The gradient of a `Relative`, tile by tile. Tiles of a step share diagonals: what they give is added after it."""
+
+    def __init__(self, bias: Relative, scores: tuple[int, ...]) -> None:
+        self.T, self.sums_samples = scores[-2], False  # `settle` keeps the order
+        self.sum = np.zeros_like(bias.values)
+        self.given: dict[Any, Array] = {}
+
+    def add(self, index: tuple[int, ...], tile: Tile, dz: Array) -> None:
+        """Take the tile of one sample and head."""
+        self.given[index, tile.rows, tile.cols] = diagonal_sums(dz)
+
+    def settle(self) -> None:
+        """Add what was given, in the order of the tiles."""
+        whole = self.sum.reshape((1,) * max(2 - self.sum.ndim, 0) + self.sum.shape)
+        for (index, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
+            outer = index[len(index) - (whole.ndim - 1) :]
+            place = tuple(i if n > 1 else 0 for i, n in zip(outer, whole.shape[:-1], strict=True))
+            whole[place][diagonals(rows, cols, self.T)] += sums
+        self.given.clear()
+
+    def total(self) -> Relative:
+        """The gradient."""
+        return Relative(self.sum)
+
+
 class BiasGradient:
     """The gradient of a bias, tile by tile: summed over the axes along which it was broadcast."""
 
@@ -43,15 +70,18 @@ class BiasGradient:
         self.sums_samples = prod(shape[:-3]) != prod(scores[:-3])
         self.sum = np.zeros((*shape[:-1], shape[-1] if self.sums_cols else scores[-1]), bias.dtype)
 
-    def add(self, index: tuple[int, ...], at: tuple[slice, slice], dz: Array) -> None:
+    def add(self, index: tuple[int, ...], tile: Tile, dz: Array) -> None:
         """Add the tile of one sample and head."""
-        rows, cols = at
+        rows, cols = slice(*tile.rows), slice(*tile.cols)
         if self.sums_rows:
             dz, rows = dz.sum(axis=0, keepdims=True), slice(0, 1)
         if self.sums_cols:
             dz, cols = dz.sum(axis=1, keepdims=True), slice(0, 1)
         place = tuple(i if n > 1 else 0 for i, n in zip(index, self.sum.shape[:-2], strict=True))
         self.sum[place][rows, cols] += dz
+
+    def settle(self) -> None:
+        """All is added already."""
 
     def total(self) -> Array:
         """The gradient, in the shape of the bias."""

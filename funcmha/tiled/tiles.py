@@ -10,12 +10,14 @@ Axes: T queries, S keys, D query/key width, E value width; R rows and N columns 
 """
 
 import threading
-from math import e, log, log2
+from math import e, log, log2, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha._xp import Array
+from funcmha.biases import toeplitz
+from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
 
 LOG2E, LN2 = log2(e), log(2)
@@ -30,17 +32,30 @@ class Tile(NamedTuple):
     cols: Range
     mixed: bool  # whether the mask hides some of it
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, N)"""
+        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+
 
 class Head(NamedTuple):
     q: Array  # (T, D)
     k: Array  # (S, D)
     v: Array  # (S, E)
-    bias: Array  # (T, S) or None
+    bias: Array  # (T, S), or (T + S − 1) as of a `Relative`, or None
+    sink: float | None  # a score of −∞ is as good as none
     mask: Mask | None  # (T, S), or with a head axis
-    h: int  # which of its heads
-    keep: Array  # (T, S) or None
+    sample: int  # which one
+    h: int  # which head of it
+    keep: Array | Seeded  # (T, S), or by the sample and the head, or None
     scale: float
+    cap: float | None
     rate: float
+
+    @property
+    def unit(self) -> float:
+        """What q is multiplied by before its products with the keys: s = q kᵀ, or what the soft cap takes"""
+        return self.scale * LOG2E if self.cap is None else self.scale / self.cap
 
     def tiles(self, rows: Range) -> list[list[Tile]]:
         """The tiles of these rows, in blocks of columns from left to right."""
@@ -54,17 +69,30 @@ class Head(NamedTuple):
                 found.append(block)
         return found
 
-    def scores(self, q: Array, tile: Tile) -> Array:
-        """s = q kᵀ + log₂e · bias     q (R, D), these rows times scale · log₂e   →   s (R, N)"""
-        rows, cols = slice(*tile.rows), slice(*tile.cols)
-        s = np.matmul(q, self.k[cols].T, out=_scratch("s", (len(q), cols.stop - cols.start), q.dtype))
+    def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
+        """s = log₂e · (cap · tanh(q kᵀ) + bias), or q kᵀ + log₂e · bias    q (R, D), of these rows, times `unit`
+
+        Into `slope`, where it is given, goes what the soft cap's gradient is multiplied by, 1 − tanh².
+        """
+        s = np.matmul(q, self.k[slice(*tile.cols)].T, out=_scratch("s", tile.shape, q.dtype))
+        if self.cap is not None:
+            np.tanh(s, out=s)
+            if slope is not None:
+                np.subtract(1.0, np.multiply(s, s, out=slope), out=slope)
+            s *= self.cap * LOG2E
         if self.bias is not None:
-            s += LOG2E * self.bias[rows, cols]
+            s += LOG2E * self.bias_of(tile)
         return s
 
-    def exponentials(self, q: Array, tile: Tile, shift: Array) -> Array:
+    def bias_of(self, tile: Tile) -> Array:
+        """The bias of these scores (R, N)"""
+        if self.bias.ndim == 1:
+            return toeplitz(self.bias, tile.rows, tile.cols, len(self.q))
+        return self.bias[slice(*tile.rows), slice(*tile.cols)]
+
+    def exponentials(self, q: Array, tile: Tile, shift: Array, slope: Array = None) -> Array:
         """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
-        s = self.scores(q, tile)
+        s = self.scores(q, tile, slope)
         if shift is not None:  # above the shift by more than BOUND are only scores that the mask hides
             np.minimum(np.subtract(s, shift[:, None], out=s), 2 * BOUND, out=s)
         np.exp2(s, out=s)
@@ -83,19 +111,23 @@ class Head(NamedTuple):
         """a ⊙ keep / (1 − rate)"""
         if self.keep is None:
             return a
-        return np.where(self.keep[slice(*tile.rows), slice(*tile.cols)], a / (1 - self.rate), 0.0)
+        if isinstance(self.keep, Seeded):
+            keep = self.keep.tile(self.sample, self.h, tile.rows, tile.cols)
+        else:
+            keep = self.keep[slice(*tile.rows), slice(*tile.cols)]
+        return np.where(keep, a / (1 - self.rate), 0.0)
 
 
 def _parts(mask: Mask, rows: Range, cols: Range) -> list[Tile]:
     """A block, without what the mask empties: by halves, if that spares anything."""
-    answer, area = mask.block(rows, cols), (rows[1] - rows[0]) * (cols[1] - cols[0])
+    answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
     if answer != "mixed":
         return [Tile(rows, cols, mixed=False)] if answer == "full" else []
     if 4 * area <= ROWS * COLS:
         return [Tile(rows, cols, mixed=True)]
     quarters = [_parts(mask, r, c) for r in _halves(rows) for c in _halves(cols)]
     found = [tile for quarter in quarters for tile in quarter]
-    spared = area - sum((r[1] - r[0]) * (c[1] - c[0]) for r, c, _ in found)
+    spared = area - sum(prod(tile.shape) for tile in found)
     return found if spared else [Tile(rows, cols, mixed=True)]
 
 
@@ -105,9 +137,10 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 
 def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
-    """o (R, E), the sums of exponentials (R), and the shift of the rows (R) or None"""
-    q, tiles = (head.scale * LOG2E) * head.q[slice(*rows)], [tile for block in head.tiles(rows) for tile in block]
+    """o (R, E), the sums of exponentials, the sink's included (R), and the shift of the rows (R) or None"""
+    q, tiles = head.unit * head.q[slice(*rows)], [tile for block in head.tiles(rows) for tile in block]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q).max(initial=0.0))
+    m = m if head.cap is None else head.cap * LOG2E * np.minimum(m, 1.0)
     shift = _guess(head, rows, tiles, m)
     total, acc = _sums(head, q, rows, tiles, shift)
     if not np.all(total >= FLOOR):
@@ -119,10 +152,13 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
 def _guess(head: Head, rows: Range, tiles: list[Tile], m: float) -> Array:
     """A whole shift c with s − c ≤ BOUND for certain, and not far below it in all likelihood; None for none."""
     c = np.maximum(m - BOUND, 0.0)
+    least = 0.0 if head.sink is None else LOG2E * head.sink - BOUND
     if head.bias is not None and tiles:
-        visible = slice(tiles[0].cols[0], tiles[-1].cols[1])
-        top = LOG2E * head.bias[slice(*rows), visible].max(axis=-1)
-        return np.ceil(c + np.where(np.isfinite(top), top, 0.0))
+        seen = Tile(rows, (min(tile.cols[0] for tile in tiles), max(tile.cols[1] for tile in tiles)), mixed=True)
+        top = LOG2E * head.bias_of(seen).max(axis=-1)
+        c = c + np.where(np.isfinite(top), top, 0.0)
+        return np.ceil(c if head.sink is None else np.maximum(c, least))
+    c = np.maximum(c, least)
     return np.full(rows[1] - rows[0], np.ceil(c)) if c > 0 else None
 
 
@@ -135,12 +171,21 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
         acc[i] += np.matmul(head.drop(e, tile), head.v[slice(*tile.cols)], out=_scratch("o", (len(e), E), q.dtype))
+    if head.sink is not None:
+        total += of_sink(head, shift)
     return total, acc
+
+
+def of_sink(head: Head, shift: Array) -> Array:
+    """2^(log₂e · sink − c)     (R), or one number for all rows"""
+    assert head.sink is not None
+    sink = LOG2E * head.sink
+    return np.exp2(np.float64(sink)) if shift is None else np.exp2(sink - shift)
 
 
 def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
     """The largest score of each row, 0 where there is none"""
-    top = np.full(len(q), -np.inf, q.dtype)
+    top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
     for tile in tiles:
         i = _within(rows, tile)
         s = head.scores(q[i], tile)
@@ -158,7 +203,7 @@ def _within(rows: Range, tile: Tile) -> slice:
 class Rows(NamedTuple):
     """What a backward needs to know of some rows. The weights are p = 2^(s − c) · inverse, never made as such."""
 
-    q: Array  # (R, D), times scale · log₂e
+    q: Array  # (R, D), times `unit`
     shift: Array  # (R) or None
     inverse: Array  # (R, 1), of the sum of exponentials
     d: Array  # (R, E + 1), [do, dlse − δ] · inverse
@@ -179,7 +224,8 @@ def backward(
     v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
     """
     (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
-    e = head.exponentials(x.q, tile, x.shift)
+    slope = None if head.cap is None else _scratch("slope", tile.shape, dtype)
+    e = head.exponentials(x.q, tile, x.shift, slope)
     dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=_scratch("n", (N, E), dtype))
     if head.keep is None:
         dp = np.matmul(x.d, v1.T, out=_scratch("dp", (n, N), dtype))
@@ -188,10 +234,12 @@ def backward(
     if dweights is not None:
         dp += dweights * x.inverse
     dz = np.multiply(e, dp, out=dp)
+    du = dz if slope is None else np.multiply(dz, slope, out=slope)
     dq += np.multiply(
-        np.matmul(dz, head.k[slice(*tile.cols)], out=(t := _scratch("r", (n, D), dtype))), head.scale, out=t
+        np.matmul(du, head.k[slice(*tile.cols)], out=(t := _scratch("r", (n, D), dtype))), head.scale, out=t
     )
-    dk += np.multiply(np.matmul(dz.T, x.q, out=(t := _scratch("n", (N, D), dtype))), LN2, out=t)
+    scale_by_unit = LN2 if head.cap is None else head.cap
+    dk += np.multiply(np.matmul(du.T, x.q, out=(t := _scratch("n", (N, D), dtype))), scale_by_unit, out=t)
     return dz
 
 

@@ -1,0 +1,52 @@
+"""A bias is an array or a `Relative`: what is done alike with both.
+
+Axes: T queries, S keys, H heads; `...` is batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from . import biases
+from ._xp import Array, namespace, unbroadcast
+from .biases import Relative
+
+Bias = Any  # an array that broadcasts to (..., H, T, S), a Relative, or None
+
+
+def on_bias(f: Callable[[Array], Array], bias: Bias) -> Bias:
+    """The bias with f of its numbers: of the array, or of the values of a `Relative`."""
+    if bias is None:
+        return None
+    return Relative(f(bias.values)) if isinstance(bias, Relative) else f(bias)
+
+
+def dense_bias(bias: Bias, T: int, S: int) -> Array:
+    """An array that broadcasts to (..., H, T, S)"""
+    return biases.dense(bias, T, S) if isinstance(bias, Relative) else bias
+
+
+def dense_bias_vjp(bias: Bias, dz: Array) -> Bias:
+    """The gradient of a bias from that of the scores, (..., H, T, S): summed where the bias is the same"""
+    if isinstance(bias, Relative):
+        return Relative(unbroadcast(biases.diagonal_sums(dz), tuple(bias.values.shape)))
+    return unbroadcast(dz, tuple(bias.shape))
+
+
+def bias_of_heads(bias: Bias, h: slice) -> Bias:
+    """A bias with a head axis, as the heads `h` see it; one without as it is"""
+    if isinstance(bias, Relative):
+        own = bias.values.ndim > 1 and bias.values.shape[-2] > 1
+        return Relative(bias.values[..., h, :]) if own else bias
+    return bias if bias is None or bias.ndim < 3 or bias.shape[-3] == 1 else bias[..., h, :, :]
+
+
+def join_biases(bias: Bias, dbiases: list[Bias]) -> Bias:
+    """The gradient of a bias from those of groups of heads, which each had their heads of it or all of it."""
+    if bias is None or len(dbiases) == 1:
+        return dbiases[0]
+    relative = isinstance(bias, Relative)
+    numbers, axis = (bias.values, -2) if relative else (bias, -3)
+    parts = [dbias.values if relative else dbias for dbias in dbiases]
+    own = numbers.ndim >= -axis and numbers.shape[axis] > 1
+    joined = namespace(numbers).concat(parts, axis=axis) if own else sum(parts[1:], parts[0])
+    return Relative(joined) if relative else joined

@@ -1,0 +1,117 @@
+"""The doors of the ops: what their arguments must be, checked once, before any arithmetic.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width, I in, O out; `...` is
+batch.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from . import _check
+from ._xp import Array, namespace
+from .biases import Relative, check_relative
+from .dropout import Seeded
+from .masks import Mask, as_mask
+
+
+def check_linear(x: Array, w: Array, b: Array) -> None:
+    """The door of `linear`."""
+    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
+    axes = _check.Axes()
+    axes("x", x, "... I")
+    axes("w", w, "O I")
+    if b is not None:
+        axes("b", b, "O")
+
+
+def check_attention(
+    q: Array, k: Array, v: Array, bias: Any, sink: Array, mask: Any, scale: Any, cap: Any, keep: Any, rate: float
+) -> tuple[Mask | None, Any, Any, float]:
+    """The door of `attention`: the mask as a `Mask` or None, scale and cap as floats or (H,) of NumPy, the rate."""
+    _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", values_of(bias)), ("sink", sink)])
+    axes = _check.Axes()
+    head, group, scores = ("... H ", "... K ", "... H T S") if q.ndim > 2 else ("", "", "T S")
+    axes("q", q, head + "T D")
+    axes("k", k, group + "S D")
+    axes("v", v, group + "S E")
+    if head:
+        _check.multiple("q", axes["H"], "k", axes["K"])
+    check_bias(axes, bias, scores)
+    if sink is not None:
+        axes("sink", sink, "H") if head else axes("sink", sink, "")
+    mask = check_mask(axes, mask, scores)
+    rate = check_keep(axes, keep, rate, scores)
+    scale = check_per_head(axes, "scale", scale)
+    cap = check_per_head(axes, "cap", cap, positive=True)
+    return mask, max(axes["D"], 1) ** -0.5 if scale is None else scale, cap, rate
+
+
+def check_bias(axes: _check.Axes, bias: Any, scores: str) -> None:
+    """An array that broadcasts to the scores, or the numbers of a `Relative` for T + S − 1 differences."""
+    if not isinstance(bias, Relative):
+        axes.broadcast("bias", _check.shape_of(bias), scores)
+        return
+    check_relative("bias", bias, axes["T"], axes["S"])
+    axes.size["T+S-1"] = bias.values.shape[-1]
+    axes.broadcast("bias.values", tuple(bias.values.shape), scores.replace("T S", "T+S-1"))
+
+
+def values_of(bias: Any) -> Array:
+    """The differentiable array of a bias."""
+    return bias.values if isinstance(bias, Relative) else bias
+
+
+def check_per_head(axes: _check.Axes, name: str, x: Any, positive: bool = False) -> Any:
+    """A number as a float, one number for each head as a NumPy array (H,), or None."""
+    if not isinstance(x, tuple | list | np.ndarray):
+        value = None if x is None else _check.number(name, x)
+        if positive and value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+        return value
+    numbers = np.asarray(x, dtype=np.float64)
+    if "H" not in axes.size or numbers.shape != (axes["H"],):
+        wanted = f"or (H,) with H={axes['H']} as in q" if "H" in axes.size else "as there is no head axis"
+        raise ValueError(f"{name} must be a number, {wanted}, got shape {numbers.shape}")
+    if not np.all(np.isfinite(numbers)) or (positive and not np.all(numbers > 0)):
+        raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, got {numbers}")
+    return numbers
+
+
+def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
+    """The mask as a `Mask` that broadcasts to `scores`, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Mask):
+        _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
+        axes.broadcast("mask", mask.shape, scores)
+    checked = as_mask(mask)
+    axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
+    return checked
+
+
+def check_keep(axes: _check.Axes, keep: Any, rate: float, scores: str) -> float:
+    """Dropout is a mask and a rate, or a seed that has one, or neither; the rate as a Python float."""
+    if isinstance(keep, Seeded):
+        if _check.number("rate", rate) not in (0.0, keep.rate):
+            raise ValueError(f"rate must be left out, as keep has rate={keep.rate}, got {rate}")
+        return keep.rate
+    _check.boolean("keep", keep, "True = keep")
+    axes.broadcast("keep", _check.shape_of(keep), scores)
+    if _check.number("rate", rate, 0.0, 1.0) > 0 and keep is None:
+        raise ValueError(f"keep must be given with rate={rate}: dropout takes its mask as an input")
+    return float(rate)
+
+
+def blank(x: Array, mask: Array) -> Array:
+    """x (..., K, S, ·) with 0 at each key that no query of its heads may see, so that 0 · NaN cannot arise there."""
+    if mask is None:
+        return x
+    xp = namespace(x)
+    seen = xp.any(mask, axis=-2)  # (..., H or 1, S or 1)
+    if isinstance(seen, np.ndarray) and seen.all():
+        return x
+    if seen.ndim > 1 and seen.shape[-2] not in (1, x.shape[-3]):
+        *batch, heads, n = seen.shape
+        seen = xp.any(xp.reshape(seen, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)
+    return xp.where(seen[..., None], x, 0.0)

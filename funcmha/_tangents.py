@@ -1,0 +1,71 @@
+"""The door of forward mode: what the tangents of an attention must be, checked once, before any arithmetic.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from typing import Any, NamedTuple
+
+from . import _check
+from ._bias import on_bias
+from ._doors import values_of
+from ._xp import HALF, Array, dtype_name, widen
+from .biases import Relative
+
+
+class Tangents(NamedTuple):
+    """Of the inputs of `attention`, in the dtype computed with; None is zero."""
+
+    q: Array  # (..., H, T, D)
+    k: Array  # (..., K, S, D)
+    v: Array  # (..., K, S, E)
+    bias: Array | Relative  # as the bias
+    sink: Array  # (H,), or () without a head axis
+
+
+def check_tangents(cache: Any, q_dot: Array, k_dot: Array, v_dot: Array, bias_dot: Any, sink_dot: Array) -> Tangents:
+    """The tangents of the inputs that an attention's cache holds, wide; each may be None."""
+    dots = (("q_dot", q_dot), ("k_dot", k_dot), ("v_dot", v_dot), ("sink_dot", sink_dot))
+    one_dtype([*dots, ("bias_dot", values_of(bias_dot))])
+    q, k, v, bias, sink, *_ = cache
+    head = q.ndim > 2
+    check_tangent("q_dot", q_dot, q.shape, q, "... H T D" if head else "T D")
+    check_tangent("k_dot", k_dot, k.shape, q, "... K S D" if head else "S D")
+    check_tangent("v_dot", v_dot, v.shape, q, "... K S E" if head else "S E")
+    check_bias_tangent(bias_dot, bias, q)
+    check_tangent("sink_dot", sink_dot, _check.shape_of(sink), q, "H" if head else "")
+    return Tangents(widen(q_dot), widen(k_dot), widen(v_dot), on_bias(widen, bias_dot), widen(sink_dot))
+
+
+def check_bias_tangent(bias_dot: Any, bias: Any, computed: Array) -> None:
+    """Raise unless the tangent of a bias is None, or what the bias is: an array, or a `Relative`, of its shape."""
+    if bias_dot is not None and bias is not None and isinstance(bias_dot, Relative) != isinstance(bias, Relative):
+        raise TypeError(f"bias_dot must be a {type(bias).__name__} as bias is, got {type(bias_dot).__name__}")
+    name = "bias_dot.values" if isinstance(bias_dot, Relative) else "bias_dot"
+    check_tangent(name, values_of(bias_dot), _check.shape_of(values_of(bias)), computed)
+
+
+def check_tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
+    """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that widens to it.
+
+    `shape` is that of what it is the tangent of, None if there is no such thing.
+    """
+    if x is None:
+        return
+    of, got = name.replace("_dot", ""), tuple(x.shape)
+    if shape is None:
+        raise ValueError(f"{name} must be None, as there is no {of}, got shape {got}")
+    if got != tuple(shape):
+        spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
+        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
+    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
+        raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
+
+
+def one_dtype(tangents: list[tuple[str, Array]]) -> None:
+    """Raise TypeError unless all that are not None are arrays of one dtype."""
+    _check.one_dtype([], optional=tangents)
+
+
+def dtype_of(computed: Array, *tangents: Any) -> Any:
+    """The dtype of the tangents, and so of what is made of them; without any, the one computed with."""
+    return next((values_of(x).dtype for x in tangents if x is not None), computed.dtype)
