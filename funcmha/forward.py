@@ -7,33 +7,19 @@ A jvp takes the cache that the vjp takes, and so no option again. An input's tan
 which is zero and costs nothing. The result has the dtype of the tangents; float16 and bfloat16 are computed with in
 float32 and rounded once. A tangent is written `q_dot`, for q̇: `dq` is a gradient.
 
-Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H query heads, K key/value heads, D query/key
-width, E value width, O output width, Cq Ck Cv input widths, I in; `...` is batch.
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width, I in, O out; `...` is
+batch.
 """
 
 from functools import singledispatch
 from typing import Any
 
-from . import tree
-from ._bias import bias_of_heads, dense_bias, on_bias
+from ._bias import dense_bias
 from ._check import shape_of
-from ._doors import blank, values_of
-from ._qk import ReadyCache, heads_first, heads_last
-from ._tangents import Tangents, check_bias_tangent, check_tangent, check_tangents, dtype_of, one_dtype
+from ._doors import blank
+from ._tangents import Tangents, check_tangent, check_tangents, dtype_of, one_dtype
 from ._xp import Array, full, namespace, narrow, widen
 from .biases import Relative
-from .heads import (
-    AttendCache,
-    CombineCache,
-    ProjectCache,
-    _concatenated,
-    _engine,
-    _stacked,
-    extend,
-    extend_scores,
-    recall,
-)
-from .mha import GroupCache, MhaCache
 from .norms import (
     L2NormCache,
     LayerNormCache,
@@ -43,8 +29,6 @@ from .norms import (
     rms_norm_vjp,
 )
 from .ops import AttentionCache, LinearCache, _dropout, _per_query_head, _softmax_vjp
-from .params import SPEC, Params, group_params
-from .rotary import rotate
 from .tiled import forward_mode
 from .tiled.attention import AttentionCache as TiledCache
 
@@ -142,14 +126,13 @@ def _attention_jvp(
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
-    x = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
+    x = visible(cache, check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot))
     dtype = dtype_of(cache.q, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     _, z_dot = scores_jvp(cache, x)
     p_dot, lse_dot = softmax_jvp(cache, z_dot, x.sink)
     o_dot = _dropout(p_dot, cache.keep, cache.rate) @ _per_query_head(cache.v, cache.q)
     if x.v is not None:
-        v_dot = _per_query_head(blank(x.v, cache.p != 0), cache.q)
-        o_dot = o_dot + _dropout(cache.p, cache.keep, cache.rate) @ v_dot
+        o_dot = o_dot + _dropout(cache.p, cache.keep, cache.rate) @ _per_query_head(x.v, cache.q)
     return narrow(o_dot, dtype), narrow(lse_dot, dtype)
 
 
@@ -157,8 +140,14 @@ attention_jvp.register(AttentionCache, _attention_jvp)
 attention_jvp.register(TiledCache, forward_mode.attention_jvp)
 
 
+def visible(cache: AttentionCache, x: Tangents) -> Tangents:
+    """The tangents with 0 at the keys that nobody sees, whatever is there: 0 · NaN would reach every row."""
+    k, v = (None if a is None else blank(a, cache.p != 0) for a in (x.k, x.v))
+    return x._replace(k=k, v=v)
+
+
 def scores_jvp(cache: AttentionCache, x: Tangents) -> tuple[Array, Array]:
-    """u̇ = scale (q̇ kᵀ + q k̇ᵀ)     ż = slope · u̇ + ḃias     (..., H, T, S)"""
+    """u̇ = scale (q̇ kᵀ + q k̇ᵀ)     ż = slope · u̇ + ḃias, 0 where p is     (..., H, T, S)"""
     q, xp = cache.q, namespace(cache.q)
     u_dot = xp.zeros_like(cache.p)
     if x.q is not None:
@@ -166,190 +155,16 @@ def scores_jvp(cache: AttentionCache, x: Tangents) -> tuple[Array, Array]:
     if x.k is not None:
         u_dot = u_dot + (cache.scale * q) @ xp.matrix_transpose(_per_query_head(x.k, q))
     z_dot = u_dot if cache.slope is None else cache.slope * u_dot
-    return u_dot, z_dot if x.bias is None else z_dot + dense_bias(x.bias, *u_dot.shape[-2:])
+    z_dot = z_dot if x.bias is None else z_dot + dense_bias(x.bias, *u_dot.shape[-2:])
+    return u_dot, xp.where(cache.p == 0, 0.0, z_dot)
 
 
 def softmax_jvp(cache: AttentionCache, z_dot: Array, sink_dot: Array) -> tuple[Array, Array]:
     """ṗ = p (ż − l̇se)     l̇se = Σ p ż + p_sink ṡink"""
     p, sink, xp = cache.p, cache.sink, namespace(cache.p)
-    lse_dot = xp.sum(xp.where(p == 0, 0.0, p * z_dot), axis=-1)
+    lse_dot = xp.sum(p * z_dot, axis=-1)
     if sink is None:
         return _softmax_vjp(p, z_dot)[0], lse_dot  # symmetric, and centred as the vjp is
     p_sink = xp.exp(sink[..., None] - cache.lse)
     of_sink = xp.zeros_like(lse_dot) if sink_dot is None else p_sink * sink_dot[..., None]
     return _softmax_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
-
-
-# ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def mha_jvp(
-    cache: MhaCache,
-    params_dot: Params | None = None,
-    query_dot: Array = None,
-    key_dot: Array = None,
-    value_dot: Array = None,
-    bias_dot: Array | Relative = None,
-    /,
-) -> tuple[Array, Array]:
-    """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
-    querẏ (..., T, Cq)   keẏ (..., S, Ck)   valuė (..., S, Cv)   →   ẏ (..., T, O)   l̇se (..., H, T)
-
-    `params_dot` is a tree as the parameters are, or None. For `self_attention`, whose cache holds one of `mha`, it is
-    mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
-    """
-    given = check_mha_tangents(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
-    dtype = dtype_of(cache.groups[0].out.o, *given)
-    params_dot, query_dot, key_dot, value_dot, bias_dot = wide(params_dot, query_dot, key_dot, value_dot, bias_dot)
-    y_dot, lse_dots = None, []
-    for (heads, out), kv, h in head_ranges(cache):
-        group_dot = None if params_dot is None else group_params(params_dot, *kv)
-        bias_h = bias_of_heads(bias_dot, h)
-        o_dot, lse_dot = attend_jvp(recall(heads), group_dot, query_dot, key_dot, value_dot, bias_h)
-        y_dot = combine_jvp(out, None if group_dot is None else group_dot["out_proj"], o_dot, onto=y_dot)
-        lse_dots.append(lse_dot)
-    return narrow(y_dot, dtype), narrow(namespace(y_dot).concat(lse_dots, axis=-2), dtype)
-
-
-def attend_jvp(
-    cache: AttendCache, params_dot: Params | None, query_dot: Array, key_dot: Array, value_dot: Array, bias_dot: Any
-) -> tuple[Array, Array]:
-    """ȯ (..., T, H, E), l̇se (..., H, T): `attend` of the tangents, of a cache that was recalled"""
-    q_dot, k_dot, v_dot = inner_tangents(cache, params_dot, query_dot, key_dot, value_dot)
-    S, extra = cache.k.x.shape[-2], cache.attention.k.shape[-2] - cache.k.x.shape[-2]
-    sink_dot = None if params_dot is None or "sink" not in params_dot else params_dot["sink"]["w"]
-    bias_dot = extend_scores(bias_dot, S, extra, 0.0)
-    o_dot, lse_dot = attention_jvp(cache.attention, q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    return heads_last(o_dot), lse_dot
-
-
-def inner_tangents(
-    cache: AttendCache, params_dot: Params | None, query_dot: Array, key_dot: Array, value_dot: Array
-) -> tuple[Array, Array, Array]:
-    """q̇ (..., H, T, D), k̇ (..., K, S', D), v̇ (..., K, S', E) of a group of heads, each None where it is zero"""
-    of = {} if params_dot is None else params_dot
-    q_dot = project_jvp(cache.q, of.get("q_proj"), query_dot)
-    k_dot = project_jvp(cache.k, of.get("k_proj"), key_dot)
-    v_dot = project_jvp(cache.v, of.get("v_proj"), value_dot)
-    q_dot, k_dot = (
-        ready_jvp(ready, of.get(norm, {}), x)
-        for ready, norm, x in ((cache.q_ready, "q_norm", q_dot), (cache.k_ready, "k_norm", k_dot))
-    )
-    rows = of.get("bias_kv", {"k": None, "v": None})
-    k_dot, v_dot = (_extend_jvp(cache, leaf, x, rows[leaf]) for leaf, x in (("k", k_dot), ("v", v_dot)))
-    return tuple(None if x is None else heads_first(x) for x in (q_dot, k_dot, v_dot))  # type: ignore[return-value]
-
-
-def project_jvp(cache: ProjectCache, params_dot: Params | None, x_dot: Array) -> Array:
-    """ẏₕ = ẋ wₕᵀ + x ẇₕᵀ + ḃₕ   (..., T, H, D), or None where it is zero"""
-    if params_dot is None and x_dot is None:
-        return None
-    stack = _stacked(
-        cache._replace(w=cache.w if params_dot is None else params_dot["w"], b=(params_dot or {}).get("b"))
-    )
-    y_dot, linear = None, _engine(cache).linear
-    if params_dot is not None:
-        y_dot, _ = linear(*stack)
-    if x_dot is not None:
-        y_dot, _ = linear(x_dot, _stacked(cache).w, onto=y_dot)
-    return namespace(y_dot).reshape(y_dot, (*cache.x.shape[:-1], *cache.w.shape[:-1]))
-
-
-def ready_jvp(cache: ReadyCache, params_dot: Params, x_dot: Array) -> Array:
-    """ẏ = rotate(norm's ẏ): a rotation is linear, and is its own jvp"""
-    if x_dot is None:
-        return None
-    if cache.norm is not None:
-        _, normed = cache.norm.apply(cache.x, cache.w)
-        x_dot = norm_jvp(normed, x_dot, *(params_dot.get(leaf) for leaf in cache.norm.leaves))
-    if cache.rotary is not None:
-        x_dot, _ = rotate(heads_first(x_dot), rotary=cache.rotary.rotary)
-        x_dot = heads_last(x_dot)
-    return x_dot
-
-
-def _extend_jvp(cache: AttendCache, leaf: str, x_dot: Array, row_dot: Array) -> Array:
-    """[ẋ; ṙow; 0]"""
-    row = cache.bias_kv[leaf]
-    if x_dot is None:
-        return None
-    row_dot = namespace(row).zeros_like(row) if row is not None and row_dot is None else row_dot
-    extra = cache.attention.k.shape[-2] - cache.k.x.shape[-2]
-    return extend(x_dot, row_dot, zero=extra > (row is not None))
-
-
-def combine_jvp(cache: CombineCache, params_dot: Params | None, o_dot: Array, *, onto: Array) -> Array:
-    """ẏ = onto + Σₕ (ȯₕ wₕᵀ + oₕ ẇₕᵀ) + ḃ   (..., T, O)"""
-    linear, (o, w, _) = _engine(cache).linear, _concatenated(cache)
-    y_dot, _ = linear(namespace(o).reshape(o_dot, o.shape), w, onto=onto)
-    if params_dot is not None:
-        w_dot = namespace(o).reshape(params_dot["w"], w.shape)
-        y_dot, _ = linear(o, w_dot, params_dot.get("b"), onto=y_dot)
-    return y_dot
-
-
-# ── the groups of a cache, and the door ──────────────────────────────────────────────────────────────────────────
-
-
-def head_ranges(cache: MhaCache) -> list[tuple[Any, tuple[int, int], slice]]:
-    """Each group, the key/value heads start … stop that it is, and which query heads read them."""
-    found, kv, h = [], 0, 0
-    for group in cache.groups:
-        K, H = group.heads.k.w.shape[0], group.heads.q.w.shape[0]
-        found.append((group, (kv, kv + K), slice(h, h + H)))
-        kv, h = kv + K, h + H
-    return found
-
-
-def wide(params_dot: Params | None, *dots: Any) -> tuple[Any, ...]:
-    """The tangents in the dtype to compute in."""
-    *arrays, bias_dot = dots
-    params_dot = None if params_dot is None else tree.map(widen, params_dot)
-    return params_dot, *map(widen, arrays), on_bias(widen, bias_dot)
-
-
-def check_mha_tangents(
-    cache: MhaCache, params_dot: Any, query_dot: Array, key_dot: Array, value_dot: Array, bias_dot: Any
-) -> list[Any]:
-    """The door of `mha_jvp`: all tangents that there are."""
-    if not isinstance(cache, MhaCache):
-        raise TypeError(f"cache must come from mha, got {type(cache).__name__}")
-    if params_dot is not None and not isinstance(params_dot, dict):
-        raise TypeError(f"params_dot must be a dict of dicts of arrays, or None, got {type(params_dot).__name__}")
-    leaves = {} if params_dot is None else {f"params_dot.{leaf}": a for leaf, a in tree.flatten(params_dot).items()}
-    inputs = {"query_dot": query_dot, "key_dot": key_dot, "value_dot": value_dot}
-    one_dtype([*leaves.items(), *inputs.items(), ("bias_dot", values_of(bias_dot))])
-    heads, shapes = cache.groups[0].heads, leaf_shapes(cache)
-    if params_dot is not None and leaves.keys() != {f"params_dot.{leaf}" for leaf in shapes}:
-        raise KeyError(f"params_dot must have {', '.join(shapes)} as params have, got {', '.join(leaves)}")
-    for name, x in leaves.items():
-        leaf = name.removeprefix("params_dot.")
-        check_tangent(name, x, shapes[leaf], heads.q.x, SPEC[leaf])
-    for (name, x), of, letters in zip(
-        inputs.items(), (heads.q, heads.k, heads.v), ("T Cq", "S Ck", "S Cv"), strict=True
-    ):
-        check_tangent(name, x, of.x.shape, heads.q.x, f"... {letters}")
-    check_bias_tangent(bias_dot, cache.bias, heads.q.x)
-    return [*leaves.values(), *inputs.values(), bias_dot]
-
-
-def leaf_shapes(cache: MhaCache) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, in the order of SPEC."""
-    first, *others = [_group_shapes(group) for group in cache.groups]
-    shapes = {}
-    for leaf, shape in first.items():
-        axis = next((i for i, letter in enumerate(SPEC[leaf].split()) if letter in "HK"), None)
-        more = 0 if axis is None else sum(other[leaf][axis] for other in others)
-        shapes[leaf] = tuple(n + more if i == axis else n for i, n in enumerate(shape))
-    return shapes
-
-
-def _group_shapes(group: GroupCache) -> dict[str, tuple[int, ...]]:
-    heads, out = group
-    q, k, v, sink = heads.q, heads.k, heads.v, heads.attention.sink
-    leaves = {"q_proj.w": q.w, "q_proj.b": q.b, "k_proj.w": k.w, "k_proj.b": k.b, "v_proj.w": v.w, "v_proj.b": v.b}
-    leaves |= {"out_proj.w": out.w, "out_proj.b": out.b, "sink.w": sink}
-    leaves |= {f"bias_kv.{leaf}": a for leaf, a in heads.bias_kv.items()}
-    leaves |= {f"q_norm.{leaf}": a for leaf, a in heads.q_ready.w.items()}
-    leaves |= {f"k_norm.{leaf}": a for leaf, a in heads.k_ready.w.items()}
-    return {leaf: tuple(leaves[leaf].shape) for leaf in SPEC if leaves.get(leaf) is not None}
