@@ -11,6 +11,8 @@ from ._doors import values_of
 from ._xp import HALF, Array, dtype_name, widen
 from .biases import Relative
 
+INPUTS = ("q_dot", "k_dot", "v_dot", "bias_dot", "sink_dot")
+
 
 class Tangents(NamedTuple):
     """Of the inputs of `attention`, in the dtype computed with; None is zero."""
@@ -22,10 +24,33 @@ class Tangents(NamedTuple):
     sink: Array  # (H,), or () without a head axis
 
 
+class Cotangents(NamedTuple):
+    """Of the outputs of `attention`, and the tangents of these, in the dtype computed with; None is zero."""
+
+    do: Array  # (..., H, T, E)
+    do_dot: Array  # (..., H, T, E)
+    dlse: Array  # (..., H, T)
+    dlse_dot: Array  # (..., H, T)
+
+
+def check_cotangents(
+    cache: Any, do: Array, do_dot: Array, dlse: Array, dlse_dot: Array, *inputs_dot: Any
+) -> Cotangents:
+    """The cotangents of an attention with their tangents, wide, of the dtype that the tangents of the inputs have."""
+    given = {"do": do, "do_dot": do_dot, "dlse": dlse, "dlse_dot": dlse_dot}
+    _check.one_dtype([("do", do)], optional=[*given.items(), *zip(INPUTS, map(values_of, inputs_dot), strict=True)])
+    q, v = cache.q, cache.v
+    o, lse = (*q.shape[:-1], v.shape[-1]), tuple(q.shape[:-1])
+    _check.cotangent("do", do, o, q, "... H T E")
+    _check.cotangent("dlse", dlse, lse, q, "... H T", optional=True)
+    check_tangent("do_dot", do_dot, o, q, "... H T E")
+    check_tangent("dlse_dot", dlse_dot, lse, q, "... H T")
+    return Cotangents(*map(widen, given.values()))
+
+
 def check_tangents(cache: Any, q_dot: Array, k_dot: Array, v_dot: Array, bias_dot: Any, sink_dot: Array) -> Tangents:
     """The tangents of the inputs that an attention's cache holds, wide; each may be None."""
-    dots = (("q_dot", q_dot), ("k_dot", k_dot), ("v_dot", v_dot), ("sink_dot", sink_dot))
-    one_dtype([*dots, ("bias_dot", values_of(bias_dot))])
+    one_dtype(list(zip(INPUTS, map(values_of, (q_dot, k_dot, v_dot, bias_dot, sink_dot)), strict=True)))
     q, k, v, bias, sink, *_ = cache
     head = q.ndim > 2
     check_tangent("q_dot", q_dot, q.shape, q, "... H T D" if head else "T D")

@@ -98,9 +98,9 @@ def close(got, want, what="", bar=1e-11):
 
 
 def same_inner_product(outputs, inputs, bar=1e-13):
-    """Σ ⟨dy, ẏ⟩ = Σ ⟨dx, ẋ⟩, to rounding of the sums."""
+    """Σ ⟨dy, ẏ⟩ = Σ ⟨dx, ẋ⟩, to rounding of the sums, or of 1."""
     left, right = (np.concatenate([np.zeros(0)] + [np.ravel(a * b) for a, b in pairs]) for pairs in (outputs, inputs))
-    assert abs(left.sum() - right.sum()) <= bar * (np.abs(left).sum() + np.abs(right).sum())
+    assert abs(left.sum() - right.sum()) <= bar * max(1.0, np.abs(left).sum() + np.abs(right).sum())
 
 
 def torch_jvp(f, inputs, dots):

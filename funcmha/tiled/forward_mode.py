@@ -42,7 +42,7 @@ def attention_jvp(
     dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     dtype = dtype_of(cache.q, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     o_dot, lse_dot = np.empty_like(cache.o), np.empty_like(cache.total)
-    x, x_dot = _Views.of(cache), _Views.of(_tangent(cache, dot))
+    x, x_dot = _Views.of(cache), tangent_views(cache, dot)
     work = _Forward(x, x_dot, dot, _with_head(o_dot), _with_head(lse_dot, 1))
     *batch, H, T, D = x.q.shape
     S, E = x.v.shape[-2:]
@@ -53,13 +53,12 @@ def attention_jvp(
     return narrow(o_dot, dtype), narrow(lse_dot, dtype)
 
 
-def _tangent(cache: AttentionCache, dot: Tangents) -> AttentionCache:
+def tangent_views(cache: AttentionCache, dot: Tangents) -> _Views:
     """The tangents in the place of what they are the tangents of, 0 at the keys that nobody may see."""
     seen = None if cache.mask is None else cache.mask.seen(cache.q.shape[-2], cache.k.shape[-2])
-    q, k, v = (
-        np.broadcast_to(x.dtype.type(0), x.shape) if y is None else y for x, y in zip(cache, dot[:3], strict=False)
-    )
-    return cache._replace(q=q, k=blank(k, seen), v=blank(v, seen), bias=dot.bias, sink=dot.sink)
+    zero = cache.q.dtype.type(0)
+    q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
+    return _Views.of(cache._replace(q=q, k=blank(k, seen), v=blank(v, seen), bias=dot.bias, sink=dot.sink))
 
 
 class _Forward(NamedTuple):
