@@ -94,7 +94,7 @@ def head_params(params: Params, h: int, /) -> Params:
         raise IndexError(f"h must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {h}")
     index = {"H": h, "K": h // (H // K)}
     cut = {
-        leaf: a[tuple(index.get(axis, slice(None)) for axis in SPEC[leaf].split())]
+        leaf: a[(*(index.get(axis, slice(None)) for axis in SPEC[leaf].split()), ...)]
         for leaf, a in tree.flatten(params).items()
         if leaf in HEAD_SPEC
     }

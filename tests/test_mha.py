@@ -26,7 +26,8 @@ from funcmha import (
     tree,
 )
 from funcmha._xp import unbroadcast
-from funcmha.testing.strategies import MhaProblem, mha_problems
+from funcmha.biases import Relative
+from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -42,6 +43,18 @@ def close_trees(got, want):
 @example(MhaProblem(mask="empty rows", bias="S", bias_kv=True))
 @example(MhaProblem(S=0, zero_attn=True, bias="1 S"))
 def test_mha_is_torch(problem):
+    compare_with_torch(problem)
+
+
+@given(mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8, 11])))
+@example(MhaProblem(norm="rms", turned="half of all", cap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True))
+@example(MhaProblem(norm="layer", turned="interleaved of some", cap=0.5, per_head=True, scale=0.5, mask="heads"))
+@example(MhaProblem(norm="l2", bias_kv=True, zero_attn=True, sink=True, scale=10.0, bias="... H T S"))
+def test_all_that_modern_attention_does_is_torch(problem):
+    compare_with_torch(problem)
+
+
+def compare_with_torch(problem):
     (params, *arrays), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
     y, cache = mha(params, *arrays, **static)
@@ -57,7 +70,7 @@ def test_mha_is_torch(problem):
     dparams, *grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     close_trees(dparams, tree.unflatten(dict(zip(names, wanted, strict=False))))
     for got, want in zip(grads, wanted[len(names) :], strict=True):
-        close_trees(got, want)
+        close_trees(got.values if isinstance(got, Relative) else got, want)
 
 
 @given(mha_problems(**MODERATE))
@@ -218,7 +231,7 @@ def changed(leaf, a):
     [
         ((None, QUERY, KEY, VALUE), {}, TypeError, "params must be a dict of dicts of arrays, got NoneType"),
         ((without("k_proj.w"), QUERY, KEY, VALUE), {}, KeyError, "params must have q_proj.w, .*, and has no k_proj.w"),
-        ((changed("sink.w", QUERY), QUERY, KEY, VALUE), {}, KeyError, "params may have .*, and has sink.w"),
+        ((changed("slope.w", QUERY), QUERY, KEY, VALUE), {}, KeyError, "params may have .*, and has slope.w"),
         ((without("bias_kv.v"), QUERY, KEY, VALUE), {}, KeyError, "params must have both bias_kv.k and bias_kv.v"),
         (
             (changed("k_proj.w", np.ones((2, 10, 19))), QUERY, KEY, VALUE),

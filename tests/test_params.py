@@ -28,8 +28,13 @@ def test_sizes_are_those_of_the_arrays():
 
 def test_default_sizes_are_those_of_torch():
     assert sizes(init(0, 12, 4)) == (4, 4, 3, 3, 12, 12, 12, 12)
-    assert list(tree.flatten(init(0, 12, 4))) == [leaf for leaf in SPEC if not leaf.startswith("bias_kv")]
-    assert list(tree.flatten(init(0, 12, 4, bias=False))) == [leaf for leaf in SPEC if leaf.endswith(".w")]
+    assert list(tree.flatten(init(0, 12, 4))) == [leaf for leaf in SPEC if "_proj." in leaf]
+    assert list(tree.flatten(init(0, 12, 4, bias=False))) == [leaf for leaf in SPEC if leaf.endswith("_proj.w")]
+    wanted = [leaf for leaf in SPEC if leaf not in ("q_norm.b", "k_norm.b")]
+    everything = tree.flatten(init(0, 12, 4, bias_kv=True, sink=True, qk_norm=True))
+    assert list(everything) == wanted
+    assert not everything["sink.w"].any()
+    assert (everything["q_norm.w"] == 1).all()
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", "3ad262210c18f624"), ("float64", "c8e44d740074c161")])
@@ -99,14 +104,15 @@ def test_dtypes(dtype):
 
 
 def test_head_params_are_views_of_the_stack():
-    params = init(0, 19, 6, **ODD)
+    params = init(0, 19, 6, **ODD, sink=True, qk_norm=True)
     for h in range(6):
         one = head_params(params, h)
-        assert list(tree.flatten(one)) == [leaf for leaf in SPEC if not leaf.startswith("out_proj")]
+        assert list(tree.flatten(one)) == [leaf for leaf in tree.flatten(params) if not leaf.startswith("out_proj")]
         for leaf, a in tree.flatten(one).items():
             stack = tree.flatten(params)[leaf]
             assert np.shares_memory(a, stack)
-            assert np.array_equal(a, stack[h if leaf.startswith("q") else h // 3])
+            of_one = {"H": h, "K": h // 3}.get(SPEC[leaf].split()[0], slice(None))
+            assert np.array_equal(a, stack[of_one])
 
 
 @pytest.mark.parametrize("h", [-1, 6])

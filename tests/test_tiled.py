@@ -53,7 +53,6 @@ def test_float32_stays_within_the_bound(problem):
     wide = [None if a is None else a.astype("float64") for a in arrays]
     want_o, want = attention(*wide, **static, engine=REFERENCE)
     want_grads = attention_vjp(want, do.astype("float64"), dlse=dlse.astype("float64"))
-    del static["cap"]  # which these problems have not
     bounds = attention_bounds(*arrays[:4], do, **static, dlse=dlse, dtype="float32")
     o, cache = attention(*arrays, **static, engine=TILED)
     assert_within(o, want_o, bounds.o, factor=2, name="o")

@@ -88,8 +88,9 @@ class AttentionProblem:
         return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, cap, keep, rate."""
-        static = {"mask": self._mask(), "scale": self._each_head(self.scale), "cap": self._each_head(self.cap)}
+        """The keyword arguments: mask, scale, keep, rate, and cap if there is one."""
+        static = {"mask": self._mask(), "scale": self._each_head(self.scale)}
+        static |= {} if self.cap is None else {"cap": self._each_head(self.cap)}
         if self.rate and self.seeded:
             return static | {"keep": dropout.seeded(self.seed, self.rate), "rate": 0.0}
         keep = _frozen(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
@@ -198,9 +199,10 @@ class MhaProblem(AttentionProblem):
         return self._params(dtype), *arrays, self._bias(dtype)
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, cap, keep, rate, zero_attn, norm, rotary."""
+        """The keyword arguments: mask, scale, keep, rate, zero_attn, and cap, norm and rotary if there are any."""
         norm = {"none": None, "rms": norms.Rms(), "l2": norms.L2(), "layer": norms.Layer()}[self.norm]
-        return super().static() | {"zero_attn": self.zero_attn, "norm": norm, "rotary": self._rotary()}
+        more = {"norm": norm, "rotary": self._rotary()}
+        return super().static() | {"zero_attn": self.zero_attn} | {name: x for name, x in more.items() if x is not None}
 
     def _rotary(self) -> Any:
         """Tables of queries and keys that turn half of the features, or all but an odd one."""
