@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import biases
-from ._xp import Array, namespace, unbroadcast
+from ._xp import Array, namespace, of_sample, unbroadcast
 from .biases import Relative
 
 Bias = Any  # an array that broadcasts to (..., H, T, S), a Relative, or None
@@ -38,6 +38,28 @@ def bias_of_heads(bias: Bias, h: slice) -> Bias:
         own = bias.values.ndim > 1 and bias.values.shape[-2] > 1
         return Relative(bias.values[..., h, :]) if own else bias
     return bias if bias is None or bias.ndim < 3 or bias.shape[-3] == 1 else bias[..., h, :, :]
+
+
+def bias_of_sample(bias: Bias, b: tuple[int, ...]) -> Bias:
+    """A bias with batch axes, as the element `b` of the batch sees it; one without as it is"""
+    return Relative(of_sample(bias.values, b, 2)) if isinstance(bias, Relative) else of_sample(bias, b)
+
+
+def join_samples(bias: Bias, dbiases: dict[tuple[int, ...], Bias]) -> Bias:
+    """The gradient of a bias from those of the elements of the batch, which each had their own or one with others."""
+    if bias is None:
+        return None
+    relative = isinstance(bias, Relative)
+    numbers, rank = (bias.values, 2) if relative else (bias, 3)
+    xp, batch = namespace(numbers), tuple(numbers.shape[: max(numbers.ndim - rank, 0)])
+    sums: dict[tuple[int, ...], Array] = {}
+    for b, dbias in dbiases.items():
+        own = b[len(b) - len(batch) :] if batch else ()
+        place = tuple(0 if n == 1 else i for i, n in zip(own, batch, strict=True))
+        part = dbias.values if relative else dbias
+        sums[place] = sums[place] + part if place in sums else part
+    joined = xp.reshape(xp.stack([sums[place] for place in sorted(sums)]), tuple(numbers.shape))
+    return Relative(joined) if relative else joined
 
 
 def join_biases(bias: Bias, dbiases: list[Bias]) -> Bias:

@@ -68,6 +68,15 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
 
 
+def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
+    """a (..., and `rank` axes) at the element `b` of the batch, along which it may be broadcast; None stays None"""
+    if a is None or a.ndim <= rank:
+        return a
+    batch = a.shape[: a.ndim - rank]
+    own = b[len(b) - len(batch) :]
+    return a[(*(0 if n == 1 else i for i, n in zip(own, batch, strict=True)), ...)]
+
+
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
     """`value` everywhere, in the library, dtype and on the device of `like`."""
     return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)

@@ -102,6 +102,10 @@ class Seeded:
         """The same from head `start` on."""
         return replace(self, first_head=self.first_head + start)
 
+    def sample(self, n: int) -> "Seeded":
+        """The same from sample `n` on."""
+        return replace(self, first_sample=self.first_sample + n)
+
     def _place(self, name: str, of: Range, size: int) -> Range:
         """The range in the coordinates of the whole."""
         first = {

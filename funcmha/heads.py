@@ -9,7 +9,7 @@ D query/key width, E value width, O output width, C input width; `...` is batch.
 
 from typing import Any, NamedTuple
 
-from ._bias import bias_of_heads
+from ._bias import bias_of_heads, bias_of_sample
 from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
 from ._xp import Array, full, namespace, unbroadcast
 from .biases import Relative
@@ -17,9 +17,9 @@ from .dropout import Seeded
 from .engines import REFERENCE, Engine
 from .masks import Mask, as_mask, dense
 from .norms import Norm
-from .ops import LinearCache, cut_heads
+from .ops import LinearCache, cut_heads, cut_sample
 from .params import Params
-from .rotary import Rotary, cut_turned
+from .rotary import Rotary, cut_turned, cut_turned_sample
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
 
@@ -267,6 +267,19 @@ def cut(cache: AttendCache, start: int, stop: int) -> AttendCache:
         cut_heads(cache.attention, h, kv),
         cache.engine,
     )
+
+
+def cut_attended(cache: AttendCache, b: tuple[int, ...]) -> AttendCache:
+    """The cache of one element of the batch, as views."""
+    q, k, v = (projected._replace(x=projected.x[b]) for projected in (cache.q, cache.k, cache.v))
+    bias, attention = bias_of_sample(cache.bias, b), cut_sample(cache.attention, b)
+    q_ready, k_ready = _ready_of_sample(cache.q_ready, b), _ready_of_sample(cache.k_ready, b)
+    return AttendCache(q, k, v, q_ready, k_ready, cache.bias_kv, bias, attention, cache.engine)
+
+
+def _ready_of_sample(cache: ReadyCache, b: tuple[int, ...]) -> ReadyCache:
+    turned = None if cache.rotary is None else cut_turned_sample(cache.rotary, b)
+    return cache._replace(x=None if cache.x is None else cache.x[b], rotary=turned)
 
 
 def _cut_ready(cache: ReadyCache, heads: slice) -> ReadyCache:

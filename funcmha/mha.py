@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _check, tree
-from ._bias import bias_of_heads, join_biases, on_bias
+from ._bias import bias_of_heads, bias_of_sample, join_biases, join_samples, on_bias
 from ._doors import blank, check_bias, check_keep, check_mask, check_per_head, values_of
 from ._xp import Array, namespace, narrow, widen
 from .biases import Relative
@@ -25,6 +27,7 @@ from .heads import (
     combine,
     combine_vjp,
     cut,
+    cut_attended,
     cut_combined,
     num_keys,
     recall,
@@ -176,14 +179,21 @@ def mha(
     return narrow(y, dtype), MhaCache(tuple(groups), bias)
 
 
-def mha_vjp(cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None) -> tuple[Any, ...]:
+def mha_vjp(
+    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias: `mha` from the bottom up
     from the cotangents of y and, where given, of the weights (..., H, T, S') and lse (..., H, T)
+
+    per_sample   each leaf of dparams with the batch before it, (..., *leaf), for clipping and influence: its sum over
+                 the batch is the gradient. The other gradients are what they are without
     """
-    return _backward(cache, dy, dweights, dlse, inputs=3)
+    return _backward(cache, dy, dweights, dlse, 3, per_sample)
 
 
-def _backward(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
+def _backward(
+    cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: int, per_sample: bool
+) -> tuple[Any, ...]:
     """`mha_vjp` with a gradient for each of three inputs, or one for one input that is query, key and value."""
     heads, out = cache.groups[0]
     *batch, T, _, _ = out.o.shape
@@ -192,7 +202,32 @@ def _backward(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: 
     _check.cotangent("dweights", dweights, (*batch, H, T, num_keys(heads)), out.o, "... H T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
-    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    back = _each_sample if per_sample else _all_groups
+    return _narrow(back(cache, widen(dy), widen(dweights), widen(dlse), inputs), dy)
+
+
+def _each_sample(cache: MhaCache, g: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
+    """The gradients, those of the parameters for one element of the batch after another."""
+    xp, batch = namespace(g), g.shape[:-2]
+    if not prod(batch):
+        raise ValueError(f"dy must have a sample to be per_sample, got {tuple(g.shape)}")
+    parts = {}
+    for b in np.ndindex(*batch):
+        groups = tuple(GroupCache(cut_attended(heads, b), out._replace(o=out.o[b])) for heads, out in cache.groups)
+        one = MhaCache(groups, bias_of_sample(cache.bias, b))
+        dweights_b, dlse_b = (None if a is None else a[b] for a in (dweights, dlse))
+        parts[b] = _all_groups(one, g[b], dweights_b, dlse_b, inputs)
+
+    def stacked(*leaves: Array) -> Array:
+        return xp.reshape(xp.stack(leaves), (*batch, *leaves[0].shape))
+
+    dparams, *dxs, dbiases = zip(*parts.values(), strict=True)
+    joined = join_samples(cache.bias, dict(zip(parts, dbiases, strict=True)))
+    return tree.map(stacked, *dparams), *(stacked(*dx) for dx in dxs), joined
+
+
+def _all_groups(cache: MhaCache, g: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
+    """The gradients, group after group of heads."""
     dxs: tuple[Array, ...] = (None,) * inputs
     dgroups, dbiases = [], []
     for h, (heads, out) in reversed(_pieces(cache)):
@@ -201,7 +236,7 @@ def _backward(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: 
         dgroup, dxs, dbias = attend_vjp(heads, do, dweights=of_heads(dweights, h), dlse=dlse_h, onto=dxs)
         dgroups.append(dgroup | {"out_proj": dout})
         dbiases.append(dbias)
-    return _narrow((join_groups(dgroups[::-1]), *dxs, join_biases(cache.bias, dbiases[::-1])), dy)
+    return join_groups(dgroups[::-1]), *dxs, join_biases(cache.bias, dbiases[::-1])
 
 
 def _of_heads(x: Options, h: slice) -> Options:
@@ -264,10 +299,10 @@ def self_attention(params: Params, x: Array, bias: Array = None, /, **static: An
 
 
 def self_attention_vjp(
-    cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None
+    cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
-    """dparams, dx, dbias      dx = dquery + dkey + dvalue"""
-    return _backward(cache.mha, dy, dweights, dlse, inputs=1)
+    """dparams, dx, dbias      dx = dquery + dkey + dvalue; `per_sample` as in `mha_vjp`"""
+    return _backward(cache.mha, dy, dweights, dlse, 1, per_sample)
 
 
 # ── what the caches can tell, and the doors ──────────────────────────────────────────────────────────────────────

@@ -16,9 +16,9 @@ from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from . import _check
-from ._bias import bias_of_heads, dense_bias, dense_bias_vjp, on_bias
+from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
 from ._doors import blank, check_attention, check_linear
-from ._xp import Array, from_host, namespace, narrow, unbroadcast, widen
+from ._xp import Array, from_host, namespace, narrow, of_sample, unbroadcast, widen
 from .biases import Relative
 from .dropout import Seeded
 from .masks import Mask, dense
@@ -269,6 +269,26 @@ def log_sum_exp(cache: Any, /) -> Array:
 def cut_heads(cache: Any, h: slice, kv: slice, /) -> Any:
     """The cache of query heads `h` and of the key/value heads `kv` that they read, as views."""
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+
+
+@singledispatch
+def cut_sample(cache: Any, b: tuple[int, ...], /) -> Any:
+    """The cache of one element of the batch, as views."""
+    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+
+
+@cut_sample.register
+def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
+    return cache._replace(
+        q=cache.q[b],
+        k=cache.k[b],
+        v=cache.v[b],
+        bias=bias_of_sample(cache.bias, b),
+        slope=None if cache.slope is None else cache.slope[b],
+        p=cache.p[b],
+        lse=cache.lse[b],
+        keep=of_sample(cache.keep, b),
+    )
 
 
 def of_heads(a: Array, h: slice) -> Array:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, widen
+from ._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, of_sample, widen
 
 
 class HalfPairs(NamedTuple):
@@ -137,6 +137,12 @@ def cut_turned(cache: RotateCache, heads: slice) -> RotateCache:
         return table if table.ndim < 3 or table.shape[-3] == 1 else table[..., heads, :, :]
 
     return RotateCache(rotary._replace(cos=cut(rotary.cos), sin=cut(rotary.sin)), like[..., heads, :, :, :])
+
+
+def cut_turned_sample(cache: RotateCache, b: tuple[int, ...]) -> RotateCache:
+    """The cache of one element of the batch of x (..., H, T, D)."""
+    rotary, like = cache
+    return RotateCache(rotary._replace(cos=of_sample(rotary.cos, b), sin=of_sample(rotary.sin, b)), like[b])
 
 
 def _turned(x: Array, rotary: Rotary) -> Array:

@@ -335,3 +335,51 @@ def test_vjps_refuse_cotangents_that_are_not_of_the_output():
         head_vjp(one, o, dweights=np.ones((2, 5, 7)))
     with pytest.raises(ValueError, match=r"dlse must be \(..., T\) = \(2, 5\)"):
         head_vjp(one, o, dlse=np.ones((2, 6, 5)))
+
+
+# ── a gradient for each sample ───────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8]), batch=st.sampled_from([(3,), (2, 3)]))
+)
+@example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, turned="half of all", norm="rms"))
+@example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, cap=0.5))
+def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
+    """Oracle: the ordinary gradient where every other sample's cotangents are 0; and their sum is the ordinary one."""
+    (params, *arrays), static = problem.inputs("float64"), problem.static()
+    dy, dweights, dlse = problem.cotangents("float64")
+    _, cache = mha(params, *arrays, **static)
+    whole = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+    got = mha_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=True)
+    for g, w in zip(got[1:], whole[1:], strict=True):
+        assert type(g) is type(w)
+        close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
+    axes = tuple(range(len(problem.batch)))
+    close_trees(tree.map(lambda a: a.sum(axis=axes), got[0]), whole[0])
+    b = tuple(n - 1 for n in problem.batch)
+
+    def alone(a):
+        cut = np.zeros_like(a)
+        cut[b] = a[b]
+        return cut
+
+    dparams, *_ = mha_vjp(cache, alone(dy), dweights=alone(dweights), dlse=alone(dlse))
+    close_trees(tree.map(lambda a: a[b], got[0]), dparams)
+
+
+def test_per_sample_of_self_attention():
+    params, x, *_ = MhaProblem(Ck=17, Cv=17, S=5, batch=(3,)).inputs("float64")
+    y, cache = self_attention(params, x, mask=masks.lengths(np.array([5, 2, 3])))
+    dparams, dx, _ = self_attention_vjp(cache, y, per_sample=True)
+    want, want_dx, _ = self_attention_vjp(cache, y)
+    close(dx, want_dx)
+    close_trees(tree.map(lambda a: a.sum(0), dparams), want)
+    assert dparams["q_proj"]["w"].shape == (3, *params["q_proj"]["w"].shape)
+
+
+def test_per_sample_wants_a_sample():
+    params, *x = MhaProblem(batch=(0,)).inputs("float64")
+    y, cache = mha(params, *x)
+    with pytest.raises(ValueError, match="dy must have a sample to be per_sample"):
+        mha_vjp(cache, y, per_sample=True)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._bias import bias_of_heads, on_bias
+from funcmha._bias import bias_of_heads, bias_of_sample, on_bias
 from funcmha._doors import blank, check_attention
-from funcmha._xp import Array, narrow, widen
+from funcmha._xp import Array, narrow, of_sample, widen
 from funcmha.biases import Relative
 from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
-from funcmha.ops import attention_weights, cut_heads, log_sum_exp, of_heads
+from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp, of_heads
 
 from . import threads, tiles
 from .schedule import BiasGradient, RelativeGradient, steps
@@ -123,6 +123,22 @@ def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
         mask=None if cache.mask is None else cache.mask.heads(h.start, h.stop),
         scale=cache.scale[h] if isinstance(cache.scale, np.ndarray) else cache.scale,
         cap=cache.cap[h] if isinstance(cache.cap, np.ndarray) else cache.cap,
+    )
+
+
+@cut_sample.register
+def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
+    sample = int(np.ravel_multi_index(b, cache.o.shape[: len(b)])) if b else 0
+    return cache._replace(
+        q=None if cache.q is None else cache.q[b],
+        k=None if cache.k is None else cache.k[b],
+        v=None if cache.v is None else cache.v[b],
+        bias=bias_of_sample(cache.bias, b),
+        o=cache.o[b],
+        total=cache.total[b],
+        shift=None if cache.shift is None else cache.shift[b],
+        keep=cache.keep.sample(sample) if isinstance(cache.keep, Seeded) else of_sample(cache.keep, b),
+        mask=None if cache.mask is None else cache.mask.at(b),
     )
 
 

@@ -1,0 +1,117 @@
+"""What is asked of heads and done to them: norms, largest scores, pruning, merging. Trees in, trees out.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import tree
+from ._check import multiple
+from ._xp import Array, namespace
+from .heads import recall
+from .masks import Mask, as_mask
+from .mha import MhaCache, SelfAttentionCache
+from .params import SPEC, Params, sizes
+
+ROWS = 512  # queries whose scores are held at once
+
+
+def head_norms(params: Params, /) -> dict[str, Array]:
+    """‖w‖ of each head: q_proj (H,)   k_proj (K,)   v_proj (K,)   out_proj (H,)     Frobenius, without the biases
+
+    What magnitude pruning and weight clipping look at. Raises what `sizes` raises.
+    """
+    sizes(params)
+    norms = {}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        w = params[name]["w"]
+        others = tuple(i for i, axis in enumerate(SPEC[f"{name}.w"].split()) if axis not in "HK")
+        norms[name] = namespace(w).sqrt(namespace(w).sum(w * w, axis=others))
+    return norms
+
+
+def max_logit(cache: MhaCache | SelfAttentionCache, /, *, mask: Array | Mask = None) -> Array:
+    """max over i, j of scale · qᵢ · kⱼ        from the cache of `mha` or `self_attention`   →   (..., H)
+
+    Before soft cap and bias: what QK-clip bounds (Kimi K2 2025, section 2.1). Over all keys, or those that `mask`, as
+    given to `mha`, lets be seen; −∞ where there are none. Holds the scores of 512 queries of a head at a time.
+    """
+    if isinstance(cache, SelfAttentionCache):
+        return max_logit(cache.mha, mask=mask)
+    parts, first = [], 0
+    for heads, _ in cache.groups:
+        kept = recall(heads).attention
+        H, K = kept.q.shape[-3], kept.k.shape[-3]
+        for h in range(H):
+            q, k = kept.q[..., h, :, :], kept.k[..., h // (H // K), :, :]
+            own = None if mask is None else as_mask(mask).heads(first + h, first + h + 1)
+            scale = kept.scale if isinstance(kept.scale, float) else kept.scale.reshape(-1)[h]
+            parts.append(_largest(q, k, own, scale))
+        first += H
+    return namespace(parts[0]).stack(parts, axis=-1)
+
+
+def _largest(q: Array, k: Array, mask: Mask | None, scale: Any) -> Array:
+    """max scale · q kᵀ of one head     q (..., T, D)   k (..., S, D)   →   (...)"""
+    xp, (T, S), top = namespace(q), (q.shape[-2], k.shape[-2]), None
+    for start in range(0, T if S else 0, ROWS):
+        rows = (start, min(start + ROWS, T))
+        u = scale * (q[..., rows[0] : rows[1], :] @ xp.matrix_transpose(k))
+        if mask is not None:
+            seen = mask.tile(rows, (0, S), q)
+            u = xp.where(seen[..., 0, :, :] if seen.ndim > 2 else seen, u, -float("inf"))
+        found = xp.max(u, axis=(-2, -1))
+        top = found if top is None else xp.where(found > top, found, top)
+    return xp.full(q.shape[:-2], -float("inf"), dtype=q.dtype) if top is None else top
+
+
+def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:
+    """The tree with the query heads `keep` alone, in their order, as copies     H → len(keep)
+
+    A key/value head goes with the last of its query heads. Those that stay must all keep as many query heads, and these
+    side by side, for a tree to say who reads whom; else ValueError. IndexError for a head that there is not.
+    """
+    H, K, *_ = sizes(params)
+    heads = [int(h) for h in keep]
+    if not heads or len(set(heads)) != len(heads):
+        raise ValueError(f"keep must name heads, each once, got {list(keep)}")
+    if not all(0 <= h < H for h in heads):
+        raise IndexError(f"keep must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {list(keep)}")
+    groups = [h // (H // K) for h in heads]
+    kv = list(dict.fromkeys(groups))
+    each = len(heads) // len(kv)
+    if groups != [g for g in kv for _ in range(each)]:
+        raise ValueError(f"keep must leave each key/value head as many query heads, side by side, got {list(keep)}")
+    return _take(params, {"H": heads, "K": kv})
+
+
+def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
+    """The tree with the mean of each K / num_kv_heads neighbouring key/value heads in their place
+
+    How Ainslie et al. 2023, section 2.1, make grouped-query attention out of multi-head attention. Raises ValueError
+    unless num_kv_heads divides K.
+    """
+    K = sizes(params).K
+    if num_kv_heads < 1:
+        raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
+    multiple("k_proj.w", K, "num_kv_heads", num_kv_heads)
+    merged = {}
+    for leaf, a in tree.flatten(params).items():
+        of_keys = SPEC[leaf].split()[0] == "K"
+        xp = namespace(a)
+        groups = xp.reshape(a, (num_kv_heads, K // num_kv_heads, *a.shape[1:])) if of_keys else a
+        merged[leaf] = xp.mean(groups, axis=1) if of_keys else a
+    return tree.unflatten(merged)
+
+
+def _take(params: Params, heads: dict[str, list[int]]) -> Params:
+    """The heads of each axis of heads."""
+    taken = {}
+    for leaf, a in tree.flatten(params).items():
+        xp = namespace(a)
+        for axis, letter in enumerate(SPEC[leaf].split()):
+            if letter in heads:
+                a = xp.concat([a[(slice(None),) * axis + (slice(h, h + 1),)] for h in heads[letter]], axis=axis)
+        taken[leaf] = a
+    return tree.unflatten(taken)
