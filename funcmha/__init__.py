@@ -1,7 +1,9 @@
 """Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
 
-from . import engines, masks, npz, ops, params, tree
+from . import biases, decode, dropout, engines, masks, norms, npz, ops, packing, params, rotary, tree
+from .dropout import seeded
 from .engines import attention, attention_vjp
+from .merge import merge, merge_vjp
 from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
 from .npz import ParameterFileError, load, save
 from .ops import (
@@ -21,6 +23,9 @@ __all__ = [
     "attention",
     "attention_vjp",
     "attention_weights",
+    "biases",
+    "decode",
+    "dropout",
     "engines",
     "head",
     "head_params",
@@ -31,12 +36,18 @@ __all__ = [
     "load",
     "log_sum_exp",
     "masks",
+    "merge",
+    "merge_vjp",
     "mha",
     "mha_vjp",
+    "norms",
     "npz",
     "ops",
+    "packing",
     "params",
+    "rotary",
     "save",
+    "seeded",
     "self_attention",
     "self_attention_vjp",
     "sizes",
