@@ -4,11 +4,12 @@ Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H quer
 width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
+from functools import singledispatch
 from typing import Any
 
 from . import tree
 from ._bias import bias_of_heads, on_bias
-from ._doors import values_of
+from ._doors import blank, values_of
 from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
 from ._xp import Array, namespace, narrow, widen
@@ -26,8 +27,10 @@ from .heads import (
     recall,
 )
 from .mha import GroupCache, MhaCache
+from .ops import AttentionCache
 from .params import SPEC, Params, group_params
 from .rotary import rotate
+from .tiled.attention import AttentionCache as TiledCache
 
 
 def mha_jvp(
@@ -52,7 +55,8 @@ def mha_jvp(
     for (heads, out), kv, h in head_ranges(cache):
         group_dot = None if params_dot is None else group_params(params_dot, *kv)
         bias_h = bias_of_heads(bias_dot, h)
-        o_dot, lse_dot = attend_jvp(recall(heads), group_dot, query_dot, key_dot, value_dot, bias_h)
+        heads = recall(heads)
+        o_dot, lse_dot = attend_jvp(heads, group_dot, *visible_inputs(heads, query_dot, key_dot, value_dot), bias_h)
         y_dot = combine_jvp(out, None if group_dot is None else group_dot["out_proj"], o_dot, onto=y_dot)
         lse_dots.append(lse_dot)
     return narrow(y_dot, dtype), narrow(namespace(y_dot).concat(lse_dots, axis=-2), dtype)
@@ -146,6 +150,36 @@ def head_ranges(cache: MhaCache) -> list[tuple[Any, tuple[int, int], slice]]:
         found.append((group, (kv, kv + K), slice(h, h + H)))
         kv, h = kv + K, h + H
     return found
+
+
+def visible_inputs(
+    cache: AttendCache, query_dot: Array, key_dot: Array, value_dot: Array
+) -> tuple[Array, Array, Array]:
+    """The tangents with 0 at the keys that no head of the group sees, whatever is there."""
+    seen = seen_keys(cache.attention)
+    if seen is None:
+        return query_dot, key_dot, value_dot
+    seen = seen[..., : cache.k.x.shape[-2]]
+    key_dot, value_dot = (
+        None if x is None else blank(x[..., None, :, :], seen)[..., 0, :, :] for x in (key_dot, value_dot)
+    )
+    return query_dot, key_dot, value_dot
+
+
+@singledispatch
+def seen_keys(cache: Any) -> Array:
+    """Booleans (..., H or 1, ·, S'), over whose rows `any` says which keys are seen; or None for all"""
+    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+
+
+@seen_keys.register
+def _(cache: AttentionCache) -> Array:
+    return cache.p != 0
+
+
+@seen_keys.register
+def _(cache: TiledCache) -> Array:
+    return None if cache.mask is None else cache.mask.seen(cache.q.shape[-2], cache.k.shape[-2])
 
 
 def wide(params_dot: Params | None, *dots: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import oracles
@@ -10,20 +11,32 @@ import torch
 from hypothesis import assume, given
 from test_forward import (
     EVERYTHING,
+    EVERYTHING_MHA,
+    MHA_EDGES,
     MODERATE,
     close,
     like,
     numbers,
     on_edges,
+    on_mha_edges,
     other,
     same_inner_product,
 )
 
-from funcmha import attention, attention_vjp, ops
+from funcmha import attention, attention_vjp, mha, mha_vjp, ops, tree
 from funcmha.engines import REFERENCE
 from funcmha.forward import attention_jvp
+from funcmha.forward_mha import mha_jvp
 from funcmha.second import attention_vjp_jvp
-from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
+from funcmha.second_mha import mha_vjp_jvp
+from funcmha.testing.strategies import (
+    MODERN,
+    MODERN_MHA,
+    AttentionProblem,
+    MhaProblem,
+    attention_problems,
+    mha_problems,
+)
 from funcmha.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -202,3 +215,123 @@ def test_refusals_at_second_order(change, error, message):
         attention_vjp_jvp(cache, *given_.values(), **keywords)
     with pytest.raises(TypeError, match="cache must come from an attention of funcmha, got int"):
         attention_vjp_jvp(3, do)
+
+
+# ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def double_mha(engine, problem):
+    """The problem, without a cap where the engine cannot take it, and what `double` gives of it"""
+    problem = problem if has_cap(engine) else replace(problem, cap=None)
+    (dy, _, dlse), (dy_dot, _, dlse_dot) = problem.cotangents("float64"), other(problem).cotangents("float64")
+    _, cache = mha(*problem.inputs("float64"), **problem.static())
+    return problem, cache, (dy, dy_dot), (dlse, dlse_dot), other(problem).inputs("float64")
+
+
+def sorted_numbers(x):
+    """`numbers` with the leaves of a tree in the order of their names."""
+    params, *others = x
+    flat = tree.flatten(params)
+    return [flat[leaf] for leaf in sorted(flat)] + numbers(tuple(others))
+
+
+def sorted_tree(x):
+    params, *others = x
+    flat = tree.flatten(params)
+    return tree.unflatten({leaf: flat[leaf] for leaf in sorted(flat)}), *others
+
+
+@pytest.mark.parametrize("problem", MHA_EDGES)
+def test_mha_vjp_jvp_is_torch(each_engine, problem):
+    problem, cache, (dy, dy_dot), (dlse, dlse_dot), dots = double_mha(each_engine, problem)
+    got, static = mha_vjp_jvp(cache, dy, dy_dot, *dots, dlse=dlse, dlse_dot=dlse_dot), problem.static()
+    want = torch_second(
+        lambda *x: finite_lse(oracles.mha(*x, **static)),
+        sorted_tree(problem.inputs("float64")),
+        sorted_tree(dots),
+        (dy, dlse),
+        (dy_dot, dlse_dot),
+    )
+    for a, b in zip(sorted_numbers(got), want, strict=True):
+        close(a, b)
+
+
+@given(problem=mha_problems(**(MODERN | MODERN_MHA | {"gain": st.just(1.0), "family": st.just("normal")})))
+@on_mha_edges
+def test_the_hessian_of_mha_is_symmetric(each_engine, problem):
+    problem, cache, (dy, _), (dlse, _), u = double_mha(each_engine, problem)
+    v = other(other(problem)).inputs("float64")
+    hu, hv = (mha_vjp_jvp(cache, dy, None, *x, dlse=dlse) for x in (u, v))
+    pairs = ((sorted_numbers(a), sorted_numbers(b)) for a, b in ((u, hv), (v, hu)))
+    same_inner_product(*(list(zip(*pair, strict=True)) for pair in pairs), bar=1e-12)
+
+
+@pytest.mark.parametrize("given_", [(0,), (1,), (2, 3), (4,), ()])
+def test_no_tangent_of_mha_is_a_tangent_of_zeros_at_second_order(each_engine, given_):
+    for problem in MHA_EDGES[:3]:
+        problem, cache, (dy, dy_dot), _, dots = double_mha(each_engine, problem)
+        some = [x if i in given_ else None for i, x in enumerate(dots)]
+        zeros = [x if i in given_ else like(x, map(np.zeros_like, numbers(x))) for i, x in enumerate(dots)]
+        got, want = mha_vjp_jvp(cache, dy, None, *some), mha_vjp_jvp(cache, dy, 0 * dy, *zeros)
+        for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
+            close(a, b)
+        plain = sorted_numbers(mha_vjp_jvp(cache, dy, dy_dot))
+        for a, b in zip(plain, sorted_numbers(mha_vjp(cache, dy_dot)), strict=True):
+            close(a, b)
+
+
+@pytest.mark.parametrize("garbage", [np.inf, np.nan])
+def test_a_tangent_of_an_input_that_nobody_sees_has_no_effect(garbage):
+    problem, seen = MhaProblem(norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
+    params_dot, query_dot, *dots, _ = other(problem).inputs("float64")
+    dy, *_ = problem.cotangents("float64")
+    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": np.broadcast_to(seen, (5, 7))})
+    hidden, spoilt = ([np.where(seen[:, None], x, value) for x in dots] for value in (0.0, garbage))
+    got, want = (mha_vjp_jvp(cache, dy, dy, params_dot, query_dot, *x) for x in (spoilt, hidden))
+    for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(*(mha_jvp(cache, params_dot, query_dot, *x) for x in (spoilt, hidden)), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_second_order_of_mha_in_every_array_library_is_the_same(xp):
+    problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
+    problem, cache, (dy, dy_dot), _, dots = double_mha(REFERENCE, problem)
+    want, static = mha_vjp_jvp(cache, dy, dy_dot, *dots), problem.static()
+    static["keep"] = xp.to(static["keep"])
+    _, cache = mha(*map(xp.tree, problem.inputs("float64")), **static, engine=REFERENCE)
+    got = mha_vjp_jvp(cache, xp.to(dy), xp.to(dy_dot), *map(xp.tree, dots))
+    for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
+        assert type(a) is type(xp.to(b))
+        close(xp.back(a), b)
+
+
+def test_half_types_of_mha_are_rounded_once_at_second_order():
+    problem = replace(MHA_EDGES[1], cap=None)
+    groups = (problem.inputs(np.float16), other(problem).inputs(np.float16), problem.cotangents(np.float16)[:1])
+    wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
+    got, want = (
+        mha_vjp_jvp(mha(*inputs, **problem.static())[1], dy, dy, *dots) for inputs, dots, (dy,) in (groups, wide)
+    )
+    for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
+        assert a.dtype == np.float16
+        assert np.array_equal(a, b.astype(np.float16))
+
+
+def test_refusals_of_mha_at_second_order():
+    (params, *inputs, _), (dy, _, dlse) = MhaProblem().inputs("float64"), MhaProblem().cotangents("float64")
+    _, cache = mha(params, *inputs)
+    with pytest.raises(ValueError, match=r"dy must be \(..., T, O\)"):
+        mha_vjp_jvp(cache, dy[0])
+    with pytest.raises(ValueError, match=r"dy_dot must be \(..., T, O\) = \(2, 5, 29\) as dy is, got \(5, 29\)"):
+        mha_vjp_jvp(cache, dy, dy[0])
+    with pytest.raises(ValueError, match=r"dlse_dot must be \(..., H, T\)"):
+        mha_vjp_jvp(cache, dy, dy, dlse_dot=dlse[0])
+    with pytest.raises(ValueError, match=r"dlse must be \(..., H, T\)"):
+        mha_vjp_jvp(cache, dy, dy, dlse=dlse[0])
+    with pytest.raises(TypeError, match="the tangents of the inputs must have dtype float32 as dy has, got float64"):
+        mha_vjp_jvp(cache, dy.astype(np.float32), None, params)
+    with pytest.raises(ValueError, match="query_dot must be"):
+        mha_vjp_jvp(cache, dy, dy, params, inputs[0][0])
+    with pytest.raises(TypeError, match="cache must come from mha, got tuple"):
+        mha_vjp_jvp((), dy)

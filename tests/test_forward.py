@@ -298,7 +298,7 @@ MHA_EDGES = (
     EVERYTHING_MHA,
     replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, norm="rms", turned="interleaved of some", Ck=17, Cv=17),
     replace(EVERYTHING_MHA, norm="l2", bias="1 T+S-1", biases=False),
-    replace(EVERYTHING_MHA, T=65, S=64, Cq=2, Ck=3, Cv=2),  # where q, k and v are made again
+    replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are made again
     MhaProblem(K=3, G=2, mask="empty rows", zero_attn=True),
 )
 

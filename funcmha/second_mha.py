@@ -1,0 +1,250 @@
+"""Second order of multi-head attention: `mha_vjp` differentiated forwards, group after group, line by line.
+
+Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H query heads, K key/value heads, D query/key
+width, E value width, O output width, C input width; `...` is batch. Parameters: `funcmha.params.SPEC`.
+"""
+
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+from . import _check
+from ._bias import Bias, bias_of_heads, join_biases
+from ._doors import values_of
+from ._qk import ReadyCache, heads_first, heads_last, ready_vjp
+from ._tangents import check_tangent, one_dtype
+from ._xp import Array, namespace, widen
+from .biases import Relative
+from .forward import attention_jvp, norm_jvp
+from .forward_mha import check_mha_tangents, head_ranges, inner_tangents, project_jvp, visible_inputs, wide
+from .heads import (
+    AttendCache,
+    CombineCache,
+    ProjectCache,
+    _engine,
+    _group,
+    _stacked,
+    combine_vjp,
+    extend_scores,
+    extend_scores_vjp,
+    extend_vjp,
+    recall,
+)
+from .mha import MhaCache, _narrow
+from .norms import L2NormCache, LayerNormCache, RmsNormCache, _mean, _row_sum, l2_norm_vjp, layer_norm_vjp, rms_norm_vjp
+from .params import Params, group_params, join_groups
+from .rotary import rotate_vjp
+from .second import attention_vjp_jvp
+
+
+def mha_vjp_jvp(
+    cache: MhaCache,
+    dy: Array,
+    dy_dot: Array = None,
+    params_dot: Params | None = None,
+    query_dot: Array = None,
+    key_dot: Array = None,
+    value_dot: Array = None,
+    bias_dot: Array | Relative = None,
+    /,
+    *,
+    dlse: Array = None,
+    dlse_dot: Array = None,
+) -> tuple[Any, ...]:
+    """ḋparams, ḋquery, ḋkey, ḋvalue, ḋbias: the tangents of `mha_vjp`
+    from those of its inputs: of dy (..., T, O), the parameters, query, key, value, bias and, where given, of dlse
+    (..., H, T)
+
+    For the product of a loss's Hessian and a direction, dy_dot is the loss's own Hessian times `mha_jvp` of it.
+    """
+    given = check_mha_tangents(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
+    _check_cotangents(cache, dy, dy_dot, dlse, dlse_dot, given)
+    params_dot, *inputs_dot, bias_dot = wide(params_dot, query_dot, key_dot, value_dot, bias_dot)
+    g, dlse, dlse_dot = widen(dy), widen(dlse), widen(dlse_dot)
+    g_dot = namespace(g).zeros_like(g) if dy_dot is None else widen(dy_dot)
+    groups, inputs, biases = [], [], []
+    for (heads, out), kv, h in head_ranges(cache):
+        group_dot = None if params_dot is None else group_params(params_dot, *kv)
+        lses = (None if a is None else a[..., h, :] for a in (dlse, dlse_dot))
+        x = _Moves.of(recall(heads), group_dot, inputs_dot, bias_of_heads(bias_dot, h), *lses)
+        dout_dot, do, do_dot = combine_vjp_jvp(out, g, g_dot, None if group_dot is None else group_dot["out_proj"], x)
+        dgroup_dot, dxs_dot, dbias_dot = attend_vjp_jvp(x, do, do_dot)
+        groups.append(dgroup_dot | {"out_proj": dout_dot})
+        inputs.append(dxs_dot)
+        biases.append(dbias_dot)
+    dxs = (sum(parts[1:], parts[0]) for parts in zip(*inputs, strict=True))
+    return _narrow((join_groups(groups), *dxs, join_biases(cache.bias, biases)), dy)
+
+
+class _Moves(NamedTuple):
+    """A group of heads with the tangents of all that goes into it, 0 at the keys that none of the group sees."""
+
+    cache: AttendCache  # recalled
+    params: Params  # of this group; empty where they do not move
+    query: Array  # (..., T, Cq) or None
+    key: Array  # (..., S, Ck) or None
+    value: Array  # (..., S, Cv) or None
+    q: Array  # (..., H, T, D) or None, of what the attention takes
+    k: Array  # (..., K, S', D) or None
+    v: Array  # (..., K, S', E) or None
+    bias: Bias
+    sink: Array  # (H,) or None
+    dlse: Array  # (..., H, T) or None
+    dlse_dot: Array  # (..., H, T) or None
+
+    @staticmethod
+    def of(
+        cache: AttendCache, params: Params | None, inputs: list[Array], bias: Bias, dlse: Array, dlse_dot: Array
+    ) -> "_Moves":
+        S, (query, key, value) = cache.k.x.shape[-2], visible_inputs(cache, *inputs)
+        inner = inner_tangents(cache, params, query, key, value)
+        bias = extend_scores(bias, S, cache.attention.k.shape[-2] - S, 0.0)
+        sink = None if params is None or "sink" not in params else params["sink"]["w"]
+        return _Moves(cache, params or {}, query, key, value, *inner, bias, sink, dlse, dlse_dot)
+
+    @property
+    def inner(self) -> tuple[Any, ...]:
+        """The tangents of what the attention takes."""
+        return self.q, self.k, self.v, self.bias, self.sink
+
+
+# ── from the bottom up ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def combine_vjp_jvp(
+    cache: CombineCache, dy: Array, dy_dot: Array, params_dot: Params | None, x: _Moves
+) -> tuple[Params, Array, Array]:
+    """ḋw = Σ ḋy oᵀ + dy ȯᵀ     ḋb = Σ ḋy        and do, ḋo = ḋy w + dy ẇ"""
+    _, do = combine_vjp(cache, dy)
+    dparams, do_dot = combine_vjp(cache, dy_dot)
+    o_dot, _ = attention_jvp(x.cache.attention, *x.inner)
+    w_dot = namespace(dy).zeros_like(cache.w) if params_dot is None else params_dot["w"]
+    more, do_more = combine_vjp(cache._replace(o=heads_last(o_dot), w=w_dot, b=None), dy)  # it is linear in o and in w
+    return _group(dparams["w"] + more["w"], dparams.get("b")), do, do_dot + do_more
+
+
+def attend_vjp_jvp(x: _Moves, do: Array, do_dot: Array) -> tuple[Params, tuple[Array, ...], Bias]:
+    """ḋparams, (ḋquery, ḋkey, ḋvalue), ḋbias: `attend_vjp` and its tangents side by side"""
+    cache, S = x.cache, x.cache.k.x.shape[-2]
+    do, do_dot = heads_first(do), heads_first(do_dot)
+    dq, dk, dv, _, _ = _engine(cache).attention_vjp(cache.attention, do, dlse=x.dlse)
+    *dots, dbias_dot, dsink_dot = attention_vjp_jvp(
+        cache.attention, do, do_dot, *x.inner, dlse=x.dlse, dlse_dot=x.dlse_dot
+    )
+    dq, dk, dv, dq_dot, dk_dot, dv_dot = map(heads_last, (dq, dk, dv, *dots))
+    dbias_dot = extend_scores_vjp(S, dk.shape[-3] - S, cache.bias, dbias_dot)
+    (dk, _), (dv, _) = (extend_vjp(S, None, a) for a in (dk, dv))
+    dk_dot, drow_k = extend_vjp(S, cache.bias_kv["k"], dk_dot)
+    dv_dot, drow_v = extend_vjp(S, cache.bias_kv["v"], dv_dot)
+    dparams: Params = {}
+    dq, dq_dot, dq_norm = _ready(cache.q, cache.q_ready, dq, dq_dot, x.params, "q", x.query)
+    dk, dk_dot, dk_norm = _ready(cache.k, cache.k_ready, dk, dk_dot, x.params, "k", x.key)
+    dparams["q_proj"], dquery_dot = project_vjp_jvp(cache.q, dq, dq_dot, x.params.get("q_proj"), x.query)
+    dparams["k_proj"], dkey_dot = project_vjp_jvp(cache.k, dk, dk_dot, x.params.get("k_proj"), x.key)
+    dparams["v_proj"], dvalue_dot = project_vjp_jvp(cache.v, dv, dv_dot, x.params.get("v_proj"), x.value)
+    if drow_k is not None:
+        dparams["bias_kv"] = {"k": drow_k, "v": drow_v}
+    if dsink_dot is not None:
+        dparams["sink"] = {"w": dsink_dot}
+    dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
+    return dparams, (dquery_dot, dkey_dot, dvalue_dot), dbias_dot
+
+
+def project_vjp_jvp(
+    cache: ProjectCache, dy: Array, dy_dot: Array, params_dot: Params | None, x_dot: Array
+) -> tuple[Params, Array]:
+    """ḋw = Σ ḋy xᵀ + dy ẋᵀ     ḋb = Σ ḋy        and ḋx = ḋy w + dy ẇ"""
+    reshape, zeros = namespace(dy).reshape, namespace(dy).zeros_like
+    flat = (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])
+    w_dot = zeros(cache.w) if params_dot is None else params_dot["w"]
+    moved = cache._replace(x=zeros(cache.x) if x_dot is None else x_dot, w=w_dot, b=None)
+    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy_dot, flat))
+    dx_more, dw_more, _ = _engine(cache).linear_vjp(_stacked(moved), reshape(dy, flat))
+    db = None if db is None else reshape(db, cache.b.shape)
+    return _group(reshape(dw + dw_more, cache.w.shape), db), dx + dx_more
+
+
+def _ready(
+    projected: ProjectCache, cache: ReadyCache, dy: Array, dy_dot: Array, params: Params, which: str, x_dot: Array
+) -> tuple[Array, Array, Params]:
+    """dx, ḋx, ḋparams of what is done between projection and attention: a rotation is linear, a norm is not"""
+    dx, _ = ready_vjp(cache, dy)
+    if cache.rotary is not None:
+        (dy,), (dy_dot,) = (rotate_vjp(cache.rotary, heads_first(g)) for g in (dy, dy_dot))
+        dy, dy_dot = heads_last(dy), heads_last(dy_dot)
+    if cache.norm is None:
+        return dx, dy_dot, {}
+    x_dot = project_jvp(projected, params.get(f"{which}_proj"), x_dot)
+    x_dot = namespace(dy).zeros_like(dy) if x_dot is None else x_dot
+    _, normed = cache.norm.apply(cache.x, cache.w)
+    dx_dot, dw_dot, db_dot = norm_vjp_jvp(normed, dy, dy_dot, x_dot, params.get(f"{which}_norm", {}).get("w"))
+    return dx, dx_dot, {leaf: g for leaf, g in (("w", dw_dot), ("b", db_dot)) if g is not None}
+
+
+# ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@singledispatch
+def norm_vjp_jvp(cache: Any, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
+    """ḋx = J ġ − (ṅ ⟨n, g⟩ + n ⟨ṅ, g⟩ + J g ⟨n, ẋ⟩) / root     ḋw = Σ ṅ dy + n ḋy     ḋb = Σ ḋy
+
+    With g = w dy, and so ġ = w ḋy + ẇ dy; J = ∂n/∂x, which is symmetric; ⟨·,·⟩ the mean over D, but for `l2_norm` the
+    sum, and 0 where the norm is below its floor: J g = (g − n ⟨n, g⟩) / root differentiated, with root˙ = ⟨n, ẋ⟩.
+    """
+    raise TypeError(f"cache must come from a norm of funcmha.norms, got {type(cache).__name__}")
+
+
+@norm_vjp_jvp.register
+def _(cache: RmsNormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
+    n, root, unit, w = cache
+    plain, (g, g_dot) = cache._replace(w=None), _through(w, w_dot, dy, dy_dot)
+    n_dot, (j_g, _), (j_g_dot, _) = norm_jvp(plain, x_dot), rms_norm_vjp(plain, g), rms_norm_vjp(plain, g_dot)
+    bent = n_dot * _mean(n * g) + n * _mean(n_dot * g) + j_g * _mean(n * x_dot)
+    return j_g_dot - bent / root / unit, None if w is None else _row_sum(n_dot * dy + n * dy_dot, w), None
+
+
+@norm_vjp_jvp.register
+def _(cache: LayerNormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
+    n, root, unit, scale, w, b = cache
+    plain, (g, g_dot) = cache._replace(w=None, b=None), _through(w, w_dot, dy, dy_dot)
+    n_dot, (j_g, *_), (j_g_dot, *_) = norm_jvp(plain, x_dot), layer_norm_vjp(plain, g), layer_norm_vjp(plain, g_dot)
+    bent = n_dot * _mean(n * g) + n * _mean(n_dot * g) + j_g * _mean(n * x_dot)
+    dw_dot = None if w is None else _row_sum(n_dot * dy + n * dy_dot, w)
+    return j_g_dot - bent / root / unit * scale, dw_dot, None if b is None else _row_sum(dy_dot, b)
+
+
+@norm_vjp_jvp.register
+def _(cache: L2NormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
+    (y, root, unit, below), xp = cache, namespace(dy)
+
+    def along(a: Array, b: Array) -> Array:
+        return xp.where(below, 0.0, xp.sum(a * b, axis=-1, keepdims=True))
+
+    (y_dot,), (j_g,), (j_g_dot,) = (l2_norm_vjp(cache, a) for a in (x_dot, dy, dy_dot))
+    bent = y_dot * along(y, dy) + y * along(y_dot, dy) + j_g * along(y, x_dot)
+    return j_g_dot - bent / root / unit, None, None
+
+
+def _through(w: Array, w_dot: Array, dy: Array, dy_dot: Array) -> tuple[Array, Array]:
+    """g = w dy     ġ = w ḋy + ẇ dy"""
+    if w is None:
+        return dy, dy_dot
+    return w * dy, w * dy_dot if w_dot is None else w * dy_dot + w_dot * dy
+
+
+# ── the door ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_cotangents(
+    cache: MhaCache, dy: Array, dy_dot: Array, dlse: Array, dlse_dot: Array, given: list[Any]
+) -> None:
+    out = cache.groups[0].out
+    like, (*batch, T, _, _) = out.o, out.o.shape
+    H = sum(group.out.o.shape[-2] for group in cache.groups)
+    y, lse = (*batch, T, out.w.shape[0]), (*batch, H, T)
+    _check.one_dtype([("dy", dy)])
+    one_dtype([("dy", dy), ("dy_dot", dy_dot), ("dlse", dlse), ("dlse_dot", dlse_dot)])
+    one_dtype([("dy", dy), *(("the tangents of the inputs", values_of(x)) for x in given)])
+    _check.cotangent("dy", dy, y, like, "... T O")
+    _check.cotangent("dlse", dlse, lse, like, "... H T", optional=True)
+    check_tangent("dy_dot", dy_dot, y, like, "... T O")
+    check_tangent("dlse_dot", dlse_dot, lse, like, "... H T")
