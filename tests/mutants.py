@@ -436,6 +436,82 @@ softmax: a mask of any shape is taken
 - axes.broadcast("where", _check.shape_of(where), "... S")
 + pass
 
+# test_ops.py::test_attention_is_torch
+
+softmax: the sink is not in the sum
+- + e_sink
++ + 0 * e_sink
+
+softmax gradient: the sink's share of the shift is forgotten
+- r = r if p_sink is None else r + m * p_sink[..., None]
++ r = r
+
+softmax gradient: the sink's gradient keeps the shift
+- p_sink * (r - m)[..., 0]
++ p_sink * r[..., 0]
+
+softmax gradient: no keys, and no gradient of the sink
+- else p_sink * dlse
++ else 0 * p_sink
+
+attention: the sink's gradient is that of the last query
+- unbroadcast(xp.sum(drows, axis=-1), sink.shape)
++ unbroadcast(drows[..., -1] if drows.shape[-1] else xp.sum(drows, axis=-1), sink.shape)
+
+attention: the gradient does not know of the cap
+- du = dz if slope is None else dz * slope
++ du = dz
+
+attention: the gradient of the bias goes through the cap
+- dense_bias_vjp(bias, dz)
++ dense_bias_vjp(bias, dz if slope is None else dz * slope)
+
+soft cap: the slope is not squared
+- 1 - t * t
++ 1 - t
+
+soft cap: not multiplied by the cap
+- return cap * t,
++ return t,
+
+per head: all have the number of the first
+- [:, None, None]
++ [:1, None, None]
+
+# test_modern.py::test_a_sink_far_above_all_scores_takes_all
+
+softmax: the sink has no part in the shift
+- top = top if sink is None else xp.where(sink > top, sink, top)
++ top = top
+
+# test_modern.py::test_options_of_each_head_do_not_widen_what_is_computed
+
+per head: float64 options widen float32
+- namespace(q).astype(from_host(x, q), q.dtype)[
++ from_host(x, q)[
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+cut_heads: all have the first sinks
+- None if sink is None else sink[h]
++ None if sink is None else sink[slice(h.stop - h.start)]
+
+cut_heads: all have the first scales
+- scale if isinstance(scale, float) else scale[h, ...]
++ scale if isinstance(scale, float) else scale[: h.stop - h.start, ...]
+
+cut_heads: all have the first slopes
+- of_heads(slope, h)
++ of_heads(slope, slice(h.stop - h.start))
+
+cut_heads: all drop what the first drop
+- of_heads(keep, h)
++ of_heads(keep, slice(h.stop - h.start))
+
+cut_heads: keys by the query head
+- k[..., kv, :, :]
++ k[..., h.start : h.start + kv.stop - kv.start, :, :]
+
 ## _doors.py
 # test_ops.py::test_attention_is_torch
 
@@ -541,6 +617,54 @@ blank: a key that some head of the group may not see is blanked for all of it
 - xp.any(xp.reshape(seen
 + xp.all(xp.reshape(seen
 
+# test_modern.py::test_attention_refuses_options_by_name
+
+per head: a cap may be 0
+- and value <= 0:
++ and value < 0:
+
+per head: one of the caps may be 0
+- np.all(numbers > 0)
++ np.any(numbers > 0)
+
+per head: any number of numbers is taken
+- numbers.shape != (axes["H"],)
++ numbers.ndim != 1
+
+per head: NaN is taken
+- not np.all(np.isfinite(numbers)) or (
++ (
+
+attention: a rate beside that of a seed is taken
+- if _check.number("rate", rate) not in (0.0, keep.rate):
++ if False:
+
+attention: a sink of any shape is taken
+- axes("sink", sink, "H") if head else axes("sink", sink, "")
++ pass
+
+attention: a sink of another dtype is taken
+- , ("sink", sink)]
++ ]
+
+attention: the numbers of a relative bias may be of another dtype
+- ("bias", values_of(bias))
++ ("bias", None if isinstance(bias, Relative) else bias)
+
+attention: a relative bias of any length is taken
+- check_relative("bias", bias, axes["T"], axes["S"])
++ pass
+
+attention: a relative bias of any number of heads is taken
+- axes.broadcast("bias.values", tuple(bias.values.shape), scores.replace("T S", "T+S-1"))
++ pass
+
+# test_modern.py::test_options_of_each_head_do_not_widen_what_is_computed
+
+per head: a number is a float64
+- value = None if x is None else _check.number(name, x)
++ value = None if x is None else np.float64(_check.number(name, x))
+
 ## _bias.py
 # test_ops.py::test_attention_is_torch
 
@@ -561,6 +685,46 @@ heads: the bias gradient of each head lands before the batch
 heads: a bias without a head axis is that of some queries
 - bias is None or bias.ndim < 3
 + bias is None or bias.ndim < 2
+
+# test_ops.py::test_attention_is_torch
+
+relative: the gradient is not summed over what shares it
+- Relative(unbroadcast(biases.diagonal_sums(dz), tuple(bias.values.shape)))
++ Relative(biases.diagonal_sums(dz))
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+relative: all heads have the bias of the first
+- bias.values[..., h, :]
++ bias.values[..., : h.stop - h.start, :]
+
+relative: one that heads share is cut
+- and bias.values.shape[-2] > 1
++ and bias.values.shape[-2] > 0
+
+## _qk.py
+# test_mha.py::test_all_that_modern_attention_does_is_torch
+
+ready: turned before it is normalised
+- if norm is not None:
+-         y, _ = norm.apply(x, params)
+-     if rotary is not None:
+-         y, turned = rotate(heads_first(y), rotary=rotary)
+-         y = heads_last(y)
++ if rotary is not None:
++         y, turned = rotate(heads_first(y), rotary=rotary)
++         y = heads_last(y)
++     if norm is not None:
++         y, _ = norm.apply(y, params)
+
+ready: gradients are not turned back
+- (dy,) = rotate_vjp(cache.rotary, heads_first(dy))
+-         dy = heads_last(dy)
++ pass
+
+ready: the gradient passes by the norm
+- return cache.norm.apply_vjp(normed, dy)
++ return dy, cache.norm.apply_vjp(normed, dy)[1]
 
 ## heads.py
 # test_mha.py::test_mha_is_torch
@@ -661,14 +825,6 @@ heads: key and value gradients exchanged
 - if g}, dxs, dbias
 + if g}, (dxs[0], *dxs[:0:-1]), dbias
 
-heads: the learned value is a second learned key, where their shapes allow it
-- extend(v, bias_kv["v"], x.zero_attn)
-+ extend(v, bias_kv["v" if bias_kv["v"] is None or k.shape[-1] != v.shape[-1] else "k"], x.zero_attn)
-
-heads: all have the bias of the first
-- bias_of_heads(cache.bias, h)
-+ bias_of_heads(cache.bias, slice(h.stop - h.start))
-
 heads: what is dropped is not made up for
 - rate=0.0 if isinstance(x.keep, Seeded) else x.rate
 + rate=0.0
@@ -690,6 +846,88 @@ self-attention: the gradient through the keys is forgotten
 self-attention: the gradient through the queries is forgotten
 - w = xp.concat([part.w for part in parts])
 + w = xp.concat([0 * parts[0].w, parts[1].w, parts[2].w])
+
+# test_mha.py::test_all_that_modern_attention_does_is_torch
+
+heads: keys are turned like queries, where there are as many
+- rotary=x.rotary[1])
++ rotary=x.rotary[query.shape[-2] != key.shape[-2]])
+
+heads: keys are normalised with the weights of queries
+- params.get("k_norm", {})
++ params.get("q_norm", {})
+
+heads: the cap is forgotten
+- cap=x.cap,
++ cap=None,
+
+heads: the sinks have no gradient
+- dparams["sink"] = {"w": dsink}
++ dparams["sink"] = {"w": 0 * dsink}
+
+# test_modern.py::test_projections_made_again_are_those_that_were_kept
+
+recall: queries and keys are not turned again
+- rotary = None if cache.rotary is None else cache.rotary.rotary
++ rotary = None
+
+recall: queries and keys are not normalised again
+- ready(x, cache.w, norm=cache.norm, rotary=rotary)
++ ready(x, cache.w, norm=None, rotary=rotary)
+
+recall: the norm has no projections to go back through
+- cache._replace(q_ready=q_ready, k_ready=k_ready, attention=kept)
++ cache._replace(attention=kept)
+
+heads: appended keys are not projected again
+- if extra == 0 and cheap(
++ if cheap(
+
+# test_modern.py::test_projections_are_made_again_where_attention_costs_twenty_times_as_much
+
+cheap: whatever the keys
+- min(T, S) >= 16
++ T >= 16
+
+cheap: always
+- return min(T, S) >= 16 * width
++ return True
+
+cheap: never
+- return min(T, S) >= 16 * width
++ return False
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+cut: all have the first normalised queries
+- x=cache.x[..., heads, :]
++ x=cache.x[..., : heads.stop - heads.start, :]
+
+cut: each group has the output's bias
+- b if h.start == 0 else None
++ b
+
+cut: learned keys of the first heads
+- a[kv, ...] for leaf
++ a[slice(kv.stop - kv.start), ...] for leaf
+
+# test_modern.py::test_biases_of_some_projections_of_one_input
+
+self-attention: no bias unless all have one
+- if any(part.b is not None for part in parts):
++ if all(part.b is not None for part in parts):
+
+# test_mha.py::test_self_attention_sums_the_three_gradients
+
+self-attention: all weights have the gradient of the first rows
+- stop = rows.stop
++ stop = 0
+
+# test_modern.py::test_learned_keys_are_not_learned_values_where_they_have_one_width
+
+heads: the learned value is a second learned key, where their shapes allow it
+- extend(v, bias_kv["v"], x.zero_attn)
++ extend(v, bias_kv["v" if bias_kv["v"] is None or k.shape[-1] != v.shape[-1] else "k"], x.zero_attn)
 
 ## tiled/tiles.py
 # test_tiled.py::test_many_tiles_are_the_reference
@@ -756,6 +994,56 @@ tiles: the mean cotangent is not divided by the sum
 - e, dweights) * x.inverse[:, 0]
 + e, dweights)
 
+# test_ops.py::test_attention_is_torch
+
+tiles: the sink is not in the sum
+- total += of_sink(head, shift)
++ pass
+
+tiles: the gradient does not know of the cap
+- du = dz if slope is None else np.multiply(dz, slope, out=slope)
++ du = dz
+
+tiles: dk with the cap in units of log 2
+- LN2 if head.cap is None else head.cap
++ LN2
+
+tiles: a relative bias is read as if there were as many queries as keys
+- toeplitz(self.bias, tile.rows, tile.cols, len(self.q))
++ toeplitz(self.bias, tile.rows, tile.cols, (len(self.bias) + 1) // 2)
+
+# test_modern.py::test_a_sink_far_above_all_scores_takes_all
+
+tiles: the guess does not know of the sink
+- least = 0.0 if head.sink is None else LOG2E * head.sink - BOUND
++ least = 0.0
+
+# test_modern.py::test_a_sink_far_above_scores_that_are_far_below_their_bound
+
+tiles: the maximum does not know of the sink
+- -np.inf if head.sink is None else LOG2E * head.sink, q.dtype
++ -np.inf, q.dtype
+
+# test_modern.py::test_large_scores_under_a_cap
+
+tiles: the bound is that without a cap
+- m = m if head.cap is None else head.cap * LOG2E * np.minimum(m, 1.0)
++ m = m
+
+tiles: the slope is not squared
+- np.multiply(s, s, out=slope)
++ s
+
+# test_tiled.py::test_many_tiles_are_the_reference
+
+tiles: a quarter of a block is left out
+- for r in _halves(rows) for c in _halves(cols)
++ for r in _halves(rows) for c in _halves(cols)[: 1 + (r[0] == rows[0])]
+
+tiles: parts of a block are summed where it begins
+- slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0])
++ slice(0, tile.rows[1] - tile.rows[0])
+
 ## tiled/attention.py
 # test_ops.py::test_attention_is_torch
 
@@ -791,6 +1079,44 @@ tiled: groups are tiled
 - kv, keep = h // (self.q.shape[-3] // self.k.shape[-3]), self.keep
 + kv, keep = h % self.k.shape[-3], self.keep
 
+# test_ops.py::test_attention_is_torch
+
+tiled: the sink's gradient is that of the first sample
+- dsink.reshape(-1, dsink.shape[-1]).sum(axis=0)
++ dsink.reshape(-1, dsink.shape[-1])[:1].sum(axis=0)
+
+tiled: the sink's gradient is not divided by the sum
+- * self.inverse[at][:, 0]
++ * 1.0
+
+# test_mha.py::test_all_that_modern_attention_does_is_torch
+
+tiled: groups have the sinks of the first
+- cache.sink[h]
++ cache.sink[slice(h.stop - h.start)]
+
+tiled: groups have the scales of the first
+- cache.scale[h]
++ cache.scale[slice(h.stop - h.start)]
+
+tiled: groups have the caps of the first
+- cache.cap[h]
++ cache.cap[slice(h.stop - h.start)]
+
+tiled: groups have the seeds of the first
+- cache.keep.heads(h.start)
++ cache.keep
+
+tiled: groups have the masks of the first
+- cache.mask.heads(h.start, h.stop)
++ cache.mask.heads(0, h.stop - h.start)
+
+# test_mha.py::test_mha_is_torch
+
+tiled: groups have the bias of the first
+- bias_of_heads(cache.bias, h)
++ bias_of_heads(cache.bias, slice(h.stop - h.start))
+
 ## tiled/schedule.py
 # test_tiled.py::test_many_tiles_are_the_reference
 # test_ops.py::test_attention_is_torch
@@ -806,6 +1132,22 @@ schedule: a bias of all queries has the gradient of one tile
 schedule: a bias of all samples has the gradient of one head
 - i if n > 1 else 0 for i, n in zip(index
 + 0 for i, n in zip(index
+
+# test_ops.py::test_attention_is_torch
+
+relative: the gradient of the last tile only
+- whole[place][diagonals(rows, cols, self.T)] += sums
++ whole[place][diagonals(rows, cols, self.T)] = sums
+
+relative: tiles are kept, and added again in every step
+- self.given.clear()
++ pass
+
+# test_modern.py::test_a_relative_of_heads_without_a_batch
+
+relative: the heads of a bias without a batch are taken for its samples
+- outer = index[len(index) - (whole.ndim - 1) :]
++ outer = index[: whole.ndim - 1]
 
 ## tiled/threads.py
 # test_tiled.py::test_every_task_is_done_also_when_another_thread_finds_the_queue_empty_first
@@ -848,6 +1190,18 @@ tiled linear: dw of the last rows only
 tiled linear: db of the last rows only
 - db[:] += np.ones
 + db[:] = np.ones
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+tiled linear: y is written over what it is added to
+- y[i : i + ROWS], onto is not None)
++ y[i : i + ROWS], False)
+
+# test_mha.py::test_mha_is_torch
+
+tiled linear: dx is written over what it is added to
+- dx[i : i + ROWS], onto is not None)
++ dx[i : i + ROWS], False)
 
 ## mha.py
 # test_mha.py::test_mha_is_torch
@@ -919,10 +1273,6 @@ mha: keys of another batch are taken
 - axes("key", key, "... S Ck")
 + axes("key", key[(0,) * (key.ndim - 2)], "S Ck")
 
-mha: a bias of any shape is taken
-- check_bias(axes, bias, lead + "T S")
-+ pass
-
 mha: zero_attn may be anything
 - if not isinstance(zero_attn, bool):
 + if zero_attn is None:
@@ -962,6 +1312,80 @@ head: any dlse is taken
 self-attention: only the width of the queries is checked at its own door
 - for projection in ("Cq", "Ck", "Cv"):
 + for projection in ("Cq",):
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+groups: all have the mask of the first
+- x.mask.heads(h.start, h.stop)
++ x.mask.heads(0, h.stop - h.start)
+
+groups: all have the scales and caps of the first
+- isinstance(a, float) else a[h] for
++ isinstance(a, float) else a[: h.stop - h.start] for
+
+groups: all draw what the first draws
+- x.keep.heads(h.start)
++ x.keep
+
+groups: all drop what the first drops
+- of_heads(x.keep, h)
++ of_heads(x.keep, slice(h.stop - h.start))
+
+groups: all have the bias of the first
+- bias_of_heads(bias, h), _of_heads
++ bias_of_heads(bias, slice(h.stop - h.start)), _of_heads
+
+groups: only the last is put out
+- onto=y)
++ onto=None)
+
+pieces: each group counts from the first head
+- slice(stop + h.start, stop + h.stop)
++ h
+
+pieces: the weights of the groups come in reverse order
+- attention_weights(recall(heads).attention) for heads, _ in cache.groups]
++ attention_weights(recall(heads).attention) for heads, _ in cache.groups[::-1]]
+
+pieces: the lse of the groups come in reverse order
+- log_sum_exp(heads.attention) for heads, _ in cache.groups]
++ log_sum_exp(heads.attention) for heads, _ in cache.groups[::-1]]
+
+# test_modern.py::test_projections_that_are_kept_anyhow_are_made_for_all_heads_at_once
+
+groups: few heads at once where all are kept
+- if engine is not REFERENCE and not cheap(T, S, width):
++ if False:
+
+# test_modern.py::test_mha_refuses_options_by_name
+
+mha: a norm that leaves parameters unused is taken
+- if group in ("q_norm", "k_norm") and name not in used:
++ if False:
+
+mha: a norm may be a name
+- if norm is not None and not isinstance(norm, Norm):
++ if False:
+
+mha: a table of any positions is taken
+- table.cos.shape[-2] != axes[letter]
++ False
+
+mha: a table of any width is taken
+- 2 * table.cos.shape[-1] > axes["D"]
++ False
+
+mha: three tables are taken
+- if len(pair) != 2:
++ if len(pair) < 2:
+
+mha: a relative bias beside appended keys is taken
+- if extra and isinstance(bias, Relative):
++ if False:
+
+mha: a bias of any shape is taken
+- check_bias(axes, bias, lead + "T S")
++ pass
 
 ## params.py
 # test_params.py
@@ -1111,6 +1535,32 @@ params: mixed dtypes
 params: one head may have an output projection
 - if not leaf.startswith("out_proj")
 + if True
+
+# test_modern.py::test_groups_of_one_head_are_all_at_once
+
+group_params: the output's bias goes with each group
+- if leaf != "out_proj.b" or start == 0
++ if True
+
+group_params: groups begin one head early
+- {"H": slice(start * per_key_head, stop * per_key_head)
++ {"H": slice(max(start * per_key_head - 1, 0), max(stop * per_key_head - 1, 1))
+
+# test_mha.py::test_all_that_modern_attention_does_is_torch
+
+join_groups: what groups share has the gradient of the first
+- sum(parts[1:], parts[0]) if head is None
++ parts[0] if head is None
+
+join_groups: heads are joined along the first axis
+- concat(parts, axis=head)
++ concat(parts, axis=0)
+
+# test_modern.py::test_one_head_takes_what_mha_takes
+
+stack_head: what heads share is stacked too
+- a if SPEC[leaf] == HEAD_SPEC[leaf] else a[None, ...]
++ a[None, ...]
 
 ## tree.py
 # test_tree.py
@@ -1607,6 +2057,20 @@ masks: NumPy takes array & mask apart
 masks: always NumPy
 - return tile if like is None else from_host(tile, like)
 + return tile
+
+# test_modern.py::test_a_mask_of_some_heads
+
+heads: an array gives its first heads
+- Dense(self.array[..., heads, :, :])
++ Dense(self.array[..., : heads.stop - heads.start, :, :])
+
+heads: one head for all is cut
+- self.array.ndim > 2 and self.array.shape[-3] > 1 else self
++ self.array.ndim > 2 else self
+
+heads: the parts of an intersection keep all
+- part.heads(heads.start, heads.stop) for part
++ part for part
 
 ## npz.py
 # test_npz_refused.py::test_a_bad_file_is_refused

@@ -1,0 +1,369 @@
+"""What modern attention adds where it meets the rest: heads in groups, projections made again, extremes, refusals."""
+
+import importlib
+
+import numpy as np
+import pytest
+from test_mha import compare_with_torch
+from test_ops import close
+
+from funcmha import (
+    attention,
+    attention_vjp,
+    attention_weights,
+    head,
+    head_params,
+    head_vjp,
+    log_sum_exp,
+    masks,
+    mha,
+    mha_vjp,
+    self_attention,
+    self_attention_vjp,
+    tree,
+)
+from funcmha.biases import Relative, dense, diagonal_sums
+from funcmha.dropout import seeded
+from funcmha.engines import ENGINES, REFERENCE, TILED
+from funcmha.norms import L2, Rms
+from funcmha.rotary import frequencies, rotary
+from funcmha.testing.strategies import AttentionProblem, MhaProblem
+from funcmha.tiled import tiles
+
+MHA, HEADS = (importlib.import_module(f"funcmha.{name}") for name in ("mha", "heads"))  # as funcmha.mha is the function
+every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+
+
+def arrays_of(result):
+    """Every array of trees, biases and tuples, in order."""
+    if isinstance(result, dict):
+        return [a for leaf in result.values() for a in arrays_of(leaf)]
+    if isinstance(result, tuple | list) and not isinstance(result, Relative):
+        return [a for x in result for a in arrays_of(x)]
+    return [result.values if isinstance(result, Relative) else result]
+
+
+def all_close(got, want):
+    for a, b in zip(arrays_of(got), arrays_of(want), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b)
+
+
+def all_of(problem, engine, **static):
+    """The cache, and y, the weights, lse and every gradient."""
+    dy, dweights, dlse = problem.cotangents("float64")
+    y, cache = mha(*problem.inputs("float64"), **(problem.static() | static), engine=engine)
+    grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+    return cache, [y, attention_weights(cache), log_sum_exp(cache), *grads]
+
+
+# ── groups of heads ──────────────────────────────────────────────────────────────────────────────────────────────
+
+LONG = {"T": 33, "S": 35, "K": 3, "G": 2, "D": 4, "E": 5, "Cq": 2, "Ck": 2, "Cv": 2}  # as T and S are 16 · C and more
+GROUPED = {
+    "all per head": MhaProblem(
+        **LONG,
+        norm="layer",
+        turned="half of all",
+        sink=True,
+        cap=0.5,
+        scale=0.5,
+        per_head=True,
+        bias="... H T+S-1",
+        mask="heads",
+        rate=0.3,
+        seeded=True,
+    ),
+    "appended keys": MhaProblem(
+        **LONG, norm="rms", bias_kv=True, zero_attn=True, bias="... H 1 S", mask="intersection", rate=0.3
+    ),
+    "all shared": MhaProblem(**LONG, norm="l2", bias="1 T+S-1", mask="causal", turned="interleaved of some"),
+    "mask and bias of each sample": MhaProblem(**LONG, mask="dense", bias="... 1 T S", sink=True),
+    "no biases": MhaProblem(**LONG, biases=False, bias="T S"),
+}
+
+
+@every_engine
+@pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
+def test_groups_of_one_head_are_all_at_once(engine, problem, monkeypatch):
+    monkeypatch.setattr(MHA, "GROUP", 2**60)
+    together, want = all_of(problem, engine)
+    monkeypatch.setattr(MHA, "GROUP", 0)
+    apart, got = all_of(problem, engine)
+    assert (len(together.groups), len(apart.groups)) == (1, problem.K)
+    all_close(got, want)
+
+
+def test_projections_that_are_kept_anyhow_are_made_for_all_heads_at_once(monkeypatch):
+    monkeypatch.setattr(MHA, "GROUP", 0)
+    assert len(all_of(MhaProblem(**(LONG | {"T": 31})), TILED)[0].groups) == 1
+
+
+@pytest.mark.xfail(reason="mha does not cut the tables of each head for its groups", strict=True, raises=ValueError)
+@every_engine
+def test_a_table_of_each_head_goes_with_its_group(engine, monkeypatch):
+    problem, rng = MhaProblem(**LONG), np.random.default_rng(0)
+    H, K = problem.H, problem.K
+    tables = tuple(
+        rotary(rng.uniform(0, 30, (heads, n)), frequencies(4), pairs="half") for heads, n in ((H, 33), (K, 35))
+    )
+    monkeypatch.setattr(MHA, "GROUP", 2**60)
+    _, want = all_of(problem, engine, rotary=tables)
+    monkeypatch.setattr(MHA, "GROUP", 0)
+    _, got = all_of(problem, engine, rotary=tables)
+    all_close(got, want)
+
+
+@every_engine
+@pytest.mark.parametrize("name", ["all per head", "all shared", "appended keys"])
+def test_projections_made_again_are_those_that_were_kept(engine, name, monkeypatch):
+    problem = GROUPED[name]
+    again, got = all_of(problem, engine)
+    monkeypatch.setattr(HEADS, "cheap", lambda *_: False)
+    kept, want = all_of(problem, engine)
+    (again, *_), (kept, *_) = again.groups, kept.groups
+    assert (again.heads.attention.q is None) == (again.heads.attention.k is None) == (name != "appended keys")
+    assert kept.heads.attention.q is not None
+    if name != "appended keys":
+        assert again.heads.q_ready.x is again.heads.k_ready.x is None
+    all_close(got, want)
+
+
+@pytest.mark.parametrize(("T", "S", "again"), [(32, 32, True), (31, 32, False), (32, 31, False)])
+def test_projections_are_made_again_where_attention_costs_twenty_times_as_much(T, S, again):
+    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED)
+    assert (cache.groups[0].heads.attention.q is None) == again
+
+
+@every_engine
+@pytest.mark.parametrize("name", ["all per head", "all shared"])
+def test_one_head_takes_what_mha_takes(engine, name):
+    problem = MhaProblem(**(LONG | {"K": 1, "G": 1}), norm="layer", turned="half of all", sink=True, cap=0.5)
+    params, *arrays = problem.inputs("float64")
+    dy, dweights, dlse = problem.cotangents("float64")
+    static = problem.static() | {"engine": engine}
+    _, cache = mha(params, *arrays, **static)
+    dparams, *want, _ = mha_vjp(cache, np.zeros_like(dy), dweights=dweights, dlse=dlse)
+    o, one = head(head_params(params, 0), *arrays, **static)
+    close(attention_weights(one), attention_weights(cache)[:, 0])
+    close(log_sum_exp(one), log_sum_exp(cache)[:, 0])
+    dhead, *got, _ = head_vjp(one, np.zeros_like(o), dweights=dweights[:, 0], dlse=dlse[:, 0])
+    all_close(got, want)
+    all_close(dhead, head_params(dparams, 0))
+
+
+def test_learned_keys_are_not_learned_values_where_they_have_one_width():
+    compare_with_torch(MhaProblem(D=8, E=8, bias_kv=True))
+
+
+@every_engine
+def test_biases_of_some_projections_of_one_input(engine):
+    problem = MhaProblem(Ck=17, Cv=17, S=5)
+    params, x, *_ = problem.inputs("float64")
+    leaves = tree.flatten(params)
+    some = tree.unflatten({leaf: a for leaf, a in leaves.items() if leaf not in ("k_proj.b", "v_proj.b")})
+    zero = tree.unflatten(leaves | {leaf: 0 * leaves[leaf] for leaf in ("k_proj.b", "v_proj.b")})
+    (y, cache), (want, whole) = (self_attention(p, x, engine=engine) for p in (some, zero))
+    close(y, want)
+    got, want = tree.flatten(self_attention_vjp(cache, y)[0]), tree.flatten(self_attention_vjp(whole, y)[0])
+    for leaf, grad in got.items():
+        close(grad, want[leaf])
+
+
+# ── extremes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_engine
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
+    problem = AttentionProblem()
+    q, k, v, *_ = problem.inputs(dtype)
+    sink = np.full(6, 1000.0, dtype)
+    do, _, dlse = problem.cotangents(dtype)
+    with np.errstate(over="raise", invalid="raise"):
+        o, cache = attention(q, k, v, None, sink, engine=engine)
+        dq, dk, dv, _, dsink = attention_vjp(cache, do, dlse=dlse)
+    assert (log_sum_exp(cache) == 1000).all()
+    assert not any(a.any() for a in (o, attention_weights(cache), dq, dk, dv))
+    np.testing.assert_allclose(dsink, dlse.sum(axis=(0, 2)), rtol=1e-5)
+
+
+@every_engine
+def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
+    q, k, v = np.full((6, 5, 1), 32, "f4"), np.full((6, 7, 1), -32, "f4"), np.ones((6, 7, 2), "f4")
+    with np.errstate(over="raise", invalid="raise"):
+        o, cache = attention(q, k, v, None, np.full(6, -700, "f4"), engine=engine)
+    assert np.allclose(log_sum_exp(cache), -700)
+    assert not o.any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("cap", [1.0, 1000.0, 1e5])
+def test_large_scores_under_a_cap(sign, cap):
+    rng = np.random.default_rng(0)
+    q, k = 20 + 0.1 * rng.random((2, 3, 7, 4)), sign * (20 + 0.1 * rng.random((2, 3, 11, 4)))
+    v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
+    results = []
+    for engine in (TILED, REFERENCE):
+        o, cache = attention(q, k, v, cap=cap, scale=1.0, engine=engine)
+        results.append([o, log_sum_exp(cache), *attention_vjp(cache, do)[:3]])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
+
+
+@every_engine
+def test_options_of_each_head_do_not_widen_what_is_computed(engine):
+    problem = AttentionProblem(sink=True, cap=0.5, scale=0.5, per_head=True, bias="... H T+S-1")
+    o, cache = attention(*problem.inputs("float32"), **problem.static(), engine=engine)
+    do, *_ = problem.cotangents("float32")
+    found = [o, attention_weights(cache), log_sum_exp(cache), *arrays_of(attention_vjp(cache, do))]
+    assert {a.dtype for a in found} == {np.dtype("float32")}
+
+
+@every_engine
+def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
+    monkeypatch.setattr(tiles, "ROWS", 4)
+    monkeypatch.setattr(tiles, "COLS", 3)
+    problem = AttentionProblem(K=2, G=2)
+    q, k, v, *_ = problem.inputs("float64")
+    do, dweights, dlse = problem.cotangents("float64")
+    bias = Relative(np.random.default_rng(0).standard_normal((4, 11)))
+    o, cache = attention(q, k, v, bias, engine=engine)
+    want_o, want = attention(q, k, v, dense(bias, 5, 7), engine=REFERENCE)
+    close(o, want_o)
+    *grads, dbias, _ = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
+    *want_grads, want_dbias, _ = attention_vjp(want, do, dweights=dweights, dlse=dlse)
+    all_close(grads, want_grads)
+    close(dbias.values, diagonal_sums(want_dbias))
+
+
+def test_the_number_of_threads_changes_no_bit_of_the_gradient_of_a_relative(monkeypatch):
+    problem = AttentionProblem(batch=(2,), T=700, S=713, K=2, G=2, D=16, E=24, mask="causal", bias="1 T+S-1")
+    do, *_ = problem.cotangents("float32")
+    results = []
+    for n in ("1", "2", "3"):
+        monkeypatch.setenv("FUNCMHA_NUM_THREADS", n)
+        _, cache = attention(*problem.inputs("float32"), **problem.static(), engine=TILED)
+        results.append(arrays_of(attention_vjp(cache, do)))
+    for other in results[1:]:
+        assert all(a is b is None or np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ── masks of some heads ──────────────────────────────────────────────────────────────────────────────────────────
+
+OF_HEADS = {
+    "heads": masks.as_mask(np.random.default_rng(0).random((2, 6, 5, 7)) < 0.5),
+    "heads without a batch": masks.as_mask(np.random.default_rng(1).random((6, 5, 7)) < 0.5),
+    "batch": masks.as_mask(np.random.default_rng(2).random((2, 1, 5, 7)) < 0.5),
+    "neither": masks.as_mask(np.random.default_rng(3).random((5, 7)) < 0.5),
+    "causal": masks.causal(2),
+    "lengths": masks.lengths(np.array([3, 5])),
+    "intersection": masks.as_mask(np.random.default_rng(4).random((6, 1, 7)) < 0.5) & masks.lengths(np.array([3, 6])),
+}
+
+
+@pytest.mark.parametrize("mask", OF_HEADS.values(), ids=OF_HEADS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (2, 4), (5, 6)])
+def test_a_mask_of_some_heads(mask, start, stop):
+    whole = np.broadcast_to(mask.dense(5, 7), (2, 6, 5, 7))
+    some = np.broadcast_to(mask.heads(start, stop).dense(5, 7), (2, stop - start, 5, 7))
+    np.testing.assert_array_equal(some, whole[:, start:stop])
+
+
+# ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
+
+Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
+
+
+@pytest.mark.parametrize(
+    ("args", "static", "error", "message"),
+    [
+        ((), {"cap": 0.0}, ValueError, "cap must be above 0, got 0.0"),
+        ((), {"cap": -1.0}, ValueError, "cap must be above 0, got -1.0"),
+        ((), {"cap": np.inf}, ValueError, "cap must be finite"),
+        ((), {"cap": "1"}, TypeError, "cap must be a real number, got '1'"),
+        ((), {"cap": [1.0, 2.0]}, ValueError, r"cap must be a number, or \(H,\) with H=6 as in q, got shape \(2,\)"),
+        ((), {"cap": (1.0,) * 5 + (0.0,)}, ValueError, "cap must be finite and above 0, got"),
+        (
+            (),
+            {"scale": np.ones(3)},
+            ValueError,
+            r"scale must be a number, or \(H,\) with H=6 as in q, got shape \(3,\)",
+        ),
+        ((), {"scale": (1.0,) * 5 + (np.nan,)}, ValueError, "scale must be finite, got"),
+        ((), {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3, got 0.2"),
+        ((None, np.ones(3)), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(3,\)"),
+        ((None, np.ones((2, 6))), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(2, 6\)"),
+        ((None, np.ones(6, "f4")), {}, TypeError, "sink must have dtype float64 as q has, got float32"),
+        ((Relative(np.ones(12)),), {}, ValueError, r"bias.values must be .* with T=5 and S=7, got \(12,\)"),
+        ((Relative(np.ones((3, 11))),), {}, ValueError, r"bias.values must broadcast to \(..., H, T\+S-1\) = "),
+        ((Relative(np.ones(11, "f4")),), {}, TypeError, "bias must have dtype float64 as q has, got float32"),
+    ],
+)
+@every_engine
+def test_attention_refuses_options_by_name(args, static, error, message, engine):
+    with pytest.raises(error, match=message):
+        attention(Q, K, V, *args, **static, engine=engine)
+
+
+def test_without_a_head_axis_there_is_one_number():
+    q, k, v = Q[0, 0], K[0, 0], V[0, 0]
+    with pytest.raises(ValueError, match=r"scale must be a number, as there is no head axis, got shape \(1,\)"):
+        attention(q, k, v, scale=[1.0])
+    with pytest.raises(ValueError, match=r"sink must be \(\), got \(1,\)"):
+        attention(q, k, v, None, np.ones(1))
+
+
+PLAIN = MhaProblem(D=8)
+NORMED = MhaProblem(D=8, norm="layer").inputs("float64")[0]
+
+
+def turns(n, width=8):
+    return rotary(np.arange(n), frequencies(width), pairs="half")
+
+
+@pytest.mark.parametrize(
+    ("params", "static", "error", "message"),
+    [
+        (NORMED, {}, ValueError, "norm must be one that takes q_norm.w, as params have it, got None"),
+        (NORMED, {"norm": L2()}, ValueError, "norm must be one that takes q_norm.w, as params have it, got L2"),
+        (NORMED, {"norm": Rms()}, ValueError, "norm must be one that takes q_norm.b, as params have it, got Rms"),
+        (None, {"norm": "rms"}, TypeError, "norm must be Rms, L2 or Layer of funcmha.norms, or None, got 'rms'"),
+        (None, {"rotary": turns(5)}, ValueError, "rotary must have S=7 positions for the keys, got 5"),
+        (None, {"rotary": (turns(7), None)}, ValueError, "rotary must have T=5 positions for the queries, got 7"),
+        (None, {"rotary": (turns(5, 10), None)}, ValueError, "rotary must turn D=8 features or fewer, got 10"),
+        (None, {"rotary": (turns(5), turns(7), None)}, TypeError, "rotary must be a table .*, or two, .*, got 3"),
+        (None, {"rotary": np.ones((5, 4))}, TypeError, "rotary must be a table of funcmha.rotary, or two, got ndarray"),
+        (None, {"cap": 0.0}, ValueError, "cap must be above 0, got 0.0"),
+        (None, {"cap": [1.0]}, ValueError, r"cap must be a number, or \(H,\) with H=6 .*, got shape \(1,\)"),
+        (None, {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3"),
+        (
+            None,
+            {"bias": Relative(np.ones(11)), "zero_attn": True},
+            ValueError,
+            "bias must be an array with .*zero_attn",
+        ),
+        (
+            None,
+            {"bias": np.ones((2, 5, 7)), "zero_attn": True},
+            ValueError,
+            r"bias must broadcast to \(..., H, T, S\) = \(2, 6, 5, 7\), got \(2, 5, 7\)",
+        ),
+        (None, {"bias": Relative(np.ones((2, 11)))}, ValueError, "bias.values must broadcast"),
+    ],
+)
+@every_engine
+def test_mha_refuses_options_by_name(params, static, error, message, engine):
+    plain, *arrays = PLAIN.inputs("float64")
+    arrays[3] = static.get("bias")
+    static = {name: x for name, x in static.items() if name != "bias"}
+    with pytest.raises(error, match=message):
+        mha(params or plain, *arrays, **static, engine=engine)
+
+
+def test_a_sink_is_one_number_for_each_head():
+    params, *arrays = MhaProblem(sink=True).inputs("float64")
+    params["sink"]["w"] = np.ones(2)
+    with pytest.raises(ValueError, match=r"sink.w must be \(H\) with H=6 as in q_proj.w, got \(2,\)"):
+        mha(params, *arrays)
