@@ -3,6 +3,8 @@
 from . import biases, decode, dropout, engines, masks, norms, npz, ops, packing, params, rotary, tree
 from .dropout import seeded
 from .engines import attention, attention_vjp
+from .forward import attention_jvp, linear_jvp, norm_jvp
+from .forward_mha import mha_jvp
 from .merge import merge, merge_vjp
 from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
 from .npz import ParameterFileError, load, save
@@ -15,13 +17,17 @@ from .ops import (
     softmax_vjp,
 )
 from .params import head_params, init, sizes
+from .second import attention_vjp_jvp
+from .second_mha import mha_vjp_jvp
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ParameterFileError",
     "attention",
+    "attention_jvp",
     "attention_vjp",
+    "attention_vjp_jvp",
     "attention_weights",
     "biases",
     "decode",
@@ -32,6 +38,7 @@ __all__ = [
     "head_vjp",
     "init",
     "linear",
+    "linear_jvp",
     "linear_vjp",
     "load",
     "log_sum_exp",
@@ -39,7 +46,10 @@ __all__ = [
     "merge",
     "merge_vjp",
     "mha",
+    "mha_jvp",
     "mha_vjp",
+    "mha_vjp_jvp",
+    "norm_jvp",
     "norms",
     "npz",
     "ops",
