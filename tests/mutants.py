@@ -194,9 +194,7 @@ softmax gradient: dlse joins dp too early, and cancels
 
 softmax gradient: no keys have no largest weight
 - if p.shape[-1] == 0:
--         return p * dp, None if p_sink is None or dlse is None else p_sink * dlse
--     largest
-+ largest
++ if p.shape[-1] < 0:
 
 attention: no scale
 - u = (scale * q) @
@@ -451,8 +449,8 @@ softmax gradient: the sink's gradient keeps the shift
 + p_sink * r[..., 0]
 
 softmax gradient: no keys, and no gradient of the sink
-- else p_sink * dlse
-+ else 0 * p_sink
+- return p * dp, None if p_sink is None
++ return p * dp, None if p_sink is None or True
 
 attention: the sink's gradient is that of the last query
 - unbroadcast(xp.sum(drows, axis=-1), sink.shape)
@@ -484,13 +482,13 @@ softmax: the sink has no part in the shift
 - top = top if sink is None else xp.where(sink > top, sink, top)
 + top = top
 
-# test_modern.py::test_options_of_each_head_do_not_widen_what_is_computed
+# test_modern.py::test_options_do_not_widen_what_is_computed
 
 per head: float64 options widen float32
 - namespace(q).astype(from_host(x, q), q.dtype)[
 + from_host(x, q)[
 
-# test_modern.py::test_groups_of_one_head_are_all_at_once
+# test_modern.py::test_heads_cut_for_the_gradient_are_all_at_once
 
 cut_heads: all have the first sinks
 - None if sink is None else sink[h]
@@ -659,9 +657,9 @@ attention: a relative bias of any number of heads is taken
 - axes.broadcast("bias.values", tuple(bias.values.shape), scores.replace("T S", "T+S-1"))
 + pass
 
-# test_modern.py::test_options_of_each_head_do_not_widen_what_is_computed
+# test_modern.py::test_options_do_not_widen_what_is_computed
 
-per head: a number is a float64
+attention: a number that is a float64 widens float32
 - value = None if x is None else _check.number(name, x)
 + value = None if x is None else np.float64(_check.number(name, x))
 
@@ -897,20 +895,6 @@ cheap: never
 - return min(T, S) >= 16 * width
 + return False
 
-# test_modern.py::test_groups_of_one_head_are_all_at_once
-
-cut: all have the first normalised queries
-- x=cache.x[..., heads, :]
-+ x=cache.x[..., : heads.stop - heads.start, :]
-
-cut: each group has the output's bias
-- b if h.start == 0 else None
-+ b
-
-cut: learned keys of the first heads
-- a[kv, ...] for leaf
-+ a[slice(kv.stop - kv.start), ...] for leaf
-
 # test_modern.py::test_biases_of_some_projections_of_one_input
 
 self-attention: no bias unless all have one
@@ -928,6 +912,20 @@ self-attention: all weights have the gradient of the first rows
 heads: the learned value is a second learned key, where their shapes allow it
 - extend(v, bias_kv["v"], x.zero_attn)
 + extend(v, bias_kv["v" if bias_kv["v"] is None or k.shape[-1] != v.shape[-1] else "k"], x.zero_attn)
+
+# test_modern.py::test_heads_cut_for_the_gradient_are_all_at_once
+
+cut: all have the first normalised queries
+- x=cache.x[..., heads, :]
++ x=cache.x[..., : heads.stop - heads.start, :]
+
+cut: each group has the output's bias
+- b if h.start == 0 else None
++ b
+
+cut: learned keys of the first heads
+- a[kv, ...] for leaf
++ a[slice(kv.stop - kv.start), ...] for leaf
 
 ## tiled/tiles.py
 # test_tiled.py::test_many_tiles_are_the_reference

@@ -50,10 +50,11 @@ def all_close(got, want):
             close(a, b)
 
 
-def all_of(problem, engine, **static):
-    """The cache, and y, the weights, lse and every gradient."""
+def all_of(problem, engine, between=lambda: None, **static):
+    """The cache, and y, the weights, lse and every gradient; `between` is what happens before these."""
     dy, dweights, dlse = problem.cotangents("float64")
     y, cache = mha(*problem.inputs("float64"), **(problem.static() | static), engine=engine)
+    between()
     grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     return cache, [y, attention_weights(cache), log_sum_exp(cache), *grads]
 
@@ -92,6 +93,39 @@ def test_groups_of_one_head_are_all_at_once(engine, problem, monkeypatch):
     monkeypatch.setattr(MHA, "GROUP", 0)
     apart, got = all_of(problem, engine)
     assert (len(together.groups), len(apart.groups)) == (1, problem.K)
+    all_close(got, want)
+
+
+@every_engine
+@pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
+def test_heads_cut_for_the_gradient_are_all_at_once(engine, problem, monkeypatch):
+    monkeypatch.setattr(HEADS, "cheap", lambda *_: False)
+    monkeypatch.setattr(MHA, "GROUP", 2**60)
+    _, want = all_of(problem, engine)
+    cache, got = all_of(problem, engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
+    assert len(cache.groups) == 1
+    all_close(got, want)
+
+
+missing = pytest.mark.xfail(reason="funcmha.ops cuts only what was kept", strict=True, raises=TypeError)
+every_engine_but = pytest.mark.parametrize("engine", [pytest.param(REFERENCE, marks=missing), TILED])
+
+
+@every_engine_but
+def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, monkeypatch):
+    monkeypatch.setattr(MHA, "GROUP", 2**60)
+    _, want = all_of(GROUPED["all per head"], engine)
+    _, got = all_of(GROUPED["all per head"], engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
+    all_close(got, want)
+
+
+@every_engine_but
+def test_gradients_of_each_sample_where_projections_are_made_again(engine):
+    problem = GROUPED["all per head"]
+    y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
+    dparams, *want = mha_vjp(cache, y)
+    each, *got = mha_vjp(cache, y, per_sample=True)
+    all_close(tree.map(lambda g: g.sum(0), each), dparams)
     all_close(got, want)
 
 
@@ -213,8 +247,9 @@ def test_large_scores_under_a_cap(sign, cap):
 
 
 @every_engine
-def test_options_of_each_head_do_not_widen_what_is_computed(engine):
-    problem = AttentionProblem(sink=True, cap=0.5, scale=0.5, per_head=True, bias="... H T+S-1")
+@pytest.mark.parametrize("per_head", [True, False])
+def test_options_do_not_widen_what_is_computed(engine, per_head):
+    problem = AttentionProblem(sink=True, cap=0.5, scale=0.5, per_head=per_head, bias="... H T+S-1")
     o, cache = attention(*problem.inputs("float32"), **problem.static(), engine=engine)
     do, *_ = problem.cotangents("float32")
     found = [o, attention_weights(cache), log_sum_exp(cache), *arrays_of(attention_vjp(cache, do))]
