@@ -923,10 +923,6 @@ cut: each group has the output's bias
 - b if h.start == 0 else None
 + b
 
-cut: learned keys of the first heads
-- a[kv, ...] for leaf
-+ a[slice(kv.stop - kv.start), ...] for leaf
-
 ## tiled/tiles.py
 # test_tiled.py::test_many_tiles_are_the_reference
 
