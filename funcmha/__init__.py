@@ -1,6 +1,6 @@
 """Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
 
-from . import biases, decode, dropout, engines, masks, norms, npz, ops, packing, params, rotary, tree
+from . import biases, decode, dropout, engines, masks, norms, npz, ops, packing, params, rotary, surgery, tree
 from .dropout import seeded
 from .engines import attention, attention_vjp
 from .forward import attention_jvp, linear_jvp, norm_jvp
@@ -63,5 +63,6 @@ __all__ = [
     "sizes",
     "softmax",
     "softmax_vjp",
+    "surgery",
     "tree",
 ]

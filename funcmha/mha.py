@@ -285,13 +285,15 @@ class SelfAttentionCache(NamedTuple):
     mha: MhaCache
 
 
-def self_attention(params: Params, x: Array, bias: Array = None, /, **static: Any) -> tuple[Array, SelfAttentionCache]:
+def self_attention(
+    params: Params, x: Array, bias: Array | Relative = None, /, **static: Any
+) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)      x (..., T, C)   →   y (..., T, O)
 
     Takes the keyword arguments of `mha`, and raises what it raises.
     """
     axes, leaves = check(params, SPEC)
-    _check.one_dtype([*leaves.items(), ("x", x)], optional=[("bias", bias)])
+    _check.one_dtype([*leaves.items(), ("x", x)], optional=[("bias", values_of(bias))])
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
     y, cache = mha(params, x, x, x, bias, **static)

@@ -128,7 +128,7 @@ def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) 
     """
     xp = namespace(p)
     if p.shape[-1] == 0:
-        return p * dp, None if p_sink is None or dlse is None else p_sink * dlse
+        return p * dp, None if p_sink is None else p_sink * (xp.zeros_like(p_sink) if dlse is None else dlse)
     largest = xp.argmax(p, axis=-1, keepdims=True)
     m = xp.where(xp.take_along_axis(p, largest, axis=-1) == 0, 0.0, xp.take_along_axis(dp, largest, axis=-1))
     h = xp.where(p == 0, 0.0, dp - m)
@@ -151,7 +151,8 @@ class AttentionCache(NamedTuple):
     p: Array  # (..., H, T, S), the weights before dropout
     lse: Array  # (..., H, T)
     keep: Array  # broadcasts to (..., H, T, S), or None
-    scale: Array | float  # of every head, or (H,)
+    scale: Array | float  # of every head, or (H, 1, 1)
+    cap: Array | float | None  # of every head, or (H, 1, 1)
     rate: float
 
 
@@ -195,14 +196,14 @@ def attention(
 
     dtype = q.dtype
     q, k, v, bias, sink = widen(q), blank(widen(k), mask), blank(widen(v), mask), on_bias(widen, bias), widen(sink)
-    xp, scale = namespace(q), _per_head(scale, q)
+    xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
     u = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
-    c, slope = _soft_cap(u, _per_head(cap, q))
+    c, slope = _soft_cap(u, cap)
     z = c if bias is None else c + dense_bias(bias, *u.shape[-2:])
     p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
     keep = keep.dense(p.shape, q) if isinstance(keep, Seeded) else keep
     o = _dropout(p, keep, rate) @ _per_query_head(v, q)
-    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, rate)
+    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate)
 
 
 def attention_vjp(
@@ -211,7 +212,7 @@ def attention_vjp(
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
-    q, k, v, bias, sink, slope, p, lse, keep, scale, rate = cache
+    q, k, v, bias, sink, slope, p, lse, keep, scale, _, rate = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
@@ -298,7 +299,7 @@ def of_heads(a: Array, h: slice) -> Array:
 
 @cut_heads.register
 def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
-    q, k, v, bias, sink, slope, p, lse, keep, scale, rate = cache
+    q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate = cache
     return AttentionCache(
         q[..., h, :, :],
         k[..., kv, :, :],
@@ -310,6 +311,7 @@ def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
         lse[..., h, :],
         of_heads(keep, h),
         scale if isinstance(scale, float) else scale[h, ...],
+        cap if cap is None or isinstance(cap, float) else cap[h, ...],
         rate,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from test_forward import (
     EVERYTHING,
     EVERYTHING_MHA,
@@ -23,7 +23,7 @@ from test_forward import (
     same_inner_product,
 )
 
-from funcmha import attention, attention_vjp, mha, mha_vjp, ops, tree
+from funcmha import attention, attention_vjp, mha, mha_vjp, tree
 from funcmha.engines import REFERENCE
 from funcmha.forward import attention_jvp
 from funcmha.forward_mha import mha_jvp
@@ -40,11 +40,6 @@ from funcmha.testing.strategies import (
 from funcmha.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
-
-
-def has_cap(engine):
-    """The reference keeps its cap from the day that its cache has a field for it."""
-    return engine is not REFERENCE or "cap" in ops.AttentionCache._fields
 
 
 def double(problem):
@@ -84,7 +79,6 @@ def finite_lse(outputs):
 @given(problem=attention_problems(**(MODERN | MODERATE)))
 @on_edges
 def test_attention_vjp_jvp_is_torch(each_engine, problem):
-    assume(problem.cap is None or has_cap(each_engine))
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     got = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
     static = problem.static()
@@ -103,7 +97,6 @@ def test_attention_vjp_jvp_is_torch(each_engine, problem):
 @on_edges
 def test_the_hessian_is_symmetric(each_engine, problem):
     """Of ⟨do, o⟩ + ⟨dlse, lse⟩."""
-    assume(problem.cap is None or has_cap(each_engine))
     cache, (do, _), (dlse, _), u = double(problem)
     v = other(other(problem)).inputs("float64")
     hu, hv = (attention_vjp_jvp(cache, do, None, *x, dlse=dlse) for x in (u, v))
@@ -114,7 +107,6 @@ def test_the_hessian_is_symmetric(each_engine, problem):
 @on_edges
 def test_with_forward_mode_it_is_the_vjp_of_the_vjp(each_engine, problem):
     """⟨c, d(grads)⟩ for any change of the inputs and of do and dlse, where c are cotangents of the gradients."""
-    assume(problem.cap is None or has_cap(each_engine))
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     c = other(other(problem)).inputs("float64")
     changes = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
@@ -126,7 +118,7 @@ def test_with_forward_mode_it_is_the_vjp_of_the_vjp(each_engine, problem):
 
 
 def test_no_tangent_is_a_tangent_of_zeros_at_second_order(each_engine):
-    problem = replace(EVERYTHING, cap=EVERYTHING.cap if has_cap(each_engine) else None)
+    problem = EVERYTHING
     cache, (do, do_dot), (dlse, _), dots = double(problem)
     zeros = like(dots, map(np.zeros_like, numbers(dots)))
     for n in range(6):
@@ -145,7 +137,7 @@ def test_no_tangent_is_a_tangent_of_zeros_at_second_order(each_engine):
 
 
 def test_second_order_of_every_array_library_is_the_same(xp):
-    problem = replace(EVERYTHING, bias="... H 1 S", cap=EVERYTHING.cap if has_cap(REFERENCE) else None)
+    problem = replace(EVERYTHING, bias="... H 1 S")
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     want = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
@@ -186,7 +178,7 @@ def test_half_types_are_rounded_once_at_second_order(dtype):
 
 @pytest.mark.parametrize("bias", ["... H T+S-1", "1 S"])
 def test_second_order_gives_the_same_bits_on_many_threads(each_engine, monkeypatch, bias):
-    problem = replace(EVERYTHING, T=64, S=65, bias=bias, cap=EVERYTHING.cap if has_cap(each_engine) else None)
+    problem = replace(EVERYTHING, T=64, S=65, bias=bias)
     cache, (do, do_dot), _, dots = double(problem)
     want = attention_vjp_jvp(cache, do, do_dot, *dots)
     monkeypatch.setattr(threads, "ALONE", 0)
@@ -221,8 +213,7 @@ def test_refusals_at_second_order(change, error, message):
 
 
 def double_mha(engine, problem):
-    """The problem, without a cap where the engine cannot take it, and what `double` gives of it"""
-    problem = problem if has_cap(engine) else replace(problem, cap=None)
+    """The problem, and what `double` gives of it"""
     (dy, _, dlse), (dy_dot, _, dlse_dot) = problem.cotangents("float64"), other(problem).cotangents("float64")
     _, cache = mha(*problem.inputs("float64"), **problem.static())
     return problem, cache, (dy, dy_dot), (dlse, dlse_dot), other(problem).inputs("float64")

@@ -378,6 +378,15 @@ def test_per_sample_of_self_attention():
     assert dparams["q_proj"]["w"].shape == (3, *params["q_proj"]["w"].shape)
 
 
+def test_self_attention_takes_a_relative_bias():
+    problem = MhaProblem(Ck=17, Cv=17, S=5, bias="... H T+S-1")
+    params, x, _, _, bias = problem.inputs("float64")
+    y, cache = self_attention(params, x, bias)
+    want, mha_cache = mha(params, x, x, x, bias)
+    assert np.array_equal(y, want)
+    close(self_attention_vjp(cache, y)[2].values, mha_vjp(mha_cache, y)[4].values)
+
+
 def test_per_sample_wants_a_sample():
     params, *x = MhaProblem(batch=(0,)).inputs("float64")
     y, cache = mha(params, *x)

@@ -249,6 +249,15 @@ def test_scale_zero_is_uniform_and_not_the_default():
     close(o, np.broadcast_to(v.mean(-2, keepdims=True), o.shape))
 
 
+def test_a_sink_without_keys_has_all_the_weight():
+    q, k, v, _, sink = AttentionProblem(S=0, sink=True).inputs("float64")
+    o, cache = attention(q, k, v, None, sink)
+    assert not o.any()
+    close(log_sum_exp(cache), np.broadcast_to(sink[:, None], o.shape[:-1]))
+    assert not attention_vjp(cache, np.ones_like(o))[4].any()
+    close(attention_vjp(cache, o, dlse=np.ones(o.shape[:-1]))[4], np.full(6, 2.0 * 5))  # of 2 samples, 5 queries
+
+
 def test_width_zero_is_uniform():
     o, cache = attention(np.zeros((2, 3, 0)), np.zeros((2, 5, 0)), np.ones((2, 5, 4)))
     close(o, np.ones((2, 3, 4)))
