@@ -283,7 +283,6 @@ def _ready_of_sample(cache: ReadyCache, b: tuple[int, ...]) -> ReadyCache:
 
 
 def _cut_ready(cache: ReadyCache, heads: slice) -> ReadyCache:
-    """Positions are turned alike in every head, or each head has its table."""
     cache = cache if cache.x is None else cache._replace(x=cache.x[..., heads, :])
     return cache if cache.rotary is None else cache._replace(rotary=cut_turned(cache.rotary, heads))
 

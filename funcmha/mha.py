@@ -152,7 +152,8 @@ def mha(
     cap        soft cap of the scores, before the bias: a number, or one for each head
     norm       `Rms`, `L2` or `Layer` of `funcmha.norms`: of queries and keys after their projection, by the parameters
                q_norm and k_norm, which are those of every head
-    rotary     a table of `funcmha.rotary` that turns queries and keys after that, or two, of T and of S positions
+    rotary     a table of `funcmha.rotary` that turns queries and keys after that, or two, of T and of S positions;
+               those of each sample are (B, 1, T)
     zero_attn  append a key and value of zeros that every query may see, after those of params["bias_kv"]
     keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S'); or a `Seeded` of
                `funcmha.dropout`, which has a rate of its own
@@ -409,6 +410,11 @@ def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
         if table is not None and table.cos.shape[-2] != axes[letter]:
             n, got = axes[letter], table.cos.shape[-2]
             raise ValueError(f"rotary must have {letter}={n} positions for the {name}, got {got}")
+        if table is not None and table.cos.ndim > 2 and table.cos.shape[-3] != 1:
+            got = tuple(table.cos.shape[:-1])
+            raise ValueError(
+                f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}"
+            )
         if table is not None and 2 * table.cos.shape[-1] > axes["D"]:
             raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * table.cos.shape[-1]}")
     return pair[0], pair[1]

@@ -281,9 +281,9 @@ def cut_sample(cache: Any, b: tuple[int, ...], /) -> Any:
 @cut_sample.register
 def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
     return cache._replace(
-        q=cache.q[b],
-        k=cache.k[b],
-        v=cache.v[b],
+        q=None if cache.q is None else cache.q[b],
+        k=None if cache.k is None else cache.k[b],
+        v=None if cache.v is None else cache.v[b],
         bias=bias_of_sample(cache.bias, b),
         slope=None if cache.slope is None else cache.slope[b],
         p=cache.p[b],
@@ -301,9 +301,9 @@ def of_heads(a: Array, h: slice) -> Array:
 def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
     q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate = cache
     return AttentionCache(
-        q[..., h, :, :],
-        k[..., kv, :, :],
-        v[..., kv, :, :],
+        None if q is None else q[..., h, :, :],
+        None if k is None else k[..., kv, :, :],
+        None if v is None else v[..., kv, :, :],
         bias_of_heads(bias, h),
         None if sink is None else sink[h],
         of_heads(slope, h),

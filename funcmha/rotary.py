@@ -130,13 +130,8 @@ def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
 
 
 def cut_turned(cache: RotateCache, heads: slice) -> RotateCache:
-    """The cache of some heads of x (..., H, T, D)."""
-    rotary, like = cache
-
-    def cut(table: Array) -> Array:
-        return table if table.ndim < 3 or table.shape[-3] == 1 else table[..., heads, :, :]
-
-    return RotateCache(rotary._replace(cos=cut(rotary.cos), sin=cut(rotary.sin)), like[..., heads, :, :, :])
+    """The cache of some heads of x (..., H, T, D), which all have the same positions."""
+    return cache._replace(like=cache.like[..., heads, :, :, :])
 
 
 def cut_turned_sample(cache: RotateCache, b: tuple[int, ...]) -> RotateCache:

@@ -107,11 +107,7 @@ def test_heads_cut_for_the_gradient_are_all_at_once(engine, problem, monkeypatch
     all_close(got, want)
 
 
-missing = pytest.mark.xfail(reason="funcmha.ops cuts only what was kept", strict=True, raises=TypeError)
-every_engine_but = pytest.mark.parametrize("engine", [pytest.param(REFERENCE, marks=missing), TILED])
-
-
-@every_engine_but
+@every_engine
 def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, monkeypatch):
     monkeypatch.setattr(MHA, "GROUP", 2**60)
     _, want = all_of(GROUPED["all per head"], engine)
@@ -119,7 +115,7 @@ def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, mon
     all_close(got, want)
 
 
-@every_engine_but
+@every_engine
 def test_gradients_of_each_sample_where_projections_are_made_again(engine):
     problem = GROUPED["all per head"]
     y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
@@ -134,19 +130,26 @@ def test_projections_that_are_kept_anyhow_are_made_for_all_heads_at_once(monkeyp
     assert len(all_of(MhaProblem(**(LONG | {"T": 31})), TILED)[0].groups) == 1
 
 
-@pytest.mark.xfail(reason="mha does not cut the tables of each head for its groups", strict=True, raises=ValueError)
+def test_a_table_of_each_head_is_refused():
+    """(H, T) positions could as well be meant as (B, T)."""
+    problem = MhaProblem(**LONG)
+    table = rotary(np.zeros((problem.H, 33)), frequencies(4))
+    with pytest.raises(ValueError, match=r"rotary must have the positions of all heads, \(T,\) or \(..., 1, T\), got"):
+        mha(*problem.inputs("float64"), **problem.static() | {"rotary": (table, None)})
+
+
 @every_engine
-def test_a_table_of_each_head_goes_with_its_group(engine, monkeypatch):
-    problem, rng = MhaProblem(**LONG), np.random.default_rng(0)
-    H, K = problem.H, problem.K
-    tables = tuple(
-        rotary(rng.uniform(0, 30, (heads, n)), frequencies(4), pairs="half") for heads, n in ((H, 33), (K, 35))
-    )
-    monkeypatch.setattr(MHA, "GROUP", 2**60)
-    _, want = all_of(problem, engine, rotary=tables)
-    monkeypatch.setattr(MHA, "GROUP", 0)
-    _, got = all_of(problem, engine, rotary=tables)
-    all_close(got, want)
+def test_positions_of_each_sample_are_those_of_the_sample_alone(engine):
+    problem = MhaProblem(**(LONG | {"batch": (2,)}))
+    (params, query, key, value, bias), static = problem.inputs("float64"), problem.static() | {"engine": engine}
+    places = np.random.default_rng(0).uniform(0, 30, (2, 1, 33))
+    y, cache = mha(params, query, key, value, bias, **static | {"rotary": (rotary(places, frequencies(4)), None)})
+    each, *_ = mha_vjp(cache, y, per_sample=True)
+    for b in range(2):
+        table = rotary(places[b, 0], frequencies(4))
+        want, one = mha(params, query[b], key[b], value[b], bias, **static | {"rotary": (table, None)})
+        all_close(y[b], want)
+        all_close(tree.map(lambda a, b=b: a[b], each), mha_vjp(one, want)[0])
 
 
 @every_engine
