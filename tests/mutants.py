@@ -3527,6 +3527,189 @@ append: arrays of another library are taken into the buffer
 append: a negative window is taken
 - return masks.window(left, 0).left
 + return left
+
+## forward.py
+# test_forward.py::test_attention_jvp_is_torch
+
+attention_jvp: the values' own tangent is left out
+- if x.v is not None:
++ if x.v is None:
+
+attention_jvp: the slope of the soft cap is left out
+- z_dot = u_dot if cache.slope is None else cache.slope * u_dot
++ z_dot = u_dot
+
+attention_jvp: the sink's tangent does not reach lse
+- return _softmax_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
++ return _softmax_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot
+
+attention_jvp: the sink's tangent does not reach the weights
+- _softmax_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot
++ _softmax_vjp(p, z_dot, 0 * of_sink, p_sink)[0], lse_dot
+
+# test_forward.py::test_reference_keeps_the_digits_of_saturated_rows_forwards
+
+attention_jvp: the softmax is not centred
+- return _softmax_vjp(p, z_dot)[0], lse_dot  #
++ return p * (z_dot - lse_dot[..., None]), lse_dot  #
+
+# test_forward.py::test_a_tangent_of_what_the_mask_hides_has_no_effect
+
+attention_jvp: what is hidden is multiplied by 0
+- None if a is None else blank(a, cache.p != 0)
++ a
+
+# test_forward.py::test_norm_jvp_is_the_complex_step
+
+norm_jvp: the tangent of the weight is left out
+- return narrow(_affine_jvp(cache.n, n_dot, cache.w, widen(w_dot), None), x_dot.dtype)
++ return narrow(_affine_jvp(cache.n, n_dot, cache.w, None, None), x_dot.dtype)
+
+## forward_mha.py
+# test_forward.py::test_mha_jvp_is_torch
+
+mha_jvp: an appended key does not move
+- rows = of.get("bias_kv", {"k": None, "v": None})
++ rows = {"k": None, "v": None}
+
+mha_jvp: the output's weights do not move
+- w_dot = namespace(o).reshape(params_dot["w"], w.shape)
++ w_dot = 0 * namespace(o).reshape(params_dot["w"], w.shape)
+
+mha_jvp: the rotation is left out
+- x_dot = heads_last(x_dot)
+-     return x_dot
++ x_dot = x_dot
++     return heads_last(x_dot)
+
+## tiled/forward_mode.py
+# test_forward.py::test_attention_jvp_is_torch
+
+attention_jvp in tiles: the change of the sum is left out
+- - self.lse_dot[at][:, None] * x.o[at]
++ - 0 * x.o[at]
+
+attention_jvp in tiles: the values' own tangent is not dropped
+- ez, e = head.drop(np.stack((ez, e)), tile)
++ ez, e = head.drop(np.stack((ez, e)), tile)[0], e
+
+## second.py
+# test_double.py::test_attention_vjp_jvp_is_torch
+
+attention_vjp_jvp: the weights stay as they are
+- return dz, moved + more, None
++ return dz, more, None
+
+attention_vjp_jvp: the tangent of do does not reach dv
+- + xp.matrix_transpose(a) @ y.do_dot, cache.v)
++ + 0 * xp.matrix_transpose(a) @ y.do, cache.v)
+
+attention_vjp_jvp: the sink's own change is left out
+- y.dlse_dot - bent - moved_sink, p_sink)
++ y.dlse_dot - bent, p_sink)
+
+## tiled/second_order.py
+# test_double.py::test_attention_vjp_jvp_is_torch
+
+attention_vjp_jvp in tiles: the bend of the soft cap is left out
+- dz_dot * slope + dz * bend
++ dz_dot * slope
+
+attention_vjp_jvp in tiles: δ changes with do alone
+- - np.einsum("...e,...e->...", y.do, o_dot)
++ - 0 * np.einsum("...e,...e->...", y.do, o_dot)
+
+attention_vjp_jvp in tiles: the keys' tangent does not reach dq
+- (du_dot @ k + du @ k_dot)
++ (du_dot @ k)
+
+## second_mha.py
+# test_double.py::test_mha_vjp_jvp_is_torch
+
+mha_vjp_jvp: the root of rms_norm does not move
+- + j_g * _mean(n * x_dot)
+-     return j_g_dot - bent / root / unit, None if w
++
++     return j_g_dot - bent / root / unit, None if w
+
+mha_vjp_jvp: the norm's weight does not move
+- w * dy_dot if w_dot is None else w * dy_dot + w_dot * dy
++ w * dy_dot
+
+mha_vjp_jvp: the input's tangent does not reach the weights
+- return _group(reshape(dw + dw_more, cache.w.shape), db), dx + dx_more
++ return _group(reshape(dw, cache.w.shape), db), dx + dx_more
+
+## surgery.py
+# test_surgery.py
+
+head_norms: the sum of squares
+- namespace(w).sqrt(namespace(w).sum(w * w, axis=others))
++ namespace(w).sum(w * w, axis=others)
+
+max_logit: the mask of the first head for all
+- as_mask(mask).heads(first + h, first + h + 1)
++ as_mask(mask).heads(0, 1)
+
+max_logit: not scaled
+- u = scale * (q[
++ u = (q[
+
+max_logit: the first rows only
+- for start in range(0, T if S else 0, ROWS):
++ for start in range(0, min(T, ROWS) if S else 0, ROWS):
+
+max_logit: head h reads key/value head h
+- kept.k[..., h // (H // K), :, :]
++ kept.k[..., min(h, K - 1), :, :]
+
+prune_heads: the key/value heads all stay
+- {"H": heads, "K": kv})
++ {"H": heads, "K": list(range(K))})
+
+prune_heads: heads that no tree could tell apart are taken
+- if groups != [g for g in kv for _ in range(each)]:
++ if False:
+
+merge_kv_heads: the sum and not the mean
+- xp.mean(groups, axis=1)
++ xp.sum(groups, axis=1)
+
+## mha.py
+# test_mha.py::test_per_sample_gradients_are_those_of_each_sample_alone
+
+per_sample: every sample has the first one's cotangent
+- _all_groups(one, g[b], dweights_b
++ _all_groups(one, g[(0,) * len(b)], dweights_b
+
+per_sample: the batch is flat
+- (*batch, *leaves[0].shape)
++ (prod(batch), *leaves[0].shape)
+
+## _bias.py
+# test_mha.py::test_per_sample_gradients_are_those_of_each_sample_alone
+
+join_samples: samples that share a bias do not add up
+- sums[place] + part if place in sums else part
++ part
+
+## tiled/attention.py
+# test_mha.py::test_per_sample_gradients_are_those_of_each_sample_alone
+
+cut_sample: every sample has the first one's seeded dropout
+- cache.keep.sample(sample) if
++ cache.keep if
+
+cut_sample: every sample has the whole batch's mask
+- mask=None if cache.mask is None else cache.mask.at(b),
++ mask=cache.mask,
+
+## heads.py
+# test_mha.py::test_per_sample_gradients_are_those_of_each_sample_alone
+
+cut_attended: the bias of the batch
+- bias, attention = bias_of_sample(cache.bias, b), cut
++ bias, attention = cache.bias, cut
 """
 
 
