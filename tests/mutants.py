@@ -3703,13 +3703,6 @@ cut_sample: every sample has the first one's seeded dropout
 cut_sample: every sample has the whole batch's mask
 - mask=None if cache.mask is None else cache.mask.at(b),
 + mask=cache.mask,
-
-## heads.py
-# test_mha.py::test_per_sample_gradients_are_those_of_each_sample_alone
-
-cut_attended: the bias of the batch
-- bias, attention = bias_of_sample(cache.bias, b), cut
-+ bias, attention = cache.bias, cut
 """
 
 
