@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from ._xp import Array, dtype_name, from_host, is_array, namespace
+from ._xp import Array, dtype_name, from_host, is_array, namespace, of_sample
 
 Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
 Block = Literal["empty", "full", "mixed"]
@@ -184,7 +184,7 @@ class Lengths(Mask):
         return 0, min(S, int(self.n.max(initial=0)))
 
     def _at(self, index: tuple[int, ...]) -> Mask:
-        return Lengths(_pick(self.n, index, 0))
+        return Lengths(of_sample(self.n, index, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ class Padding(Mask):
         return _span(np.any(self.keep, axis=tuple(range(self.keep.ndim - 1))))
 
     def _at(self, index: tuple[int, ...]) -> Mask:
-        return Padding(_pick(self.keep, index, 1))
+        return Padding(of_sample(self.keep, index, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,13 +244,13 @@ class Segments(Mask):
         return _to(np.array(seen).reshape(*shape[:-2], 1, S), like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
-        return Segments(_pick(self.q_ids, index, 1), _pick(self.k_ids, index, 1))
+        return Segments(of_sample(self.q_ids, index, 1), of_sample(self.k_ids, index, 1))
 
     def _samples(self, rows: Range, cols: Range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of these rows and of these columns, for one element of the batch after another."""
         batch = np.broadcast_shapes(self.q_ids.shape[:-1], self.k_ids.shape[:-1])
         for index in np.ndindex(batch):
-            yield _pick(self.q_ids, index, 1)[slice(*rows)], _pick(self.k_ids, index, 1)[slice(*cols)]
+            yield of_sample(self.q_ids, index, 1)[slice(*rows)], of_sample(self.k_ids, index, 1)[slice(*cols)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ class Dense(Mask):
         return namespace(whole).any(whole, axis=-2, keepdims=True)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
-        return Dense(_pick(self.array, index, 3)) if self.array.ndim > 3 else self
+        return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
 
     def _heads(self, heads: slice) -> Mask:
         return Dense(self.array[..., heads, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
@@ -410,13 +410,6 @@ def _full_shape(batch: tuple[int, ...], T: int, S: int) -> tuple[int, ...]:
 def _with_head(tile: np.ndarray) -> np.ndarray:
     """(..., T, S)  →  (..., 1, T, S), but (T, S) as it is"""
     return tile[..., None, :, :] if tile.ndim > 2 else tile
-
-
-def _pick(x: Array, index: tuple[int, ...], rank: int) -> Array:
-    """x (..., and `rank` axes)  →  those axes, at the last entries of `index`"""
-    batch = x.shape[: x.ndim - rank]
-    own = index[len(index) - len(batch) :]
-    return x[(*(0 if n == 1 else i for i, n in zip(own, batch, strict=True)), ...)]
 
 
 def _summary(allowed: np.ndarray) -> Block:

@@ -1959,18 +1959,6 @@ intersection: the columns of any part
 # test_masks.py::test_every_tile_columns_and_sample_of_a_small_mask
 # test_masks.py::test_a_mask_with_fewer_batch_axes_reads_the_last_ones
 
-at: the first entries of the index and not the last
-- index[len(index) - len(batch) :]
-+ index[: len(batch)]
-
-at: always the first sample
-- 0 if n == 1 else i for
-+ 0 for
-
-at: one sample for all is asked for the second
-- 0 if n == 1 else i for
-+ i for
-
 # test_masks.py::test_a_batch_brings_a_head_axis
 
 no head axis after the batch
@@ -3703,6 +3691,21 @@ cut_sample: every sample has the first one's seeded dropout
 cut_sample: every sample has the whole batch's mask
 - mask=None if cache.mask is None else cache.mask.at(b),
 + mask=cache.mask,
+
+## _xp.py
+# test_masks.py::test_a_mask_with_fewer_batch_axes_reads_the_last_ones
+
+at: the first entries of the index and not the last
+- b[len(b) - len(batch) :]
++ b[: len(batch)]
+
+at: one sample for all is asked for the second
+- 0 if n == 1 else i for
++ i for
+
+at: always the first sample
+- 0 if n == 1 else i for
++ 0 for
 """
 
 
