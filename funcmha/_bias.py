@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import biases
-from ._xp import Array, namespace, of_sample, unbroadcast
+from ._xp import Array, namespace, of_heads, of_sample, unbroadcast
 from .biases import Relative
 
 Bias = Any  # an array that broadcasts to (..., H, T, S), a Relative, or None
@@ -34,10 +34,7 @@ def dense_bias_vjp(bias: Bias, dz: Array) -> Bias:
 
 def bias_of_heads(bias: Bias, h: slice) -> Bias:
     """A bias with a head axis, as the heads `h` see it; one without as it is"""
-    if isinstance(bias, Relative):
-        own = bias.values.ndim > 1 and bias.values.shape[-2] > 1
-        return Relative(bias.values[..., h, :]) if own else bias
-    return bias if bias is None or bias.ndim < 3 or bias.shape[-3] == 1 else bias[..., h, :, :]
+    return Relative(of_heads(bias.values, h, 2)) if isinstance(bias, Relative) else of_heads(bias, h)
 
 
 def bias_of_sample(bias: Bias, b: tuple[int, ...]) -> Bias:

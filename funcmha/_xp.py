@@ -68,6 +68,13 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
 
 
+def of_heads(a: Array, h: slice, rank: int = 3) -> Array:
+    """a (..., H or 1, and `rank` − 1 axes), or without a head axis, or None, as the heads `h` see it"""
+    if a is None or a.ndim < rank or a.shape[-rank] == 1:
+        return a
+    return a[(..., h, *(slice(None),) * (rank - 1))]
+
+
 def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
     """a (..., and `rank` axes) at the element `b` of the batch, along which it may be broadcast; None stays None"""
     if a is None or a.ndim <= rank:

@@ -13,7 +13,7 @@ import numpy as np
 from . import _check, tree
 from ._bias import bias_of_heads, bias_of_sample, join_biases, join_samples, on_bias
 from ._doors import blank, check_bias, check_keep, check_mask, check_per_head, values_of
-from ._xp import Array, namespace, narrow, widen
+from ._xp import Array, namespace, narrow, of_heads, widen
 from .biases import Relative
 from .dropout import Seeded
 from .engines import REFERENCE, Engine, pick
@@ -34,7 +34,7 @@ from .heads import (
 )
 from .masks import Mask, as_mask
 from .norms import Norm
-from .ops import attention_weights, log_sum_exp, of_heads
+from .ops import attention_weights, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
 from .rotary import HalfPairs, InterleavedPairs, Rotary
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import _check
 from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
 from ._doors import blank, check_attention, check_linear
-from ._xp import Array, from_host, namespace, narrow, of_sample, unbroadcast, widen
+from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, unbroadcast, widen
 from .biases import Relative
 from .dropout import Seeded
 from .masks import Mask, dense
@@ -290,11 +290,6 @@ def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
         lse=cache.lse[b],
         keep=of_sample(cache.keep, b),
     )
-
-
-def of_heads(a: Array, h: slice) -> Array:
-    """a (..., H or 1, ·, ·), or without a head axis, or None, as the heads `h` see it"""
-    return a if a is None or a.ndim < 3 or a.shape[-3] == 1 else a[..., h, :, :]
 
 
 @cut_heads.register

@@ -680,10 +680,6 @@ heads: the bias gradient of each head lands before the batch
 - concat(parts, axis=axis)
 + concat(parts, axis=0)
 
-heads: a bias without a head axis is that of some queries
-- bias is None or bias.ndim < 3
-+ bias is None or bias.ndim < 2
-
 # test_ops.py::test_attention_is_torch
 
 relative: the gradient is not summed over what shares it
@@ -693,12 +689,8 @@ relative: the gradient is not summed over what shares it
 # test_modern.py::test_groups_of_one_head_are_all_at_once
 
 relative: all heads have the bias of the first
-- bias.values[..., h, :]
-+ bias.values[..., : h.stop - h.start, :]
-
-relative: one that heads share is cut
-- and bias.values.shape[-2] > 1
-+ and bias.values.shape[-2] > 0
+- of_heads(bias.values, h, 2)
++ of_heads(bias.values, slice(h.stop - h.start), 2)
 
 ## _qk.py
 # test_mha.py::test_all_that_modern_attention_does_is_torch
@@ -3706,6 +3698,16 @@ at: one sample for all is asked for the second
 at: always the first sample
 - 0 if n == 1 else i for
 + 0 for
+
+# test_mha.py::test_mha_is_torch
+
+heads: a bias without a head axis is that of some queries
+- a is None or a.ndim < rank
++ a is None or a.ndim < 2
+
+heads: what has one head for all is cut
+- or a.shape[-rank] == 1:
++ or False:
 """
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from funcmha import _check
 from funcmha._bias import bias_of_heads, bias_of_sample, on_bias
 from funcmha._doors import blank, check_attention
-from funcmha._xp import Array, narrow, of_sample, widen
+from funcmha._xp import Array, narrow, of_heads, of_sample, widen
 from funcmha.biases import Relative
 from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
-from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp, of_heads
+from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
 from . import threads, tiles
 from .schedule import BiasGradient, RelativeGradient, steps
