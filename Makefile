@@ -19,7 +19,7 @@ check: .venv/ready ## formatting, lint and types
 bench: .venv/ready ## forward and backward against PyTorch, timed
 	$(BIN)/python -m benchmarks
 
-mutants: .venv/ready ## plant every fault of tests/mutants.py, and see the suite catch it
+mutants: .venv/ready ## plant every fault of tests/faults, and see the suite catch it
 	$(BIN)/python tests/mutants.py
 
 .venv/ready: pyproject.toml constraints.txt

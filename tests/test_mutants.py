@@ -4,9 +4,9 @@ import re
 from collections import Counter
 
 import pytest
-from mutants import FAULTS, ROOT, parse
+from mutants import ROOT, faults
 
-TABLE = parse(FAULTS)
+TABLE = faults()
 
 
 def test_the_table_is_large_and_names_each_fault_once():
