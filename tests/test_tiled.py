@@ -123,6 +123,22 @@ def test_blas_has_its_threads_back_after_a_call_and_after_an_error():
     assert blas_threads() == before
 
 
+def test_blas_is_held_from_any_thread_while_another_has_set_its_own():
+    """threadpoolctl 3.8 silently ignores all but the first thread that sets a number."""
+    found = []
+
+    def call():
+        with threads.single_threaded_blas():
+            found.append(set(blas_threads()))
+        found.append(set(blas_threads()))
+
+    with threadpool_limits(2, "blas"):
+        caller = threading.Thread(target=call)
+        caller.start()
+        caller.join()
+    assert found == [{1}, {2}]
+
+
 def test_two_threads_of_a_program_may_call_at_once():
     problem, dtype = large()
     want, got = both(problem, dtype, TILED), {}

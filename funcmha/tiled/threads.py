@@ -86,8 +86,7 @@ def single_threaded_blas() -> Iterator[None]:
             _libraries = ThreadpoolController().select(user_api="blas").lib_controllers
         if _users == 0:
             _before = [library.get_num_threads() for library in _libraries]
-            for library in _libraries:
-                library.set_num_threads(1)
+            _set(_libraries, [1] * len(_libraries))
         _users += 1
     try:
         yield
@@ -95,8 +94,16 @@ def single_threaded_blas() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                for library, n in zip(_libraries, _before, strict=True):
-                    library.set_num_threads(n)
+                _set(_libraries, _before)
+
+
+def _set(libraries: list[Any], numbers: list[int]) -> None:
+    """The threads of each. From 3.8 on threadpoolctl lets one thread set them, and does nothing for all others."""
+    for library, n in zip(libraries, numbers, strict=True):
+        release = getattr(library, "clear_controlling_thread", lambda force: None)
+        release(force=True)
+        library.set_num_threads(n)
+        release(force=True)
 
 
 def _after_fork() -> None:
