@@ -21,7 +21,7 @@ from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
 from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
-from . import threads, tiles
+from . import few, threads, tiles
 from .schedule import BiasGradient, RelativeGradient, steps
 from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink
 
@@ -202,8 +202,25 @@ def _with_head(a: Array, rank: int = 2) -> Array:
 
 def _forward(x: _Views) -> None:
     """Write o, total and shift."""
-    *batch, H, T, D = x.q.shape
-    K, S, E = x.v.shape[-3:]
+    H, K, T = x.q.shape[-3], x.k.shape[-3], x.q.shape[-2]
+    return _few_queries(x) if H // max(K, 1) * T <= few.ROWS else _in_tiles(x)
+
+
+def _few_queries(x: _Views) -> None:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
+
+    def work(task: tuple[Any, int]) -> None:
+        b, kv = task
+        h = range(kv * (H // K), (kv + 1) * (H // K))
+        at = (*b, slice(h.start, h.stop))
+        x.o[at], x.total[at], x.shift[at] = few.forward([x.head(b, i) for i in h])
+
+    tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
+    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E))
+
+
+def _in_tiles(x: _Views) -> None:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
     samples = list(np.ndindex(*batch))
     longest = np.empty((*batch, K), x.q.dtype)  # max |k|
 

@@ -75,6 +75,10 @@ class Head(NamedTuple):
         Into `slope`, where it is given, goes what the soft cap's gradient is multiplied by, 1 − tanh².
         """
         s = np.matmul(q, self.k[slice(*tile.cols)].T, out=_scratch("s", tile.shape, q.dtype))
+        return self.complete(s, tile, slope)
+
+    def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
+        """`scores` from the product with the keys, in its place"""
         if self.cap is not None:
             np.tanh(s, out=s)
             if slope is not None:
