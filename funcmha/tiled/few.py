@@ -20,7 +20,7 @@ BLOCK = 128
 
 def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
     """o (G, T, E), the sums of exponentials, the sink's included (G, T), and the shift of the rows (G, T)"""
-    (T, D), S, mask = heads[0].q.shape, len(heads[0].k), heads[0].mask
+    T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
     start, stop = (0, S) if mask is None else mask.columns((0, T), S)
     tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
     k, v = heads[0].k[start:stop], heads[0].v[start:stop]

@@ -11,7 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
+
+from funcmha._xp import Array
 
 ALONE = 1e7  # flops that one thread has done before another has woken up
 
@@ -115,3 +118,20 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, Any], Array] = {}
+
+
+_local = _Scratch()
+
+
+def scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
+    """An uninitialised array that belongs to this thread until it asks for the same name again."""
+    size = shape[0] * shape[1]
+    buffer = _local.buffers.get((name, dtype))
+    if buffer is None or buffer.size < size:
+        buffer = _local.buffers[name, dtype] = np.empty(size, dtype)
+    return buffer[:size].reshape(shape)
