@@ -398,6 +398,7 @@ def test_a_band_for_each_sample():
         assert picture(mask.at((b,)), 2, 7) == drawn
         assert ["".join(".x"[int(seen)] for seen in row) for row in mask.dense(2, 7)[b, 0]] == drawn
     assert mask.columns((0, 1), 7) == (2, 4)  # of the sample that sees any
+    assert mask.columns((1, 2), 7) == (0, 5)
     assert mask.shape(2, 7) == (2, 1, 2, 7)
 
 
