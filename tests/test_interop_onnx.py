@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 
+import jax
 import ml_dtypes
 import numpy as np
 import onnx
@@ -589,6 +590,26 @@ def test_every_array_library_gives_the_same(xp, problem):
         assert (got is None) == (want is None)
         if want is not None:
             close(xp.back(got), want)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 3])
+def test_jax_takes_the_pair_as_it_is(mode):
+    """jax.custom_vjp(f).defvjp(f, f_vjp) under jit equals JAX's own differentiation of the same."""
+    problem = replace(EVERYTHING, mode=mode)
+
+    def f(*inputs):
+        return attention(*inputs, **problem.static())
+
+    def loss(f):
+        return lambda *inputs: sum((y**3).sum() for y in f(*inputs))
+
+    with jax.enable_x64(True):
+        ours = jax.custom_vjp(lambda *inputs: f(*inputs)[0])
+        ours.defvjp(f, attention_vjp)
+        inputs = [jax.numpy.asarray(x) for x in problem.inputs()]
+        grads = (jax.jit(jax.grad(loss(g), tuple(range(6))))(*inputs) for g in (ours, lambda *x: f(*x)[0]))
+        for got, want in zip(*grads, strict=True):
+            close(got, want)
 
 
 @both_engines

@@ -35,10 +35,13 @@ from funcmha.scores import ScoresCache, scores, scores_vjp
 OPSETS = (23, 24, 25)
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # onnx.TensorProto.DataType
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64, "complex128": 64}
-WEIGHTS = 3  # qk_matmul_output_mode: after the softmax; 2 before it, 1 without mask and bias, 0 without softcap
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Weights(NamedTuple):
+    """The cache of a qk_matmul_output after the softmax: that of attention has all."""
 
 
 class AttentionCache(NamedTuple):
@@ -46,8 +49,7 @@ class AttentionCache(NamedTuple):
     attn_mask: Array  # as given, or None
     append: AppendCache | None  # of K and V to the past
     attention: Any  # of funcmha.engines.attention
-    scores: ScoresCache | None  # of a qk_matmul_output before the softmax
-    qk_matmul_output_mode: int | None
+    qk_matmul_output: ScoresCache | Weights | None  # None where it was left out
 
 
 def attention(
@@ -105,7 +107,7 @@ def attention(
     qk, shown = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), mask=mask, scale=scale, cap=cap)
 
     Y, qk = narrow(_as_given(o, Q), Q.dtype), narrow(qk, Q.dtype)
-    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, shown, qk_matmul_output_mode)
+    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, shown)
 
 
 def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], /) -> tuple[Array, ...]:
@@ -114,11 +116,11 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
 
     A boolean attn_mask has the gradient None. A score of −∞ in mode 2 is a constant: its cotangent has no effect.
     """
-    Q, attn_mask, appended, heads, shown, mode = cache
+    Q, attn_mask, appended, heads, shown = cache
     do, dkeys, dvalues, dqk = _cotangents(cache, dy)
 
-    dq, dk, dv, dbias, _ = engines.attention_vjp(heads, do, dweights=dqk if mode == WEIGHTS else None)
-    if shown is not None and dqk is not None:
+    dq, dk, dv, dbias, _ = engines.attention_vjp(heads, do, dweights=dqk if isinstance(shown, Weights) else None)
+    if isinstance(shown, ScoresCache) and dqk is not None:
         dq_shown, dk_shown, dbias_shown = scores_vjp(shown, dqk)
         dq, dk = dq + dq_shown, dk + dk_shown
         dbias = dbias if dbias_shown is None else dbias + dbias_shown
@@ -144,16 +146,18 @@ def _(cache: AttentionCache, /) -> Array:
 
 def _qk_matmul_output(
     mode: int | None, heads: Any, inputs: tuple[Array, ...], *, mask: Any, scale: Any, cap: Any
-) -> Any:
-    """The fourth output (B, H, T, S), and the cache that its gradient needs beside that of attention"""
-    if mode is None or mode == WEIGHTS:
-        return (None if mode is None else attention_weights(heads)), None
+) -> tuple[Array, ScoresCache | Weights | None]:
+    """The fourth output (B, H, T, S), and the cache of its own that its gradient needs"""
     q, k, bias = inputs
+    if mode is None:
+        return None, None
     if mode == 0:
         return scores(q, k, scale=scale)
     if mode == 1:
         return scores(q, k, scale=scale, cap=cap)
-    return scores(q, k, bias, mask=mask, scale=scale, cap=cap)
+    if mode == 2:
+        return scores(q, k, bias, mask=mask, scale=scale, cap=cap)
+    return attention_weights(heads), Weights()
 
 
 # ── layout, past and precision ───────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +204,7 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
     _check.cotangent("dpresent_key", dy[1], k.shape, Q, "B K S D", optional=True)
     _check.cotangent("dpresent_value", dy[2], v.shape, Q, "B K S E", optional=True)
     _check.cotangent("dqk_matmul_output", dy[3], (B, H, T, k.shape[-2]), Q, "B H T S", optional=True)
-    if dy[3] is not None and cache.qk_matmul_output_mode is None:
+    if dy[3] is not None and cache.qk_matmul_output is None:
         raise ValueError("dqk_matmul_output must be None, as qk_matmul_output was left out, got an array")
     dY, *others = (narrow(d, q.dtype) for d in dy)
     do = full(o, 0.0, q) if dY is None else dY if Q.ndim == 4 else _split(dY, H)
