@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import jax
@@ -226,14 +227,19 @@ def evaluated(model, x):
     return [found.get(name) for name in OUTPUTS]
 
 
-def by_definition(problem):
-    """The outputs of the body that the operator is defined by, a graph of simpler operators."""
-    model, x = node_of(problem)
-    (node,), types = model.graph.node, {i.name: i.type for i in model.graph.input}
+def definition_of(model):
+    """The body that the operator is defined by, a graph of simpler operators."""
+    (node,), types = deepcopy(model.graph.node), {i.name: i.type for i in model.graph.input}
     kinds = [types.get(name, onnx.TypeProto()) for name in node.input]
-    ((nodes, _),), _ = node_tests.function_testcase_helper(node, kinds, "body", model.opset_import)
+    ((nodes, _),), _ = node_tests.function_testcase_helper(node, kinds, "body", model.opset_import)  # writes to node
     graph = helper.make_graph(nodes, "body", model.graph.input, model.graph.output)
-    return evaluated(helper.make_model(graph, opset_imports=model.opset_import), x)
+    return helper.make_model(graph, opset_imports=model.opset_import)
+
+
+def by_definition(problem):
+    """The outputs of the operator's definition."""
+    model, x = node_of(problem)
+    return evaluated(definition_of(model), x)
 
 
 def by_reference(problem, rows=True):
@@ -293,7 +299,7 @@ def all_by_torch(problem, dys):
 
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
 
-sized = problems().filter(lambda problem: problem.S and problem.T)  # ONNX's own code wants a query and a key
+sized = problems().filter(lambda problem: problem.L and problem.T)  # ONNX's own code wants a query and a key
 
 
 @both_engines
@@ -729,6 +735,18 @@ def test_what_the_operator_does_not_have_is_refused_by_name(problem, changes, er
     inputs, named = given_arguments(problem, **changes)
     with pytest.raises(error, match=words):
         attention(*inputs, **named)
+
+
+def test_the_definition_cannot_multiply_values_of_another_dtype():
+    """The schema has a type for V alone; this is why it is refused."""
+    model, _ = node_of(Problem(scale=0.25))
+    del model.graph.node[0].output[1:], model.graph.output[1:]
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(DOUBLE, (2, 6, 5, 13)))
+    onnx.checker.check_model(definition_of(model), full_check=True)
+    model.graph.input[2].type.tensor_type.elem_type = FLOAT
+    onnx.checker.check_model(model, full_check=True)
+    with pytest.raises(onnx.shape_inference.InferenceError, match=r"MatMul.*inconsistent type"):
+        onnx.checker.check_model(definition_of(model), full_check=True)
 
 
 @pytest.mark.parametrize(

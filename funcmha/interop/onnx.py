@@ -11,7 +11,8 @@ the keys, the rest is forbidden: from opset 24 on an axis of 1 is short too, and
 i, after a past of P keys at P + i, and in a cache with `nonpad_kv_seqlen` n at n − T + i, for each sample.
 
 ONNX rounds float16 and bfloat16 at every step, and casts before and after the softmax if softmax_precision says so;
-here all is computed in the wider of the two, float32 at least, and rounded once.
+here all is computed in the wider of the two, float32 at least, and rounded once. The schema lets V have another dtype
+than Q and K, but the operator's definition cannot multiply the two, and here it is refused.
 
 The package onnx is not imported, nor any runtime.
 
