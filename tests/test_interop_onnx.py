@@ -508,6 +508,15 @@ def test_token_by_token_is_all_at_once():
             close(got, all_at_once[at])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
+def test_nonpad_kv_seqlen_may_be_of_any_integers(dtype):
+    inputs, n = EMPTY_ROWS.inputs(), np.array([2, 3])
+    static = EMPTY_ROWS.static()
+    got, want = (attention(*inputs, nonpad_kv_seqlen=x, **static)[0] for x in (n.astype(dtype), n))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @both_engines
 def test_what_is_not_there_has_no_effect_even_if_it_is_nan():
     problem = replace(EXTERNAL, mask=None, is_causal=1, mode=None)

@@ -99,9 +99,10 @@ def attention(
     check_precision(softmax_precision, Q)
 
     keys, values, appended = _present(past_key, past_value, k, v)
-    mask, bias = _mask_and_bias(attn_mask, keys, opset)
-    offset = keys.shape[-2] - k.shape[-2] if nonpad_kv_seqlen is None else nonpad_kv_seqlen - q.shape[-2]
-    mask = _joined(mask, *_structured(is_causal, left_window_size, right_window_size, offset, nonpad_kv_seqlen))
+    there = None if nonpad_kv_seqlen is None else nonpad_kv_seqlen.astype(np.int64)  # unsigned n − T would wrap around
+    offset = keys.shape[-2] - k.shape[-2] if there is None else there - q.shape[-2]
+    structured = _structured(is_causal, left_window_size, right_window_size, offset, there)
+    mask, bias = _mask_and_bias(attn_mask, structured, keys.shape[-2], opset)
     q, k, v, bias = (_computed(x, softmax_precision) for x in (q, keys, values, bias))
     cap = None if softcap == 0 else softcap
     o, heads = engines.attention(q, k, v, bias, mask=mask, scale=scale, cap=cap)
@@ -215,31 +216,23 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _mask_and_bias(attn_mask: Array, keys: Array, opset: int) -> tuple[Mask | None, Array]:
-    """A boolean attn_mask is a mask, a floating one a bias; a mask forbids the keys that neither reaches."""
-    if attn_mask is None:
-        return None, None
-    reach, missing = None, keys.shape[-2] - attn_mask.shape[-1]
-    if missing and opset > 23:
-        reach = masks.lengths(attn_mask.shape[-1])
-        rest = full((*attn_mask.shape[:-1], missing), 0, attn_mask)
-        attn_mask = namespace(attn_mask).concat([attn_mask, rest], axis=-1)
-    if dtype_name(attn_mask) == "bool":
-        return _joined(reach, masks.as_mask(attn_mask)), None
-    return reach, attn_mask
-
-
-def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, nonpad: Any) -> list[Mask | None]:
-    """Causal and the window are one band; what is not there is no key."""
+def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, there: Any) -> list[Mask]:
+    """Causal and the window are one band; what is not there is seen by nobody."""
     bounds = (None if left == -1 else left), (0 if is_causal else None if right == -1 else right)
-    band = None if bounds == (None, None) else masks.window(*bounds, offset)
-    return [band, None if nonpad is None else masks.lengths(nonpad)]
+    band = [] if bounds == (None, None) else [masks.window(*bounds, offset)]
+    return [*band, *([] if there is None else [masks.lengths(there)])]
 
 
-def _joined(*parts: Mask | None) -> Mask | None:
-    """What all of them allow."""
-    given = [part for part in parts if part is not None]
-    return reduce(and_, given) if given else None
+def _mask_and_bias(attn_mask: Array, parts: list[Mask], S: int, opset: int) -> tuple[Mask | None, Array]:
+    """What all parts and a boolean attn_mask allow, and a floating one; a short one forbids the keys after it."""
+    n = S if attn_mask is None or opset == 23 else attn_mask.shape[-1]
+    if n < S:
+        rest = full((*attn_mask.shape[:-1], S - n), 0, attn_mask)
+        attn_mask = namespace(attn_mask).concat([attn_mask, rest], axis=-1)
+        parts = [*parts, masks.lengths(n)]
+    if attn_mask is not None and dtype_name(attn_mask) == "bool":
+        parts, attn_mask = [*parts, masks.as_mask(attn_mask)], None
+    return (reduce(and_, parts) if parts else None), attn_mask
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
