@@ -6,7 +6,7 @@ from typing import Any
 from funcmha import _check, tree
 from funcmha._xp import Array, namespace
 from funcmha.interop.torch import _array
-from funcmha.params import SPEC, Params, check
+from funcmha.params import SPEC, Params
 
 from . import families
 from .layer import Form, Layer, static
@@ -69,8 +69,9 @@ def to_state_dict(params: Params, layer: Layer) -> dict[str, Array]:
     is not like that of `layer`.
     """
     form = layer.form
-    _, leaves = check(params, SPEC)
+    leaves = tree.flatten(params)
     _check.keys("params", leaves, form.leaves, form.leaves)
+    _check.one_dtype(leaves.items())
     for leaf, x in leaves.items():
         if tuple(x.shape) != (want := _leaf_shape(leaf, form)):
             spelt = ", ".join(SPEC[leaf].split())
