@@ -199,16 +199,18 @@ def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None
     if nested and not nested.keys() & {"sliding_attention", "full_attention"}:
         raise ValueError(f"rope_parameters must be those of each layer type for gemma3_text, got {', '.join(nested)}")
     own = (nested or {}).get(kind) or {}
-    return own if local else own | (c["rope_scaling"] or {}), theta
+    own = own if local else own | (c["rope_scaling"] or {})
+    if not own.get("truncate", True):
+        raise ValueError("truncate must be left out for gemma3_text, which does not find it where it stands")
+    return own, theta
 
 
 def _check_layer(c: dict[str, Any], n: Any) -> None:
     if isinstance(n, bool) or not isinstance(n, Integral):
         raise TypeError(f"n must be the number of a layer, got {n!r}")
-    layers = c.get("n_layer" if c["model_type"] == "gpt2" else "num_hidden_layers")
-    if layers is None and c["layer_types"] is not None:
-        layers = len(c["layer_types"])
-    if n < 0 or (layers is not None and n >= layers):
+    layers: Any = c.get("n_layer" if c["model_type"] == "gpt2" else "num_hidden_layers")
+    layers = layers if c["layer_types"] is None else len(c["layer_types"])
+    if int(n) < 0 or (layers is not None and int(n) >= layers):
         upto = "or more" if layers is None else f"… {layers - 1}, as the config says"
         raise IndexError(f"n must be in 0 {upto}, got {n}")
 

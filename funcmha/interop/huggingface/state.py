@@ -44,6 +44,9 @@ def from_state_dict(state_dict: Mapping[str, Any], config: Any, n: int, *, prefi
     Nothing is copied: the parameters are views. Raises KeyError for a missing or unexpected name, ValueError for a
     shape that is not the config's or a config that is not understood, TypeError for mixed dtypes or a tensor on a GPU.
     """
+    if not isinstance(state_dict, Mapping):
+        got = type(state_dict).__name__
+        raise TypeError(f"state_dict must be a dict of tensors, as a module's state_dict() is, got {got}")
     c = families.read(config, n)
     fused = c["model_type"] == "gpt2"
     layer = static(c, n, _prefix(state_dict, n, fused) if prefix is None else prefix)
