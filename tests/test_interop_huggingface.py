@@ -339,7 +339,17 @@ HUB = {  # the parts of real config.json files that matter here, as they are on 
             "rope_type": "llama3",
         },
     },
-    "Gemma 2": {"model_type": "gemma2", "num_hidden_layers": 26, "sliding_window": 4096, "rope_theta": 10000.0},
+    "Gemma 2 27B": {
+        "model_type": "gemma2",
+        "hidden_size": 4608,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 144,
+        "num_hidden_layers": 46,
+        "sliding_window": 4096,
+        "rope_theta": 10000.0,
+    },
     "Gemma 3 4B": {
         "model_type": "gemma3_text",
         "hidden_size": 2560,
@@ -376,6 +386,7 @@ HUB = {  # the parts of real config.json files that matter here, as they are on 
         "max_window_layers": 3,
         "use_sliding_window": True,
     },
+    "Qwen 3, told not to slide": {"model_type": "qwen3", "max_window_layers": 3, "use_sliding_window": False},
     "GPT-OSS 20B": {
         "model_type": "gpt_oss",
         "num_hidden_layers": 24,
@@ -578,6 +589,20 @@ def test_constants_beside_the_parameters_are_left_alone():
         "GPT-2", **{prefix + "bias": np.ones((1, 1, 5, 5), bool), prefix + "masked_bias": np.float32(-1e4)}
     )
     from_state_dict(state, config, 0)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_read_only_and_strided_arrays_are_arrays_like_others(name):
+    state, config = small_state(name)
+    want = to_state_dict((layer := from_state_dict(state, config, 0)).params, layer)
+    odd = {key: np.repeat(x, 2, axis=-1)[..., ::2] for key, x in state.items()}
+    for x in odd.values():
+        x.flags.writeable = False
+    layer = from_state_dict(odd, config, 0)
+    assert not layer.params["q_proj"]["w"].flags.writeable
+    for key, x in to_state_dict(layer.params, layer).items():
+        assert np.array_equal(x, want[key])
+        assert np.array_equal(x, state[key])
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -110,6 +110,8 @@ def test_a_new_file_holds_the_layer_and_is_written_in_order(tmp_path, kind):
     scattered = tree.map(lambda a: np.asfortranarray(np.repeat(a, 2, axis=0)[::2]), layer.params)
     path = tmp_path / "layer.safetensors"
     save_layer(path, layer._replace(params=scattered))
+    with safe_open(path, framework="np") as opened:
+        assert opened.metadata() == {"format": "pt"}  # which transformers asks for
     found = load_file(path)
     want = to_state_dict(layer.params, layer)
     assert found.keys() == want.keys()

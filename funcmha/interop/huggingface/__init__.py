@@ -9,13 +9,14 @@ What differs. `sliding_window` counts the query itself: W there is `window(W - 1
 in all these families, as funcmha's "half", so nothing is permuted. Gemma 3's norms have the weight 1 + w:
 `Rms(offset=1)`. GPT-2 stores its matrices transposed, and q, k and v in one.
 
-Angles, norms and softmax are computed in float32 there, whatever the dtype; here in that of x, and angles in float64.
-So in float64 the outputs differ by 1e-6, and by more at positions of many thousands, where a float32 angle is off by
-2⁻²⁴ of the position. A query that may see no key (padding before the text) gives out_proj.bias here; there the mean of
-all values, but for GPT-OSS. Dropout is the caller's: `keep=seeded(seed, config.attention_dropout)`.
+Angles, norms and softmax are computed in float32 there, whatever the dtype (GPT-2 alone has none of these); here in
+the dtype of x, and angles in float64. So with float64 the outputs of a small Llama differ by 2e-7, and by 1e-3 at
+position 100,000, where a float32 angle is off by 2⁻²⁴ of the position. A query that may see no key (padding before the
+text) gives out_proj.bias here; there the mean of all values, but for GPT-OSS. Dropout is the caller's:
+`keep=seeded(seed, config.attention_dropout)`.
 
 What these families cannot be, or what transformers reads and does not obey, is refused: other kinds of rope, a part of
-the features turned, a soft cap in Gemma 3, bidirectional attention in Gemma 1 and 2.
+the features turned, a soft cap in Gemma 3, bidirectional attention in Gemma 1 and 2. See docs/decisions/0024-layers-of-transformers.md.
 
 No foreign library is imported, but `safetensors` by `load_layer` and `save_layer`. Read from transformers 5.24.
 """
