@@ -16,7 +16,8 @@ text) gives out_proj.bias here; there the mean of all values, but for GPT-OSS. D
 `keep=seeded(seed, config.attention_dropout)`.
 
 What these families cannot be, or what transformers reads and does not obey, is refused: other kinds of rope, a part of
-the features turned, a soft cap in Gemma 3, bidirectional attention in Gemma 1 and 2. See docs/decisions/0024-layers-of-transformers.md.
+the features turned, a soft cap in Gemma 3, bidirectional attention in Gemma 1 and 2. Why it is made like this:
+docs/decisions/0024-layers-of-transformers.md.
 
 No foreign library is imported, but `safetensors` by `load_layer` and `save_layer`. Read from transformers 5.24.
 """
