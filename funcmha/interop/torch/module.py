@@ -172,7 +172,7 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
     names = [*weights, *OUT, *biases, *bias_kv]
     _check.keys("state_dict", arrays, names, names)
     _check.one_dtype(arrays.items())
-    _check_heads(num_heads)
+    check_heads(num_heads)
 
     C = arrays["out_proj.weight"].shape[-1] if arrays["out_proj.weight"].ndim else 0
     size = {"1": 1, "C": C, "3C": 3 * C}
@@ -186,7 +186,8 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
         raise ValueError(f"out_proj.weight must be (C, C) with C a multiple of num_heads={num_heads}, got C={C}")
 
 
-def _check_heads(num_heads: Any) -> None:
+def check_heads(num_heads: Any) -> None:
+    """Raise ValueError unless it is a number of heads."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, Integral) or num_heads < 1:
         raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
 
@@ -230,7 +231,12 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
     padding = None if key_padding_mask is None else _mask_array("key_padding_mask", key_padding_mask)
     _check_masks(attn, padding, num_heads)
 
-    spread = [x for x in (_per_head(attn, num_heads), _per_query(padding)) if x is not None]
+    return joined(attn, padding, num_heads)
+
+
+def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
+    """`masks` of what has been checked, in the library of the arrays"""
+    spread = [x for x in (per_head(attn, H), per_query(padding)) if x is not None]
     allowed = [~x for x in spread if dtype_name(x) == "bool"]
     added = [x for x in spread if dtype_name(x) != "bool"]
     return (
@@ -239,14 +245,14 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
     )
 
 
-def _per_head(attn: Array, H: int) -> Array:
+def per_head(attn: Array, H: int) -> Array:
     """(N·H, L, S)  →  (N, H, L, S), or (H, L, S) if N = 1"""
     if attn is None or attn.ndim == 2 or attn.shape[0] == H:
         return attn
     return namespace(attn).reshape(attn, (attn.shape[0] // H, H, *attn.shape[1:]))
 
 
-def _per_query(padding: Array) -> Array:
+def per_query(padding: Array) -> Array:
     """(N, S)  →  (N, 1, 1, S)"""
     return padding if padding is None or padding.ndim == 1 else padding[:, None, None, :]
 
@@ -259,7 +265,7 @@ def _mask_array(name: str, x: Any) -> Array:
 
 
 def _check_masks(attn: Array, padding: Array, num_heads: int) -> None:
-    _check_heads(num_heads)
+    check_heads(num_heads)
     if attn is not None and (attn.ndim not in (2, 3) or (attn.ndim == 3 and attn.shape[0] % num_heads)):
         raise ValueError(f"attn_mask must be (L, S) or (N·H, L, S) with H={num_heads}, got {tuple(attn.shape)}")
     if padding is None:
