@@ -280,8 +280,13 @@ def _check_weights_given(x: Inputs, separate: bool) -> None:
         raise ValueError(f"in_proj_weight must be {wanted} with use_separate_proj_weight={separate}, got {got}")
     if (x.bias_k is None) != (x.bias_v is None):
         raise ValueError("bias_k and bias_v must be given both, or neither")
-    if x.bias_k is not None and not (x.static_k is None and x.static_v is None):
+    if x.bias_k is None:
+        return
+    if not (x.static_k is None and x.static_v is None):
         raise ValueError("bias_k and bias_v must be None with static_k or static_v, to which PyTorch appends nothing")
+    for name in BIAS_KV:
+        if (shape := tuple(getattr(x, name).shape)) != (1, 1, x.query.shape[-1]):
+            raise ValueError(f"{name} must be (1, 1, E) with E={x.query.shape[-1]} as in query, got {shape}")
 
 
 def _check_shapes(x: Inputs, H: int) -> None:
@@ -295,8 +300,8 @@ def _check_shapes(x: Inputs, H: int) -> None:
     letters = {
         "key": f"{s} {n}{width_k}", "value": f"{s} {n}{width_v}", "static_k": "N·H S D", "static_v": "N·H S D",
         "in_proj_weight": "3E E", "q_proj_weight": "E E", "k_proj_weight": "E Ek", "v_proj_weight": "E Ev",
-        "in_proj_bias": "3E", "out_proj_weight": "O E", "out_proj_bias": "O", "bias_k": "one one E",
-        "bias_v": "one one E", "key_padding_mask": f"{n}S", "attn_mask": "L S",
+        "in_proj_bias": "3E", "out_proj_weight": "O E", "out_proj_bias": "O",
+        "key_padding_mask": f"{n}S", "attn_mask": "L S",
     }  # fmt: skip
     if x.attn_mask is not None and x.attn_mask.ndim != 2:
         letters["attn_mask"] = "N·H L S"
