@@ -62,7 +62,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for what is no array, lies on a GPU, or has another dtype than the rest.
     """
-    arrays = {name: _array(name, x) for name, x in state_dict.items()}
+    arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]
     D = C // H
@@ -140,7 +140,7 @@ def _follows(b: Array, a: Array) -> bool:
     )
 
 
-def _array(name: str, x: Any) -> Array:
+def to_array(name: str, x: Any) -> Array:
     """A tensor as the NumPy array of the same memory, and an array as it is."""
     if not is_array(x):
         raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")
@@ -150,19 +150,18 @@ def _array(name: str, x: Any) -> Array:
     if x.device.type != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {x.device}: use .cpu()")
     x = x.detach()
-    return _bfloat16(name, x) if dtype_name(x) == "bfloat16" else x.numpy()
+    return x.view(torch.int16).numpy().view(bfloat16(name)) if dtype_name(x) == "bfloat16" else x.numpy()
 
 
-def _bfloat16(name: str, x: Any) -> np.ndarray:
-    import torch
-
+def bfloat16(name: str) -> np.dtype[Any]:
+    """The dtype of NumPy's that `name` wants."""
     try:
         import ml_dtypes
     except ImportError:
         raise TypeError(
             f"{name} is bfloat16, which NumPy knows through ml_dtypes only: install it, or use .float()"
         ) from None
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
 
 
 def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
@@ -258,7 +257,7 @@ def per_query(padding: Array) -> Array:
 
 
 def _mask_array(name: str, x: Any) -> Array:
-    x = _array(name, x)
+    x = to_array(name, x)
     if dtype_name(x) != "bool" and "float" not in dtype_name(x):
         raise TypeError(f"{name} must be boolean, True = forbidden, or floating, added to the scores, got {x.dtype}")
     return x

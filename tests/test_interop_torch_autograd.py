@@ -1,0 +1,372 @@
+"""A pair as a function of PyTorch: autograd, its checks, its compiler, and whose memory is whose."""
+
+import gc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from funcmha import attention, attention_vjp, init, masks, merge, merge_vjp, mha, mha_vjp, norms, seeded, tree
+from funcmha.interop.torch import (
+    from_module,
+    multi_head_attention_forward,
+    multi_head_attention_forward_vjp,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_vjp,
+)
+from funcmha.interop.torch import autograd as bridge
+from funcmha.interop.torch.autograd import as_torch_function
+
+F = torch.nn.functional
+
+
+def leaf(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+
+
+def qkv(dtype=torch.float64):
+    return [leaf(2, 3, n, width, dtype=dtype) for n, width in ((5, 4), (7, 4), (7, 6))]
+
+
+def compiled(f, **options):
+    """Without C++, which would take a minute: what is tested is what the compiler sees."""
+    return torch.compile(f, fullgraph=True, backend="aot_eager", **options)
+
+
+def as_it_is(f):
+    return f
+
+
+both_ways = pytest.mark.parametrize("way", [as_it_is, compiled], ids=["as it runs", "compiled"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(y, leaves):
+    """Of Σ y², so that the cotangent is no constant."""
+    return torch.autograd.grad((y**2).sum(), leaves)
+
+
+def close(got, want, tolerance=1e-11):
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert (got - want).abs().max() <= tolerance * max(1, want.abs().max())
+
+
+# ── PyTorch's own checks ─────────────────────────────────────────────────────────────────────────────────────────
+
+PAIRS = {
+    "attention": (attention, attention_vjp, {"mask": masks.causal()}, lambda: qkv()),
+    "attention with everything": (
+        attention,
+        attention_vjp,
+        {"mask": masks.window(2, 1), "cap": 3.0, "keep": seeded(2024, 0.3)},
+        lambda: [*qkv(), leaf(3, 1, 7), leaf(3)],
+    ),
+    "merge, of two outputs": (merge, merge_vjp, {}, lambda: [leaf(2, 5, 3), leaf(2, 5), leaf(2, 5, 3), leaf(2, 5)]),
+    "torch's words": (scaled_dot_product_attention, scaled_dot_product_attention_vjp, {"scale": 0.3}, qkv),
+}
+all_pairs = pytest.mark.parametrize(("f", "f_vjp", "static", "inputs"), PAIRS.values(), ids=PAIRS)
+
+
+@all_pairs
+def test_gradcheck(f, f_vjp, static, inputs):
+    assert torch.autograd.gradcheck(as_torch_function(f, f_vjp, **static), inputs())
+
+
+@all_pairs
+def test_opcheck(f, f_vjp, static, inputs):
+    """Schema, fake tensors, registration of autograd, and the compiler's graphs with dynamic shapes."""
+    g, tensors = as_torch_function(f, f_vjp, **static), inputs()
+    name, structure = list(bridge._PAIRS)[-1], f"(({', '.join(map(str, range(len(tensors))))}, ), {{}}, )"
+    torch.library.opcheck(bridge._apply, (name, structure, tensors))
+    tensors = [x.detach() for x in tensors]
+    ys = g(*tensors)
+    torch.library.opcheck(bridge._apply_vjp, (name, structure, tensors, list(ys) if isinstance(ys, tuple) else [ys]))
+
+
+# ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@both_ways
+def test_attention_is_torch_s_own(way):
+    attend = as_torch_function(attention, attention_vjp, mask=masks.causal())
+    inputs = qkv()
+    y, want = way(attend)(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    close(y, want)
+    for g, h in zip(gradients(y, inputs), gradients(want, inputs), strict=True):
+        close(g, h)
+
+
+@both_ways
+def test_a_tree_of_parameters_and_a_mask_that_changes(way):
+    """The oracle is `torch.nn.MultiheadAttention`, whose parameters are the tree, as views of its own tensors."""
+    module = torch.nn.MultiheadAttention(6, 3, batch_first=True, dtype=torch.float64)
+    layer = way(as_torch_function(mha, mha_vjp))
+    x = leaf(2, 5, 6)
+    for seed in (0, 1):
+        padding = torch.rand(2, 5, generator=torch.Generator().manual_seed(seed)) < 0.4
+        padding[:, 0] = False
+        w, b = module.in_proj_weight.reshape(3, 3, 2, 6), module.in_proj_bias.reshape(3, 3, 2)
+        params = {name: {"w": w[i], "b": b[i]} for i, name in enumerate(("q_proj", "k_proj", "v_proj"))}
+        params["out_proj"] = {"w": module.out_proj.weight.reshape(6, 3, 2), "b": module.out_proj.bias}
+        y = layer(params, x, x, x, None, mask=~padding[:, None, None])
+        want, _ = module(x, x, x, key_padding_mask=padding, need_weights=False)
+        close(y, want)
+        leaves = [x, *module.parameters()]
+        for g, h in zip(gradients(y, leaves), gradients(want, leaves), strict=True):
+            close(g, h)
+
+
+@both_ways
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_outputs_have_the_structure_that_the_function_gives(way, need_weights):
+    """A tuple with None in it, of `multi_head_attention_forward`."""
+    static = {"embed_dim_to_check": 6, "num_heads": 3, "add_zero_attn": False, "dropout_p": 0.0}
+    static |= {"need_weights": need_weights}
+    f = as_torch_function(multi_head_attention_forward, multi_head_attention_forward_vjp, **static)
+    inputs = [leaf(5, 2, 6), leaf(7, 2, 6), leaf(7, 2, 6, seed=1), leaf(18, 6), leaf(18), None, None, leaf(6, 6), leaf(6)]
+    y, weights = way(f)(*inputs)
+    arguments = (*inputs[:3], 6, 3, *inputs[3:7], False, 0.0, *inputs[7:])
+    want, want_weights = F.multi_head_attention_forward(*arguments, need_weights=need_weights)
+    close(y, want)
+    assert (weights is None) == (not need_weights)
+    leaves = [x for x in inputs if x is not None]
+    loss, want_loss = ((a**2).sum() + (0 if p is None else (p**3).sum()) for a, p in ((y, weights), (want, want_weights)))
+    for g, h in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want_loss, leaves), strict=True):
+        close(g, h)
+
+
+@both_ways
+def test_an_output_that_nobody_uses_has_cotangent_0(way):
+    inputs = [leaf(2, 5, 3), leaf(2, 5)]
+    f = way(as_torch_function(merge, merge_vjp))
+    o, lse = f(*inputs)
+    g, h = gradients(o, inputs), gradients(f(*inputs)[1], inputs)
+    both = torch.autograd.grad((o**2).sum() + (lse**2).sum(), inputs)
+    for a, b, c in zip(g, h, both, strict=True):
+        close(a + b, c)
+
+
+@both_ways
+def test_some_inputs_only_want_a_gradient(way):
+    q, k, v = qkv()
+    k = k.detach()
+    attend = way(as_torch_function(attention, attention_vjp))
+    y = attend(q, k, v)
+    want = F.scaled_dot_product_attention(q, k, v)
+    for g, h in zip(gradients(y, (q, v)), gradients(want, (q, v)), strict=True):
+        close(g, h)
+    assert not attend(q.detach(), k, v.detach()).requires_grad
+    with torch.no_grad():
+        assert not attend(q, k, v).requires_grad
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_in_is_dtype_out(way, dtype):
+    """What float64 gives, within the rounding of the dtype."""
+    inputs = qkv(dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    y, want = way(as_torch_function(attention, attention_vjp))(*inputs), F.scaled_dot_product_attention(*wide)
+    assert y.dtype == dtype
+    (y.double() ** 2).sum().backward()
+    (want**2).sum().backward()
+    for x, w in zip(inputs, wide, strict=True):
+        assert x.grad.dtype == dtype
+        close(x.grad.double(), w.grad, 16 * torch.finfo(dtype).eps)
+
+
+@both_ways
+def test_both_ways_give_the_same_bits(way):
+    attend = as_torch_function(attention, attention_vjp, mask=masks.causal(), scale=0.3)
+    inputs = qkv()
+    y, other = attend(*inputs), way(attend)(*inputs)
+    assert torch.equal(y, other)
+    for g, h in zip(gradients(y, inputs), gradients(other, inputs), strict=True):
+        assert torch.equal(g, h)
+
+
+def test_tensors_given_once_are_arrays():
+    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) > 0.4
+    inputs = qkv()
+    y = as_torch_function(attention, attention_vjp, mask=mask)(*inputs)
+    close(y, F.scaled_dot_product_attention(*inputs, mask))
+
+
+def test_a_second_backward_is_the_first():
+    """The first takes the cache with it, so that memory is free again; the second makes it anew."""
+    inputs = qkv()
+    y = as_torch_function(attention, attention_vjp)(*inputs)
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    assert not y.grad_fn.kept.cache
+    for g, h in zip(first, torch.autograd.grad(y.sum(), inputs), strict=True):
+        assert torch.equal(g, h)
+
+
+def test_functional_gradients():
+    q, k, v = (x.detach() for x in qkv())
+    attend = as_torch_function(attention, attention_vjp)
+    got = torch.func.grad(lambda q, v: (attend(q, k, v) ** 2).sum(), argnums=(0, 1))(q, v)
+    want = torch.func.grad(lambda q, v: (F.scaled_dot_product_attention(q, k, v) ** 2).sum(), argnums=(0, 1))(q, v)
+    for g, h in zip(got, want, strict=True):
+        close(g, h)
+
+
+def test_checkpointing_runs_the_forward_again():
+    inputs = qkv()
+    attend = as_torch_function(attention, attention_vjp)
+    y = torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False)
+    for g, h in zip(gradients(y, inputs), gradients(attend(*inputs), inputs), strict=True):
+        assert torch.equal(g, h)
+
+
+def test_what_was_compiled_serves_other_shapes_and_other_functions():
+    plain = as_torch_function(attention, attention_vjp)
+    causal = as_torch_function(attention, attention_vjp, mask=masks.causal())
+    attend = compiled(lambda f, *inputs: f(*inputs))
+    for n in (5, 6, 7):
+        inputs = [leaf(n, 4), leaf(8, 4), leaf(8, 2)]
+        assert torch.equal(attend(plain, *inputs), plain(*inputs))
+        assert torch.equal(attend(causal, *inputs), causal(*inputs))
+
+
+def test_a_function_may_go_before_its_gradient_comes():
+    inputs = qkv()
+    y = as_torch_function(attention, attention_vjp)(*inputs)
+    (operator,) = bridge._apply(list(bridge._PAIRS)[-1], "((0, 1, 2, ), {}, )", inputs)
+    gc.collect()
+    for g, h in zip(gradients(y, inputs), gradients(operator, inputs), strict=True):
+        assert torch.equal(g, h)
+    del y, operator
+    gc.collect()
+    assert not [name for name in bridge._PAIRS if name.startswith("attention ")]
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def identity(x, /, **static):
+    return static.get("answer", lambda a: a)(x), ()
+
+
+def identity_vjp(cache, dy, /):
+    return (dy,)
+
+
+def read_only(a):
+    a = a * 1
+    a.flags.writeable = False
+    return a
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tensors_and_arrays_share_memory(dtype):
+    """Of strided inputs, outputs, cotangents and gradients, in both directions."""
+    seen = {}
+
+    def f(x, /):
+        seen["x"], seen["y"] = x, x + x
+        return seen["y"], ()
+
+    def f_vjp(cache, dy, /):
+        seen["dy"], seen["dx"] = dy, dy + dy
+        return (seen["dx"],)
+
+    x = leaf(3, 7, 5, dtype=dtype).transpose(0, 1).detach().requires_grad_()
+    y = as_torch_function(f, f_vjp)(x)
+    dy = torch.ones(5, 3, 7, dtype=dtype).permute(2, 1, 0)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for name, tensor in {"x": x, "y": y, "dy": dy, "dx": dx}.items():
+        assert seen[name].ctypes.data == tensor.data_ptr(), name
+        assert seen[name].strides == tuple(n * tensor.element_size() for n in tensor.stride()), name
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "answer",
+    [lambda a: a, lambda a: a[::-1], lambda a: a.T, read_only, lambda a: np.broadcast_to(a[:1], a.shape)],
+    ids=["the input", "backwards", "a view of it", "read-only", "broadcast"],
+)
+def test_an_output_has_memory_of_its_own_to_write_to(way, answer):
+    x = leaf(5, 5)
+    before = x.detach().clone()
+    f = way(as_torch_function(identity, identity_vjp, answer=answer))
+    y = f(x.detach())
+    np.testing.assert_array_equal(y.numpy(), answer(before.numpy()))
+    y += 1
+    assert torch.equal(x, before)
+
+
+def test_gradients_have_memory_of_their_own():
+    """.grad is written to in place: neither the cotangent nor another input's gradient may be the same memory."""
+    a, b = leaf(3), leaf(3, seed=1)
+    f = as_torch_function(lambda x, y, /: (x + y, ()), lambda _, dy, /: (dy, dy))
+    dy = torch.ones(3, dtype=torch.float64)
+    f(a, b).backward(dy)
+    a.grad += 1
+    assert torch.equal(b.grad, dy)
+    assert torch.equal(dy, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["an input", "the output"])
+def test_writing_in_place_before_the_backward_is_refused(name):
+    """The cache refers to it: the gradient would be wrong, without a word."""
+    q, k, v = (x * 1 for x in qkv())
+    y = as_torch_function(attention, attention_vjp)(q, k, v)
+    with torch.no_grad():
+        (k if name == "an input" else y).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_output_that_the_cache_does_not_hold_may_be_written_to():
+    """As in x = layer(x); x += residual."""
+    x = leaf(2, 5, 6)
+    params = tree.map(torch.tensor, init(0, 6, 3, dtype=np.float64))
+    layer = as_torch_function(mha, mha_vjp)
+    y = layer(params, x, x, x)
+    y += x
+    for g, h in zip(gradients(y, [x]), gradients(layer(params, x, x, x) + x, [x]), strict=True):
+        assert torch.equal(g, h)
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@both_ways
+def test_a_second_derivative_is_refused(way):
+    inputs = qkv()
+    y = as_torch_function(attention, attention_vjp)(*inputs)
+    (dq,) = torch.autograd.grad((y**2).sum(), inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="the gradient of a funcmha pair has no gradient"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "inputs", "options"),
+    [
+        (TypeError, r"inputs.1 must be on the CPU, .* got a tensor on meta", [0, torch.empty(7, 4, device="meta"), 2], {}),
+        (TypeError, r"inputs.1.w must be a tensor, None, or dicts and tuples", [0, {"w": 3.0}, 2], {}),
+        (TypeError, r"options.scale must be .* is given once, to as_torch_function", [0, 1, 2], {"scale": 0.3}),
+        (TypeError, r"options.mask must be .* got Band", [0, 1, 2], {"mask": masks.causal()}),
+        (ValueError, r"k must be \(\.\.\., K, S, D\)", [0, 2, 2], {}),
+        (TypeError, "unexpected keyword argument 'weight'", [0, 1, 2], {"weight": None}),
+    ],
+)  # fmt: skip
+def test_refusals(error, message, inputs, options):
+    tensors = qkv()
+    inputs = [tensors[x] if isinstance(x, int) else x for x in inputs]
+    with pytest.raises(error, match=message):
+        as_torch_function(attention, attention_vjp)(*inputs, **options)
+
+
+def test_an_operator_whose_function_is_gone_says_so():
+    with pytest.raises(RuntimeError, match="what as_torch_function made of attention 123456 is gone"):
+        bridge._apply("attention 123456", "((0, ), {}, )", [leaf(3)])
