@@ -45,11 +45,15 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
     Under `torch.compile`, f is run on zeros while the compiler asks for the shape of y: it must take them. Raises
     TypeError for what is no tensor, or one that is not on the CPU.
     """
-    pair = _Pair(f, f_vjp, {name: to_array(name, x) if torch.is_tensor(x) else x for name, x in static.items()})
+    pair = _Pair(f, f_vjp, {name: _given_once(name, x) for name, x in static.items()})
 
     def g(*inputs: Any, **options: Any) -> Any:
         tensors: list[Tensor] = []
-        structure = f"({_spell(inputs, tensors, 'inputs')}, {_spell(options, tensors, 'options')})"
+        places = _spell(inputs, tensors, "inputs")
+        n = len(tensors)
+        structure = f"({places}, {_spell(options, tensors, 'options')})"
+        if any(x.requires_grad for x in tensors[n:]):
+            raise TypeError(f"options have no gradient, and one of {', '.join(options)} wants one: use .detach()")
         if torch.compiler.is_compiling():
             ys = _apply(pair.name, structure, tensors)
             return _filled(_structure_of_output(pair.name, structure), ys)
@@ -58,6 +62,15 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
     g.__name__, g.__doc__ = getattr(f, "__name__", "g"), f.__doc__
     return g
+
+
+def _given_once(name: str, x: Any) -> Any:
+    """What is static, an array where it was a tensor."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if x.requires_grad:
+        raise TypeError(f"{name} has no gradient where it is given once, and wants one: use .detach(), or an input")
+    return to_array(name, x)
 
 
 class _Pair:
@@ -96,18 +109,29 @@ def _spell(node: Any, leaves: list[Any], path: str) -> str:
     if node is None:
         return "None"
     if isinstance(node, dict):
-        return "{" + "".join([f"{key!r}: {_spell(x, leaves, f'{path}.{key}')}, " for key, x in node.items()]) + "}"
+        return "{" + "".join(f"{key!r}: {_spell(x, leaves, f'{path}.{key}')}, " for key, x in node.items()) + "}"
     if isinstance(node, tuple | list):
-        return "(" + "".join([f"{_spell(x, leaves, f'{path}.{i}')}, " for i, x in enumerate(node)]) + ")"
-    if not isinstance(node, torch.Tensor | np.ndarray | np.generic):
-        raise TypeError(
-            f"{path} must be a tensor, None, or dicts and tuples of them, got {type(node).__name__}: "
-            "what is no tensor is given once, to as_torch_function"
-        )
-    if isinstance(node, torch.Tensor) and node.device.type != "cpu":
-        raise TypeError(f"{path} must be on the CPU, where NumPy works, got a tensor on {node.device}: use .cpu()")
+        return "(" + "".join(f"{_spell(x, leaves, f'{path}.{i}')}, " for i, x in enumerate(node)) + ")"
+    _check_leaf(node, path)
     leaves.append(node)
     return f"{len(leaves) - 1}"
+
+
+def _check_leaf(x: Any, path: str) -> None:
+    """Of the output an array, of all else a tensor on the CPU."""
+    if path.startswith("output"):
+        if not isinstance(x, np.ndarray | np.generic):
+            raise TypeError(f"{path} must be an array, None, or dicts and tuples of them, got {type(x).__name__}")
+        return
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"{path} must be a tensor, None, or dicts and tuples of them, got {type(x).__name__}: "
+            "what is no tensor is given once, to as_torch_function"
+        )
+    if x.device.type != "cpu":
+        raise TypeError(f"{path} must be on the CPU, where NumPy works, got a tensor on {x.device}: use .cpu()")
+    if x.is_complex():
+        raise TypeError(f"{path} must be real, as PyTorch's gradients are conjugate and funcmha's are not")
 
 
 def _filled(structure: Structure, leaves: list[Any]) -> Any:
@@ -115,7 +139,7 @@ def _filled(structure: Structure, leaves: list[Any]) -> Any:
     if isinstance(structure, dict):
         return {key: _filled(x, leaves) for key, x in structure.items()}
     if isinstance(structure, tuple):
-        return tuple([_filled(x, leaves) for x in structure])
+        return tuple(_filled(x, leaves) for x in structure)
     return None if structure is None else leaves[structure]
 
 
@@ -193,6 +217,10 @@ class _AsItRuns(torch.autograd.Function):
     def backward(ctx: Any, _: None, *dys: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 2]
         return None, None, *_Gradient.apply(ctx.kept, len(dys), *dys, *tensors)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError("torch.vmap cannot look into a funcmha pair, which takes batch axes as they are")
 
 
 class _Gradient(torch.autograd.Function):
