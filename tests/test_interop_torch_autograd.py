@@ -323,6 +323,16 @@ def test_an_output_has_memory_of_its_own_to_write_to(way, answer):
     assert torch.equal(x, before)
 
 
+def test_an_operator_returns_what_is_contiguous_as_the_compiler_is_told():
+    f = as_torch_function(lambda x, /: (x.T * 2, ()), lambda _, dy, /: (dy.T * 2,))
+    x = leaf(3, 5)
+    name = list(bridge._PAIRS)[-1]
+    torch.library.opcheck(bridge._apply, (name, "((0, ), {}, )", [x]), test_utils="test_faketensor")
+    dy = torch.ones(5, 3, dtype=torch.float64)
+    torch.library.opcheck(bridge._apply_vjp, (name, "((0, ), {}, )", [x.detach()], [dy]), test_utils="test_faketensor")
+    assert torch.equal(compiled(f)(x), f(x))
+
+
 def test_gradients_have_memory_of_their_own():
     """.grad is written to in place: neither the cotangent nor another input's gradient may be the same memory."""
     a, b = leaf(3), leaf(3, seed=1)
@@ -408,7 +418,8 @@ def test_a_tensor_given_once_that_wants_a_gradient_is_refused():
         as_torch_function(attention, attention_vjp, keep=leaf(5, 7))
 
 
-def test_an_output_that_is_no_array_is_refused():
-    f = as_torch_function(lambda x, /: ((x, "word"), ()), identity_vjp)
-    with pytest.raises(TypeError, match=r"output.1 must be an array, None, .* got str"):
+@pytest.mark.parametrize(("answer", "got"), [("word", "str"), (np.zeros(3, dtype=np.int64), "ndarray of int64")])
+def test_an_output_that_is_no_floating_array_is_refused(answer, got):
+    f = as_torch_function(lambda x, /: ((x, answer), ()), identity_vjp)
+    with pytest.raises(TypeError, match=f"output.1 must be a floating array, None, .* got {got}"):
         f(leaf(3))

@@ -1,4 +1,4 @@
-"""A pair of funcmha as a _differentiable function of PyTorch.
+"""A pair of funcmha as a differentiable function of PyTorch.
 
     attend = as_torch_function(attention, attention_vjp, mask=masks.causal())
     o = attend(q, k, v)                             # tensors, with a gradient
@@ -16,7 +16,8 @@ operators: the forward, and the vjp with the forward before it. The results are 
 import itertools
 from ast import literal_eval
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -31,7 +32,7 @@ Structure = Any  # nested tuples and dicts of numbers, places in a list of tenso
 
 
 def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **static: Any) -> Callable[..., Any]:
-    """g with g(*inputs, **options) = y     where y, cache = f(*inputs, **options, **static), _differentiable by f_vjp
+    """g with g(*inputs, **options) = y     where y, cache = f(*inputs, **options, **static), differentiable by f_vjp
 
     f, f_vjp  a pair by funcmha's protocol, whose cache is made of tuples, dicts and arrays
     inputs    tensors on the CPU, None, or dicts and tuples of them; floating ones have gradients
@@ -120,8 +121,9 @@ def _spell(node: Any, leaves: list[Any], path: str) -> str:
 def _check_leaf(x: Any, path: str) -> None:
     """Of the output an array, of all else a tensor on the CPU."""
     if path.startswith("output"):
-        if not isinstance(x, np.ndarray | np.generic):
-            raise TypeError(f"{path} must be an array, None, or dicts and tuples of them, got {type(x).__name__}")
+        if not isinstance(x, np.ndarray | np.generic) or "float" not in dtype_name(x):
+            got = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"{path} must be a floating array, None, or dicts and tuples of them, got {got}")
         return
     if not isinstance(x, torch.Tensor):
         raise TypeError(
@@ -189,7 +191,8 @@ def _arrays_of(cache: Any) -> Iterator[Array]:
 # ── as PyTorch runs: the cache waits in the graph ────────────────────────────────────────────────────────────────
 
 
-class _Kept(NamedTuple):
+@dataclass(frozen=True, eq=False)  # and no tuple, which torch.func would take apart
+class _Kept:
     pair: _Pair
     structure: str  # of the inputs
     output: str  # its structure
