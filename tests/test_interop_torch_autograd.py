@@ -212,6 +212,22 @@ def test_both_ways_give_the_same_bits(way):
         assert torch.equal(g, h)
 
 
+@both_ways
+def test_inputs_without_a_gradient(way):
+    """A place is an integer and has none; of the other f_vjp says that it has none, which is 0."""
+    f = as_torch_function(
+        lambda x, place, other, /: (x[place], (x.shape, place)),
+        lambda cache, dy, /: (np.where(np.arange(cache[0][0]) == cache[1], dy, 0.0), None, None),
+    )
+    x, other = leaf(5), leaf(3)
+    y = way(f)(x, torch.tensor([2]), other)
+    (y**2).sum().backward()
+    want = torch.zeros(5, dtype=torch.float64)
+    want[2] = 2 * x.detach()[2]
+    close(x.grad, want)
+    assert other.grad is None or not other.grad.any()
+
+
 def test_tensors_given_once_are_arrays():
     mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) > 0.4
     inputs = qkv()
@@ -249,23 +265,31 @@ def test_checkpointing_runs_the_forward_again():
 def test_what_was_compiled_serves_other_shapes_and_other_functions():
     plain = as_torch_function(attention, attention_vjp)
     causal = as_torch_function(attention, attention_vjp, mask=masks.causal())
-    attend = compiled(lambda f, *inputs: f(*inputs))
-    for n in (5, 6, 7):
-        inputs = [leaf(n, 4), leaf(8, 4), leaf(8, 2)]
-        assert torch.equal(attend(plain, *inputs), plain(*inputs))
-        assert torch.equal(attend(causal, *inputs), causal(*inputs))
+
+    def beside_mean(f, q, k, v):
+        return f(q, k, v) - v.mean(-2)  # which the compiler refuses if it takes y for narrower than it is
+
+    for n in (2, 3, 6):
+        inputs = [leaf(5, 4), leaf(8, 4), leaf(8, n)]
+        for f in (plain, causal):
+            assert torch.equal(compiled(beside_mean)(f, *inputs), beside_mean(f, *inputs))
 
 
-def test_a_function_may_go_before_its_gradient_comes():
+@pytest.mark.parametrize("operator", [False, True])
+def test_a_function_may_go_before_its_gradient_comes(operator):
+    """The graph holds it, and nothing else does."""
     inputs = qkv()
-    y = as_torch_function(attention, attention_vjp)(*inputs)
-    (operator,) = bridge._apply(list(bridge._PAIRS)[-1], "((0, 1, 2, ), {}, )", inputs)
+    attend = as_torch_function(attention, attention_vjp)
+    name = list(bridge._PAIRS)[-1]
+    y = bridge._apply(name, "((0, 1, 2, ), {}, )", inputs)[0] if operator else attend(*inputs)
+    del attend
     gc.collect()
-    for g, h in zip(gradients(y, inputs), gradients(operator, inputs), strict=True):
-        assert torch.equal(g, h)
-    del y, operator
+    want = F.scaled_dot_product_attention(*inputs)
+    for g, h in zip(gradients(y, inputs), gradients(want, inputs), strict=True):
+        close(g, h)
+    del y
     gc.collect()
-    assert not [name for name in bridge._PAIRS if name.startswith("attention ")]
+    assert name not in bridge._PAIRS
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -310,8 +334,8 @@ def test_tensors_and_arrays_share_memory(dtype):
 @both_ways
 @pytest.mark.parametrize(
     "answer",
-    [lambda a: a, lambda a: a[::-1], lambda a: a.T, read_only, lambda a: np.broadcast_to(a[:1], a.shape)],
-    ids=["the input", "backwards", "a view of it", "read-only", "broadcast"],
+    [lambda a: a, lambda a: a.T, lambda a: (a * 1)[::-1], read_only, lambda a: np.broadcast_to(a[:1], a.shape)],
+    ids=["the input", "a view of it", "backwards", "read-only", "broadcast"],
 )
 def test_an_output_has_memory_of_its_own_to_write_to(way, answer):
     x = leaf(5, 5)
@@ -333,12 +357,17 @@ def test_an_operator_returns_what_is_contiguous_as_the_compiler_is_told():
     assert torch.equal(compiled(f)(x), f(x))
 
 
-def test_gradients_have_memory_of_their_own():
+@pytest.mark.parametrize("share", [lambda dy: dy, lambda dy: dy * 1], ids=["the cotangent's", "one for both"])
+def test_gradients_have_memory_of_their_own(share):
     """.grad is written to in place: neither the cotangent nor another input's gradient may be the same memory."""
+
+    def f_vjp(cache, dy, /):
+        g = share(dy)
+        return g, g
+
     a, b = leaf(3), leaf(3, seed=1)
-    f = as_torch_function(lambda x, y, /: (x + y, ()), lambda _, dy, /: (dy, dy))
     dy = torch.ones(3, dtype=torch.float64)
-    f(a, b).backward(dy)
+    as_torch_function(lambda x, y, /: (x + y, ()), f_vjp)(a, b).backward(dy)
     a.grad += 1
     assert torch.equal(b.grad, dy)
     assert torch.equal(dy, torch.ones(3, dtype=torch.float64))

@@ -19,6 +19,7 @@ from funcmha.interop.torch import (
     scaled_dot_product_attention_vjp,
 )
 from funcmha.interop.torch.multi_head import Inputs
+from funcmha.testing import check_vjp
 
 F = torch.nn.functional
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -171,6 +172,29 @@ def test_sdpa_and_its_gradients_are_torch_s(problem):
     close(y, want)
     for got, g in zip(scaled_dot_product_attention_vjp(cache, dy), gradients([want], [dy], leaves), strict=True):
         close(got, g)
+
+
+def test_sdpa_keeps_the_protocol():
+    """Purity, structure, a cache that serves twice, and the gradient by complex step."""
+    problem = Sdpa(query=(2, 6), key=(1, 3), value=(2, 2), gqa=True, attn="float", mask=(2, 1, 5, 1), dropout=0.3)
+    q, k, v, mask = problem.inputs()
+    inputs = q, k, v, np.where(np.isinf(mask), 0.0, mask)
+    check_vjp(scaled_dot_product_attention, scaled_dot_product_attention_vjp, inputs, problem.static())
+
+
+def test_tensors_go_through_the_reference():
+    """Both calls: tensors in, tensors out."""
+    q, k, v, mask = (None if a is None else torch.tensor(np.array(a)) for a in Sdpa(attn="float", mask=(5, 7)).inputs())
+    y, cache = scaled_dot_product_attention(q, k, v, mask)
+    close(y.numpy(), F.scaled_dot_product_attention(q, k, v, mask))
+    assert all(isinstance(g, torch.Tensor) for g in scaled_dot_product_attention_vjp(cache, y))
+    problem = Mha(attn="float", padding="bool", per_head=True, static_k=True, zero=True)
+    x = Inputs(*(None if a is None else torch.tensor(np.array(a)) for a in problem.inputs()))
+    outputs, cache = multi_head_attention_forward(*x, **problem.static())
+    for got, want in zip(outputs, torch_mha(x, **problem.static()), strict=True):
+        close(got.numpy(), want)
+    grads = multi_head_attention_forward_vjp(cache, outputs)
+    assert [isinstance(g, torch.Tensor) for g in grads] == [a is not None and a.dtype != torch.bool for a in x]
 
 
 def test_the_default_path_of_torch_gives_the_same():
