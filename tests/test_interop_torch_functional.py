@@ -529,6 +529,17 @@ def test_an_empty_row_is_the_output_bias_where_torch_says_nan():
         close(got, g)
 
 
+def test_two_masks_of_the_least_number_are_minus_infinity_as_in_torch():
+    x, static = Mha().inputs(), Mha().static()
+    least = np.finfo(np.float64).min
+    attn_mask, padding = np.zeros((5, 7)), np.zeros((2, 7))
+    attn_mask[:, 3:] = padding[1, 2:] = least
+    x = x._replace(attn_mask=attn_mask, key_padding_mask=padding)
+    outputs, _ = multi_head_attention_forward(*x, **static)
+    for got, want in zip(outputs, torch_mha(Inputs(*map(leaf, x)), **static), strict=True):
+        close(got, want)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("S", [4, 5, 7])

@@ -18,6 +18,7 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -79,7 +80,7 @@ class _Pair:
 
     def __init__(self, f: Callable[..., Any], f_vjp: Callable[..., Any], static: dict[str, Any]) -> None:
         self.f, self.f_vjp, self.static = f, f_vjp, static
-        self.name = f"{getattr(f, '__name__', 'f')} {next(_NUMBERS)}"
+        self.name = f"{getattr(f, '__name__', 'f')} {next(_NUMBERS)} of {_PROCESS}"
         self.output: dict[str, str] = {}  # the structure of the output, by that of the inputs
         self.shapes: dict[Any, Any] = {}  # of the outputs, by structure, shapes and dtypes of the inputs
         _PAIRS[self.name] = self
@@ -99,6 +100,7 @@ class _Pair:
 
 
 _NUMBERS = itertools.count()
+_PROCESS = uuid4().hex  # a compiler may keep on disk what it made of a name, for a process where that is another pair
 _PAIRS: WeakValueDictionary[str, _Pair] = WeakValueDictionary()
 
 

@@ -238,10 +238,9 @@ def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
     spread = [x for x in (per_head(attn, H), per_query(padding)) if x is not None]
     allowed = [~x for x in spread if dtype_name(x) == "bool"]
     added = [x for x in spread if dtype_name(x) != "bool"]
-    return (
-        allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None),
-        added[0] + added[1] if len(added) == 2 else next(iter(added), None),
-    )
+    with np.errstate(over="ignore"):  # twice the least number is −∞, as it is meant
+        bias = added[0] + added[1] if len(added) == 2 else next(iter(added), None)
+    return allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None), bias
 
 
 def per_head(attn: Array, H: int) -> Array:

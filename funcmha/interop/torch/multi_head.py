@@ -102,9 +102,10 @@ def multi_head_attention_forward(
 
     A query that may attend to nothing gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
 
-    static_k, static_v stand for the projected keys and values; what they replace has gradient 0. is_causal promises
-    that attn_mask is the causal one: PyTorch may then overlook attn_mask, and the keys of bias_k and add_zero_attn with
-    it. Here attn_mask counts in any case, and a promise that does not hold is refused.
+    static_k, static_v stand for the projected keys and values, at the cost of a product with the identity; what they
+    replace has gradient 0. is_causal promises that attn_mask is the causal one: PyTorch may then overlook attn_mask,
+    and the keys of bias_k and add_zero_attn with it. Here attn_mask counts in any case, and a promise that does not
+    hold is refused.
     """
     x = Inputs(
         query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
