@@ -1,5 +1,8 @@
 """PyTorch's two calls, side by side with PyTorch itself in float64: outputs and every gradient, over all options."""
 
+import ast
+import importlib
+import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -59,6 +62,15 @@ def gradients(outputs, cotangents, leaves):
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted))
     grads = [None if x is None or not x.requires_grad else (x, next(found)) for x in leaves]
     return [None if g is None else (torch.zeros_like(g[0]) if g[1] is None else g[1]) for g in grads]
+
+
+@pytest.mark.parametrize("f", [scaled_dot_product_attention, multi_head_attention_forward])
+def test_the_signature_says_what_is_differentiable_and_the_vjp_comes_next(f):
+    module = importlib.import_module(f.__module__)
+    names = [node.name for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]
+    assert names[names.index(f.__name__) + 1] == f"{f.__name__}_vjp"
+    kinds = {p.kind for p in inspect.signature(f).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
 
 
 # ── scaled_dot_product_attention ─────────────────────────────────────────────────────────────────────────────────

@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 class MultiHeadAttentionForwardCache(NamedTuple):
     mha: MhaCache
     inputs: Inputs  # as given
-    keep: Array  # broadcasts to (N, H, L, S'), or None
+    keep: Array | Seeded  # broadcasts to (N, H, L, S'), or None
     rate: float
     num_heads: int
     need_weights: bool
