@@ -73,8 +73,9 @@ def dot_product_attention(
     """
     B, T, S = _check_inputs(query, key, value, bias, mask)
     visible = _visible(mask, is_causal, key_value_seq_lengths, local_window_size, B)
-    padding = None if query_seq_lengths is None else np.arange(T) >= _lengths("query", query_seq_lengths, B)[:, None]
-    padding = None if padding is None else padding[:, None, :]
+    padding = None if query_seq_lengths is None else _padding(_lengths("query", query_seq_lengths, B), T)
+    if S == 0:  # no score that could be filled
+        visible = padding = None
     scale = None if scale is None else _check.number("scale", scale)
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if bias is not None and bias.dtype != query.dtype:
@@ -158,6 +159,11 @@ def _visible(mask: Array, is_causal: bool, key_lengths: Array, window: Any, B: i
     for part in parts:
         visible = part if visible is None else visible & part
     return visible
+
+
+def _padding(lengths: np.ndarray, T: int) -> np.ndarray:
+    """(B,)  →  (B, 1, T), True behind each length"""
+    return np.arange(T) >= lengths[:, None, None]
 
 
 def _without(visible: Mask | None, padding: np.ndarray | None) -> Mask | None:
