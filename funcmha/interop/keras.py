@@ -10,9 +10,9 @@ What differs. **Keras takes the value before the key.** A kernel is (C, H, D), a
 transposes, which NumPy has as views. A gate (`use_gate`) has no place in funcmha, nor has an output of several axes.
 
 Masks are True = attend, but (B, T, S), where funcmha reads three axes as (H, T, S): `masks` puts the axis of heads in.
-`sliding_window` counts the query itself, so that of 3 sees two before *and* two behind, unless causality forbids. A
-query that may see no key has 0 in Keras on the way with `return_attention_scores=True`, the mean of the values on the
-fused one, and here 0; then attention_output's bias. Scores are scaled by a float32 on the former way, even in float64.
+`sliding_window` counts the query itself, so that 3 sees two before it *and* two behind, unless causality forbids. A
+query that may see no key has attention_output's bias here. In Keras it has that with `return_attention_scores=True`,
+and the mean of the values on the fused way, which is also float32 whatever the dtype (seen with PyTorch's backend).
 
 Keras is not imported, whichever its backend.
 
@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from funcmha import _check
 from funcmha import masks as structured
 from funcmha._xp import Array, is_array
@@ -30,6 +32,7 @@ from funcmha.masks import Mask, as_mask
 from funcmha.params import Params, sizes
 
 from ._leaves import Leaf, from_leaves, to_leaves
+from .torch import _array
 
 # One key/value head for each query head, with widths of its own.
 MULTI_HEAD = {
@@ -60,14 +63,15 @@ TOGETHER = (("q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"),)
 def from_layer(layer: Any, /) -> Params:
     """The parameters of a built `MultiHeadAttention` or `GroupQueryAttention`, as NumPy arrays
 
-    Of the same memory where Keras's backend lends it: PyTorch on the CPU does, and JAX, read-only. Raises TypeError for
-    what is no layer, and what `from_weights` raises.
+    Of the same memory where Keras's backend lends it: on the CPU PyTorch does, and JAX, to be read only. Raises
+    TypeError for what is no layer, and what `from_weights` raises.
     """
     if not hasattr(layer, "weights") or not hasattr(layer, "set_weights"):
         raise TypeError(
             f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
         )
-    return from_weights({weight.path: weight.numpy() for weight in layer.weights})
+    # weight.numpy() would copy
+    return from_weights({weight.path: np.asarray(_array(weight.path, weight.value)) for weight in layer.weights})
 
 
 def from_weights(weights: Mapping[str, Array], /) -> Params:
@@ -80,7 +84,7 @@ def from_weights(weights: Mapping[str, Array], /) -> Params:
     arrays = {"/".join(path.split("/")[-2:]): x for path, x in weights.items()}
     if len(arrays) < len(weights):
         raise KeyError(f"weights must be those of one layer, got {', '.join(weights)}")
-    kernels = (arrays.get(name) for name in ("query/kernel", "key/kernel"))
+    kernels = [arrays[name] for name in ("query/kernel", "key/kernel") if name in arrays]
     heads = {tuple(x.shape)[1:2] for x in kernels if is_array(x)}
     table = GROUPED if len(heads) == 2 else MULTI_HEAD
     return from_leaves("weights", arrays, table, TOGETHER)
