@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from funcmha import attention_weights, log_sum_exp
 from funcmha.interop import jax as adapter
 from funcmha.interop.jax import FILL, dot_product_attention, dot_product_attention_vjp
+from funcmha.testing import check_vjp
 
 each = pytest.mark.usefixtures("each_engine")
 
@@ -236,6 +237,24 @@ def test_a_float32_bias_of_half_types_is_added_in_float32():
     assert [x.dtype for x in (y, *grads)] == [*[np.dtype(ml_dtypes.bfloat16)] * 4, np.dtype("f4")]
     for x, x_wide in zip((y, *grads), (y_wide, *grads_wide), strict=True):
         np.testing.assert_array_equal(x, x_wide.astype(x.dtype))
+
+
+@each
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_pair_keeps_the_protocol_and_its_gradient_passes_a_complex_step(dtype):
+    for problem in CASES.values():
+        *inputs, _ = problem.inputs(dtype)
+        check_vjp(dot_product_attention, dot_product_attention_vjp, tuple(inputs), problem.static())
+
+
+def test_every_array_library_gives_the_same(xp):
+    *inputs, dy = Problem(bias="BNTS").inputs()
+    lengths = {"query_seq_lengths": np.array([4, 9]), "key_value_seq_lengths": np.array([2, 7])}
+    static = lengths | {"local_window_size": (1, 3), "mask": np.ones((5, 7), bool)}  # query 3 of sample 0 sees no key
+    y, cache = dot_product_attention(*map(xp.to, inputs), **static)
+    got = [xp.back(x) for x in (y, *dot_product_attention_vjp(cache, xp.to(dy)), log_sum_exp(cache))]
+    y, cache = dot_product_attention(*inputs, **static)
+    check(got, [y, *dot_product_attention_vjp(cache, dy), log_sum_exp(cache)], 1e-13)
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,11 @@ def to_leaves(params: Params, table: Table, together: Sequence[Sequence[str]]) -
     }
 
 
-def flatten(state: Mapping[str, Any], separator: str = ".", path: str = "") -> dict[str, Any]:
+def flatten(state: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """{"query": {"kernel": x}}  →  {"query.kernel": x}, of mappings of any kind"""
     flat: dict[str, Any] = {}
     for key, node in state.items():
-        name = f"{path}{key}"
-        flat |= flatten(node, separator, name + separator) if isinstance(node, Mapping) else {name: node}
+        flat |= flatten(node, f"{path}{key}.") if isinstance(node, Mapping) else {f"{path}{key}": node}
     return flat
 
 
