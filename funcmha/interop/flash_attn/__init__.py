@@ -19,8 +19,8 @@ What differs among the originals, and from them:
   weights, and an lse that is larger by slope · (i + S − T).
 - FA2's source takes a reach of S or more for no bound. Where T > S that is not the documented window; here it is.
 - FA4's windows may be negative, and end before the diagonal. Here only -1 is taken, and is no bound.
-- FA2 refuses softcap with dropout; FA3 has no gradient with attention_chunk, FA4 none with softcap and none of the sink;
-  nobody has that of lse, of alibi_slopes or of a cache. Here there are all.
+- FA2 refuses softcap with dropout. FA3 has no gradient with attention_chunk, FA2 and FA3 have none of lse, and nobody
+  has that of alibi_slopes or of a key/value cache. Here there are all. (FA4 has those of lse and the sink since #2706.)
 
 Not spoken: `qv`, the descale factors of FP8, score_mod, mask_mod and block sparsity; and what changes no result, as do
 deterministic, num_splits, pack_gqa and sm_margin. What return_attn_probs, return_softmax_lse and return_lse ask for is
