@@ -577,13 +577,14 @@ def test_steps_against_the_cache_are_the_whole(each_engine):
 
 
 def test_queries_that_stand_nowhere_are_turned_alike(each_engine):
-    """Not causal and not local: the queries are "considered to be at position cache_seqlens"."""
+    """Not causal and not local: the queries are "considered to be at position cache_seqlens", and need no further row."""
     q = np.broadcast_to(normal(1, 1, H, 4), (1, 3, H, 4))
     held, new = (normal(1, 7, K, 4), normal(1, 7, K, 4)), (normal(1, 2, K, 4), normal(1, 2, K, 4))
-    table = {"rotary_cos": np.cos(ANGLES), "rotary_sin": np.sin(ANGLES)}
-    (out, *_), _ = flash_attn_with_kvcache(q, *held, *new, cache_seqlens=4, **table)
+    cos, sin = np.cos(ANGLES), np.sin(ANGLES)
+    static = {"cache_seqlens": 4, "rotary_interleaved": False}
+    (out, *_), _ = flash_attn_with_kvcache(q, *held, *new, rotary_cos=cos[:6], rotary_sin=sin[:6], **static)
     assert np.array_equal(out[:, 0], out[:, 1])
-    (out, *_), _ = flash_attn_with_kvcache(q, *held, *new, cache_seqlens=4, **table, window_size=(7, 7))
+    (out, *_), _ = flash_attn_with_kvcache(q, *held, *new, rotary_cos=cos, rotary_sin=sin, **static, window_size=(7, 7))
     assert not np.allclose(out[:, 0], out[:, 1])
 
 
@@ -710,3 +711,184 @@ def test_gradients_follow_their_functions():
         vjps = [name for name in names if name.endswith("_vjp")]
         assert vjps
         assert all(names[names.index(name) - 1] == name.removesuffix("_vjp") for name in vjps)
+
+
+# ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
+
+DENSE = {
+    "q": np.ones((2, 3, 6, 5)),
+    "k": np.ones((2, 7, 2, 5)),
+    "v": np.ones((2, 7, 2, 4)),
+    "slopes": None,
+    "sink": None,
+}
+VARLEN = {"q": np.ones((5, 6, 5)), "k": np.ones((7, 2, 5)), "v": np.ones((7, 2, 4)), "slopes": None, "sink": None}
+AT = {"cu_seqlens_q": cu([2, 3]), "cu_seqlens_k": cu([3, 4])}
+CACHED = {"q": DENSE["q"], "k_cache": np.ones((3, 7, 2, 5)), "v_cache": np.ones((3, 7, 2, 4))}
+CACHED |= {"k": np.ones((2, 1, 2, 5)), "v": np.ones((2, 1, 2, 4)), "slopes": None}
+
+
+def call(f, inputs, changes):
+    """f with some of its inputs and options changed"""
+    positional = {name: changes.get(name, x) for name, x in inputs.items()}
+    return f(*positional.values(), **{name: x for name, x in changes.items() if name not in inputs})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be an array, got list"),
+        ({"v": np.ones((2, 7, 2, 4), int)}, TypeError, "v must have a dtype of .*, got int64"),
+        ({"k": np.ones((2, 7, 2, 5), "f4")}, TypeError, "k must have dtype float64 as q has, got float32"),
+        ({"q": np.ones((3, 6, 5))}, ValueError, r"q must be \(B, T, H, D\), got \(3, 6, 5\)"),
+        ({"k": np.ones((3, 7, 2, 5))}, ValueError, r"k must be \(B, S, K, D\) with B=2 as in q, D=5 as in q, got"),
+        (
+            {"v": np.ones((2, 5, 2, 4))},
+            ValueError,
+            r"v must be \(B, S, K, E\) with .*S=7 as in k.*, got \(2, 5, 2, 4\)",
+        ),
+        ({"q": np.ones((2, 3, 5, 5))}, ValueError, "q has H=5 heads, which must be a multiple of K=2 as in k"),
+        ({"slopes": [1.0] * 6}, TypeError, "alibi_slopes must be an array, got list"),
+        ({"slopes": np.ones(5)}, ValueError, r"alibi_slopes must be \(H\) with H=6 as in q, got \(5,\)"),
+        ({"slopes": np.ones((3, 6))}, ValueError, r"alibi_slopes must be \(B, H\) with B=2 as in q, H=6 as in q, got"),
+        ({"slopes": np.ones(6, "f4")}, TypeError, "alibi_slopes must have dtype float64, in which q is computed"),
+        ({"sink": np.ones((2, 6))}, ValueError, r"learnable_sink must be \(H\) with H=6 as in q, got \(2, 6\)"),
+        ({"sink": np.ones(6, int)}, TypeError, "learnable_sink must have a dtype of"),
+        ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
+        ({"window_size": 3}, TypeError, r"window_size must be a pair \(left, right\), got 3"),
+        ({"window_size": (3,)}, TypeError, "window_size must be a pair"),
+        ({"window_size": (-2, 0)}, ValueError, "window_size must be at least 0, or -1 or None for no bound, got -2"),
+        ({"window_size": (0, 1.0)}, TypeError, "window_size must be ints, .* got 1.0 of type float"),
+        ({"window_size": (True, 1)}, TypeError, "window_size must be ints, .* got True"),
+        ({"attention_chunk": -1}, ValueError, "attention_chunk must be at least 0, got -1"),
+        ({"attention_chunk": 2.0}, TypeError, "attention_chunk must be an int, got 2.0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be at least 0 and below inf, got -1.0"),
+        ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be finite, got inf"),
+        ({"dropout_p": 0.1}, ValueError, "keep must be given with dropout_p=0.1"),
+        ({"dropout_p": 1.0, "keep": np.ones((3, 7), bool)}, ValueError, "dropout_p must be at least 0 and below 1"),
+        ({"keep": np.ones((3, 7))}, TypeError, "keep must be boolean, True = keep"),
+        ({"keep": np.ones((7, 3), bool)}, ValueError, r"keep must broadcast to \(B, H, T, S\) = \(2, 6, 3, 7\), got"),
+        ({"keep": seeded(1, 0.3), "dropout_p": 0.1}, ValueError, "dropout_p must be left out, as keep has rate=0.3"),
+    ],
+)
+def test_flash_attn_func_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(flash_attn_func, DENSE, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": np.ones((1, 5, 6, 5))}, ValueError, r"q must be \(N, H, D\), got \(1, 5, 6, 5\)"),
+        ({"cu_seqlens_q": [0, 2, 5]}, TypeError, r"cu_seqlens_q must be a NumPy array \(B \+ 1,\) of integers, got"),
+        ({"cu_seqlens_q": np.array([0.0, 5.0])}, TypeError, r"cu_seqlens_q must be .* of integers, got dtype float64"),
+        ({"cu_seqlens_q": np.array([1, 2, 5])}, ValueError, r"cu_seqlens_q must begin with 0 and never fall"),
+        ({"cu_seqlens_k": np.array([0, 8, 7])}, ValueError, r"cu_seqlens_k must begin with 0 and never fall"),
+        ({"cu_seqlens_k": np.array([0, 2, 6])}, ValueError, r"cu_seqlens_k must end with N=7 as in k, got 6"),
+        (
+            {"cu_seqlens_k": np.array([0, 7])},
+            ValueError,
+            r"cu_seqlens_k must be .* with B=2 as in cu_seqlens_q, got B=1",
+        ),
+        (
+            {"seqused_k": np.array([3, 5])},
+            ValueError,
+            r"seqused_k must be at most the lengths \[3, 4\] of cu_seqlens_k",
+        ),
+        ({"seqused_q": np.array([2])}, ValueError, r"seqused_q must be \(B,\) with B=2, got \(1,\)"),
+        ({"seqused_q": [2, 2]}, TypeError, r"seqused_q must be a NumPy array \(B,\) of integers, got list"),
+        ({"seqused_q": np.array([-1, 2])}, ValueError, r"seqused_q must be at least 0, got \[-1, 2\]"),
+        ({"max_seqlen_q": 2}, ValueError, "max_seqlen_q must be at least 3 as in cu_seqlens_q, got 2"),
+        ({"max_seqlen_k": 4.0}, TypeError, "max_seqlen_k must be an int, got 4.0"),
+        ({"slopes": np.ones((3, 6))}, ValueError, r"alibi_slopes must be \(B, H\) with B=2 as in cu_seqlens_q"),
+        ({"keep": np.ones((2, 6, 3, 3), bool)}, ValueError, r"keep must broadcast to \(B, H, T, S\) = \(2, 6, 3, 4\)"),
+    ],
+)
+def test_flash_attn_varlen_func_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(flash_attn_varlen_func, VARLEN, AT | changes)
+
+
+TABLE = np.array([[0, 1], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"v": None}, ValueError, "k and v must both be given or neither, got no v"),
+        ({"k_cache": np.ones((3, 7, 2, 3))}, ValueError, r"k_cache must be \(P, N, K, D\) with D=5 as in q, got"),
+        ({"v_cache": np.ones((2, 7, 2, 4))}, ValueError, r"v_cache must be \(P, N, K, E\) with P=3 as in k_cache"),
+        ({"k": np.ones((1, 1, 2, 5))}, ValueError, r"k must be \(B, U, K, D\) with B=2 as in q"),
+        ({"k_cache": np.ones((3, 7, 4, 5))}, ValueError, r"v_cache must be .* K=4 as in k_cache"),
+        ({"cache_seqlens": None}, ValueError, "cache_seqlens must be given with k"),
+        ({"cache_seqlens": 7}, ValueError, r"cache_seqlens must leave room for U=1 in 7 slots, got \[7, 7\]"),
+        ({"cache_seqlens": -1}, ValueError, "cache_seqlens must be at least 0, got -1"),
+        ({"cache_seqlens": 1.0}, TypeError, "cache_seqlens must be an int, got 1.0"),
+        ({"cache_seqlens": np.array([1])}, ValueError, r"cache_seqlens must be \(B,\) with B=2, got \(1,\)"),
+        ({"cache_batch_idx": np.array([0, 3])}, ValueError, r"cache_batch_idx must be within 0 … 2, got \[0, 3\]"),
+        ({"cache_batch_idx": np.array([1, 1])}, ValueError, "cache_batch_idx must give each new key a slot of its own"),
+        ({"cache_batch_idx": [1, 0]}, TypeError, "cache_batch_idx must be a NumPy array"),
+        ({"cache_leftpad": np.array([0, 5])}, ValueError, r"cache_leftpad must be at most cache_seqlens=\[4, 4\], got"),
+        ({"block_table": TABLE, "cache_leftpad": np.array([0, 1])}, ValueError, "cache_leftpad must be left out with"),
+        ({"block_table": TABLE, "cache_batch_idx": np.array([0, 1])}, ValueError, "cache_batch_idx must be left out"),
+        ({"block_table": TABLE / 1}, TypeError, r"block_table must be a NumPy array \(B, …\) of integers, got float64"),
+        ({"block_table": TABLE[:1]}, ValueError, r"block_table must be \(B, …\) with B=2 as in q, got \(1, 2\)"),
+        ({"block_table": np.array([[0], [3]])}, ValueError, "block_table must be within 0 … 2 for the slots in use"),
+        ({"block_table": np.array([[0], [-1]])}, ValueError, "block_table must be within 0 … 2 for the slots in use"),
+        ({"block_table": np.array([[1], [1]])}, ValueError, "block_table must give each new key a slot of its own"),
+        (
+            {"rotary_cos": np.ones((9, 2))},
+            ValueError,
+            "rotary_cos and rotary_sin must both be given or neither, got no sin",
+        ),
+        (
+            {"rotary_cos": np.ones((9, 2)), "rotary_sin": np.ones((9, 2)), "k": None, "v": None},
+            ValueError,
+            "rotary_cos must be left out without k",
+        ),
+        (
+            {"rotary_cos": np.ones((9, 2)), "rotary_sin": np.ones((9, 1))},
+            ValueError,
+            r"rotary_sin must be \(W, F\) with",
+        ),
+        (
+            {"rotary_cos": np.ones((6, 2)), "rotary_sin": np.ones((6, 2)), "causal": True},
+            ValueError,
+            "rotary_cos must have W=7 positions",
+        ),
+        (
+            {"rotary_cos": np.ones((9, 3)), "rotary_sin": np.ones((9, 3))},
+            ValueError,
+            "rotary_cos must turn at most D=5",
+        ),
+        (
+            {"q": np.ones((4, 3, 6, 5)), "k": None, "v": None},
+            ValueError,
+            "k_cache must have a sequence for each of B=4",
+        ),
+        ({"slopes": np.ones(5)}, ValueError, r"alibi_slopes must be \(H\) with H=6 as in q"),
+    ],
+)
+def test_flash_attn_with_kvcache_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(flash_attn_with_kvcache, CACHED, {"cache_seqlens": 4} | changes)
+
+
+def test_packed_inputs_and_cotangents_are_refused_under_their_names():
+    with pytest.raises(ValueError, match=r"qkv must be \(B, T, 3, H, D\), got \(2, 5, 2, 6, 5\)"):
+        flash_attn_qkvpacked_func(np.ones((2, 5, 2, 6, 5)))
+    with pytest.raises(ValueError, match=r"kv must be \(B, S, 2, K, D\), got \(5, 2, 6, 5\)"):
+        flash_attn_kvpacked_func(DENSE["q"], np.ones((5, 2, 6, 5)))
+    _, cache = call(flash_attn_func, DENSE, {})
+    with pytest.raises(
+        ValueError, match=r"dout must be \(B, T, H, E\) = \(2, 3, 6, 4\) as the output is, got \(2, 6, 3, 4\)"
+    ):
+        flash_attn_func_vjp(cache, np.ones((2, 6, 3, 4)))
+    _, cache = call(flash_attn_varlen_func, VARLEN, AT)
+    with pytest.raises(ValueError, match=r"dlse must be \(H, N\) = \(6, 5\) as the output is, got \(5, 6\)"):
+        flash_attn_varlen_func_vjp(cache, np.ones((5, 6, 4)), dlse=np.ones((5, 6)))
+    _, cache = call(flash_attn_with_kvcache, CACHED, {"cache_seqlens": 4})
+    with pytest.raises(TypeError, match=r"dy must be \(dout, dk_cache, dv_cache\) as the output is, got ndarray"):
+        flash_attn_with_kvcache_vjp(cache, np.ones((2, 3, 6, 4)))
+    with pytest.raises(ValueError, match=r"dk_cache must be \(P, N, K, D\) = \(3, 7, 2, 5\) as the output is"):
+        flash_attn_with_kvcache_vjp(cache, (None, np.ones((3, 7, 2, 4)), None))

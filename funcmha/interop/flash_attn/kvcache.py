@@ -75,7 +75,7 @@ def flash_attn_with_kvcache(
     _check_arrays(axes, q, k_cache, v_cache, k, v)
     check_per_head(axes, q, alibi_slopes)
     at = slots(axes, k, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    _check_rotary(axes, k, rotary_cos, rotary_sin, at.taken)
+    _check_rotary(axes, k, rotary_cos, rotary_sin, at.taken, scores)
 
     of_q = of_k = appended = None
     if rotary_cos is not None:
@@ -221,7 +221,7 @@ def _check_arrays(axes: _check.Axes, q: Array, k_cache: Array, v_cache: Array, k
     check_tokens(axes, **held, **({} if k is None else {"k": (k, "B U K D"), "v": (v, "B U K E")}))
 
 
-def _check_rotary(axes: _check.Axes, k: Array, cos: Any, sin: Any, taken: np.ndarray) -> None:
+def _check_rotary(axes: _check.Axes, k: Array, cos: Any, sin: Any, taken: np.ndarray, scores: Scores) -> None:
     if (cos is None) != (sin is None):
         raise ValueError(
             f"rotary_cos and rotary_sin must both be given or neither, got no {'cos' if cos is None else 'sin'}"
@@ -233,7 +233,7 @@ def _check_rotary(axes: _check.Axes, k: Array, cos: Any, sin: Any, taken: np.nda
     _check.one_dtype([("rotary_cos", cos), ("rotary_sin", sin)])
     axes("rotary_cos", cos, "W F")
     axes("rotary_sin", sin, "W F")
-    last = int(taken.max(initial=0)) + max(axes["T"], axes["U"])
+    last = int(taken.max(initial=0)) + max(axes["U"], axes["T"] if scores.local else min(axes["T"], 1))
     if axes["W"] < last:
         raise ValueError(
             f"rotary_cos must have W={last} positions, up to cache_seqlens and the new ones, got {axes['W']}"
