@@ -223,7 +223,7 @@ def logits(draw, B):
 @st.composite
 def dropout(draw, *shape):
     """keep as an array for the oracle and as an argument, and dropout_p."""
-    kind = draw(st.sampled_from(["none", "array", "heads alike", "seed"]))
+    kind = draw(st.sampled_from(["none", "array", "heads alike", "of keys", "seed"]))
     if kind == "none":
         return None, {}
     if kind == "seed":
@@ -231,6 +231,7 @@ def dropout(draw, *shape):
         return drop.dense(shape), {"keep": drop}
     B, heads, T, S = shape
     keep = np.random.default_rng(5).random((B, 1 if kind == "heads alike" else heads, T, S)) > 0.4
+    keep = keep[0, 0, :1].reshape(S) if kind == "of keys" and T else keep
     return np.broadcast_to(keep, shape), {"keep": keep, "dropout_p": 0.4}
 
 
@@ -577,7 +578,7 @@ def test_steps_against_the_cache_are_the_whole(each_engine):
 
 
 def test_queries_that_stand_nowhere_are_turned_alike(each_engine):
-    """Not causal and not local: the queries are "considered to be at position cache_seqlens", and need no further row."""
+    """Not causal and not local: the queries are "considered to be at position cache_seqlens", and need no other row."""
     q = np.broadcast_to(normal(1, 1, H, 4), (1, 3, H, 4))
     held, new = (normal(1, 7, K, 4), normal(1, 7, K, 4)), (normal(1, 2, K, 4), normal(1, 2, K, 4))
     cos, sin = np.cos(ANGLES), np.sin(ANGLES)

@@ -115,7 +115,7 @@ def ragged(
     q (N, H, D)   k (M, K, D)   v (M, K, E)   slopes (H,) or (B, H)   sink (H,)   →   o (N, H, E)
 
     queries, keys   start and stop of each sequence, (B, 2), which rise; a token of none has o = 0
-    keep            (B or 1, H or 1, at least T or 1, at least S or 1), of which a sequence takes the upper left
+    keep            broadcasts to (B, H, longest T, longest S), of which a sequence takes the upper left
 
     Sequence after sequence, so that nothing is computed between them and slopes may differ among them.
     """
@@ -170,6 +170,7 @@ def _of_sequence(keep: Array | Seeded, b: int, T: int, S: int) -> Array | Seeded
     if keep is None or isinstance(keep, Seeded):
         return keep if keep is None else keep.sample(b)
     own = of_sample(keep, (b,))
+    own = namespace(own).reshape(own, (*(1,) * (2 - own.ndim), *own.shape))
     return own[..., : T if own.shape[-2] > 1 else 1, : S if own.shape[-1] > 1 else 1]
 
 
