@@ -51,11 +51,12 @@ def sees(i, j, T, S, causal, window, chunk):
 
 
 def one_row(z, values, sink, keep, p):
-    """out (E,) and lse of a query from its scores (n,) and values (n, E), n = 0 too, and which weights are kept (n,)"""
+    """out (E,), lse, weights (n,) of a query from its scores (n,), values (n, E), n = 0 too, and what is kept (n,)"""
     if not len(z):
-        return torch.zeros(E, dtype=F64), torch.tensor(-math.inf, dtype=F64) if sink is None else sink
+        return torch.zeros(E, dtype=F64), torch.tensor(-math.inf, dtype=F64) if sink is None else sink, z
     lse = torch.logsumexp(z if sink is None else torch.cat([z, sink[None]]), 0)
-    return (torch.exp(z - lse) * keep / (1 - p)) @ values, lse
+    weights = torch.exp(z - lse)
+    return (weights * keep / (1 - p)) @ values, lse, weights
 
 
 def one_sequence(
@@ -73,25 +74,24 @@ def one_sequence(
     attention_chunk=0,
     softcap=0.0,
 ):
-    """q (T, H, D)  k (S, K, D)  v (S, K, E)  slopes (H,)  sink (H,)  keep (H, T, S)   →   out (T, H, E), lse (H, T)"""
-    T, S = len(q), len(k)
+    """q (T, H, D)  k (S, K, D)  v (S, K, E)  slopes (H,)  sink (H,)  keep (H, T, S)
+
+    out (T, H, E), weights (H, T, S), lse (H, T)
+    """
+    T, S, heads = len(q), len(k), q.shape[1]
     scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
-    outs, lses = [], []
-    for h in range(q.shape[1]):
-        of_key = h // (q.shape[1] // k.shape[1])
-        for i in range(T):
-            js = [j for j in range(S) if sees(i, j, T, S, causal, window_size, attention_chunk)]
-            z = scale * (k[js, of_key] @ q[i, h])
-            z = softcap * torch.tanh(z / softcap) if softcap else z
-            if slopes is not None:
-                z = z - slopes[h] * torch.tensor([abs(i + S - T - j) for j in js])
-            kept = torch.tensor([1.0 if keep is None else float(keep[h, i, j]) for j in js])
-            out, lse = one_row(z, v[js, of_key], None if sink is None else sink[h], kept, dropout_p)
-            outs.append(out)
-            lses.append(lse)
-    if not outs:
-        return torch.zeros(T, q.shape[1], E, dtype=F64), torch.zeros(q.shape[1], T, dtype=F64)
-    return torch.stack(outs).reshape(-1, T, E).transpose(0, 1), torch.stack(lses).reshape(-1, T)
+    out, weights, lse = (torch.zeros(shape, dtype=F64) for shape in ((T, heads, E), (heads, T, S), (heads, T)))
+    for h, i in np.ndindex(heads, T):
+        of_key = h // (heads // k.shape[1])
+        js = [j for j in range(S) if sees(i, j, T, S, causal, window_size, attention_chunk)]
+        z = scale * (k[js, of_key] @ q[i, h])
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        if slopes is not None:
+            z = z - slopes[h] * torch.tensor([abs(i + S - T - j) for j in js])
+        kept = torch.tensor([1.0 if keep is None else float(keep[h, i, j]) for j in js])
+        of_sink = None if sink is None else sink[h]
+        out[i, h], lse[h, i], weights[h, i, js] = one_row(z, v[js, of_key], of_sink, kept, dropout_p)
+    return out, weights, lse
 
 
 def of_each(slopes, b):
@@ -99,22 +99,24 @@ def of_each(slopes, b):
 
 
 def dense_oracle(q, k, v, slopes=None, sink=None, *, keep=None, **static):
-    """out (B, T, H, E) and lse (B, H, T)"""
+    """out (B, T, H, E), weights (B, H, T, S), lse (B, H, T)"""
     found = [
         one_sequence(q[b], k[b], v[b], of_each(slopes, b), sink, keep=None if keep is None else keep[b], **static)
         for b in range(len(q))
     ]
-    return torch.stack([out for out, _ in found]), torch.stack([lse for _, lse in found])
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
 def varlen_oracle(q, k, v, slopes=None, sink=None, *, queries, keys, keep=None, **static):
-    """out (N, H, E) and lse (H, N) for sequences that are lists of token numbers"""
+    """out (N, H, E), weights (B, H, T, S), lse (H, N) for sequences that are lists of token numbers"""
     out = torch.zeros(*q.shape[:2], E, dtype=F64)
+    weights = torch.zeros(len(queries), q.shape[1], *(max(map(len, tokens)) for tokens in (queries, keys)), dtype=F64)
     lse = torch.full((q.shape[1], len(q)), -math.inf, dtype=F64)
     for b, (i, j) in enumerate(zip(queries, keys, strict=True)):
         own = None if keep is None else keep[b]
-        out[i], lse[:, i] = one_sequence(q[i], k[j], v[j], of_each(slopes, b), sink, keep=own, **static)
-    return out, lse
+        found = one_sequence(q[i], k[j], v[j], of_each(slopes, b), sink, keep=own, **static)
+        out[i], weights[b, :, : len(i), : len(j)], lse[:, i] = found
+    return out, weights, lse
 
 
 def turned(x, cos, sin, interleaved):
@@ -129,7 +131,7 @@ def turned(x, cos, sin, interleaved):
 def kvcache_oracle(
     q, k_cache, v_cache, k=None, v=None, slopes=None, *, places, seqlens, leftpad, cos=None, sin=None, **static
 ):
-    """out, k_cache', v_cache', lse; places[b][slot] is the page and the slot in it"""
+    """out, k_cache', v_cache', weights, lse; places[b][slot] is the page and the slot in it"""
     interleaved = static.pop("rotary_interleaved", True)
     windowed = any(x not in (-1, None) for x in static.get("window_size", ()))
     stands = int(static.get("causal", False) or windowed or static.get("attention_chunk", 0) > 0)
@@ -146,14 +148,16 @@ def kvcache_oracle(
         for u in range(new):
             k_cache[places[b][seqlens[b] + u]] = k[b, u]
             v_cache[places[b][seqlens[b] + u]] = v[b, u]
-    found = []
+    longest = max(n + new - pad for n, pad in zip(seqlens, leftpad, strict=True))
+    out, lse = torch.zeros(*q.shape[:3], E, dtype=F64), torch.zeros(len(q), q.shape[2], q.shape[1], dtype=F64)
+    weights = torch.zeros(*lse.shape, longest, dtype=F64)
     for b in range(len(q)):
         seen = [places[b][slot] for slot in range(leftpad[b], seqlens[b] + new)]
         keys, values = (
             torch.stack([c[at] for at in seen]) if seen else c[:0].reshape(0, *c.shape[2:]) for c in (k_cache, v_cache)
         )
-        found.append(one_sequence(q[b], keys, values, of_each(slopes, b), **static))
-    return torch.stack([o for o, _ in found]), k_cache, v_cache, torch.stack([lse for _, lse in found])
+        out[b], weights[b, :, :, : len(seen)], lse[b] = one_sequence(q[b], keys, values, of_each(slopes, b), **static)
+    return out, k_cache, v_cache, weights, lse
 
 
 # ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,6 +202,12 @@ def close(got, want, name=""):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-11, err_msg=name)
 
 
+def all_close(names, got, want):
+    for name, a, b in zip(names.split(), got, want, strict=True):
+        close(a, b, name)
+
+
+GRADIENTS = "dq dk dv dalibi_slopes dlearnable_sink"
 reach = st.sampled_from([-1, None, 0, 1, 2, 5])
 
 
@@ -262,32 +272,12 @@ def test_out_lse_and_gradients_are_torch(each_engine, data, B, T, S, static):
     keep, drop = data.draw(dropout(B, H, T, S))
     out, cache = flash_attn_func(*inputs, **static, **drop)
     leaves = [leaf(x) for x in inputs]
-    want, lse = dense_oracle(*leaves, **static, keep=keep, dropout_p=0.0 if keep is None else 0.4)
-    close(out, want, "out")
-    close(log_sum_exp(cache), lse, "lse")
+    want = dense_oracle(*leaves, **static, keep=keep, dropout_p=0.0 if keep is None else 0.4)
+    all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
 
-    dout, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, seed=6)
-    names = ("dq", "dk", "dv", "dalibi_slopes", "dlearnable_sink")
-    grads = gradients([want, lse], [dout, dlse], leaves)
-    for name, got, grad in zip(names, flash_attn_func_vjp(cache, dout, dlse=dlse), grads, strict=True):
-        close(got, grad, name)
-
-
-def test_weights_and_their_cotangent(each_engine):
-    q, k, v = normal(2, 3, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, E, seed=2)
-    dout, dweights = normal(2, 3, H, E, seed=5), normal(2, H, 3, 5, seed=6)
-    _, cache = flash_attn_func(q, k, v, causal=True)
-    leaves = [leaf(x) for x in (q, k, v)]
-    # with the identity for values, out is the weights
-    eye = torch.eye(5, dtype=F64)
-    scores = torch.einsum("bthd,bshd->bhts", leaves[0], leaves[1].repeat_interleave(G, 2)) / math.sqrt(D)
-    seen = torch.ones(3, 5).tril(2).bool()
-    weights = torch.softmax(torch.where(seen, scores, -torch.inf), -1) @ eye
-    out = torch.einsum("bhts,bshe->bthe", weights, leaves[2].repeat_interleave(G, 2))
-    close(attention_weights(cache), weights)
-    grads = gradients([out, weights], [dout, dweights], leaves)
-    for got, grad in zip(flash_attn_func_vjp(cache, dout, dweights=dweights), grads, strict=False):
-        close(got, grad)
+    dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
+    grads = flash_attn_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
+    all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
 
 
 def visible(T, S, **static):
@@ -413,14 +403,12 @@ def test_varlen_out_lse_and_gradients_are_torch(each_engine, data, problem, stat
         [list(range(int(a), int(a) + n)) for a, n in zip(cu(ns), us, strict=False)] for ns, us in ((nq, uq), (nk, uk))
     ]
     p = 0.0 if keep is None else 0.4
-    want, lse = varlen_oracle(*leaves, queries=tokens[0], keys=tokens[1], keep=keep, dropout_p=p, **static)
-    close(out, want, "out")
-    close(log_sum_exp(cache), lse, "lse")
-    dout, dlse = normal(N, H, E, seed=5), normal(H, N, seed=6)
-    names = ("dq", "dk", "dv", "dalibi_slopes", "dlearnable_sink")
-    grads = gradients([want, lse], [dout, dlse], leaves)
-    for name, got, grad in zip(names, flash_attn_varlen_func_vjp(cache, dout, dlse=dlse), grads, strict=True):
-        close(got, grad, name)
+    want = varlen_oracle(*leaves, queries=tokens[0], keys=tokens[1], keep=keep, dropout_p=p, **static)
+    all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
+
+    dout, dweights, dlse = normal(N, H, E, seed=5), normal(*want[1].shape, seed=6), normal(H, N, seed=7)
+    grads = flash_attn_varlen_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
+    all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
 
 
 def test_varlen_without_sequences(each_engine):
@@ -429,6 +417,7 @@ def test_varlen_without_sequences(each_engine):
     out, cache = flash_attn_varlen_func(q, k, v, slopes, sink, cu_seqlens_q=none, cu_seqlens_k=none)
     assert out.shape == (0, H, E)
     assert log_sum_exp(cache).shape == (H, 0)
+    assert attention_weights(cache).shape == (0, H, 0, 0)
     dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache, out)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     assert not dslopes.any()
@@ -501,16 +490,13 @@ def test_kvcache_and_its_gradients_are_torch(each_engine, data, problem, static,
         args |= {"rotary_cos": np.cos(angle), "rotary_sin": np.sin(angle)}
     y, cache = flash_attn_with_kvcache(*inputs, **args, **static)
     leaves = [leaf(x) for x in inputs]
-    *want, lse = kvcache_oracle(*leaves, **where, **static)
-    for name, got, w in zip(("out", "k_cache", "v_cache"), y, want, strict=True):
-        close(got, w, name)
-    close(log_sum_exp(cache), lse, "lse")
+    want = kvcache_oracle(*leaves, **where, **static)
+    outputs = *y, attention_weights(cache), log_sum_exp(cache)
+    all_close("out k_cache v_cache weights lse", outputs, want)
 
-    dy, dlse = [normal(*x.shape, seed=5) for x in y], normal(B, H, T, seed=6)
-    names = ("dq", "dk_cache", "dv_cache", "dk", "dv", "dalibi_slopes")
-    grads = gradients([*want, lse], [*dy, dlse], leaves)
-    for name, got, grad in zip(names, flash_attn_with_kvcache_vjp(cache, tuple(dy), dlse=dlse), grads, strict=True):
-        close(got, grad, name)
+    *dy, dweights, dlse = (normal(*x.shape, seed=5) for x in outputs)
+    grads = flash_attn_with_kvcache_vjp(cache, tuple(dy), dweights=dweights, dlse=dlse)
+    all_close("dq dk_cache dv_cache dk dv dalibi_slopes", grads, gradients(want, [*dy, dweights, dlse], leaves))
 
 
 def test_pages_may_be_read_by_more_than_one(each_engine):
@@ -522,7 +508,7 @@ def test_pages_may_be_read_by_more_than_one(each_engine):
     inputs = q, k_cache, v_cache, *new
     y, cache = flash_attn_with_kvcache(*inputs, cache_seqlens=np.array(seqlens), block_table=table, causal=True)
     leaves = [leaf(x) for x in inputs]
-    *want, _ = kvcache_oracle(*leaves, places=places, seqlens=seqlens, leftpad=[0, 0], causal=True)
+    *want, _, _ = kvcache_oracle(*leaves, places=places, seqlens=seqlens, leftpad=[0, 0], causal=True)
     dy = tuple(normal(*x.shape, seed=5) for x in y)
     for got, w in zip(y, want, strict=True):
         close(got, w)

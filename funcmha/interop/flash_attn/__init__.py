@@ -25,8 +25,7 @@ What differs among the originals, and from them:
 Not spoken: qv, the descale factors of FP8, score_mod, mask_mod and block sparsity; num_heads_q of packed inputs, packed
 inputs and a block_table of `flash_attn_varlen_func`, cu_seqlens_q and rotary_seqlens of `flash_attn_with_kvcache`; and
 what changes no result, as do deterministic, num_splits, pack_gqa and sm_margin. What return_attn_probs,
-return_softmax_lse and return_lse ask for is `log_sum_exp(cache)`, and of `flash_attn_func` and the packed ones
-`attention_weights(cache)`.
+return_softmax_lse and return_lse ask for is `log_sum_exp(cache)` and `attention_weights(cache)`.
 
 No kernel of flash-attention runs on a CPU, so none was run: what is said of them was read. Docstrings and references in
 Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d),

@@ -93,6 +93,7 @@ class RaggedCache(NamedTuple):
     q: Array  # (N, H, 0): of the queries nothing but their shape
     k: Array  # (M, K, D, 0)
     v: Array  # (M, K, E, 0)
+    weights: Array  # (B, H, T, S, 0), of the longest
     queries: np.ndarray  # (B, 2) integers: start, stop
     keys: np.ndarray  # (B, 2) integers
 
@@ -107,6 +108,7 @@ def ragged(
     *,
     queries: np.ndarray,
     keys: np.ndarray,
+    weights: tuple[int, ...],
     scores: Scores,
     keep: Array | Seeded = None,
     rate: float = 0.0,
@@ -115,7 +117,8 @@ def ragged(
     q (N, H, D)   k (M, K, D)   v (M, K, E)   slopes (H,) or (B, H)   sink (H,)   →   o (N, H, E)
 
     queries, keys   start and stop of each sequence, (B, 2), which rise; a token of none has o = 0
-    keep            broadcasts to (B, H, longest T, longest S), of which a sequence takes the upper left
+    weights         their shape (B, H, T, S), with T and S of the longest or more: a sequence has the upper left
+    keep            broadcasts to that, likewise
 
     Sequence after sequence, so that nothing is computed between them and slopes may differ among them.
     """
@@ -126,20 +129,26 @@ def ragged(
         o, cache = aligned(*inputs, scores=scores, keep=of_b, rate=rate)
         parts.append(swapped(o))
         caches.append(cache)
-    shapes = full((*q.shape[:-1], 0), 0.0, q), full((*k.shape, 0), 0.0, k), full((*v.shape, 0), 0.0, v)
-    o = _placed(parts, queries, full((q.shape[0], q.shape[1], v.shape[-1], 0), 0.0, q))
-    return o, RaggedCache(slopes, sink, tuple(caches), *shapes, queries, keys)
+    (N, H, _), E = q.shape, v.shape[-1]
+    shapes = ((N, H), k.shape, v.shape, weights)
+    of_q, of_k, of_v, of_weights = (full((*shape, 0), 0.0, q) for shape in shapes)
+    o = _placed(parts, queries, full((N, H, E, 0), 0.0, q))
+    return o, RaggedCache(slopes, sink, tuple(caches), of_q, of_k, of_v, of_weights, queries, keys)
 
 
-def ragged_vjp(cache: RaggedCache, do: Array, /, *, dlse: Array = None) -> tuple[Array, Array, Array, Array, Array]:
+def ragged_vjp(
+    cache: RaggedCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, Array, Array, Array, Array]:
     """dq, dk, dv, dslopes, dsink: each sequence from the bottom up
-    from the cotangents of o (N, H, E) and, where given, of lse (H, N)
+    from the cotangents of o (N, H, E) and, where given, of the weights (B, H, T, S) and lse (H, N)
     """
-    slopes, sink, sequences, q, k, v, queries, keys = cache
+    slopes, sink, sequences, q, k, v, _, queries, keys = cache
     grads: list[tuple[Array, ...]] = []
-    for rows, of_b in zip(_slices(queries), sequences, strict=True):
+    for b, (rows, cols) in enumerate(zip(_slices(queries), _slices(keys), strict=True)):
+        T, S = rows.stop - rows.start, cols.stop - cols.start
+        of_weights = None if dweights is None else dweights[b, :, :T, :S]
         of_lse = None if dlse is None else dlse[:, rows]
-        grads.append(aligned_vjp(of_b, swapped(do[rows, ...]), dlse=of_lse))
+        grads.append(aligned_vjp(sequences[b], swapped(do[rows, ...]), dweights=of_weights, dlse=of_lse))
     dq, dk, dv, dslopes, dsink = zip(*grads, strict=True) if grads else ((),) * 5
     like = full((*q.shape[:-1], k.shape[-2], 0), 0.0, q)
     return (
@@ -207,3 +216,17 @@ def _(cache: RaggedCache, /) -> Array:
 @attention_weights.register
 def _(cache: AlignedCache, /) -> Array:
     return attention_weights(cache.attention)
+
+
+@attention_weights.register
+def _(cache: RaggedCache, /) -> Array:
+    B, _, T, S, _ = cache.weights.shape
+    parts = [_padded(attention_weights(of_b), T, S) for of_b in cache.sequences]
+    return namespace(cache.q).stack(parts) if B else full(cache.weights.shape[:-1], 0.0, cache.q)
+
+
+def _padded(p: Array, T: int, S: int) -> Array:
+    """p (H, t, s)   →   (H, T, S), 0 where there is no such query or key"""
+    (H, t, s), xp = p.shape, namespace(p)
+    wide = xp.concat([p, full((H, t, S - s), 0.0, p)], axis=-1)
+    return xp.concat([wide, full((H, T - t, S), 0.0, p)], axis=-2)

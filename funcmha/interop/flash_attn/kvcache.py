@@ -10,7 +10,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._xp import Array, from_host, full, namespace, narrow, widen
-from funcmha.ops import log_sum_exp
+from funcmha.ops import attention_weights, log_sum_exp
 from funcmha.rotary import PAIRS, RotateCache, rotate, rotate_vjp
 
 from .aligned import RaggedCache, Scores, ragged, ragged_vjp, rounded, swapped
@@ -69,7 +69,8 @@ def flash_attn_with_kvcache(
     rotary_interleaved  feature 2i turns with 2i + 1; or else i with i + F
 
     First all is written, then all is read; pages may be read by more than one. All else is as in `flash_attn_func`, of
-    which S are the slots that a sequence sees. `log_sum_exp(cache)` is (B, H, T).
+    which S are the slots that a sequence sees. `log_sum_exp(cache)` is (B, H, T), and `attention_weights(cache)` is
+    (B, H, T, S) for the longest S, where a sequence begins with the first slot that it sees.
     """
     scores, axes = asked(softmax_scale, causal, window_size, attention_chunk, softcap), _check.Axes()
     _check_arrays(axes, q, k_cache, v_cache, k, v)
@@ -91,16 +92,22 @@ def flash_attn_with_kvcache(
 
 
 def flash_attn_with_kvcache_vjp(
-    cache: FlashAttnWithKvcacheCache, dy: tuple[Array, Array, Array], /, *, dlse: Array = None
+    cache: FlashAttnWithKvcacheCache,
+    dy: tuple[Array, Array, Array],
+    /,
+    *,
+    dweights: Array = None,
+    dlse: Array = None,
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """dq, dk_cache, dv_cache, dk, dv, dalibi_slopes: `flash_attn_with_kvcache` from the bottom up
-    from the cotangents of out, k_cache' and v_cache', of which None is 0, and, where given, of lse (B, H, T)
+    from the cotangents of out, k_cache' and v_cache', of which None is 0, and, where given, of the weights (B, H, T, S)
+    and lse (B, H, T)
     """
     slopes, of_q, of_k, appended, attended = cache
-    dout, dk_cache, dv_cache = _cotangents(attended, dy, dlse)
+    dout, dk_cache, dv_cache = _cotangents(attended, dy, dweights, dlse)
     dtype = next((dx.dtype for dx in dy if dx is not None), dout.dtype)
 
-    dq, dkeys, dvalues, dslopes = _attended_vjp(attended, dout, dlse=widen(dlse))
+    dq, dkeys, dvalues, dslopes = _attended_vjp(attended, dout, widen(dweights), widen(dlse))
     dk_cache, dv_cache, dk, dv = dk_cache + dkeys, dv_cache + dvalues, None, None
     if appended is not None:
         of_keys, of_values = appended
@@ -182,21 +189,27 @@ def _attended(
     starts = T * np.arange(B)
     queries = np.stack([starts, starts + T], axis=-1)
     wide = (widen(x) for x in (_flat(q), keys, values, slopes))
-    o, cache = ragged(*wide, queries=queries, keys=spans, scores=scores)
+    weights = B, q.shape[2], T, int((spans[:, 1] - spans[:, 0]).max(initial=0))
+    o, cache = ragged(*wide, queries=queries, keys=spans, weights=weights, scores=scores)
     out = xp.reshape(narrow(o, q.dtype), (*q.shape[:-1], v_cache.shape[-1]))
     of_q, of_k, of_v = (full((*x.shape, 0), 0.0, widen(x[:0, ...])) for x in (q, k_cache, v_cache))
     return out, AttendedCache(of_q, of_k, of_v, of_keys, of_values, cache)
 
 
-def _attended_vjp(cache: AttendedCache, dout: Array, *, dlse: Array) -> tuple[Array, Array, Array, Array]:
+def _attended_vjp(cache: AttendedCache, dout: Array, dweights: Array, dlse: Array) -> tuple[Array, Array, Array, Array]:
     """dq, dk_cache, dv_cache, dslopes"""
     q, k_cache, v_cache, of_keys, of_values, attention = cache
     xp, (B, T, H, *_) = namespace(dout), q.shape
     dlse = None if dlse is None else xp.reshape(xp.moveaxis(dlse, 0, 1), (H, B * T))
-    dq, dkeys, dvalues, dslopes, _ = ragged_vjp(attention, _flat(dout), dlse=dlse)
+    dq, dkeys, dvalues, dslopes, _ = ragged_vjp(attention, _flat(dout), dweights=dweights, dlse=dlse)
     (dv_rows,), (dk_rows,) = picked_vjp(of_values, dvalues), picked_vjp(of_keys, dkeys)
     shaped = (xp.reshape(dx, x.shape[:-1]) for dx, x in ((dq, q), (dk_rows, k_cache), (dv_rows, v_cache)))
     return (*shaped, dslopes)
+
+
+@attention_weights.register
+def _(cache: FlashAttnWithKvcacheCache, /) -> Array:
+    return attention_weights(cache.attended.attention)
 
 
 @log_sum_exp.register
@@ -242,11 +255,12 @@ def _check_rotary(axes: _check.Axes, k: Array, cos: Any, sin: Any, taken: np.nda
         raise ValueError(f"rotary_cos must turn at most D={axes['D']} features as in q, got {2 * axes['F']}")
 
 
-def _cotangents(cache: AttendedCache, dy: Any, dlse: Array) -> tuple[Array, Array, Array]:
+def _cotangents(cache: AttendedCache, dy: Any, dweights: Array, dlse: Array) -> tuple[Array, Array, Array]:
     if not isinstance(dy, tuple | list) or len(dy) != 3:
         raise TypeError(f"dy must be (dout, dk_cache, dv_cache) as the output is, got {type(dy).__name__}")
-    q, k_cache, v_cache, *_ = cache
+    q, k_cache, v_cache, *_, attention = cache
     (B, T, H, *_), (P, N, K, D, _), E = q.shape, k_cache.shape, v_cache.shape[-2]
+    _check.cotangent("dweights", dweights, attention.weights.shape[:-1], q, "B H T S", optional=True)
     _check.cotangent("dlse", dlse, (B, H, T), q, "B H T", optional=True)
     return (
         cotangent("dout", dy[0], (B, T, H, E), q, "B T H E"),

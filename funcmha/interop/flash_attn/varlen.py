@@ -11,7 +11,7 @@ import numpy as np
 from funcmha import _check
 from funcmha._xp import Array, narrow, widen
 from funcmha.dropout import Seeded
-from funcmha.ops import log_sum_exp
+from funcmha.ops import attention_weights, log_sum_exp
 
 from .aligned import RaggedCache, ragged, ragged_vjp, rounded
 from .doors import asked, check_dropout, check_per_head, check_tokens, longest, spans
@@ -56,7 +56,7 @@ def flash_attn_varlen_func(
     keep              broadcasts to (B, H, T, S), of which a sequence has the upper left
 
     All else is as in `flash_attn_func`, sequence by sequence, and alibi_slopes are (H,) or (B, H). Nothing is computed
-    between sequences. `log_sum_exp(cache)` is (H, N).
+    between sequences. `log_sum_exp(cache)` is (H, N), `attention_weights(cache)` (B, H, T, S) as `keep` is.
     """
     scores, axes = asked(softmax_scale, causal, window_size, attention_chunk, softcap), _check.Axes()
     check_tokens(axes, q=(q, "N H D"), k=(k, "M K D"), v=(v, "M K E"))
@@ -70,23 +70,30 @@ def flash_attn_varlen_func(
     check_per_head(axes, q, alibi_slopes, learnable_sink)
     rate = check_dropout(axes, keep, dropout_p, "B H T S")
     wide = tuple(widen(x) for x in (q, k, v, alibi_slopes, learnable_sink))
-    o, cache = ragged(*wide, queries=queries, keys=keys, scores=scores, keep=keep, rate=rate)
+    weights = (axes["B"], axes["H"], axes["T"], axes["S"])
+    o, cache = ragged(*wide, queries=queries, keys=keys, weights=weights, scores=scores, keep=keep, rate=rate)
     return narrow(o, q.dtype), FlashAttnVarlenFuncCache(alibi_slopes, learnable_sink, cache)
 
 
 def flash_attn_varlen_func_vjp(
-    cache: FlashAttnVarlenFuncCache, dout: Array, /, *, dlse: Array = None
+    cache: FlashAttnVarlenFuncCache, dout: Array, /, *, dweights: Array = None, dlse: Array = None
 ) -> tuple[Array, Array, Array, Array, Array]:
     """dq, dk, dv, dalibi_slopes, dlearnable_sink: `flash_attn_varlen_func` from the bottom up
-    from the cotangents of out (N, H, E) and, where given, of lse (H, N)
+    from the cotangents of out (N, H, E) and, where given, of the weights (B, H, T, S) and lse (H, N)
     """
     slopes, sink, attention = cache
     (N, H, _), E = attention.q.shape, attention.v.shape[-2]
     _check.cotangent("dout", dout, (N, H, E), attention.q, "N H E")
+    _check.cotangent("dweights", dweights, attention.weights.shape[:-1], attention.q, "B H T S", optional=True)
     _check.cotangent("dlse", dlse, (H, N), attention.q, "H N", optional=True)
-    *grads, dslopes, dsink = ragged_vjp(attention, widen(dout), dlse=widen(dlse))
+    *grads, dslopes, dsink = ragged_vjp(attention, widen(dout), dweights=widen(dweights), dlse=widen(dlse))
     dq, dk, dv = (narrow(dx, dout.dtype) for dx in grads)
     return dq, dk, dv, rounded(dslopes, slopes), rounded(dsink, sink)
+
+
+@attention_weights.register
+def _(cache: FlashAttnVarlenFuncCache, /) -> Array:
+    return attention_weights(cache.attention)
 
 
 @log_sum_exp.register
