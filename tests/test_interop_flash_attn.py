@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from funcmha import attention_weights, log_sum_exp, seeded
 from funcmha.interop.flash_attn import (
@@ -278,6 +279,20 @@ def test_out_lse_and_gradients_are_torch(each_engine, data, B, T, S, static):
     dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
     grads = flash_attn_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
     all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
+
+
+@pytest.mark.parametrize(("T", "S"), [(3, 5), (5, 5), (1, 7)])
+def test_causal_is_what_torch_calls_lower_right(each_engine, T, S):
+    """The oracle is PyTorch itself, which has a word for the alignment of flash-attention since 2.1."""
+    inputs = normal(2, T, H, D), normal(2, S, K, D, seed=1), normal(2, S, K, E, seed=2)
+    leaves = [leaf(x) for x in inputs]
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    mask = causal_lower_right(T, S)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    out, cache = flash_attn_func(*inputs, causal=True)
+    close(out, want)
+    dout = normal(2, T, H, E, seed=3)
+    all_close("dq dk dv", flash_attn_func_vjp(cache, dout)[:3], gradients([want], [dout], leaves))
 
 
 def visible(T, S, **static):

@@ -15,8 +15,8 @@ What differs among the originals, and from them:
 
 - A query that sees no key has lse −∞ here, as in their tests' reference and in FA3's source; FA2's source writes +∞,
   unless it splits the keys.
-- ALiBi is −slope · |i + S − T − j| here, as documented. FA2's source adds slope · j instead if causal: the same
-  weights, and an lse that is larger by slope · (i + S − T).
+- ALiBi is −slope · |i + S − T − j| here, as documented. FA2's source adds slope · j instead if causal without a window:
+  the same weights, and an lse that is larger by slope · (i + S − T).
 - FA2's source takes a reach of S or more for no bound. Where T > S that is not the documented window; here it is.
 - FA4's windows may be negative, and end before the diagonal. Here only -1 is taken, and is no bound.
 - FA2 refuses softcap with dropout. FA3 has no gradient with attention_chunk, FA2 and FA3 have none of lse, and nobody

@@ -92,7 +92,7 @@ def flash_attn_qkvpacked_func(
 
     Takes the keyword arguments of `flash_attn_func`.
     """
-    check_packed("qkv", qkv, 3, "B, T, 3, H, D")
+    _check_packed("qkv", qkv, 3, "B, T, 3, H, D")
     q, k, v = (qkv[:, :, n, ...] for n in range(3))
     out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **static)
     return out, FlashAttnQkvpackedFuncCache(cache)
@@ -117,7 +117,7 @@ def flash_attn_kvpacked_func(
 
     Takes the keyword arguments of `flash_attn_func`.
     """
-    check_packed("kv", kv, 2, "B, S, 2, K, D")
+    _check_packed("kv", kv, 2, "B, S, 2, K, D")
     out, cache = flash_attn_func(q, kv[:, :, 0, ...], kv[:, :, 1, ...], alibi_slopes, learnable_sink, **static)
     return out, FlashAttnKvpackedFuncCache(cache)
 
@@ -130,7 +130,7 @@ def flash_attn_kvpacked_func_vjp(
     return dq, namespace(dk).stack([dk, dv], axis=-3), dslopes, dsink
 
 
-def check_packed(name: str, x: Array, parts: int, symbols: str) -> None:
+def _check_packed(name: str, x: Array, parts: int, symbols: str) -> None:
     """Raise unless x is an array of five axes, of which the third has this many parts."""
     _check.one_dtype([(name, x)])
     if x.ndim != 5 or x.shape[2] != parts:
