@@ -538,6 +538,15 @@ def test_pages_beyond_the_slots_in_use_are_not_looked_at(each_engine):
     close(out, want)
 
 
+def test_without_lengths_all_slots_are_seen(each_engine):
+    q, k_cache, v_cache = normal(2, 3, H, D), normal(2, 7, K, D, seed=1), normal(2, 7, K, E, seed=2)
+    (out, *held), _ = flash_attn_with_kvcache(q, k_cache, v_cache, causal=True)
+    want, _ = flash_attn_func(q, k_cache, v_cache, causal=True)
+    close(out, want)
+    assert held[0] is k_cache
+    assert held[1] is v_cache
+
+
 def test_none_is_a_cotangent_of_zero(each_engine):
     q, k_cache, v_cache = normal(2, 3, H, D), normal(2, 7, K, D, seed=1), normal(2, 7, K, E, seed=2)
     k, v = normal(2, 2, K, D, seed=3), normal(2, 2, K, E, seed=4)
