@@ -32,7 +32,7 @@ from funcmha.masks import Mask, as_mask
 from funcmha.params import Params, sizes
 
 from ._leaves import Leaf, from_leaves, to_leaves
-from .torch import _array
+from .torch.module import to_array
 
 # One key/value head for each query head, with widths of its own.
 MULTI_HEAD = {
@@ -71,7 +71,7 @@ def from_layer(layer: Any, /) -> Params:
             f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
         )
     # weight.numpy() would copy
-    return from_weights({weight.path: np.asarray(_array(weight.path, weight.value)) for weight in layer.weights})
+    return from_weights({weight.path: np.asarray(to_array(weight.path, weight.value)) for weight in layer.weights})
 
 
 def from_weights(weights: Mapping[str, Array], /) -> Params:
