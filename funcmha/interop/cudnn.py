@@ -16,19 +16,19 @@ What differs from funcmha:
   * ALiBi is + slope · (j − i) and not − slope · |j − i|: the same under a top-left causal mask, the only one with which
     cuDNN has it. Its slopes are `biases.alibi_slopes`.
   * A sink is (1, H_q, 1, 1), and float32 beside 16-bit inputs. Stats count it in.
-  * A packed tensor, (N, H, D) with a ragged offset, goes through `from_ragged`, and o through `to_ragged`.
+  * Packed tensors, which have a ragged offset, go through `from_ragged` and `to_ragged` of `interop.cudnn_ragged`.
 
-The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has by `score_mod` alone, nor
-are there block masks and paged keys, of which it has no gradient. What cuDNN refuses for want of a kernel is done: any
-width and dtype, and left bounds and the bottom-right diagonal beside bias, ALiBi, dropout, and more queries than keys.
-What it refuses as a contradiction is refused.
+The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has in a `score_mod`, and no
+block masks and paged keys, of which it has no gradient. What cuDNN refuses for want of a kernel is done: any width and
+dtype, and left bounds and the bottom-right diagonal beside bias, ALiBi, dropout, and more queries than keys. What it
+refuses as a contradiction is refused.
 
 Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
 0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
 `include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca; not run beside cuDNN, which needs a GPU.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
-width; N tokens of a packed tensor.
+width.
 """
 
 from math import lcm
@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha import _check, masks, packing
-from funcmha._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
+from funcmha import _check, masks
+from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.biases import Relative, alibi_slopes, dense, distances
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask
@@ -252,20 +252,20 @@ def _check_lengths(axes: _check.Axes, use: bool, n_q: Any, n_kv: Any) -> tuple[n
 
 
 def _check_length(axes: _check.Axes, name: str, n: Any, letter: str) -> np.ndarray:
-    n, B, S = _check_integers(name, n), axes["B"], axes[letter]
-    if n.shape != (B,):
-        raise ValueError(f"{name} must be (B, 1, 1, 1) or (B,) with B={B} as in q, got {n.shape}")
-    if n.size and not 0 <= n.min() <= n.max() <= S:
-        raise ValueError(f"{name} must be within 0 … {S}, which is {letter}, got {n}")
-    return n
+    lengths, B, S = check_integers(name, n), axes["B"], axes[letter]
+    if lengths.shape != (B,):
+        raise ValueError(f"{name} must be (B, 1, 1, 1) or (B,) with B={B} as in q, got {lengths.shape}")
+    if B and not 0 <= lengths.min() <= lengths.max() <= S:
+        raise ValueError(f"{name} must be within 0 … {S}, which is {letter}, got {lengths}")
+    return lengths
 
 
-def _check_integers(name: str, n: Any) -> np.ndarray:
+def check_integers(name: str, n: Any) -> np.ndarray:
     """A NumPy array (…,) or (…, 1, 1, 1) of integers, as int64 (…,)."""
     if not isinstance(n, np.ndarray) or n.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(n, 'dtype', type(n).__name__)}")
-    flat: np.ndarray = n[:, 0, 0, 0] if n.shape[1:] == (1, 1, 1) else n
-    return flat.astype(np.int64)
+    flat: np.ndarray = np.reshape(n, n.shape[:1] if n.shape[1:] == (1, 1, 1) else n.shape).astype(np.int64)
+    return flat
 
 
 def _check_bound(name: str, x: Any) -> int | None:
@@ -280,8 +280,8 @@ def _check_dropout(axes: _check.Axes, dropout: Any) -> tuple[Array, float]:
         return None, 0.0
     if not isinstance(dropout, tuple) or len(dropout) != 2:
         raise TypeError(
-            "dropout must be (mask, scale), for (probability, seed, offset) draws from a stream of cuDNN's own, which no "
-            f"one else can draw, got {dropout!r}"
+            "dropout must be (mask, scale): (probability, seed, offset) draws from a stream that only cuDNN can draw; "
+            f"take its rng_dump for the mask, and 1 / (1 − probability) for the scale; got {dropout!r}"
         )
     mask, scale = dropout
     if not is_array(mask):
