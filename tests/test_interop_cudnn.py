@@ -316,7 +316,7 @@ OF_16_HEADS = 0.7071067811865476, 0.3535533905932738, 0.1767766952966369, 0.0883
     ],
 )
 def test_alibi_slopes(H, expected):
-    """A key one further back weighs e^slope times less, and the query's own is left as it is: stats tell it from + slope · j."""
+    """A key one further back weighs e^slope times less; stats tell slope · (j − i) from slope · j."""
     q = np.zeros((1, H, 3, 2))
     _, cache = sdpa(q, q, q, use_alibi_mask=True, diagonal_band_right_bound=0)
     p = attention_weights(cache)[0]
