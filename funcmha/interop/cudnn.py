@@ -244,7 +244,7 @@ def _check_lengths(axes: _check.Axes, use: bool, n_q: Any, n_kv: Any) -> tuple[n
     """Both lengths as (B,), or None without a padding mask."""
     given = {"seq_len_q": n_q, "seq_len_kv": n_kv}
     for name, n in given.items():
-        if use is (n is None):
+        if bool(use) is (n is None):
             raise ValueError(f"{name} must be given with use_padding_mask, and only then, got {n!r}")
     if not use:
         return None
