@@ -7,10 +7,8 @@
     for the shortest sums. Errors of different origin add plainly.
   * What is one error in many places does not average out. An error of a value enters the outputs of all queries; the
     total of a row, and Σ p dp in its gradient, are off by one amount for all its keys; queries that are alike are
-    rounded alike. `Rounded.row` and `Rounded.col` carry these, to be added plainly along a row or down a column.
-  * Softmax makes an absolute error of a score a relative error of its weight. A common shift changes nothing, so a
-    weight over 1/2 is what the others of its row are compared with, and has no error itself: a saturated row is exact.
-    (After Blanchard, Higham and Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with errors in the scores.)
+    rounded alike. `Rounded.rows` and `Rounded.cols` carry these, to be added plainly along a row or down a column.
+  * A constant (a scale, a cap, 1 / (1 − rate)) that is no number of float32 costs one rounding more, in any precision.
   * What is smaller than the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, an
     empty row) has bound 0.
 
@@ -35,18 +33,8 @@ EXP = 4.0  # exp and log are off by 2 units in the last place at most, in NumPy,
 class Rounded(NamedTuple):
     value: Array  # in exact arithmetic
     error: Array  # |computed − value| ≤ error, entry by entry
-    row: Array = None  # the part of it that is one unknown of [−1, 1] in each row, times this
-    col: Array = None  # the part of it that is one unknown of [−1, 1] in each column, times this
-
-
-class Static(NamedTuple):
-    mask: Array
-    scale: float | None
-    keep: Array
-    rate: float
-    dweights: Rounded | None
-    dlse: Rounded | None
-    recomputed: bool
+    rows: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each row, times this
+    cols: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each column, times this
 
 
 def exact(x: Array) -> Any:
@@ -56,18 +44,18 @@ def exact(x: Array) -> Any:
 
 def each(f: Callable[[Array], Array], x: Any) -> Any:
     """x after f, which only moves numbers about; None for None."""
-    return None if x is None else Rounded(*(None if a is None else f(a) for a in x))
+    return None if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))
 
 
 def transpose(x: Rounded) -> Rounded:
     """xᵀ"""
-    value, error, row, col = each(lambda a: np.swapaxes(a, -1, -2), x)
-    return Rounded(value, error, row=col, col=row)
+    value, error, rows, cols = each(lambda a: np.swapaxes(a, -1, -2), x)
+    return Rounded(value, error, rows=cols, cols=rows)
 
 
 def alike(x: Rounded) -> Rounded:
     """x, where rows will be summed over that may be all but equal: then they are rounded alike."""
-    return x._replace(col=x.error if np.any(x.error) else None)
+    return x._replace(cols=(x.error,) if np.any(x.error) else ())
 
 
 def tie(x: Rounded) -> Rounded:
@@ -92,34 +80,43 @@ class Arithmetic(NamedTuple):
         name = "float32" if name_of(dtype) in HALF else name_of(dtype)
         return cls(U[name], TINY.get(name, TINY["float64"]))
 
-    def rounding(self, size: Array, n: int = 0) -> Array:
+    def rounding(self, size: Array, n: Array | float = 0) -> Array:
         """Of a sum of n products where Σ |terms| = size; n = 0: of one operation whose result has that size."""
         return (1 + n**0.5) * (self.u * size + self.tiny * (size > 0))
 
     def add(self, x: Rounded, y: Rounded) -> Rounded:
         """x + y"""
         value = x.value + y.value
-        return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.row)
+        return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.rows)
+
+    def constant(self, c: Array | float) -> Array:
+        """How many roundings it costs to have c: 1, unless it is a number of float32."""
+        exactly = np.asarray(c, np.float64)
+        return np.where(exactly.astype(np.float32) == exactly, 0.0, 1.0)
 
     def times(self, x: Rounded, c: Array | float) -> Rounded:
-        """x c, where c is exact"""
+        """x c, where c is a constant"""
         y = each(lambda a: a * c, x)
-        return y._replace(error=np.abs(y.error) + self.rounding(np.abs(y.value)))  # type: ignore[no-any-return]
+        error = np.abs(y.error) + (1 + self.constant(c)) * self.rounding(np.abs(y.value))
+        return y._replace(error=error)  # type: ignore[no-any-return]
+
+    def multiply(self, x: Rounded, y: Rounded) -> Rounded:
+        """x ⊙ y"""
+        value = x.value * y.value
+        error = np.abs(x.value) * y.error + (np.abs(y.value) + y.error) * x.error + self.rounding(np.abs(value))
+        return Rounded(value, error, tuple(row * y.value for row in x.rows))
 
     def matmul(self, x: Rounded, y: Rounded) -> Rounded:
         """x y"""
         error = self.rounding(np.abs(x.value) @ np.abs(y.value), x.value.shape[-1])
-        row = None
         if np.any(x.error):
             error += np.sqrt(x.error**2 @ y.value**2)
         if np.any(y.error):
             error += np.sqrt((np.abs(x.value) + x.error) ** 2 @ y.error**2)
-        if x.row is not None:
-            row = x.row @ y.value
-            error += np.abs(row)
-        if y.col is not None:
-            error += np.abs(x.value @ y.col)
-        return Rounded(x.value @ y.value, error, row)
+        rows = tuple(row @ y.value for row in x.rows)
+        for part in (*rows, *(x.value @ col for col in y.cols)):
+            error += np.abs(part)
+        return Rounded(x.value @ y.value, error, rows)
 
     def unbroadcast(self, x: Rounded, shape: tuple[int, ...]) -> Rounded:
         """The sum over the axes along which `shape` was broadcast."""
@@ -127,11 +124,11 @@ class Arithmetic(NamedTuple):
             return x
         size = unbroadcast(np.abs(x.value), shape)
         error = self.rounding(size, x.value.size // max(size.size, 1)) + np.sqrt(unbroadcast(x.error**2, shape))
-        for part, axis in ((x.row, -1), (x.col, -2)):
-            if part is not None and (len(shape) < -axis or shape[axis] == 1):
+        for parts, axis in ((x.rows, -1), (x.cols, -2)):
+            for part in parts if len(shape) < -axis or shape[axis] == 1 else ():
                 error += np.sqrt(unbroadcast(np.sum(part, axis=axis, keepdims=True) ** 2, shape))
-        col = None if x.col is None or shape[-2:] != x.value.shape[-2:] else unbroadcast(x.col, shape)
-        return Rounded(unbroadcast(x.value, shape), error, col=col)
+        cols = x.cols if shape[-2:] == x.value.shape[-2:] else ()
+        return Rounded(unbroadcast(x.value, shape), error, cols=tuple(unbroadcast(col, shape) for col in cols))
 
     def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
         """`ops.linear`"""
@@ -172,103 +169,6 @@ class Arithmetic(NamedTuple):
         _, H, E = p["w"].value.shape
         do = self.matmul(dy, each(_merge, p["w"]))
         return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
-
-    def softmax(self, z: Rounded, allowed: Array) -> tuple[Rounded, Rounded, Rounded]:
-        """`ops._softmax`: p, p from lse, and lse"""
-        u, n = self.u, z.value.shape[-1] ** 0.5
-        x = np.where(allowed, z.value, -np.inf)
-        top = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
-        empty = np.isneginf(top)
-        top = np.where(empty, 0.0, top)
-        e = np.exp(x - top)
-        total = np.where(empty, 1.0, np.sum(e, axis=-1, keepdims=True))
-        p, log_total = e / total, np.log(total)
-        lse = np.where(empty, -np.inf, top + log_total)
-
-        below = np.where(allowed, top - x, 0.0)
-        score = np.where(allowed, z.error, 0.0)
-        heavy = p > 0.5  # no row has two
-        light = np.where(heavy, 0.0, p)
-
-        def of_heavy(error: Array) -> Array:
-            return np.sum(error * heavy, axis=-1, keepdims=True)
-
-        def apart(error: Array) -> Array:
-            return np.where(heavy, 0.0, error + of_heavy(error))
-
-        e_error = score + u * (below + EXP)  # relative
-        common = np.sqrt(np.sum((light * e_error) ** 2, axis=-1, keepdims=True)) + u * (2 + n)
-        common += np.sum(light, axis=-1, keepdims=True) * of_heavy(e_error)
-        if z.row is not None:
-            common += np.sum(p * apart(z.row), axis=-1, keepdims=True)
-        shift = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
-        size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_total + np.abs(lse)
-        lse_error = np.where(empty, 0.0, shift + u * size)
-
-        def weights(own: Array, common: Array) -> Rounded:
-            # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
-            r = own + common
-            error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + self.tiny
-            return Rounded(p, np.where(allowed, error, 0.0), p * np.minimum(common, 1.0))
-
-        again = weights(e_error, lse_error)  # exp(x − lse)
-        return weights(apart(e_error), common), again, Rounded(lse[..., 0], lse_error[..., 0])
-
-    def softmax_vjp(self, p: Rounded, dp: Rounded, dlse: Rounded | None) -> Rounded:
-        """`ops._softmax_vjp`"""
-        delta = self.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
-        delta = each(lambda a: a[..., 0], delta)
-        size = np.abs(dp.value) + np.abs(delta.value)
-        g, common = dp.value - delta.value, delta.error
-        if dlse is not None:
-            g = g + dlse.value[..., None]
-        error = (p.value + p.error) * (dp.error + common + 2 * self.rounding(size)) + p.error * np.abs(g)
-        error += self.rounding(np.abs(p.value * g))
-        return Rounded(p.value * g, error, p.value * common)
-
-    def attention(
-        self, q: Rounded, k: Rounded, v: Rounded, bias: Rounded | None, do: Rounded, static: Static
-    ) -> tuple[Rounded, ...]:
-        """`ops.attention` and `ops.attention_vjp`: o, p, lse, dq, dk, dv, dz"""
-        mask, scale, keep, rate, dweights, dlse, recomputed = static
-        (*lead, D), S = q.value.shape, k.value.shape[-2]
-        scale = max(D, 1) ** -0.5 if scale is None else scale
-        dropout = 1.0 if keep is None else keep / (1 - rate)
-        allowed = np.broadcast_to(True if mask is None else mask, (*lead, S))
-        if bias is not None:
-            allowed = allowed & (bias.value > -np.inf)
-            bias = each(lambda a: np.where(np.isneginf(a), 0.0, a), bias)
-        group = 1 if q.value.ndim < 3 else q.value.shape[-3] // max(k.value.shape[-3], 1)
-        seen = np.any(allowed, axis=-2)[..., None]
-        kh, vh = (each(lambda a: np.where(seen, a if group == 1 else np.repeat(a, group, -3), 0.0), a) for a in (k, v))
-
-        qs = self.times(q, scale)
-        z = self.matmul(qs, transpose(kh))._replace(row=np.sqrt(qs.error**2 @ np.swapaxes(kh.value, -1, -2) ** 2))
-        z = z if bias is None else self.add(z, bias)
-        p, again, lse = self.softmax(z, allowed)
-        o = self.matmul(self.times(p, dropout), vh)
-        p = again if recomputed else p
-        a = self.times(p, dropout)
-
-        dv = self.matmul(transpose(alike(a)), do)
-        # an error of do is one for all dv of a column
-        dv = dv._replace(col=np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tie(do).error ** 2))
-        dp = self.times(self.matmul(do, transpose(vh)), dropout)
-        dp = dp if dweights is None else self.add(dp, dweights)
-        dz = self.softmax_vjp(p, dp, dlse)
-        dk = self.matmul(transpose(alike(dz)), qs)
-        dq = self.times(self.matmul(dz, kh), scale)
-        return o, p, lse, dq, self.per_key_head(dk, group), self.per_key_head(dv, group), dz
-
-    def per_key_head(self, g: Rounded, group: int) -> Rounded:
-        """`ops._per_key_head`"""
-        if group == 1:
-            return g
-        *batch, H, S, D = g.value.shape
-        g = self.unbroadcast(
-            each(lambda a: a.reshape(*batch, H // group, group, S, D), g), (*batch, H // group, 1, S, D)
-        )
-        return each(lambda a: a[..., 0, :, :], g)  # type: ignore[no-any-return]
 
 
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,17 +10,25 @@ Not covered: overflow, and sums over thousands of terms that are all but equal, 
 (512 equal terms: measured at 3 times the bound).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha import tree
+from funcmha._bias import dense_bias
 from funcmha._xp import HALF, Array
+from funcmha.biases import Relative
+from funcmha.dropout import Seeded
 from funcmha.heads import extend, extend_scores
 from funcmha.masks import Mask, dense
+from funcmha.norms import Norm
 from funcmha.params import Params
+from funcmha.rotary import Rotary
 
-from .rounding import TINY, Arithmetic, Rounded, Static, U, each, exact, host, name_of
+from .rounding import TINY, Arithmetic, Rounded, U, each, exact, host, name_of
+from .rounding_attention import Static, attention, over_diagonals
+from .rounding_ready import ready, ready_vjp
 
 
 def unit_roundoff(dtype: Any) -> float:
@@ -81,7 +89,8 @@ class AttentionBounds(NamedTuple):
     dq: Array
     dk: Array
     dv: Array
-    dbias: Array
+    dbias: Array | Relative
+    dsink: Array
 
 
 class MhaBounds(NamedTuple):
@@ -92,7 +101,7 @@ class MhaBounds(NamedTuple):
     dquery: Array
     dkey: Array
     dvalue: Array
-    dbias: Array
+    dbias: Array | Relative
 
 
 def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> LinearBounds:
@@ -106,13 +115,15 @@ def attention_bounds(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array,
+    bias: Array | Relative,
     do: Array,
     /,
     *,
+    sink: Array = None,
     mask: Array | Mask = None,
-    scale: float | None = None,
-    keep: Array = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
     dweights: Array = None,
     dlse: Array = None,
@@ -123,13 +134,14 @@ def attention_bounds(
 
     recomputed  for what keeps no weights, and has them from the scores and lse when it needs them: exp(score − lse)
     """
-    fl, mask = Arithmetic.of(dtype), host(dense(mask, q.shape[-2], k.shape[-2], None))
-    q, k, v, bias, do, dweights, dlse = (exact(a) for a in (q, k, v, bias, do, dweights, dlse))
-    static = Static(mask, scale, host(keep), rate, dweights, dlse, recomputed)
-    o, p, lse, dq, dk, dv, dz = fl.attention(q, k, v, bias, do, static)
-    dbias = None if bias is None else fl.unbroadcast(dz, bias.value.shape)
-    o, dq, dk, dv, dbias = _bounds((o, dq, dk, dv, dbias), dtype)
-    return AttentionBounds(o, p.error, lse.error, dq, dk, dv, dbias)
+    fl, T, S = Arithmetic.of(dtype), q.shape[-2], k.shape[-2]
+    mask = host(dense(mask, T, S, None))
+    keep, rate = _keep(keep, rate, (*q.shape[:-1], S))
+    q, k, v, sink, do, dweights, dlse = (exact(a) for a in (q, k, v, sink, do, dweights, dlse))
+    static = Static(mask, _per_head(scale), _per_head(cap), keep, rate, dweights, dlse, recomputed)
+    o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, _exact_bias(bias, T, S), sink, do, static)
+    o, dq, dk, dv, dbias, dsink = _bounds((o, dq, dk, dv, _dbias(fl, bias, dz), dsink), dtype)
+    return AttentionBounds(o, p.error, lse.error, dq, dk, dv, _as(bias, dbias), dsink)
 
 
 def mha_bounds(
@@ -137,14 +149,17 @@ def mha_bounds(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array,
+    bias: Array | Relative,
     dy: Array,
     /,
     *,
     mask: Array | Mask = None,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    keep: Array = None,
+    norm: Norm | None = None,
+    rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
+    keep: Array | Seeded = None,
     rate: float = 0.0,
     dweights: Array = None,
     dlse: Array = None,
@@ -154,35 +169,39 @@ def mha_bounds(
     """Bounds for `mha`, its weights (before dropout) and lse, and its vjp, in `dtype`; as in `attention_bounds`."""
     fl, T, S = Arithmetic.of(dtype), query.shape[-2], key.shape[-2]
     params = tree.map(exact, params)
-    query, key, value, bias, dy, dweights, dlse = (exact(a) for a in (query, key, value, bias, dy, dweights, dlse))
-    rows, zero = params.get("bias_kv", {"k": None, "v": None}), zero_attn
+    query, key, value, dy, dweights, dlse = (exact(a) for a in (query, key, value, dy, dweights, dlse))
+    rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
     extra = (rows["k"] is not None) + zero
-    mask = extend_scores(host(dense(mask, T, S, None)), S, extra, True)
+    turns: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
+    mask, added = extend_scores(host(dense(mask, T, S, None)), S, extra, True), _exact_bias(bias, T, S)
 
-    q = fl.project(params["q_proj"], query)
-    k = _extend(fl.project(params["k_proj"], key), rows["k"], zero)
-    v = _extend(fl.project(params["v_proj"], value), rows["v"], zero)
+    q, q_ready = ready(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), norm, turns[0])
+    k, k_ready = ready(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), norm, turns[1])
+    k, v = _extend(k, rows["k"], zero), _extend(fl.project(params["v_proj"], value), rows["v"], zero)
     do = fl.combine_do(params["out_proj"], dy)
-    o, p, lse, dq, dk, dv, dz = fl.attention(
-        each(_swap_heads, q),
-        each(_swap_heads, k),
-        each(_swap_heads, v),
-        each(lambda a: extend_scores(a, S, extra, 0.0), bias),
-        each(_swap_heads, do),
-        Static(mask, scale, host(keep), rate, dweights, dlse, recomputed),
-    )
+    q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
+    keep, rate = _keep(keep, rate, (*q.value.shape[:-1], S + extra))
+    static = Static(mask, _per_head(scale), _per_head(cap), keep, rate, dweights, dlse, recomputed)
+    added = each(lambda a: extend_scores(a, S, extra, 0.0), added)
+    o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, added, sink["w"], do, static)
     o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
     y, dout_proj = fl.combine(params["out_proj"], o, dy)
 
+    own_dk, own_dv = (each(lambda a: a[..., :S, :, :], dx) for dx in (dk, dv))
+    own_dk, dk_norm = ready_vjp(fl, k_ready, params.get("k_norm", {}), norm, turns[1], own_dk)
+    dq, dq_norm = ready_vjp(fl, q_ready, params.get("q_norm", {}), norm, turns[0], dq)
     dq_proj, dquery = fl.project_vjp(params["q_proj"], query, dq)
-    dk_proj, dkey = fl.project_vjp(params["k_proj"], key, each(lambda a: a[..., :S, :, :], dk))
-    dv_proj, dvalue = fl.project_vjp(params["v_proj"], value, each(lambda a: a[..., :S, :, :], dv))
+    dk_proj, dkey = fl.project_vjp(params["k_proj"], key, own_dk)
+    dv_proj, dvalue = fl.project_vjp(params["v_proj"], value, own_dv)
     dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout_proj}
+    dparams |= {name: d for name, d in (("q_norm", dq_norm), ("k_norm", dk_norm)) if d}
     if rows["k"] is not None:
         dparams["bias_kv"] = {name: fl.extend_drow(d, S) for name, d in (("k", dk), ("v", dv))}
-    dbias = None if bias is None else fl.unbroadcast(each(lambda a: a[..., :S], dz), bias.value.shape)
-    y, dparams, *dinputs = _bounds((y, dparams, dquery, dkey, dvalue, dbias), dtype)
-    return MhaBounds(y, p.error, lse.error, dparams, *dinputs)
+    if dsink is not None:
+        dparams["sink"] = {"w": dsink}
+    dbias = _dbias(fl, bias, each(lambda a: a[..., :S], dz))
+    y, dparams, dquery, dkey, dvalue, dbias = _bounds((y, dparams, dquery, dkey, dvalue, dbias), dtype)
+    return MhaBounds(y, p.error, lse.error, dparams, dquery, dkey, dvalue, _as(bias, dbias))
 
 
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,8 +214,35 @@ def _swap_heads(a: Array) -> Array:
 
 def _extend(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
     """`heads.extend`"""
-    value, error = (None, None) if row is None else row[:2]
-    return Rounded(extend(x.value, value, zero), extend(x.error, error, zero))
+    value, none = (None, None) if row is None else (row.value, np.zeros(row.value.shape))
+    rows = tuple(extend(row, none, zero) for row in x.rows)
+    return Rounded(extend(x.value, value, zero), extend(x.error, none, zero), rows)
+
+
+def _exact_bias(bias: Any, T: int, S: int) -> Any:
+    """A bias without error, as an array that broadcasts to (..., H, T, S)."""
+    return exact(dense_bias(Relative(host(bias.values)), T, S) if isinstance(bias, Relative) else bias)
+
+
+def _dbias(fl: Arithmetic, bias: Any, dz: Rounded) -> Any:
+    """`_bias.dense_bias_vjp`"""
+    if isinstance(bias, Relative):
+        return over_diagonals(fl, dz, tuple(bias.values.shape))
+    return None if bias is None else fl.unbroadcast(dz, tuple(bias.shape))
+
+
+def _as(bias: Any, bound: Array) -> Any:
+    return Relative(bound) if isinstance(bias, Relative) else bound
+
+
+def _per_head(x: Any) -> Any:
+    """A number as it is, and one for each head as (H, 1, 1)."""
+    return np.asarray(x, np.float64)[:, None, None] if isinstance(x, tuple | list | np.ndarray) else x
+
+
+def _keep(keep: Any, rate: float, shape: tuple[int, ...]) -> tuple[Array, float]:
+    """The booleans of dropout, or None, and its rate."""
+    return (keep.dense(shape), keep.rate) if isinstance(keep, Seeded) else (host(keep), rate)
 
 
 def _bounds(results: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
