@@ -272,7 +272,7 @@ def test_linear_is_within(dtype, bias):
             assert worst_ratio(got, want, bound) > 0.03
 
 
-@pytest.mark.parametrize("norm", [norms.Rms(), norms.L2(), norms.Layer(), norms.Rms(eps=0.0)], ids=str)
+@pytest.mark.parametrize("norm", [norms.Rms(), norms.L2(), norms.Layer(), norms.Rms(0.0, offset=1.0)], ids=str)
 @pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (1e-20, 0.0), (1.0, 300.0)])
 def test_a_norm_is_within(norm, size, offset):
     """Of rows far from 0, `layer_norm` is exact in what they differ by, and the others in what they share."""

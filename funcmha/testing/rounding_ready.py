@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha._xp import Array
-from funcmha.norms import L2, Layer, Norm
+from funcmha.norms import L2, Layer, Norm, Rms
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
 
@@ -38,7 +38,7 @@ def ready(
     cache = None
     if norm is not None:
         cache = normalise(fl, x, norm)
-        x = cache.n if "w" not in p else fl.multiply(cache.n, p["w"])
+        x = cache.n if "w" not in p else fl.multiply(cache.n, weight(fl, p["w"], norm))
         x = x if "b" not in p else fl.add(x, p["b"])
     return (x if rotary is None else turn(fl, x, rotary, 1)), cache
 
@@ -52,7 +52,13 @@ def ready_vjp(
         return dy, {}
     terms = {"w": fl.multiply(cache.n, dy), "b": dy}
     dparams = {leaf: over_rows(fl, terms[leaf]) for leaf in p}
-    return normalise_vjp(fl, cache, norm, dy if "w" not in p else fl.multiply(dy, p["w"])), dparams
+    return normalise_vjp(fl, cache, norm, dy if "w" not in p else fl.multiply(dy, weight(fl, p["w"], norm))), dparams
+
+
+def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
+    """w, with the offset of `rms_norm` if there is one"""
+    offset = norm.offset if isinstance(norm, Rms) else 0.0
+    return fl.add(w, Rounded(np.full(w.value.shape, offset), np.zeros(w.value.shape))) if offset else w
 
 
 # ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
