@@ -23,7 +23,7 @@ from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
 from . import few, threads, tiles
 from .schedule import BiasGradient, RelativeGradient, steps
-from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink
+from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink, sums
 
 
 class AttentionCache(NamedTuple):
@@ -73,8 +73,8 @@ def attention(
     total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
     cache = AttentionCache(q, k, v, bias, sink, o, total, shift, keep, mask, scale, cap, rate)
     with threads.single_threaded_blas():
-        _forward(_Views.of(cache))
-    return narrow(o, dtype), cache if shift.any() else cache._replace(shift=None)
+        shifted = _forward(_Views.of(cache))
+    return narrow(o, dtype), cache if shifted else cache._replace(shift=None)
 
 
 def attention_vjp(
@@ -89,7 +89,7 @@ def attention_vjp(
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
 
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    dbias, x = None, _Views.of(cache)
+    dbias, x = None, _Views.again(cache)
     if bias is not None:
         of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
         dbias = of_bias(bias, (*q.shape[:-1], k.shape[-2]))
@@ -168,6 +168,18 @@ class _Views(NamedTuple):
     rate: float
 
     @staticmethod
+    def again(cache: AttentionCache) -> "_Views":
+        """With the sums of the exponentials that tiles give: those of `few` are others, by rounding."""
+        x = _Views.of(cache)
+        if not _is_few(x):
+            return x
+        x, total = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.total)
+        for *b, h in np.ndindex(*total.shape[:-1]):
+            at = (*b, h)
+            total[at] = sums(x.head(tuple(b), h), None if x.shift is None else x.shift[at])
+        return x._replace(total=total)
+
+    @staticmethod
     def of(cache: AttentionCache) -> "_Views":
         q, k, v, o = (_with_head(a) for a in (cache.q, cache.k, cache.v, cache.o))
         scores, (*batch, H, _, _) = (*q.shape[:-1], k.shape[-2]), q.shape
@@ -208,13 +220,17 @@ def _with_head(a: Array, rank: int = 2) -> Array:
     return a if a is None or a.ndim > rank else a[None]
 
 
-def _forward(x: _Views) -> None:
-    """Write o, total and shift."""
-    H, K, T = x.q.shape[-3], x.k.shape[-3], x.q.shape[-2]
-    return _few_queries(x) if H // max(K, 1) * T <= few.ROWS else _in_tiles(x)
+def _is_few(x: _Views) -> bool:
+    (H, T, _), K = x.q.shape[-3:], x.k.shape[-3]
+    return bool(H // max(K, 1) * T <= few.ROWS)
 
 
-def _few_queries(x: _Views) -> None:
+def _forward(x: _Views) -> bool:
+    """Write o, total and shift; return whether anything was shifted, be it by 0."""
+    return _few_queries(x) if _is_few(x) else _in_tiles(x)
+
+
+def _few_queries(x: _Views) -> bool:
     (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
 
     def work(task: tuple[Any, int]) -> None:
@@ -225,12 +241,14 @@ def _few_queries(x: _Views) -> None:
 
     tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E))
+    return True
 
 
-def _in_tiles(x: _Views) -> None:
+def _in_tiles(x: _Views) -> bool:
     (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
     samples = list(np.ndindex(*batch))
     longest = np.empty((*batch, K), x.q.dtype)  # max |k|
+    shifted: list[Any] = []
 
     def measure(b: Any) -> None:
         longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
@@ -241,11 +259,13 @@ def _in_tiles(x: _Views) -> None:
         x.o[at], x.total[at], shift = forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
         if shift is not None:
             x.shift[at] = shift
+            shifted.append(task)
 
     threads.run(measure, samples, flops=2 * x.k.size)
     # Head by head; where the mask is causal the last rows of a head take longest, and begin first.
     tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, tiles.ROWS)) for b in samples]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E))
+    return bool(shifted)
 
 
 class _Prepared(NamedTuple):
@@ -363,7 +383,7 @@ def _(cache: AttentionCache, /) -> Array:
 
 @attention_weights.register
 def _(cache: AttentionCache, /) -> Array:
-    x = _Views.of(cache)
+    x = _Views.again(cache)
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     total = np.where(x.total == 0, 1.0, x.total)[..., None]
     for *b, h in np.ndindex(*p.shape[:-2]):

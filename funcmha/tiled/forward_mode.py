@@ -43,7 +43,7 @@ def attention_jvp(
     dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     dtype = dtype_of(cache.q, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     o_dot, lse_dot = np.empty_like(cache.o), np.empty_like(cache.total)
-    x, x_dot = _Views.of(cache), tangent_views(cache, dot)
+    x, x_dot = _Views.again(cache), tangent_views(cache, dot)
     work = _Forward(x, x_dot, dot, _with_head(o_dot), _with_head(lse_dot, 1))
     *batch, H, T, D = x.q.shape
     S, E = x.v.shape[-2:]

@@ -153,6 +153,8 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
     if not np.all(total >= FLOOR):
         shift = _maximum(head, q, rows, tiles)
         total, acc = _sums(head, q, rows, tiles, shift)
+    if head.sink is not None:
+        total += of_sink(head, shift)
     return acc / np.where(total == 0, 1.0, total)[:, None], total, shift
 
 
@@ -178,9 +180,17 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True)
-    if head.sink is not None:
-        total += of_sink(head, shift)
     return total, acc
+
+
+def sums(head: Head, shift: Array) -> Array:
+    """The sums of exponentials of all rows, the sink's included (T)"""
+    q, total = head.unit * head.q, np.zeros(len(head.q), head.q.dtype)
+    for tile in (tile for block in head.tiles((0, len(q))) for tile in block):
+        i = slice(*tile.rows)
+        e = head.exponentials(q[i], tile, None if shift is None else shift[i])
+        total[i] += e @ np.ones(len(e.T), e.dtype)
+    return total if head.sink is None else total + of_sink(head, shift)
 
 
 def of_sink(head: Head, shift: Array) -> Array:
