@@ -19,6 +19,7 @@ from .ops import (
 from .params import head_params, init, sizes
 from .second import attention_vjp_jvp
 from .second_mha import mha_vjp_jvp
+from .step import self_attention_step, self_attention_step_vjp
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,8 @@ __all__ = [
     "save",
     "seeded",
     "self_attention",
+    "self_attention_step",
+    "self_attention_step_vjp",
     "self_attention_vjp",
     "sizes",
     "softmax",

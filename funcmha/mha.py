@@ -366,6 +366,25 @@ def _options(
     axes("query", query, "... T Cq")
     axes("key", key, "... S Ck")
     axes("value", value, "... S Cv")
+    return check_options(axes, leaves, query, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+
+
+def check_options(
+    axes: _check.Axes,
+    leaves: dict[str, Array],
+    like: Array,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    cap: Any,
+    zero_attn: Any,
+    norm: Any,
+    rotary: Any,
+    keep: Any,
+    rate: float,
+    engine: Any,
+) -> Options:
+    """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
     one_head = "H" not in axes.size
     lead = "... " if one_head else "... H "
     check_bias(axes, bias, lead + "T S")
@@ -385,7 +404,7 @@ def _options(
     keep = keep if isinstance(keep, Seeded) or not one_head else _as_head(keep)
     scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
     check_norm(norm, leaves)
-    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, query))
+    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, like))
 
 
 def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
