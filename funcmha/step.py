@@ -265,7 +265,8 @@ def _check_cotangents(
     (dy, dkv), like, (*batch, T, H, _) = dy_dkv, cache.out.o, cache.out.o.shape
     if dy is None and dkv is None:
         raise TypeError("dy_dkv must have dy or dkv, got None for both")
-    dkeys, dvalues = (None, None) if dkv is None else two_cotangents(dkv)
+    held: tuple[Array, Array] = (None, None) if dkv is None else two_cotangents(dkv)
+    dkeys, dvalues = held
     keys, values = cache.attention.k, cache.attention.v
     y = (*batch, T, cache.out.w.shape[0])
     _check.cotangent("dy", dy, y, like, "... T O", optional=True)
@@ -274,5 +275,5 @@ def _check_cotangents(
     _check.cotangent("dweights", dweights, (*batch, H, T, keys.shape[-2]), like, "... H T N'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), like, "... H T", optional=True)
     _check.one_dtype([], optional=[("dy", dy), ("dkeys", dkeys), ("dvalues", dvalues)])
-    dtype: Any = dkeys.dtype if dy is None else dy.dtype
-    return dtype, full(y, 0.0, like) if dy is None else widen(dy), None if dkv is None else (dkeys, dvalues)
+    dtype = dkeys.dtype if dy is None else dy.dtype
+    return dtype, full(y, 0.0, like) if dy is None else widen(dy), None if dkv is None else held
