@@ -69,7 +69,8 @@ def self_attention_step(
     x (..., T, C)   kv of (..., K, N, D) and (..., K, N, E), or None   →   y (..., T, O), kv' of N' tokens
 
     kv      a `KV` of `funcmha.decode`, or None for no past; it stays as it is. `empty(…, capacity=…)` reserves its room
-    left    each token sees itself and so many before, as in `masks.window`, and kv' forgets what no other will see
+    left    each token sees itself and so many before, as in `masks.window`, and kv' forgets what no other will see;
+            None is all that is held
     mask    what is forbidden beside that; broadcasts to (..., H, T, N'), so (B, 1, 1, N') for padding
     bias    broadcasts to (..., H, T, N'), differentiable. A `Relative` is that of a whole context, 2P − 1 values of
             which the step takes those for its N' keys
@@ -231,7 +232,8 @@ def _door(
     _check.one_dtype([*leaves.items(), ("x", x)], optional=[("bias", values_of(bias))])
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
-    left, T, (N, seen) = window(left, 0).left, axes["T"], _check_past(axes, x, kv)
+    left = window(left, 0).left
+    T, (N, seen) = axes["T"], _check_past(axes, x, kv, left)
     held = T + (N if left is None else min(N, left))
     axes.size["S"] = held
     own, turns = _differences(bias, T, held), _turns_from(rotary, seen, T)
@@ -243,7 +245,7 @@ def _door(
     return left, own, o._replace(mask=band if o.mask is None else band & o.mask, rotary=(turns, turns))
 
 
-def _check_past(axes: _check.Axes, x: Array, kv: Any) -> tuple[int, Any]:
+def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple[int, Any]:
     """N and `seen` of a `KV` that x and the parameters can follow."""
     if kv is None:
         return 0, 0
@@ -252,8 +254,10 @@ def _check_past(axes: _check.Axes, x: Array, kv: Any) -> tuple[int, Any]:
     check_library(kv, ("x", x))
     axes("kv.keys", kv.keys, "... K N D")
     axes("kv.values", kv.values, "... K N E")
-    check_seen(kv, axes["N"])
-    return axes["N"], kv.seen
+    check_seen(kv, N := axes["N"])
+    if left is not None and left > N and isinstance(kv.seen, Integral) and kv.seen > N:
+        raise ValueError(f"left must be at most N={N} as in kv.keys, as {kv.seen - N} tokens are forgotten, got {left}")
+    return N, kv.seen
 
 
 def _check_cotangents(

@@ -127,7 +127,7 @@ def test_steps_are_self_attention_of_all_tokens(each_engine, problem, steps, lef
 # ── one step is torch ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def torch_step(params, x, keys, values, bias, *, seen, left, mask, norm, turn, **static):
+def torch_step(params, x, keys, values, bias, *, left, mask, norm, turn, **static):
     """y, weights, lse, keys', values' of tensors, written out: all tokens of the past, or the last `left`."""
     T, kept = x.shape[-2], keys.shape[-2] if left is None else min(left, keys.shape[-2])
     q, k, v = (
@@ -159,14 +159,15 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
     keys, values, dkeys, dvalues = (
         rng.standard_normal((*group, rows, width)) for rows in (N, held) for width in (problem.D, problem.E)
     )
-    kv, seen = KV(keys, values, N + 2), N + 2
+    seen = N if left is not None and left > N else N + 2  # and two are forgotten
+    kv = KV(keys, values, seen)
     (y, after), cache = self_attention_step(
         params, x, kv, bias, left=left, rotary=turns(problem, 0, seen + T + 1), **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
     mask = static.pop("mask")
     static["mask"] = None if mask is None else np.array(masks.dense(mask, T, held, np.zeros(0)))
-    outputs = torch_step(*leaves, seen=seen, left=left, turn=turns(problem, seen, T), **static)
+    outputs = torch_step(*leaves, left=left, turn=turns(problem, seen, T), **static)
     got = (y, attention_weights(cache), log_sum_exp(cache), after.keys, after.values)
     for a, b in zip(got, outputs, strict=True):
         close(a, b.detach())
@@ -377,6 +378,8 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST._replace(keys=KEYS.astype("f4"))), {}, TypeError, "kv.keys must have dtype float64 as x has"),
         ((PARAMS, X, PAST._replace(keys=KEYS.tolist())), {}, TypeError, "kv.keys must be an array, got list"),
         ((PARAMS, jax.numpy.ones((2, 3, 17)), PAST), {}, TypeError, "x must have dtype float64 as q_proj.w has"),
+        ((PARAMS, X, PAST._replace(seen=9)), {"left": 6}, ValueError,
+         "left must be at most N=5 as in kv.keys, as 4 tokens are forgotten, got 6"),
         ((PARAMS, X, PAST), {"left": -1}, ValueError, "left must be at least 0, or None for no bound, got -1"),
         ((PARAMS, X, PAST), {"rotary": turns(MODERN_STEP, 5, 3)}, ValueError,
          "rotary must have positions 0, 1, … up to 8, as kv.seen=5 and T=3, got 3"),
