@@ -27,8 +27,12 @@ def namespace(x: Array) -> ModuleType:
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array of some library (a NumPy scalar, a list and a number are not)."""
-    return hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim") and not isinstance(x, np.generic)
+    """Whether `x` is an array of some library: a NumPy scalar, a list and a number are not.
+
+    Nor is a masked array, whose mask nobody would read, or a matrix, which multiplies and indexes in its own way.
+    """
+    known = hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")
+    return known and not isinstance(x, np.generic | np.ma.MaskedArray | np.matrix)
 
 
 def dtype_name(x: Array) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from . import _check, masks
-from ._xp import Array, full, is_array, namespace
+from ._xp import Array, dtype_name, full, is_array, namespace
 from .masks import Band
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +86,7 @@ def append_vjp(cache: AppendCache, dkv: KV | tuple[Array, Array], /) -> tuple[KV
     from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KV`. What was forgotten
     has gradient 0, and `seen` has none: it is None. Needs shapes alone.
     """
+    _check.cache(cache, AppendCache, "append")
     past, new, keys, values = cache
     dkeys, dvalues = two_cotangents(dkv)
     _check.cotangent("dkeys", dkeys, keys.shape[:-1], keys, "... K N' D")
@@ -110,6 +111,8 @@ def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Band:
     For the `kv` that has them already, with the `left` that it was appended with. Raises ValueError unless it holds T.
     """
     check_kv(kv)
+    _check.one_dtype([("kv.keys", kv.keys)])
+    _check.Axes()("kv.keys", kv.keys, "... N D")
     N, T = kv.keys.shape[-2], _count("T", T)
     if T > N:
         raise ValueError(f"T must be at most N={N} as in kv.keys, which holds the new tokens already, got {T}")
@@ -230,7 +233,9 @@ def check_kv(kv: Any) -> None:
     """A `KV`, whatever its arrays are."""
     if not isinstance(kv, KV):
         raise TypeError(f"kv must be a KV of funcmha.decode, got {type(kv).__name__}")
-    if not (isinstance(kv.seen, Integral) or is_array(kv.seen)) or isinstance(kv.seen, bool):  # JAX traces integers
+    seen: Any = kv.seen
+    traced = is_array(seen) and seen.ndim == 0 and dtype_name(seen).startswith(("int", "uint"))  # by JAX
+    if not (traced or isinstance(seen, Integral)) or isinstance(seen, bool):
         raise TypeError(f"kv.seen must be an int, got {kv.seen!r} of type {type(kv.seen).__name__}")
 
 

@@ -36,7 +36,7 @@ from .masks import Mask, as_mask
 from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
-from .rotary import HalfPairs, InterleavedPairs, Rotary
+from .rotary import HalfPairs, InterleavedPairs, Rotary, check_table
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
 # many heads at a time, and holds what it needs between projection and attention for these alone.
@@ -64,7 +64,7 @@ def head(
     norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
@@ -81,7 +81,7 @@ def head(
     )
     stack = tree.map(widen, stack_head(params))
     key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
-    o, heads = attend(stack, widen(query), key, value, on_bias(_as_head, on_bias(widen, bias)), options)
+    o, heads = attend(stack, widen(query), key, value, _bias_as_head(on_bias(widen, bias)), options)
     return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
 
 
@@ -89,6 +89,7 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
     """dparams, dquery, dkey, dvalue, dbias: `head` from the bottom up
     from the cotangents of o and, where given, of the weights (..., T, S') and lse (..., T)
     """
+    _check.cache(cache, HeadCache, "head")
     (heads,) = cache
     *batch, T, _ = heads.q.x.shape
     like = heads.q.x
@@ -102,13 +103,26 @@ def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Ar
         dlse=None if dlse is None else widen(dlse)[..., None, :],
         onto=(None, None, None),
     )
-    dbias = on_bias(lambda a: a if a.ndim < 4 else a[..., 0, :, :], dbias)
-    return _narrow((unstack_head(dstack), *dxs, dbias), do)
+    return _narrow((unstack_head(dstack), *dxs, _bias_as_head_vjp(dbias)), do)
 
 
 def _as_head(a: Array) -> Array:
     """a (..., T, S)   →   (..., 1, T, S); with no batch axes there is nothing to tell apart"""
     return a if a is None or a.ndim < 3 else a[..., None, :, :]
+
+
+def _bias_as_head(bias: Array | Relative) -> Array | Relative:
+    """The same of a bias: the values of a `Relative` are (..., T + S − 1)"""
+    if not isinstance(bias, Relative):
+        return _as_head(bias)
+    return bias if bias.values.ndim < 2 else Relative(bias.values[..., None, :])
+
+
+def _bias_as_head_vjp(dbias: Array | Relative) -> Array | Relative:
+    """Without that axis again"""
+    if not isinstance(dbias, Relative):
+        return dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
+    return dbias if dbias.values.ndim < 2 else Relative(dbias.values[..., 0, :])
 
 
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,7 +153,7 @@ def mha(
     norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ, bias, sinkₕ) woₕᵀ + bo
@@ -189,6 +203,7 @@ def mha_vjp(
     per_sample   each leaf of dparams with the batch before it, (..., *leaf), for clipping and influence: its sum over
                  the batch is the gradient. The other gradients are what they are without
     """
+    _check.cache(cache, MhaCache, "mha")
     return _backward(cache, dy, dweights, dlse, 3, per_sample)
 
 
@@ -196,6 +211,7 @@ def _backward(
     cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: int, per_sample: bool
 ) -> tuple[Any, ...]:
     """`mha_vjp` with a gradient for each of three inputs, or one for one input that is query, key and value."""
+    _check.flag("per_sample", per_sample)
     heads, out = cache.groups[0]
     *batch, T, _, _ = out.o.shape
     H = sum(group.out.o.shape[-2] for group in cache.groups)
@@ -305,6 +321,7 @@ def self_attention_vjp(
     cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias      dx = dquery + dkey + dvalue; `per_sample` as in `mha_vjp`"""
+    _check.cache(cache, SelfAttentionCache, "self_attention")
     return _backward(cache.mha, dy, dweights, dlse, 1, per_sample)
 
 
@@ -357,7 +374,7 @@ def _options(
     norm: Any,
     rotary: Any,
     keep: Any,
-    rate: float,
+    rate: Any,
     engine: Any,
 ) -> Options:
     """The door of `head` and `mha`."""
@@ -381,7 +398,7 @@ def check_options(
     norm: Any,
     rotary: Any,
     keep: Any,
-    rate: float,
+    rate: Any,
     engine: Any,
 ) -> Options:
     """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
@@ -394,8 +411,7 @@ def check_options(
     else:
         mask = check_mask(axes, mask, lead + "T S")
         mask = as_mask(_as_head(mask.array)) if one_head and mask is not None else mask
-    if not isinstance(zero_attn, bool):
-        raise TypeError(f"zero_attn must be True or False, got {zero_attn!r}")
+    _check.flag("zero_attn", zero_attn)
     extra = ("bias_kv.k" in leaves) + zero_attn
     if extra and isinstance(bias, Relative):
         raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
@@ -424,19 +440,26 @@ def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
     if len(pair) != 2:
         raise TypeError(f"rotary must be a table of funcmha.rotary, or two, of queries and of keys, got {len(pair)}")
     for table, letter, name in zip(pair, "TS", ("queries", "keys"), strict=True):
-        if table is not None and not isinstance(table, HalfPairs | InterleavedPairs):
-            raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
-        if table is not None and table.cos.shape[-2] != axes[letter]:
-            n, got = axes[letter], table.cos.shape[-2]
-            raise ValueError(f"rotary must have {letter}={n} positions for the {name}, got {got}")
-        if table is not None and table.cos.ndim > 2 and table.cos.shape[-3] != 1:
-            got = tuple(table.cos.shape[:-1])
-            raise ValueError(
-                f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}"
-            )
-        if table is not None and 2 * table.cos.shape[-1] > axes["D"]:
-            raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * table.cos.shape[-1]}")
+        if table is not None:
+            _check_table(axes, table, letter, name)
     return pair[0], pair[1]
+
+
+def _check_table(axes: _check.Axes, table: Any, letter: str, name: str) -> None:
+    """One table, of as many positions as there are queries, or keys."""
+    if not isinstance(table, HalfPairs | InterleavedPairs):
+        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
+    check_table(table)
+    *batch, n, pairs = table.cos.shape
+    if n != axes[letter]:
+        raise ValueError(f"rotary must have {letter}={axes[letter]} positions for the {name}, got {n}")
+    if batch and batch[-1] != 1:
+        got = (*batch, n)
+        raise ValueError(f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}")
+    axes.size["1"] = 1
+    axes.broadcast("rotary", (*batch, n), f"... 1 {letter}")
+    if 2 * pairs > axes["D"]:
+        raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * pairs}")
 
 
 def _blank(x: Array, mask: Mask | None, T: int) -> Array:

@@ -31,7 +31,7 @@ from .mha import check_options
 from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import SPEC, Params, check
-from .rotary import HalfPairs, InterleavedPairs, Rotary
+from .rotary import Rotary, check_table
 
 # ── self_attention_step ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -62,7 +62,7 @@ def self_attention_step(
     norm: Norm | None = None,
     rotary: Rotary | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[tuple[Array, KV], SelfAttentionStepCache]:
     """y = Σₕ attention(qₕ, keys'ₕ, values'ₕ, bias, sinkₕ) woₕᵀ + bo     kv' = append(kv, k, v)     q, k, v of x
@@ -120,6 +120,7 @@ def self_attention_step_vjp(
 
     The dkv of a step is the cotangent of the kv' of the step before.
     """
+    _check.cache(cache, SelfAttentionStepCache, "self_attention_step")
     dtype, dy, dheld = _check_cotangents(cache, dy_dkv, dweights, dlse)
     dout, do = combine_vjp(cache.out, dy)
     dq, dkeys, dvalues, dbias, dsink = _engine(cache.out).attention_vjp(
@@ -174,8 +175,7 @@ def _turns_from(rotary: Any, seen: Any, T: int) -> Any:
     """Rows seen … seen + T of a table."""
     if rotary is None:
         return None
-    if not isinstance(rotary, HalfPairs | InterleavedPairs):
-        raise TypeError(f"rotary must be a table of funcmha.rotary, got {type(rotary).__name__}")
+    check_table(rotary)
     if not isinstance(seen, Integral):  # JAX traces integers
         xp, at = namespace(seen), seen + namespace(seen).arange(T)
         cos, sin = (xp.take(xp.asarray(table), at, axis=-2) for table in rotary)
@@ -222,7 +222,7 @@ def _door(
     norm: Any,
     rotary: Any,
     keep: Any,
-    rate: float,
+    rate: Any,
     engine: Any,
 ) -> tuple[int | None, Any, Options]:
     """`left`, the bias of this step, and its options: its mask, its rows of the table, its part of what is dropped."""

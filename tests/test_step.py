@@ -383,7 +383,7 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST), {"left": -1}, ValueError, "left must be at least 0, or None for no bound, got -1"),
         ((PARAMS, X, PAST), {"rotary": turns(MODERN_STEP, 5, 3)}, ValueError,
          "rotary must have positions 0, 1, … up to 8, as kv.seen=5 and T=3, got 3"),
-        ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must be a table of funcmha.rotary, got tuple"),
+        ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must come from funcmha.rotary, got tuple"),
         ((PARAMS, X, PAST), {"rotary": rotary(np.arange(9), frequencies(10))}, ValueError, "rotary must turn D=8"),
         ((PARAMS, X, PAST), {"mask": np.ones((3, 5), bool)}, ValueError, r"mask must .* = \(2, 4, 3, 7\), got"),
         ((PARAMS, X, PAST, np.ones((3, 8))), {}, ValueError, r"bias must broadcast .* = \(2, 4, 3, 7\), got \(3, 8\)"),
