@@ -105,7 +105,7 @@ def attention_vjp(
 
 def _total_sink(dsink: Array, sink: Array) -> Array:
     """dsink (..., H)   →   as sink"""
-    return dsink.reshape(-1, dsink.shape[-1]).sum(axis=0).reshape(sink.shape)
+    return dsink.reshape(prod(dsink.shape[:-1]), dsink.shape[-1]).sum(axis=0).reshape(sink.shape)
 
 
 @cut_heads.register
