@@ -26,7 +26,7 @@ from funcmha import (
     tree,
 )
 from funcmha._xp import unbroadcast
-from funcmha.biases import Relative
+from funcmha.biases import Relative, dense, diagonal_sums
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -133,6 +133,22 @@ def test_head_takes_the_masks_of_mha(mask):
     close(y @ params["out_proj"]["w"][:, 0].T + params["out_proj"]["b"], want)
     assert np.array_equal(attention_weights(cache), attention_weights(whole_cache)[:, 0])
     assert np.array_equal(log_sum_exp(cache), log_sum_exp(whole_cache)[:, 0])
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_head_takes_a_relative_of_each_sample(batch, shared):
+    """(..., T + S − 1), as its other biases are (..., T, S), with the gradient of the array that it stands for."""
+    params, *arrays, _ = MhaProblem(batch=batch).inputs("float64")
+    values = np.random.default_rng(0).standard_normal((11,) if shared else (*batch, 11))
+    o, cache = head(head_params(params, 1), *arrays, Relative(values))
+    want, dense_cache = head(head_params(params, 1), *arrays, dense(Relative(values), 5, 7))
+    close(o, want)
+    *grads, dbias = head_vjp(cache, o)
+    *want_grads, want_dbias = head_vjp(dense_cache, o)
+    for got, wanted in zip(grads, want_grads, strict=True):
+        close_trees(got, wanted)
+    close(dbias.values, unbroadcast(diagonal_sums(want_dbias), values.shape))
 
 
 @given(mha_problems(Ck=st.just(7), Cq=st.just(7), Cv=st.just(7), **MODERATE))
