@@ -4,7 +4,7 @@ Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H quer
 width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -81,29 +81,43 @@ def head(
     )
     stack = tree.map(widen, stack_head(params))
     key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
-    o, heads = attend(stack, widen(query), key, value, _bias_as_head(on_bias(widen, bias)), options)
+    o, heads = attend(stack, widen(query), key, value, bias_as_head(on_bias(widen, bias)), options)
     return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
 
 
-def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None) -> tuple[Any, ...]:
+def head_vjp(
+    cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias: `head` from the bottom up
     from the cotangents of o and, where given, of the weights (..., T, S') and lse (..., T)
+
+    per_sample   as in `mha_vjp`
     """
     _check.cache(cache, HeadCache, "head")
+    _check.flag("per_sample", per_sample)
     (heads,) = cache
     *batch, T, _ = heads.q.x.shape
     like = heads.q.x
     _check.cotangent("do", do, (*batch, T, heads.v.w.shape[-2]), like, "... T E")
     _check.cotangent("dweights", dweights, (*batch, T, num_keys(heads)), like, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, T), like, "... T", optional=True)
-    dstack, dxs, dbias = attend_vjp(
-        heads,
-        widen(do)[..., None, :],
-        dweights=None if dweights is None else widen(dweights)[..., None, :, :],
-        dlse=None if dlse is None else widen(dlse)[..., None, :],
-        onto=(None, None, None),
+    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
+    dlse = None if dlse is None else widen(dlse)[..., None, :]
+
+    def back(b: tuple[int, ...], g: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
+        return _one_head(cut_attended(heads, b), g, dweights, dlse)
+
+    cotangents = widen(do)[..., None, :], dweights, dlse
+    *grads, dbias = (
+        _each_sample("do", tuple(batch), heads.bias, back, *cotangents) if per_sample else _one_head(heads, *cotangents)
     )
-    return _narrow((unstack_head(dstack), *dxs, _bias_as_head_vjp(dbias)), do)
+    return _narrow((*grads, bias_as_head_vjp(dbias)), do)
+
+
+def _one_head(heads: AttendCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
+    """The gradients of a stack of one head, without its axis in those of the parameters"""
+    dstack, dxs, dbias = attend_vjp(heads, do, dweights=dweights, dlse=dlse, onto=(None, None, None))
+    return unstack_head(dstack), *dxs, dbias
 
 
 def _as_head(a: Array) -> Array:
@@ -111,14 +125,14 @@ def _as_head(a: Array) -> Array:
     return a if a is None or a.ndim < 3 else a[..., None, :, :]
 
 
-def _bias_as_head(bias: Array | Relative) -> Array | Relative:
+def bias_as_head(bias: Array | Relative) -> Array | Relative:
     """The same of a bias: the values of a `Relative` are (..., T + S − 1)"""
     if not isinstance(bias, Relative):
         return _as_head(bias)
     return bias if bias.values.ndim < 2 else Relative(bias.values[..., None, :])
 
 
-def _bias_as_head_vjp(dbias: Array | Relative) -> Array | Relative:
+def bias_as_head_vjp(dbias: Array | Relative) -> Array | Relative:
     """Without that axis again"""
     if not isinstance(dbias, Relative):
         return dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
@@ -219,27 +233,30 @@ def _backward(
     _check.cotangent("dweights", dweights, (*batch, H, T, num_keys(heads)), out.o, "... H T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
-    back = _each_sample if per_sample else _all_groups
-    return _narrow(back(cache, widen(dy), widen(dweights), widen(dlse), inputs), dy)
-
-
-def _each_sample(cache: MhaCache, g: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
-    """The gradients, those of the parameters for one element of the batch after another."""
-    xp, batch = namespace(g), g.shape[:-2]
-    if not prod(batch):
-        raise ValueError(f"dy must have a sample to be per_sample, got {tuple(g.shape)}")
-    parts = {}
-    for b in np.ndindex(*batch):
+    def back(b: tuple[int, ...], g: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
         groups = tuple(GroupCache(cut_attended(heads, b), out._replace(o=out.o[b])) for heads, out in cache.groups)
-        one = MhaCache(groups, bias_of_sample(cache.bias, b))
-        dweights_b, dlse_b = (None if a is None else a[b] for a in (dweights, dlse))
-        parts[b] = _all_groups(one, g[b], dweights_b, dlse_b, inputs)
+        return _all_groups(MhaCache(groups, bias_of_sample(cache.bias, b)), g, dweights, dlse, inputs)
+
+    cotangents = widen(dy), widen(dweights), widen(dlse)
+    if per_sample:
+        return _narrow(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
+    return _narrow(_all_groups(cache, *cotangents, inputs), dy)
+
+
+def _each_sample(
+    name: str, batch: tuple[int, ...], bias: Array | Relative, back: Callable[..., tuple[Any, ...]], *cotangents: Array
+) -> tuple[Any, ...]:
+    """What `back` gives of one element of the batch after another, with the batch before each leaf of dparams"""
+    xp = namespace(cotangents[0])
+    if not prod(batch):
+        raise ValueError(f"{name} must have a sample to be per_sample, got a batch of {batch}")
+    parts = {b: back(b, *(None if a is None else a[b] for a in cotangents)) for b in np.ndindex(*batch)}
 
     def stacked(*leaves: Array) -> Array:
         return xp.reshape(xp.stack(leaves), (*batch, *leaves[0].shape))
 
     dparams, *dxs, dbiases = zip(*parts.values(), strict=True)
-    joined = join_samples(cache.bias, dict(zip(parts, dbiases, strict=True)))
+    joined = join_samples(bias, dict(zip(parts, dbiases, strict=True)))
     return tree.map(stacked, *dparams), *(stacked(*dx) for dx in dxs), joined
 
 

@@ -1,5 +1,7 @@
 """Multi-head attention against torch's autograd, against its own heads, and its refusals."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
@@ -27,6 +29,8 @@ from funcmha import (
 )
 from funcmha._xp import unbroadcast
 from funcmha.biases import Relative, dense, diagonal_sums
+from funcmha.norms import Layer
+from funcmha.rotary import frequencies, rotary
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -382,6 +386,39 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
 
     dparams, *_ = mha_vjp(cache, alone(dy), dweights=alone(dweights), dlse=alone(dlse))
     close_trees(tree.map(lambda a: a[b], got[0]), dparams)
+
+
+HEAD = MhaProblem(K=1, G=1, D=8, batch=(2, 3), sink=True, norm="layer", cap=0.5, bias_kv=True)
+HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (7,), "none": None}
+
+
+@pytest.mark.parametrize("shape", HEAD_BIASES.values(), ids=HEAD_BIASES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, relative):
+    """Oracle: the head of one sample and then of another; the other gradients are what they are without."""
+    params, *arrays, _ = (replace(HEAD, bias_kv=False) if relative else HEAD).inputs("float64")
+    bias = None if shape is None else np.random.default_rng(0).standard_normal(shape)
+    bias = Relative(np.random.default_rng(0).standard_normal((2, 3, 11))) if relative and shape else bias
+    params, keys = head_params(params, 0), np.random.default_rng(1).integers(1, 8, (2, 3))
+    places = np.random.default_rng(2).uniform(0, 30, (2, 3, 1, 5))
+    o, cache = head(params, *arrays, bias, **head_options(keys, places))
+    do, (_, dweights, dlse) = np.random.default_rng(3).standard_normal(o.shape), HEAD.cotangents("float64")
+    dweights, dlse = dweights[..., 0, :, : 7 + (not relative)], dlse[..., 0, :]
+    each, *got = head_vjp(cache, do, dweights=dweights, dlse=dlse, per_sample=True)
+    _, *want = head_vjp(cache, do, dweights=dweights, dlse=dlse)
+    for g, w in zip(got, want, strict=True):
+        close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
+    for b in np.ndindex(2, 3):
+        own = Relative(bias.values[b]) if isinstance(bias, Relative) else bias
+        own = own if own is None or isinstance(own, Relative) or own.ndim < 3 else np.broadcast_to(own, (2, 3, 5, 7))[b]
+        _, one = head(params, *(a[b] for a in arrays), own, **head_options(keys[b], places[b]))
+        dparams, *_ = head_vjp(one, do[b], dweights=dweights[b], dlse=dlse[b])
+        close_trees(tree.map(lambda a, b=b: a[b], each), dparams)
+
+
+def head_options(keys, places):
+    turn = rotary(places, frequencies(6))
+    return {"mask": masks.lengths(keys), "norm": Layer(), "cap": 0.5, "rotary": (turn, None)}
 
 
 def test_per_sample_of_self_attention():
