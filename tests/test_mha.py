@@ -405,6 +405,7 @@ def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, re
     do, (_, dweights, dlse) = np.random.default_rng(3).standard_normal(o.shape), HEAD.cotangents("float64")
     dweights, dlse = dweights[..., 0, :, : 7 + (not relative)], dlse[..., 0, :]
     each, *got = head_vjp(cache, do, dweights=dweights, dlse=dlse, per_sample=True)
+    tree.map(lambda a, p: a.shape == (2, 3, *p.shape) or pytest.fail("must have the batch before it"), each, params)
     _, *want = head_vjp(cache, do, dweights=dweights, dlse=dlse)
     for g, w in zip(got, want, strict=True):
         close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
