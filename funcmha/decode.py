@@ -22,7 +22,7 @@ from weakref import ref
 
 from . import _check, masks
 from ._xp import Array, dtype_name, full, is_array, namespace
-from .masks import Band
+from .masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -105,7 +105,7 @@ def _split(dx: Array, N: int, kept: int) -> tuple[Array, Array]:
     return dpast, dnew
 
 
-def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Band:
+def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Mask:
     """j ≤ i + N − T, and i + N − T − left ≤ j        the mask of the last T tokens of `kv` as queries: (T, N)
 
     For the `kv` that has them already, with the `left` that it was appended with. Raises ValueError unless it holds T.

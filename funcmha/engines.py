@@ -2,8 +2,8 @@
 
 An engine is a value: the ops that it does, by the protocol of `funcmha.ops` and with the results of `funcmha.ops`. Its
 `linear` takes `onto` as well, an array that y is added to, and its `linear_vjp` one that dx is added to; both may write
-into it. To add an engine, write the four functions, make an `Engine` of them here, and name it in ENGINES for the
-conformance tests.
+into it. And its `linear_vjp` takes dy in parts too, a tuple of arrays that stand side by side. To add an engine, write
+the four functions, make an `Engine` of them here, and name it in ENGINES for the conformance tests.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import ops, tiled
-from ._xp import Array
+from ._xp import Array, namespace
 from .biases import Relative
 from .dropout import Seeded
 from .masks import Mask
@@ -39,8 +39,11 @@ def _linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tu
     return y if onto is None else onto + y, cache
 
 
-def _linear_vjp(cache: LinearCache, dy: Array, /, *, onto: Array = None) -> tuple[Array, Array, Array]:
+def _linear_vjp(
+    cache: LinearCache, dy: Array | tuple[Array, ...], /, *, onto: Array = None
+) -> tuple[Array, Array, Array]:
     """onto + dx, dw, db"""
+    dy = namespace(dy[0]).concat(dy, axis=-1) if isinstance(dy, tuple) else dy
     dx, dw, db = ops.linear_vjp(cache, dy)
     return dx if onto is None else onto + dx, dw, db
 

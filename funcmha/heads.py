@@ -7,6 +7,7 @@ Axes: T queries, S keys, S' keys with those that `extend` appends, H query heads
 D query/key width, E value width, O output width, C input width; `...` is batch.
 """
 
+from math import prod
 from typing import Any, NamedTuple
 
 from ._bias import bias_of_heads, bias_of_sample
@@ -20,6 +21,8 @@ from .norms import Norm
 from .ops import LinearCache, cut_heads, cut_sample
 from .params import Params
 from .rotary import Rotary, cut_turned, cut_turned_sample
+
+SMALL = 2**18  # numbers of o, 1 MiB of float32: with fewer, queries and keys are kept, whose memory is worth no time
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
 
@@ -61,8 +64,8 @@ def _back_to_one(
     b = None
     if any(part.b is not None for part in parts):
         b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
-    flat = [xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys]
-    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), xp.concat(flat, axis=-1), onto=onto[0])
+    flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
+    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), flat, onto=onto[0])
     dparams, stop = [], 0
     for cache, part in zip(caches, parts, strict=True):
         rows = slice(stop, stop + part.w.shape[0])
@@ -221,11 +224,8 @@ def attend(
         keep=x.keep,
         rate=0.0 if isinstance(x.keep, Seeded) else x.rate,
     )
-    if extra == 0 and cheap(query.shape[-2], S, max(a.shape[-1] for a in (query, key, value))):
-        cache = cache._replace(q=None, k=None, v=None)
-        q_ready, k_ready = q_ready._replace(x=None), k_ready._replace(x=None)
-    projections = q_cache, k_cache, v_cache, q_ready, k_ready
-    return heads_last(o), AttendCache(*projections, bias_kv, bias, cache, _remembered(x.engine))
+    whole = AttendCache(q_cache, k_cache, v_cache, q_ready, k_ready, bias_kv, bias, cache, _remembered(x.engine))
+    return heads_last(o), whole if extra else _forget(whole, o)
 
 
 def attend_vjp(
@@ -296,14 +296,31 @@ def num_keys(cache: AttendCache) -> int:
     return int(cache.k.x.shape[-2] if cache.attention.k is None else cache.attention.k.shape[-2])
 
 
+def _forget(cache: AttendCache, o: Array) -> AttendCache:
+    """The cache without those of q, k and v whose memory is worth more than the time to project them again."""
+    if prod(o.shape) <= SMALL:
+        return cache
+    width = max(x.shape[-1] for x in (cache.q.x, cache.k.x, cache.v.x))
+    gone = ("q", "k", "v")[: forgettable(cache.q.x.shape[-2], cache.k.x.shape[-2], width)]
+    q_ready, k_ready = cache.q_ready, cache.k_ready
+    return cache._replace(
+        q_ready=q_ready._replace(x=None) if "q" in gone else q_ready,
+        k_ready=k_ready._replace(x=None) if "k" in gone else k_ready,
+        attention=cache.attention._replace(**dict.fromkeys(gone)),
+    )
+
+
 def recall(cache: AttendCache) -> AttendCache:
     """The cache with q, k and v, projected again where they were not kept."""
-    if cache.attention.q is not None:
-        return cache
-    raw_q, raw_k, v = _projected(cache.q), _projected(cache.k), _projected(cache.v)
-    q, q_ready = _ready_again(raw_q, cache.q_ready)
-    k, k_ready = _ready_again(raw_k, cache.k_ready)
-    kept = cache.attention._replace(q=heads_first(q), k=heads_first(k), v=heads_first(v))
+    kept, q_ready, k_ready = cache.attention, cache.q_ready, cache.k_ready
+    if kept.q is None:
+        q, q_ready = _ready_again(_projected(cache.q), q_ready)
+        kept = kept._replace(q=heads_first(q))
+    if kept.k is None:
+        k, k_ready = _ready_again(_projected(cache.k), k_ready)
+        kept = kept._replace(k=heads_first(k))
+    if kept.v is None:
+        kept = kept._replace(v=heads_first(_projected(cache.v)))
     return cache._replace(q_ready=q_ready, k_ready=k_ready, attention=kept)
 
 
@@ -312,9 +329,15 @@ def _ready_again(x: Array, cache: ReadyCache) -> tuple[Array, ReadyCache]:
     return ready(x, cache.w, norm=cache.norm, rotary=rotary)
 
 
-def cheap(T: int, S: int, width: int) -> bool:
-    """Whether to project again costs a twentieth of attention and its vjp or less, so that memory is worth more.
+def forgettable(T: int, S: int, width: int) -> int:
+    """How many projections can be done again in a seventh of the time that all takes, forward and back.
 
-    A row is 6 C D operations to project, and 14 min(T, S) D to attend with and back, or half of that if causal.
+    For a row of a head, in units of D: to project once is 2 C, all projections and their vjp are 24 C, and to attend
+    with and back is 14 min(T, S), or half of that if causal.
     """
+    return min((24 * width + 14 * min(T, S)) // max(14 * width, 1), 3)
+
+
+def cheap(T: int, S: int, width: int) -> bool:
+    """Whether all three take a twentieth or so: then forward too a few heads go at a time, never all."""
     return min(T, S) >= 16 * width

@@ -164,6 +164,45 @@ class Band(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class Bands(Mask):
+    """i + offset[b] − left ≤ j ≤ i + offset[b] + right. Blocks and columns cost O(batch), and ask its bands."""
+
+    left: int | None
+    right: int | None
+    offset: np.ndarray  # (...) integers
+
+    @property
+    def bands(self) -> list[Band]:
+        """The band of each offset there is."""
+        return [Band(self.left, self.right, int(offset)) for offset in np.unique(self.offset)]
+
+    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+        return _full_shape(self.offset.shape, T, S)
+
+    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+        ahead = np.arange(*cols) - np.arange(*rows)[:, None] - self.offset[..., None, None]  # of the query's own key
+        allowed = np.ones(ahead.shape, bool) if self.left is None else ahead >= -self.left
+        return _to(_with_head(allowed if self.right is None else allowed & (ahead <= self.right)), like)
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        answers = {band.block(rows, cols) for band in self.bands}
+        if answers <= {"empty"}:
+            return "empty"
+        return "full" if answers == {"full"} else "mixed"
+
+    def _columns(self, rows: Range, S: int) -> Range:
+        some = [(start, stop) for start, stop in (band.columns(rows, S) for band in self.bands) if start < stop]
+        return (min(start for start, _ in some), max(stop for _, stop in some)) if some else (0, 0)
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        seen = [self.at(index).seen(T, S) for index in np.ndindex(self.offset.shape)]
+        return _to(np.array(seen, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
+
+    def _at(self, index: tuple[int, ...]) -> Mask:
+        return Band(self.left, self.right, int(of_sample(self.offset, index, 0)))
+
+
+@dataclass(frozen=True, eq=False)
 class Lengths(Mask):
     """j < n. Blocks and columns cost O(batch)."""
 
@@ -325,7 +364,7 @@ class Intersection(Mask):
         return Intersection(tuple(part.heads(heads.start, heads.stop) for part in self.parts))
 
 
-def causal(offset: int = 0) -> Band:
+def causal(offset: int | np.ndarray = 0) -> Band | Bands:
     """j ≤ i + offset
 
     Query i stands at key position i + offset: 0 aligns the first query with the first key, S − T the last query with
@@ -334,12 +373,16 @@ def causal(offset: int = 0) -> Band:
     return window(None, 0, offset)
 
 
-def window(left: int | None, right: int | None, offset: int = 0) -> Band:
+def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) -> Band | Bands:
     """i + offset − left ≤ j ≤ i + offset + right
 
-    Inclusive: left = 3 sees itself and three before. None is no bound. Query i stands at key position i + offset.
+    Inclusive: left = 3 sees itself and three before. None is no bound. Query i stands at key position i + offset;
+    offset an int, or a NumPy array (...) of integers, one per element of the batch.
     """
-    return Band(_reach("left", left), _reach("right", right), _integer("offset", offset))
+    left, right = _reach("left", left), _reach("right", right)
+    if isinstance(offset, np.ndarray):
+        return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
+    return Band(left, right, _integer("offset", offset, " or a NumPy array of integers"))
 
 
 def lengths(n: int | np.ndarray) -> Lengths:

@@ -26,25 +26,29 @@ class RmsNormCache(NamedTuple):
     n: Array  # (..., D), x / (root · unit)
     root: Array  # (..., 1), √(mean x² + eps) / unit; ∞ where that is 0
     unit: Array  # (..., 1), a power of two
-    w: Array  # (D,) or None
+    w: Array  # (D,), with the offset, or None
 
 
-def rms_norm(x: Array, w: Array = None, /, *, eps: float) -> tuple[Array, RmsNormCache]:
-    """y = w x / √(mean x² + eps)        x (..., D)   w (D,) or None   →   y (..., D)
+def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -> tuple[Array, RmsNormCache]:
+    """y = (offset + w) x / √(mean x² + eps)        x (..., D)   w (D,) or None, for 1   →   y (..., D)
 
     eps stands inside the root, beside the mean, as in `torch.nn.functional.rms_norm`. With eps = 0 a row of zeros gives
-    0, with dx = 0. Raises TypeError for mixed dtypes, ValueError for shapes that do not fit or a negative eps.
-    Zhang and Sennrich 2019, eq. 4.
+    0, with dx = 0. An offset of 1 is that of Gemma, whose w is stored as what it differs from 1 by. Raises TypeError
+    for mixed dtypes, ValueError for shapes that do not fit, a negative eps, or an offset without w. Zhang and Sennrich
+    2019, eq. 4.
     """
-    eps = _check_norm(x, w, None, eps)
+    eps, offset = _check_norm(x, w, None, eps), _check.number("offset", offset)
+    if offset and w is None:
+        raise ValueError(f"offset must be 0 where there is no w that it could be added to, got {offset}")
     dtype, x, w = x.dtype, widen(x), widen(w)
+    w = w + offset if offset else w
     n, root, unit = _rms(x, eps**0.5)
     y = n if w is None else n * w
     return narrow(y, dtype), RmsNormCache(n, root, unit, w)
 
 
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /) -> tuple[Array, Array]:
-    """dx = (g − n mean(n g)) / √(mean x² + eps)     dw = Σ n dy        where g = w dy, n = y / w"""
+    """dx = (g − n mean(n g)) / √(mean x² + eps)     dw = Σ n dy        where w has the offset, g = w dy, n = y / w"""
     _check.cache(cache, RmsNormCache, "rms_norm")
     n, root, unit, w = cache
     _check.cotangent("dy", dy, n.shape, n, "... D")
@@ -154,9 +158,10 @@ def layer_norm_vjp(cache: LayerNormCache, dy: Array, /) -> tuple[Array, Array, A
 
 
 class Rms(NamedTuple):
-    """`rms_norm` of queries and keys, by q_norm.w and k_norm.w if there are any: Qwen 3, Gemma 3."""
+    """`rms_norm` of queries and keys, by q_norm.w and k_norm.w if there are any: Qwen 3, and Gemma 3 with offset 1."""
 
     eps: float = 1e-6
+    offset: float = 0.0  # to be added to w
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -164,8 +169,8 @@ class Rms(NamedTuple):
         return ("w",)
 
     def apply(self, x: Array, params: dict[str, Array]) -> tuple[Array, Any]:
-        """y = rms_norm(x, w)"""
-        return rms_norm(x, params.get("w"), eps=self.eps)
+        """y = rms_norm(x, offset + w)"""
+        return rms_norm(x, params.get("w"), eps=self.eps, offset=self.offset)
 
     def apply_vjp(self, cache: Any, dy: Array) -> tuple[Array, dict[str, Array]]:
         """dx, dparams"""

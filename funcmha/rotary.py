@@ -5,13 +5,13 @@
 
 A score of a query at position m and a key at n then depends on m − n alone. The tables of `rotary` are static values,
 as masks are; `rotate` is the op. What extends the context acts on what `rotary` is given: interpolation (Chen et al.
-2023) is `rotary(positions / factor, …)`, the others are `ntk_base` and `llama3_frequencies`, and any other array of
-frequencies will do.
+2023) is `rotary(positions / factor, …)`, the others are `ntk_base`, `llama3_frequencies` and `yarn_frequencies`, and
+any other array of frequencies will do.
 
 Axes: T positions, D width, N pairs of features that turn (N ≤ D / 2); `...` is batch.
 """
 
-from math import pi
+from math import ceil, floor, log, pi
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -43,23 +43,26 @@ PAIRS: dict[str, type[HalfPairs] | type[InterleavedPairs]] = {"half": HalfPairs,
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rotary(positions: Array, frequencies: np.ndarray, *, pairs: Literal["half", "interleaved"] = "half") -> Rotary:
-    """cos, sin of position · frequency        positions (..., T)   frequencies (N,)   →   cos, sin (..., T, N)
+def rotary(
+    positions: Array, frequencies: np.ndarray, *, pairs: Literal["half", "interleaved"] = "half", gain: float = 1.0
+) -> Rotary:
+    """gain · cos, sin of position · frequency        positions (..., T)   frequencies (N,)   →   cos, sin (..., T, N)
 
     positions     integers, float32 or float64, of any library; after a key/value cache, an `arange` that starts at its
                   length. Negative positions turn backwards. Batch axes are those of x, of its size or 1: positions per
                   sample of a (B, H, T, D) are (B, 1, T)
     frequencies   a NumPy array of float64; 2N features turn, and those of x beyond them pass
     pairs         "half": feature i turns with i + N; "interleaved": 2i with 2i + 1
+    gain          what turns also grows by this factor: YaRN's, which makes up for longer contexts (its section 3.4)
 
     In float64, in the library of `positions` (in JAX that needs x64, or positions of NumPy): cos and sin are off by
     2⁻⁵² |position| at most, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256
     or 2048. Su et al. 2021, eq. 34.
     """
     _check_rotary(positions, frequencies, pairs)
-    xp = namespace(positions)
+    xp, gain = namespace(positions), _check.number("gain", gain)
     angle = xp.astype(positions, xp.float64)[..., None] * from_host(frequencies, positions)
-    return PAIRS[pairs](xp.cos(angle), xp.sin(angle))
+    return PAIRS[pairs](gain * xp.cos(angle), gain * xp.sin(angle))
 
 
 def frequencies(width: int, *, base: float = 10000.0) -> np.ndarray:
@@ -99,6 +102,36 @@ def llama3_frequencies(
         raise ValueError(f"low must be below high, got low={low} and high={high}")
     s = np.clip((context * frequencies / (2 * pi) - low) / (high - low), 0.0, 1.0)
     return frequencies * (s + (1 - s) / factor)
+
+
+def yarn_frequencies(
+    width: int,
+    *,
+    factor: float,
+    context: float,
+    base: float = 10000.0,
+    fast: float = 32.0,
+    slow: float = 1.0,
+    truncate: bool = True,
+) -> np.ndarray:
+    """θᵢ (1 − s + s / factor)    where s = clip((i − low) / (high − low), 0, 1)
+
+    Pair number `low` turns `fast` times within the `context` that was trained on, number `high` turns `slow` times, for
+    some i that need not be whole: `truncate` takes them outwards to whole ones. Peng et al. 2023, YaRN, section 3.2, in
+    the form of its reference code; "yarn" in `transformers`. See `gain` of `rotary` too.
+    """
+    freqs, factor = frequencies(width, base=base), _check.number("factor", factor, 1.0)
+    context, slow = _check.number("context", context, 1.0), _check.number("slow", slow, 0.0)
+    fast = _check.number("fast", fast, 0.0)
+    if not 0 < slow < fast or base == 1:
+        raise ValueError(f"slow must be above 0 and below fast, and base above 1, got {slow=}, {fast=}, {base=}")
+    low, high = (width * log(context / (2 * pi * turns)) / (2 * log(base)) for turns in (fast, slow))
+    if truncate:
+        low, high = floor(low), ceil(high)
+    low = max(low, 0)
+    high = max(min(high, width - 1), low + 0.001)
+    s: np.ndarray = np.clip((np.arange(width // 2) - low) / (high - low), 0.0, 1.0)
+    return freqs * (1 - s + s / factor)
 
 
 # ── rotate ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -79,7 +79,7 @@ def each_head(x: Any) -> Any:
 def normalised(x: Any, norm: Any, params: Any) -> Any:
     w, b = params.get("w"), params.get("b")
     if isinstance(norm, norms.Rms):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], w, norm.eps)
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], w if w is None else norm.offset + w, norm.eps)
     if isinstance(norm, norms.L2):
         return torch.nn.functional.normalize(x, dim=-1, eps=norm.eps)
     return x if norm is None else torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)

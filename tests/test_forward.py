@@ -274,6 +274,7 @@ def test_linear_jvp_is_the_adjoint_of_its_vjp(shapes):
 NORMS = {
     "rms": (lambda x, w: norms.rms_norm(x, w, eps=1e-3), 1),
     "rms without w": (lambda x: norms.rms_norm(x, eps=1e-3), 0),
+    "rms with an offset": (lambda x, w: norms.rms_norm(x, w, eps=1e-3, offset=1.0), 1),
     "l2": (lambda x: norms.l2_norm(x, eps=1e-6), 0),
     "l2 below its floor": (lambda x: norms.l2_norm(x, eps=2.5), 0),
     "layer": (lambda x, w, b: norms.layer_norm(x, w, b, eps=1e-3), 2),

@@ -13,7 +13,8 @@ import torch
 from hypothesis import example, given
 from torch.nn import functional
 
-from funcmha.norms import _unit, l2_norm, l2_norm_vjp, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
+from funcmha import init, mha_jvp, mha_vjp_jvp, self_attention, self_attention_vjp, tree
+from funcmha.norms import Rms, _unit, l2_norm, l2_norm_vjp, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
 from funcmha.testing import check_vjp
 
 U32 = 2.0**-24
@@ -124,6 +125,61 @@ def test_half_types_are_float32_rounded_once(norm, dtype):
     for a, b in zip(norm.f_vjp(cache, dy), norm.f_vjp(cache_wide, dy.astype(np.float32)), strict=True):
         assert a.dtype == dtype
         assert np.array_equal(a, b.astype(dtype))
+
+
+# ── an offset of the weight ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("offset", [1.0, -0.3])
+def test_rms_norm_with_an_offset_is_torch(offset):
+    (x, w), dy = inputs(NORMS["rms_norm"], (2, 5, 7))
+    y, cache = rms_norm(x, w, eps=1e-5, offset=offset)
+    leaves = [oracles.tensor(a) for a in (x, w)]
+    want = functional.rms_norm(leaves[0], (7,), offset + leaves[1], 1e-5)
+    close(y, want.detach().numpy())
+    for got, grad in zip(rms_norm_vjp(cache, dy), oracles.gradients([want], [dy], leaves), strict=True):
+        close(got, grad)
+    check_vjp(rms_norm, rms_norm_vjp, (x, w), {"eps": 1e-5, "offset": offset})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_an_offset_is_added_before_any_rounding(dtype):
+    """Gemma's 1 + w: with a w that bfloat16 holds, and 1 + w that it does not."""
+    (x, _), _ = inputs(NORMS["rms_norm"], (5, 7))
+    x, w = x.astype(dtype), np.linspace(0.001, 0.003, 7).astype(dtype)
+    wide, _ = rms_norm(x.astype(np.float32), 1 + w.astype(np.float32), eps=1e-5)
+    assert np.array_equal(rms_norm(x, w, eps=1e-5, offset=1.0)[0], wide.astype(dtype))
+
+
+def test_an_offset_in_mha_is_that_much_more_weight():
+    """In the output, the gradients, forward mode and second order: all of them bit for bit."""
+    params = init(0, 11, 2, head_dim=4, qk_norm=True, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    params["q_norm"]["w"], params["k_norm"]["w"] = rng.standard_normal((2, 4))
+    more = params | {name: {"w": params[name]["w"] + 1.0} for name in ("q_norm", "k_norm")}
+    x, dy = rng.standard_normal((2, 5, 11)), rng.standard_normal((2, 5, 11))
+    dots = tree.map(lambda a: rng.standard_normal(a.shape), params)
+
+    def everything(params, norm):
+        y, cache = self_attention(params, x, norm=norm)
+        forward = mha_jvp(cache.mha, dots, x, x, x)
+        return y, self_attention_vjp(cache, dy), forward, mha_vjp_jvp(cache.mha, dy, dy, dots, x, x, x)
+
+    got, want = everything(params, Rms(offset=1.0)), everything(more, Rms())
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "offset", "error", "message"),
+    [
+        ((), 1.0, ValueError, "offset must be 0 where there is no w that it could be added to, got 1.0"),
+        ((np.ones(7),), np.nan, ValueError, "offset must be finite, got nan"),
+        ((np.ones(7),), None, TypeError, "offset must be a real number, got None of type NoneType"),
+    ],
+)
+def test_rms_norm_refuses_an_offset(args, offset, error, message):
+    with pytest.raises(error, match=message):
+        rms_norm(X, *args, eps=1e-5, offset=offset)
 
 
 # ── accuracy ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,6 +21,7 @@ from funcmha.rotary import (
     rotary,
     rotate,
     rotate_vjp,
+    yarn_frequencies,
 )
 from funcmha.testing import check_vjp
 
@@ -256,6 +257,61 @@ def test_llama3_frequencies_have_all_three_kinds_and_the_defaults_of_llama_3_1()
     assert np.array_equal(got[35:], freqs[35:] / 8)
 
 
+def yarn_loop(width, factor, context, base, fast, slow, truncate):
+    """As `transformers` computes it (modeling_rope_utils, the kind "yarn"), one pair at a time."""
+    low = width * math.log(context / (fast * 2 * math.pi)) / (2 * math.log(base))
+    high = width * math.log(context / (slow * 2 * math.pi)) / (2 * math.log(base))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high += 0.001 if low == high else 0
+    out = []
+    for i in range(width // 2):
+        extrapolated = 1 / base ** (2 * i / width)
+        keep = 1 - min(max((i - low) / (high - low), 0), 1)
+        out.append(extrapolated / factor * (1 - keep) + extrapolated * keep)
+    return np.array(out)
+
+
+@given(
+    st.integers(1, 67),
+    st.sampled_from([1.0, 8.0, 32.0]),
+    st.sampled_from([47, 1021, 4096]),
+    st.sampled_from([1e4, 150000.0]),
+    st.sampled_from([(32.0, 1.0), (7.0, 0.5)]),
+    st.booleans(),
+)
+@example(32, 32.0, 4096, 150000.0, (32.0, 1.0), False)  # GPT-OSS
+@example(1, 8.0, 4, 1e4, (7.0, 0.5), True)  # low = high = 0
+@example(2, 8.0, 4096, 1e4, (32.0, 1.0), False)  # high = 1.4, beyond the last pair
+def test_yarn_frequencies_are_those_of_transformers(n, factor, context, base, turns, truncate):
+    fast, slow = turns
+    got = yarn_frequencies(2 * n, factor=factor, context=context, base=base, fast=fast, slow=slow, truncate=truncate)
+    np.testing.assert_allclose(got, yarn_loop(2 * n, factor, context, base, fast, slow, truncate), rtol=1e-13)
+
+
+def test_yarn_frequencies_keep_what_turns_fast_and_interpolate_what_turns_slowly():
+    plain = frequencies(64, base=150000.0)
+    got = yarn_frequencies(64, factor=32.0, context=4096, base=150000.0)
+    turns = 4096 * plain / (2 * math.pi)
+    assert np.array_equal(got[turns > 40], plain[turns > 40])
+    np.testing.assert_allclose(got[turns < 0.8], plain[turns < 0.8] / 32, rtol=1e-15)
+    between = (turns > 1) & (turns < 32)
+    assert ((plain[between] / 32 < got[between]) & (got[between] < plain[between])).all()
+
+
+@both
+def test_a_gain_multiplies_what_turns_and_its_gradient(pairs):
+    rng = np.random.default_rng(3)
+    x, dy, positions, freqs = rng.standard_normal((3, 7, 11)), rng.standard_normal((3, 7, 11)), np.arange(7), F
+    y, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs, gain=1.25))
+    want, cache_want = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    gain = np.where(np.arange(11) < 6, 1.25, 1.0)
+    np.testing.assert_allclose(y, gain * want, rtol=0, atol=1e-15 * 8)
+    np.testing.assert_allclose(rotate_vjp(cache, dy)[0], gain * rotate_vjp(cache_want, dy)[0], rtol=0, atol=1e-15 * 8)
+    check_vjp(rotate, rotate_vjp, (x,), {"rotary": rotary(positions, freqs, pairs=pairs, gain=1.25)})
+
+
 def test_interpolation_divides_the_positions():
     positions, freqs = np.arange(7), frequencies(10)
     for got, want in zip(rotary(positions / 4, freqs), rotary(positions, freqs / 4), strict=True):
@@ -423,6 +479,15 @@ def test_rotate_vjp_refuses(dy, error, message):
         (lambda: ntk_base(8, 0.5), ValueError, "factor must be at least 1 and below inf, got 0.5"),
         (lambda: llama3_frequencies(F, factor=0), ValueError, "factor must be at least 1"),
         (lambda: llama3_frequencies(F, low=4, high=4), ValueError, "low must be below high, got low=4.0 and high=4.0"),
+        (lambda: rotary(np.arange(3), F, gain=None), TypeError, "gain must be a real number, got None"),
+        (lambda: yarn_frequencies(7, factor=2, context=8), ValueError, "width must be even and not negative"),
+        (lambda: yarn_frequencies(8, factor=0.5, context=8), ValueError, "factor must be at least 1 and"),
+        (
+            lambda: yarn_frequencies(8, factor=2, context=8, slow=3, fast=2),
+            ValueError,
+            "slow must be above 0 and below fast, and base above 1, got slow=3.0, fast=2.0, base=10000.0",
+        ),
+        (lambda: yarn_frequencies(8, factor=2, context=8, base=1), ValueError, "base above 1, got .*base=1"),
         (lambda: llama3_frequencies(F.tolist()), TypeError, "frequencies must be a NumPy array of float64, got list"),
     ],
 )

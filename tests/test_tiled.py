@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
@@ -123,6 +124,23 @@ def test_blas_has_its_threads_back_after_a_call_and_after_an_error():
     assert blas_threads() == before
 
 
+def held(limit):
+    """The threads of BLAS inside."""
+    with limit():
+        return set(blas_threads())
+
+
+def test_blas_is_held_from_any_thread_while_another_has_set_its_own():
+    """threadpoolctl 3.8 silently ignores all but the first thread that sets a number."""
+
+    with threadpool_limits(2, "blas"), ThreadPoolExecutor(1) as other:
+        with threads.single_threaded_blas():
+            pass
+        assert other.submit(held, threads.single_threaded_blas).result() == {1}
+        assert held(lambda: threadpool_limits(1, "blas")) == {1}
+        assert set(blas_threads()) == {2}
+
+
 def test_two_threads_of_a_program_may_call_at_once():
     problem, dtype = large()
     want, got = both(problem, dtype, TILED), {}
@@ -142,12 +160,13 @@ def test_two_threads_of_a_program_may_call_at_once():
             assert a is b is None or np.array_equal(a, b)
 
 
-def test_an_error_in_a_task_stops_the_others_and_is_raised(monkeypatch):
+@pytest.mark.parametrize("of_caller", [True, False])
+def test_an_error_in_a_task_stops_the_others_and_is_raised(monkeypatch, of_caller):
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
-    done = []
+    done, caller = [], threading.current_thread()
 
     def work(i):
-        if i == 5:
+        if i >= 5 and (threading.current_thread() is caller) == of_caller:
             raise KeyError(i)
         time.sleep(0.001)
         done.append(i)

@@ -21,7 +21,7 @@ from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
 from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
-from . import threads, tiles
+from . import few, threads, tiles
 from .schedule import BiasGradient, RelativeGradient, steps
 from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink
 
@@ -202,8 +202,25 @@ def _with_head(a: Array, rank: int = 2) -> Array:
 
 def _forward(x: _Views) -> None:
     """Write o, total and shift."""
-    *batch, H, T, D = x.q.shape
-    K, S, E = x.v.shape[-3:]
+    H, K, T = x.q.shape[-3], x.k.shape[-3], x.q.shape[-2]
+    return _few_queries(x) if H // max(K, 1) * T <= few.ROWS else _in_tiles(x)
+
+
+def _few_queries(x: _Views) -> None:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
+
+    def work(task: tuple[Any, int]) -> None:
+        b, kv = task
+        h = range(kv * (H // K), (kv + 1) * (H // K))
+        at = (*b, slice(h.start, h.stop))
+        x.o[at], x.total[at], x.shift[at] = few.forward([x.head(b, i) for i in h])
+
+    tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
+    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E))
+
+
+def _in_tiles(x: _Views) -> None:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
     samples = list(np.ndindex(*batch))
     longest = np.empty((*batch, K), x.q.dtype)  # max |k|
 
@@ -226,10 +243,9 @@ def _forward(x: _Views) -> None:
 class _Prepared(NamedTuple):
     """What all tiles of one head of one sample need."""
 
-    q: Array  # (T, D), times `unit`
     k: Array  # (S, D), row after row
-    d: Array  # (T, E + 1), [do, dlse − δ] / total
     v1: Array  # (S, E + 1), [v, 1]
+    r: Array  # (T), dlse − δ
 
 
 class _Backward(NamedTuple):
@@ -244,28 +260,31 @@ class _Backward(NamedTuple):
     dbias: BiasGradient | RelativeGradient | None
     dsink: Array  # (..., H)
 
-    def rows(self, at: tuple[Any, ...], p: _Prepared, rows: Range) -> Rows:
-        i = slice(*rows)
-        return Rows(p.q[i], None if self.x.shift is None else self.x.shift[at][i], self.inverse[at][i], p.d[i])
+    def rows(self, at: tuple[Any, ...], head: Head, r: Array, rows: Range) -> Rows:
+        i, E = slice(*rows), self.do.shape[-1]
+        d = np.empty((rows[1] - rows[0], E + 1), self.do.dtype)
+        d[:, :E], d[:, E] = self.do[at][i], r[i]
+        np.multiply(d, self.inverse[at][i], out=d)
+        return Rows(
+            head.unit * head.q[i], None if self.x.shift is None else self.x.shift[at][i], self.inverse[at][i], d
+        )
 
     def prepare(self, b: Any, h: int) -> _Prepared:
         """δ = Σ p dp = Σ do o + Σ p dweights"""
-        at, head, g = (*b, h), self.x.head(b, h), self.do[(*b, h)]
-        (T, E), S = g.shape, len(head.v)
-        q, k = head.unit * head.q, np.ascontiguousarray(head.k)
-        p = _Prepared(q, k, np.empty((T, E + 1), g.dtype), np.ones((S, E + 1), g.dtype))
-        p.v1[:, :E], p.d[:, :E] = head.v, g
-        delta = np.einsum("te,te->t", g, self.x.o[at])
-        for rows in blocks(T, tiles.ROWS) if self.dweights is not None else ():
+        at, head = (*b, h), self.x.head(b, h)
+        delta = np.einsum("te,te->t", self.do[at], self.x.o[at])
+        for rows in blocks(len(delta), tiles.ROWS) if self.dweights is not None else ():
             for tile in (tile for block in head.tiles(rows) for tile in block):
                 i, j = slice(*tile.rows), slice(*tile.cols)
-                delta[i] += mean_cotangent(head, tile, self.rows(at, p, tile.rows), self.dweights[at][i, j])
-        p.d[:, E] = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
+                delta[i] += mean_cotangent(head, tile, self.rows(at, head, delta, tile.rows), self.dweights[at][i, j])
+        r = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
         if head.sink is not None:
             p_sink = of_sink(head, None if self.x.shift is None else self.x.shift[at]) * self.inverse[at][:, 0]
-            self.dsink[at] = np.sum(p_sink * p.d[:, E])
-        np.multiply(p.d, self.inverse[at], out=p.d)
-        return p
+            self.dsink[at] = np.sum(p_sink * r)
+        (S, E) = head.v.shape
+        v1 = np.ones((S, E + 1), head.v.dtype)
+        v1[:, :E] = head.v
+        return _Prepared(np.ascontiguousarray(head.k), v1, r)
 
     def tiles(self, b: Any, h: int, p: _Prepared, block: list[Tile]) -> None:
         """Add the share of a block of tiles to dq, dk, dv and dbias."""
@@ -279,7 +298,7 @@ class _Backward(NamedTuple):
         cotangent = None if self.dweights is None else self.dweights[at][i, j]
         grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
         head = self.x.head(b, h)._replace(k=p.k)
-        dz = backward(head, tile, self.rows(at, p, tile.rows), p.v1[j], cotangent, *grads)
+        dz = backward(head, tile, self.rows(at, head, p.r, tile.rows), p.v1[j], cotangent, *grads)
         if self.dbias is not None:
             self.dbias.add(at, tile, dz)
 

@@ -23,7 +23,8 @@ from funcmha.masks import Range
 
 from . import threads, tiles
 from .attention import AttentionCache, _Views, _with_head
-from .tiles import Head, Tile, _scratch, blocks, of_sink
+from .threads import scratch
+from .tiles import Head, Tile, blocks, of_sink
 
 
 def attention_jvp(
@@ -86,7 +87,7 @@ class _Forward(NamedTuple):
         acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
         for tile in (tile for block in head.tiles(rows) for tile in block):
             i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
-            slope = None if head.cap is None else _scratch("slope", tile.shape, q.dtype)
+            slope = None if head.cap is None else scratch("slope", tile.shape, q.dtype)
             e = head.exponentials(q[i], tile, None if shift is None else shift[i], slope)
             ez = self.scores(head_dot, tile, left[i], right[j], slope)
             ez *= e
@@ -110,7 +111,7 @@ class _Forward(NamedTuple):
 
     def scores(self, head_dot: Head, tile: Tile, left: Array, right: Array, slope: Array) -> Array:
         """ż = slope · u̇ + ḃias (R, N), 0 where not mask"""
-        z_dot = np.matmul(left, right.T, out=_scratch("dp", tile.shape, left.dtype))
+        z_dot = np.matmul(left, right.T, out=scratch("dp", tile.shape, left.dtype))
         if slope is not None:
             z_dot *= slope
         if head_dot.bias is not None:

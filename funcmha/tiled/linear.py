@@ -40,44 +40,61 @@ def linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tup
     return narrow(y.reshape(*x.shape[:-1], len(w)), x.dtype), cache
 
 
-def linear_vjp(cache: LinearCache, dy: Array, /, *, onto: Array = None) -> tuple[Array, Array, Array]:
+def linear_vjp(
+    cache: LinearCache, dy: Array | tuple[Array, ...], /, *, onto: Array = None
+) -> tuple[Array, Array, Array]:
     """dx = onto + dy w     dw = Σ dy xᵀ     db = Σ dy        sums over the batch axes, in partial sums of TERMS
 
-    `onto` is of x's shape and in the dtype computed with, and dx is written into it; or None.
+    `dy` is one array, or several side by side, which are put together a block of rows at a time. `onto` is of x's shape
+    and in the dtype computed with, and dx is written into it; or None.
     """
     x, w, b = cache
-    _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
-    rows, g = _rows(x), _rows(widen(dy))
+    given = dy if isinstance(dy, tuple) else (dy,)
+    width = w.shape[0] if len(given) == 1 else sum(part.shape[-1] for part in given)
+    assert width == w.shape[0]  # several come from within
+    for part in given:
+        _check.cotangent("dy", part, (*x.shape[:-1], width if part is dy else part.shape[-1]), x, "... O")
+    rows, parts = _rows(x), [_rows(widen(part)) for part in given]
     dx = np.empty(rows.shape, x.dtype) if onto is None else _rows(onto)
     dw, db = np.zeros_like(w), np.zeros(len(w), w.dtype)
-    # dw = leftᵀ right, or its transpose
-    left, right, out = (g, rows, dw) if w.shape[1] >= len(w) else (rows, g, dw.T)
+    wide = w.shape[1] >= len(w)
+    out = dw if wide else dw.T  # leftᵀ right
 
     def of_x(i: int, _: int) -> None:
-        _product(g[i : i + ROWS], w, dx[i : i + ROWS], onto is not None)
+        _product(_beside(parts, i, ROWS), w, dx[i : i + ROWS], onto is not None)
 
     def of_w(i: int, j: int) -> None:
         at = slice(i, i + BLOCK[0]), slice(j, j + BLOCK[1])
         for k in range(0, len(rows), TERMS):
-            out[at] += left[k : k + TERMS, at[0]].T @ right[k : k + TERMS, at[1]]
+            g, block = _beside(parts, k, TERMS), rows[k : k + TERMS]
+            left, right = (g, block) if wide else (block, g)
+            sums = threads.scratch("dw", out[at].shape, out.dtype)
+            out[at] += np.matmul(left[:, at[0]].T, right[:, at[1]], out=sums)
 
     def of_b(_: int, __: int) -> None:
         for k in range(0, len(rows), TERMS):
-            block = g[k : k + TERMS]
-            db[:] += np.ones(len(block), g.dtype) @ block
+            g = _beside(parts, k, TERMS)
+            db[:] += np.ones(len(g), g.dtype) @ g
 
     tasks: list[Any] = [(of_w, i, j) for i in range(0, len(out), BLOCK[0]) for j in range(0, len(out.T), BLOCK[1])]
     tasks += [(of_x, i, 0) for i in range(0, len(rows), ROWS)] + [(of_b, 0, 0)] * (b is not None)
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](*task[1:]), tasks, flops=4 * rows.size * len(w))
-    return narrow(dx.reshape(x.shape), dy.dtype), narrow(dw, dy.dtype), None if b is None else narrow(db, dy.dtype)
+    dtype = given[0].dtype
+    return narrow(dx.reshape(x.shape), dtype), narrow(dw, dtype), None if b is None else narrow(db, dtype)
+
+
+def _beside(parts: list[Array], start: int, n: int) -> Array:
+    """So many rows of arrays (N, ·) that stand side by side"""
+    blocks = [part[start : start + n] for part in parts]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
 
 def _product(a: Array, b: Array, out: Array, add: bool) -> Array:
     """out = a b, or out += a b"""
     if not add:
         return np.matmul(a, b, out=out)
-    return np.add(out, np.matmul(a, b), out=out)
+    return np.add(out, np.matmul(a, b, out=threads.scratch("onto", out.shape, out.dtype)), out=out)
 
 
 def _rows(x: Array) -> Array:

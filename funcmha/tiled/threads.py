@@ -11,7 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
+
+from funcmha._xp import Array
 
 ALONE = 1e7  # flops that one thread has done before another has woken up
 
@@ -86,8 +89,7 @@ def single_threaded_blas() -> Iterator[None]:
             _libraries = ThreadpoolController().select(user_api="blas").lib_controllers
         if _users == 0:
             _before = [library.get_num_threads() for library in _libraries]
-            for library in _libraries:
-                library.set_num_threads(1)
+            _set(_libraries, [1] * len(_libraries))
         _users += 1
     try:
         yield
@@ -95,8 +97,16 @@ def single_threaded_blas() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                for library, n in zip(_libraries, _before, strict=True):
-                    library.set_num_threads(n)
+                _set(_libraries, _before)
+
+
+def _set(libraries: list[Any], numbers: list[int]) -> None:
+    """The threads of each. From 3.8 on threadpoolctl lets one thread set them, and does nothing for all others."""
+    for library, n in zip(libraries, numbers, strict=True):
+        release = getattr(library, "clear_controlling_thread", lambda force: None)
+        release(force=True)
+        library.set_num_threads(n)
+        release(force=True)
 
 
 def _after_fork() -> None:
@@ -108,3 +118,20 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, Any], Array] = {}
+
+
+_local = _Scratch()
+
+
+def scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
+    """An uninitialised array that belongs to this thread until it asks for the same name again."""
+    size = shape[0] * shape[1]
+    buffer = _local.buffers.get((name, dtype))
+    if buffer is None or buffer.size < size:
+        buffer = _local.buffers[name, dtype] = np.empty(size, dtype)
+    return buffer[:size].reshape(shape)

@@ -9,9 +9,8 @@ same shift, and so has the same exponentials to the bit; made from the log-sum-e
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
 
-import threading
 from math import e, log, log2, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,8 @@ from funcmha._xp import Array
 from funcmha.biases import toeplitz
 from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
+
+from .threads import scratch
 
 LOG2E, LN2 = log2(e), log(2)
 BOUND = 60.0  # |s| up to which 2^s can be summed in float32 without a shift: 65536 terms stay below 2^76
@@ -74,7 +75,11 @@ class Head(NamedTuple):
 
         Into `slope`, where it is given, goes what the soft cap's gradient is multiplied by, 1 − tanh².
         """
-        s = np.matmul(q, self.k[slice(*tile.cols)].T, out=_scratch("s", tile.shape, q.dtype))
+        s = np.matmul(q, self.k[slice(*tile.cols)].T, out=scratch("s", tile.shape, q.dtype))
+        return self.complete(s, tile, slope)
+
+    def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
+        """`scores` from the product with the keys, in its place"""
         if self.cap is not None:
             np.tanh(s, out=s)
             if slope is not None:
@@ -170,7 +175,7 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
-        acc[i] += np.matmul(head.drop(e, tile), head.v[slice(*tile.cols)], out=_scratch("o", (len(e), E), q.dtype))
+        acc[i] += np.matmul(head.drop(e, tile), head.v[slice(*tile.cols)], out=scratch("o", (len(e), E), q.dtype))
     if head.sink is not None:
         total += of_sink(head, shift)
     return total, acc
@@ -224,11 +229,11 @@ def backward(
     v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
     """
     (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
-    slope = None if head.cap is None else _scratch("slope", tile.shape, dtype)
+    slope = None if head.cap is None else scratch("slope", tile.shape, dtype)
     e = head.exponentials(x.q, tile, x.shift, slope)
-    dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=_scratch("n", (N, E), dtype))
+    dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=scratch("n", (N, E), dtype))
     if head.keep is None:
-        dp = np.matmul(x.d, v1.T, out=_scratch("dp", (n, N), dtype))
+        dp = np.matmul(x.d, v1.T, out=scratch("dp", (n, N), dtype))
     else:
         dp = head.drop(x.d[:, :E] @ v1[:, :E].T, tile) + x.d[:, E:]
     if dweights is not None:
@@ -236,10 +241,10 @@ def backward(
     dz = np.multiply(e, dp, out=dp)
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     dq += np.multiply(
-        np.matmul(du, head.k[slice(*tile.cols)], out=(t := _scratch("r", (n, D), dtype))), head.scale, out=t
+        np.matmul(du, head.k[slice(*tile.cols)], out=(t := scratch("r", (n, D), dtype))), head.scale, out=t
     )
     scale_by_unit = LN2 if head.cap is None else head.cap
-    dk += np.multiply(np.matmul(du.T, x.q, out=(t := _scratch("n", (N, D), dtype))), scale_by_unit, out=t)
+    dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), scale_by_unit, out=t)
     return dz
 
 
@@ -247,23 +252,6 @@ def mean_cotangent(head: Head, tile: Tile, x: Rows, dweights: Array) -> Array:
     """Σ p dweights over one tile (R)"""
     e = head.exponentials(x.q, tile, x.shift)
     return np.einsum("ts,ts->t", e, dweights) * x.inverse[:, 0]
-
-
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, Any], Array] = {}
-
-
-_local = _Scratch()
-
-
-def _scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
-    """An uninitialised array that belongs to this thread until it asks for the same name again."""
-    size = shape[0] * shape[1]
-    buffer = _local.buffers.get((name, dtype))
-    if buffer is None or buffer.size < size:
-        buffer = _local.buffers[name, dtype] = np.empty(size, dtype)
-    return buffer[:size].reshape(shape)
 
 
 def columns(T: int) -> int:

@@ -1,0 +1,141 @@
+"""safetensors files: one layer of a checkpoint read, and put back, without the rest of it in memory.
+
+The reading and the bytes of each tensor are the `safetensors` library's. It writes arrays that are not contiguous
+wrongly and in silence, so none goes to it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from shutil import copyfileobj
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from funcmha._atomic import replacing
+
+from .layer import Layer
+from .state import from_state_dict, to_state_dict
+
+Paths = str | os.PathLike[str]
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_layer(path: Paths, n: int, config: Any = None, *, prefix: str | None = None) -> Layer:
+    """Layer n of a checkpoint, of which nothing else is read
+
+    path     the directory of a checkpoint, its tensors in one file or, with an index, in several; or a .safetensors
+             file
+    config   as in `from_state_dict`; None is the config.json beside the tensors
+
+    bfloat16 needs ml_dtypes. Raises ImportError without safetensors, FileNotFoundError for a directory that is no
+    checkpoint, and what `from_state_dict` raises.
+    """
+    tensors = Tensors(path)
+    if config is None:
+        config = json.loads((tensors.directory / "config.json").read_text(encoding="utf-8"))
+    return from_state_dict(tensors, config, n, prefix=prefix)
+
+
+def save_layer(path: Paths, layer: Layer) -> None:
+    """The parameters of a layer, in place of those that the checkpoint at `path` has; or in a new .safetensors file
+
+    A file of a checkpoint is written anew beside the old one and takes its place when it is complete; all but the bytes
+    of this layer stays as it was. Raises KeyError for names that the checkpoint lacks, ValueError for another dtype or
+    shape than it has there, TypeError for arrays that are not NumPy's.
+    """
+    state = {name: _payload(name, x) for name, x in to_state_dict(layer.params, layer).items()}
+    if not Path(path).exists():
+        with replacing(path) as file:
+            file.write(_library("safetensors.numpy").save(state, metadata={"format": "pt"}))
+        return
+    tensors = Tensors(path)
+    by_file: dict[Path, list[str]] = {}
+    for name, x in state.items():
+        if name not in tensors.files:
+            raise KeyError(f"path must be a checkpoint that has {name}, and {path} has not")
+        tensors.check_like(name, x)
+        by_file.setdefault(tensors.files[name], []).append(name)
+    for source, names in by_file.items():
+        _patch(source, {name: state[name] for name in names})
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint, each read from its file when it is asked for."""
+
+    def __init__(self, path: Paths) -> None:
+        self.open = _library("safetensors").safe_open
+        path = Path(path)
+        self.directory = path if path.is_dir() else path.parent
+        if (self.directory / INDEX).exists() and path.is_dir():
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self.files = {name: path / _plain(file) for name, file in index.items()}
+            return
+        file = path / SINGLE if path.is_dir() else path
+        if not file.exists():
+            wanted = f"a directory with {SINGLE} or {INDEX}, or a .safetensors file"
+            raise FileNotFoundError(f"path must be {wanted}, got {path}")
+        with self.open(file, framework="np") as opened:
+            self.files = dict.fromkeys(opened.keys(), file)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self.open(self.files[name], framework="np") as opened:
+            if opened.get_slice(name).get_dtype() == "BF16":
+                _ml_dtypes(name)
+            x: np.ndarray = opened.get_tensor(name)
+            return x
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def check_like(self, name: str, x: np.ndarray) -> None:
+        """ValueError unless x has the shape and dtype of the tensor of that name."""
+        old = self[name]
+        if (old.shape, old.dtype) != (x.shape, x.dtype):
+            raise ValueError(f"{name} must be {old.shape} of {old.dtype} as in the file, got {x.shape} of {x.dtype}")
+
+
+def _patch(path: Path, state: dict[str, np.ndarray]) -> None:
+    """The file anew with these tensors; its header, which says where each begins, stays."""
+    with open(path, "rb") as old:
+        size = int.from_bytes(old.read(8), "little")
+        header = json.loads(old.read(size))
+        old.seek(0)
+        with replacing(path) as new:
+            copyfileobj(old, new)
+            for name, x in state.items():
+                new.seek(8 + size + header[name]["data_offsets"][0])
+                new.write(_library("safetensors.numpy").save({name: x})[-x.nbytes :] if x.nbytes else b"")
+
+
+def _plain(file: str) -> str:
+    """The name of a file in the directory of the index, and nowhere else."""
+    if Path(file).name != file:
+        raise ValueError(f"{INDEX} must name files beside it, got {file!r}")
+    return file
+
+
+def _payload(name: str, x: Any) -> np.ndarray:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array to be saved, got {type(x).__name__}")
+    return np.ascontiguousarray(x)
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ImportError("safetensors files are read and written by the safetensors library: install it") from None
+
+
+def _ml_dtypes(name: str) -> None:
+    try:
+        import ml_dtypes  # noqa: F401
+    except ImportError:
+        raise ImportError(f"{name} is bfloat16, which NumPy knows through ml_dtypes only: install it") from None

@@ -1,0 +1,77 @@
+"""The scores of attention as outputs of their own, for whoever wants to see them or to differentiate through them.
+
+    z, cache = scores(q, k, bias, mask=mask)        # what attention(q, k, v, bias, mask=mask) takes the softmax of
+    dq, dk, dbias = scores_vjp(cache, dz)
+
+Attention itself never holds them in linear memory; here they are the result, whatever the engine.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width; `...` is batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import _check
+from ._bias import dense_bias, dense_bias_vjp, on_bias
+from ._doors import blank, check_attention
+from ._xp import Array, namespace, narrow, widen
+from .biases import Relative
+from .masks import Mask, dense
+from .ops import _per_head, _per_key_head, _per_query_head, _soft_cap
+
+INF = float("inf")
+
+
+class ScoresCache(NamedTuple):
+    q: Array  # (..., H, T, D)
+    k: Array  # (..., K, S, D), 0 at the keys that nobody may see
+    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
+    z: Array  # (..., H, T, S)
+    scale: Array | float  # of every head, or (H, 1, 1)
+
+
+def scores(
+    q: Array,
+    k: Array,
+    bias: Array | Relative = None,
+    /,
+    *,
+    mask: Array | Mask = None,
+    scale: float | Sequence[float] | None = None,
+    cap: float | Sequence[float] | None = None,
+) -> tuple[Array, ScoresCache]:
+    """z = cap · tanh(scale · q kᵀ / cap) + bias, and −∞ where not mask
+    q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
+
+    Arguments as in `funcmha.ops.attention`, whose weights are exp(z − lse). What is left out is not done: without a
+    mask these are the scores of all keys, without bias and cap they are scale · q kᵀ. A key that no query may see has
+    z = −∞, even if it is NaN. Time and memory O(H T S).
+    """
+    mask, scale, cap, _ = check_attention(q, k, k, bias, None, mask, scale, cap, None, 0.0)  # no values, no dropout
+    mask = dense(mask, q.shape[-2], k.shape[-2], q)
+
+    dtype = q.dtype
+    q, k, bias = widen(q), blank(widen(k), mask), on_bias(widen, bias)
+    xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
+    u = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
+    c, slope = _soft_cap(u, cap)
+    z = c if bias is None else c + dense_bias(bias, *u.shape[-2:])
+    z = z if mask is None else xp.where(mask, z, -INF)
+    return narrow(z, dtype), ScoresCache(q, k, bias, slope, z, scale)
+
+
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | Relative]:
+    """dq, dk, dbias: `scores` from the bottom up
+
+    A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
+    """
+    q, k, bias, slope, z, scale = cache
+    _check.cotangent("dz", dz, z.shape, z, "... H T S")
+    xp, dtype = namespace(q), dz.dtype
+    g = xp.where(z == -INF, 0.0, widen(dz))
+    dbias = None if bias is None else dense_bias_vjp(bias, g)
+    du = g if slope is None else g * slope
+    dk = _per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
+    dq = scale * (du @ _per_query_head(k, q))
+    return narrow(dq, dtype), narrow(dk, dtype), on_bias(lambda dx: narrow(dx, dtype), dbias)

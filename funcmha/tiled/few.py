@@ -1,0 +1,58 @@
+"""A few queries against many keys, as in decoding: all that read a key/value head are the rows of one product with it.
+
+So its keys and values are read once for all of them, and not at all for a bound on the scores: there are so few scores
+that their maximum is cheaper. Nothing is cut into tiles.
+
+Axes: T queries, S keys, G query heads that read the key/value head, D query/key width, E value width.
+"""
+
+import numpy as np
+
+from funcmha._xp import Array
+
+from .tiles import LOG2E, Head, Tile
+
+ROWS = 16  # G·T up to which this is faster than tiles
+# Rows of k and v in one product of a few. OpenBLAS has faster kernels for small products than for long ones, and NumPy
+# computes many at once without the interpreter's lock, which it holds for a single one with few numbers in its result.
+BLOCK = 128
+
+
+def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
+    """o (G, T, E), the sums of exponentials, the sink's included (G, T), and the shift of the rows (G, T)"""
+    T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
+    start, stop = (0, S) if mask is None else mask.columns((0, T), S)
+    tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
+    k, v = heads[0].k[start:stop], heads[0].v[start:stop]
+
+    s = _with_keys(np.concatenate([head.unit * head.q for head in heads]), k).reshape(len(heads), T, len(k))
+    for head, scores in zip(heads, s, strict=True):
+        head.complete(scores, tile)
+        if tile.mixed:
+            head.hide(scores, tile, -np.inf)
+    sinks = np.array([-np.inf if head.sink is None else LOG2E * head.sink for head in heads], s.dtype)[:, None]
+    top = np.maximum(s.max(axis=-1, initial=-np.inf), sinks)
+    shift = np.where(top == -np.inf, 0.0, np.ceil(top))  # whole, so that the log-sum-exp keeps its digits
+    e = np.exp2(np.subtract(s, shift[..., None], out=s), out=s)
+    total = e.sum(axis=-1) + np.exp2(sinks - shift)
+    a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
+    o = _with_values(a.reshape(len(heads) * T, len(k)), v).reshape(len(heads), T, v.shape[-1])
+    return o / np.where(total == 0, 1.0, total)[..., None], total, shift
+
+
+def _with_keys(q: Array, k: Array) -> Array:
+    """q kᵀ     q (R, D)   k (S, D)   →   (R, S)"""
+    R, (S, D) = len(q), k.shape
+    n, s = S - S % BLOCK, np.empty((R, S), q.dtype)
+    blocks = s[:, :n].reshape(R, n // BLOCK, BLOCK).swapaxes(0, 1)  # a view
+    np.matmul(q, k[:n].reshape(n // BLOCK, BLOCK, D).swapaxes(1, 2), out=blocks)
+    np.matmul(q, k[n:].T, out=s[:, n:])
+    return s
+
+
+def _with_values(a: Array, v: Array) -> Array:
+    """a v     a (R, S)   v (S, E)   →   (R, E)"""
+    R, (S, E) = len(a), v.shape
+    n = S - S % BLOCK
+    blocks = np.matmul(a[:, :n].reshape(R, n // BLOCK, BLOCK).swapaxes(0, 1), v[:n].reshape(n // BLOCK, BLOCK, E))
+    return blocks.sum(axis=0) + a[:, n:] @ v[n:]

@@ -1,0 +1,707 @@
+"""transformers 5.24 is the oracle: each layer as the whole model of its family calls it, eagerly, with random weights.
+
+Its modeling files compute some things in float32 whatever the dtype: angles (every `RotaryEmbedding`), the softmax
+(`dtype=torch.float32` in `eager_attention_forward`, but for GPT-2 and GPT-OSS) and the norms of queries and keys
+(`.float()`, `.to(torch.float32)`). `in_float64` makes float64 of every float32 that they name, so that their own code
+is a float64 oracle; `test_in_float32_...` and `test_float64_there_...` are of the library as it is.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+from unittest.mock import patch
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from funcmha import mha, self_attention, self_attention_vjp, tree
+from funcmha.interop.huggingface import from_state_dict, to_state_dict
+from funcmha.interop.huggingface.families import DEFAULTS, read
+from funcmha.interop.huggingface.layer import static
+from funcmha.masks import dense
+from funcmha.params import SPEC
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+N, T, OFFSET, WINDOW = 2, 11, 37, 4
+U32 = 2.0**-24
+
+FAMILIES = {  # model_type: the folder and the class names of its modeling file
+    "gpt2": ("gpt2", "GPT2", "GPT2Model"),
+    "llama": ("llama", "Llama", "LlamaModel"),
+    "gemma": ("gemma", "Gemma", "GemmaModel"),
+    "gemma2": ("gemma2", "Gemma2", "Gemma2Model"),
+    "gemma3_text": ("gemma3", "Gemma3", "Gemma3TextModel"),
+    "qwen2": ("qwen2", "Qwen2", "Qwen2Model"),
+    "qwen3": ("qwen3", "Qwen3", "Qwen3Model"),
+    "gpt_oss": ("gpt_oss", "GptOss", "GptOssModel"),
+}
+SMALL = {
+    "hidden_size": 30,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "num_hidden_layers": 2,
+    "intermediate_size": 7,
+    "vocab_size": 5,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"n_embd": 30, "n_head": 5, "n_layer": 2, "n_inner": 7, "vocab_size": 5, "bos_token_id": 1, "eos_token_id": 2}
+SLIDES = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+GEMMA_3 = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 23}
+OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW}
+
+
+def rope(**parameters):
+    return {"rope_parameters": {"rope_theta": 1009.0, **parameters}}
+
+
+class Case(NamedTuple):
+    """Layer n of a model with this config."""
+
+    kind: str
+    n: int
+    config: dict
+
+
+CASES = {
+    "GPT-2": Case("gpt2", 0, {}),
+    "GPT-2, scaled by its layer": Case(
+        "gpt2", 1, {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}
+    ),
+    "Llama": Case("llama", 1, {}),
+    "Llama with biases, linear": Case("llama", 0, {"attention_bias": True} | rope(rope_type="linear", factor=4.0)),
+    "Llama 3.1": Case(
+        "llama",
+        0,
+        rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "Llama, yarn": Case(
+        "llama", 0, rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=6.0)
+    ),
+    "Gemma": Case("gemma", 0, {"head_dim": 16}),
+    "Gemma 2, sliding": Case(
+        "gemma2", 0, {"sliding_window": WINDOW, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 23}
+    ),
+    "Gemma 2, full": Case("gemma2", 1, {"sliding_window": WINDOW, "attn_logit_softcapping": 1.5}),
+    "Gemma 3, local": Case("gemma3_text", 0, GEMMA_3),
+    "Gemma 3, global": Case("gemma3_text", 1, GEMMA_3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "Gemma 3, local, both ways": Case("gemma3_text", 0, GEMMA_3 | {"use_bidirectional_attention": True}),
+    "Gemma 3, global, both ways": Case("gemma3_text", 1, GEMMA_3 | {"use_bidirectional_attention": True}),
+    "Qwen 2": Case("qwen2", 0, SLIDES),
+    "Qwen 2, sliding": Case("qwen2", 1, SLIDES),
+    "Qwen 3": Case("qwen3", 0, SLIDES),
+    "Qwen 3, sliding": Case("qwen3", 1, SLIDES | {"attention_bias": True}),
+    "GPT-OSS, sliding": Case("gpt_oss", 0, OSS),
+    "GPT-OSS, full": Case(
+        "gpt_oss",
+        1,
+        OSS | rope(rope_type="yarn", factor=32.0, beta_fast=6.0, truncate=False, original_max_position_embeddings=64),
+    ),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+# ── the oracle ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def in_float64():
+    """What transformers does in float32 whatever the dtype, it does in float64."""
+    with (
+        patch.object(torch, "float32", torch.float64),
+        patch.object(torch, "float", torch.float64),
+        patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def modeling(kind):
+    folder, stem, model = FAMILIES[kind]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    configs = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
+    return (
+        module,
+        getattr(configs, stem + ("TextConfig" if kind == "gemma3_text" else "Config")),
+        getattr(module, model),
+    )
+
+
+def config_of(name):
+    kind, _, more = CASES[name]
+    _, make, _ = modeling(kind)
+    small = GPT2 if kind == "gpt2" else SMALL
+    if kind == "qwen2":  # which has no field for it, and reads it all the same
+        small = small | {"hidden_size": 6 * 14}
+        small.pop("head_dim")
+    config = make(**(small | more))
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # of GPT-OSS; beside the attention, and with widths that kernels refuse
+    return config
+
+
+def model_of(name, dtype=torch.float64):
+    """The model, its attention modules filled with random numbers, and the module of the layer."""
+    kind, n, _ = CASES[name]
+    model = modeling(kind)[2](config_of(name)).to(dtype).eval()
+    attention = model.h[n].attn if kind == "gpt2" else model.layers[n].self_attn
+    rng = np.random.default_rng(0)
+    for p in attention.parameters():
+        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)), dtype=dtype)
+    return model, attention
+
+
+class Seen(NamedTuple):
+    """What went through a layer in a run of its model."""
+
+    config: object
+    state: dict  # of the whole model, tensors
+    prefix: str
+    x: np.ndarray
+    y: np.ndarray
+    dy: np.ndarray
+    dx: np.ndarray
+    grads: dict  # of the attention module, under its own names
+
+
+def run(name, attention_mask, dtype=torch.float64, dy=None):
+    """The layer as the model calls it: its input, its output, and what autograd says of both for a random cotangent."""
+    model, attention = model_of(name, dtype)
+    seen = {}
+
+    def before(module, args, kwargs):
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen["x"] = given.detach().clone().requires_grad_()
+        return ((), kwargs | {"hidden_states": seen["x"]}) if not args else ((seen["x"], *args[1:]), kwargs)
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0]))
+    rng = np.random.default_rng(1)
+    embedded = torch.tensor(rng.standard_normal((N, T, model.config.hidden_size)), dtype=dtype)
+    positions = torch.arange(OFFSET, OFFSET + T)[None]
+    keep = None if attention_mask is None else torch.tensor(attention_mask)
+    model(inputs_embeds=embedded, attention_mask=keep, position_ids=positions)
+    y = seen["y"]
+    dy = rng.standard_normal(tuple(y.shape)) if dy is None else dy
+    named = dict(attention.named_parameters())
+    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], torch.tensor(dy, dtype=dtype))
+    grads = {key: g.numpy() for key, g in zip(named, grads, strict=True)}
+    prefix = next(key for key, module in model.named_modules() if module is attention) + "."
+    x, y = seen["x"].detach().numpy(), y.detach().numpy()
+    return Seen(model.config, model.state_dict(), prefix, x, y, dy, dx.numpy(), grads)
+
+
+PADDED = np.array([[1] * T, [1] * (T - 2) + [0] * 2])  # text first: every query sees a key
+
+
+@cache
+def oracle(name, padded):
+    with in_float64():
+        return run(name, PADDED if padded else None)
+
+
+def layer_of(name, seen):
+    return from_state_dict(seen.state, seen.config, CASES[name].n)
+
+
+def close(got, want, bar=1e-11, what=""):
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, what
+    assert np.abs(got - want).max(initial=0.0) <= bar * max(1.0, np.abs(want).max(initial=0.0)), what
+
+
+# ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every
+@pytest.mark.parametrize("padded", [False, True])
+def test_output_and_gradients_are_those_of_transformers(name, padded, each_engine):
+    """modeling_gpt2, _llama, _gemma, _gemma2, _gemma3, _qwen2, _qwen3 and _gpt_oss, at an offset of positions."""
+    seen = oracle(name, padded)
+    layer = layer_of(name, seen)
+    options = layer.options(T, OFFSET, attention_mask=PADDED if padded else None)
+    y, cache = self_attention(layer.params, seen.x, **options, engine=each_engine)
+    close(y, seen.y, what="y")
+    dparams, dx, _ = self_attention_vjp(cache, seen.dy)
+    close(dx, seen.dx, what="dx")
+    grads = to_state_dict(dparams, layer)
+    assert grads.keys() == {seen.prefix + key for key in seen.grads}
+    for key, want in seen.grads.items():
+        assert np.abs(want).max() > 1e-4, key
+        close(grads[seen.prefix + key], want, what=key)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "both ways" not in name])  # where no later key is seen
+def test_the_last_queries_over_all_keys_are_the_end_of_the_whole(name):
+    seen = oracle(name, padded=True)
+    layer = layer_of(name, seen)
+    last = slice(T - 3, T)
+    options = layer.options(3, T - 3, S=T, attention_mask=PADDED)
+    y, _ = mha(layer.params, seen.x[:, last], seen.x, seen.x, **options)
+    close(y, seen.y[:, last])
+
+
+def test_the_window_counts_the_query_itself():
+    """masking_utils.sliding_window_overlay: kv_idx > q_idx − sliding_window."""
+    layer = layer_of("Qwen 3, sliding", oracle("Qwen 3, sliding", padded=False))
+    allowed = dense(layer.options(T)["mask"], T, T, np.zeros(1))
+    assert (layer.left, layer.right) == (WINDOW - 1, 0)
+    assert np.array_equal(np.reshape(allowed, (-1, T, T))[0].sum(-1), np.minimum(1 + np.arange(T), WINDOW))
+
+
+LEFT = np.array([[1] * T, [0] * 3 + [1] * (T - 3)])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen 3, sliding", "Gemma 3, global", "GPT-2", "GPT-OSS, full"])
+def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name):
+    """5.24, modeling_*.py: eager attention adds finfo.min where nothing may be seen. A query that sees nothing gets the
+    mean of all values there, or 0 where a sink joins (modeling_gpt_oss); here, as everywhere, the output's bias."""
+    dy = np.random.default_rng(2).standard_normal((N, T, 30)) * LEFT[..., None]
+    with in_float64():
+        seen = run(name, LEFT, dy=dy)
+    layer = layer_of(name, seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=LEFT))
+    text = LEFT.astype(bool)
+    close(y[text], seen.y[text])
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    close(dx, seen.dx)
+    for key, grad in to_state_dict(dparams, layer).items():
+        close(grad, seen.grads[key.removeprefix(seen.prefix)])
+
+    bias = layer.params["out_proj"].get("b", np.zeros(30))
+    assert np.array_equal(y[~text], np.tile(bias, (3, 1)))
+    if name.startswith("GPT-OSS"):
+        close(seen.y[~text], y[~text])
+        return
+    of_all, _ = self_attention(layer.params, seen.x, scale=0.0, norm=layer.norm)  # scores of 0
+    close(seen.y[~text], of_all[~text])
+    assert np.abs(seen.y[~text] - y[~text]).max() > 0.1
+
+
+@every
+def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
+    """The library as it is. In float32 a sum of n terms is off by n U32 of their size, and a result is a chain of sums:
+    C terms in the projections, D in the scores, T in the values, H·D in the output; in ours and in theirs."""
+    seen = run(name, PADDED, torch.float32)
+    layer = layer_of(name, seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=PADDED))
+    dparams, dx, _ = self_attention_vjp(cache, seen.dy.astype(np.float32))
+    assert y.dtype == dx.dtype == np.float32
+    H, _, D, C = layer.form.sizes
+    bar = 2 * (C + D + T + H * D) * U32
+    grads = to_state_dict(dparams, layer)
+    pairs = [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]
+    for got, want in pairs:
+        assert np.abs(got - want).max() <= bar * max(1.0, np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3, local"])
+def test_float64_there_is_float32_in_part(name):
+    """The library as it is: float64 inputs give float32 accuracy, which is why the other tests widen what it names."""
+    as_it_is = run(name, None)
+    layer = layer_of(name, as_it_is)
+    y, _ = self_attention(layer.params, as_it_is.x, **layer.options(T, OFFSET))
+    assert 1e-9 < np.abs(y - as_it_is.y).max() / np.abs(y).max() < 1e-5
+
+
+# ── what a config says ───────────────────────────────────────────────────────────────────────────────────────────
+
+HUB = {  # the parts of real config.json files that matter here, as they are on the Hub
+    "Llama 3.1 8B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "Gemma 2 27B": {
+        "model_type": "gemma2",
+        "hidden_size": 4608,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 144,
+        "num_hidden_layers": 46,
+        "sliding_window": 4096,
+        "rope_theta": 10000.0,
+    },
+    "Gemma 3 4B": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "Gemma 3, of embeddings": {
+        "model_type": "gemma3_text",
+        "use_bidirectional_attention": True,
+        "sliding_window": 512,
+        "num_hidden_layers": 24,
+    },
+    "Qwen 2.5": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 24,
+        "max_window_layers": 21,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+    },
+    "Qwen 3, yarn": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 36,
+        "rope_theta": 1000000,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "Qwen 3, sliding": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 36,
+        "max_window_layers": 3,
+        "use_sliding_window": True,
+    },
+    "Qwen 3, told not to slide": {"model_type": "qwen3", "max_window_layers": 3, "use_sliding_window": False},
+    "GPT-OSS 20B": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 24,
+        "sliding_window": 128,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+    },
+    "yarn with a gain of its own": {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+    },
+    "yarn with mscale": {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    },
+    **{f"{kind}, by its defaults": {"model_type": kind} for kind in DEFAULTS},
+}
+
+
+def statics(config, n):
+    return static(read(config, n), n, "")
+
+
+def same_static(a, b):
+    assert a._replace(frequencies=None) == b._replace(frequencies=None)
+    assert np.array_equal(a.frequencies, b.frequencies) or a.frequencies is b.frequencies is None
+
+
+@pytest.mark.parametrize("config", HUB.values(), ids=HUB)
+def test_a_config_json_of_any_age_says_what_the_config_of_transformers_says(config):
+    _, make, _ = modeling(config["model_type"])
+    for n in (0, 1, 5):
+        same_static(statics(config, n), statics(make.from_dict(json.loads(json.dumps(config))), n))
+
+
+@pytest.mark.parametrize("name", [name for name in HUB if not name.startswith("gpt2")])
+def test_frequencies_and_gain_are_those_of_transformers(name):
+    """`RotaryEmbedding` of modeling_*.py, in float32; and the reach and scale of the attention module itself."""
+    config = HUB[name]
+    kind = config["model_type"]
+    module, make, _ = modeling(kind)
+    made = make.from_dict(json.loads(json.dumps(config)))
+    turns = getattr(module, FAMILIES[kind][1] + "RotaryEmbedding")(made)
+    for n in (0, 1, 5):
+        ours = statics(config, n)
+        prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
+        want = getattr(turns, prefix + "inv_freq").numpy()
+        np.testing.assert_allclose(ours.frequencies, want, rtol=2e-6)
+        assert ours.gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
+        with torch.device("meta"):
+            theirs = getattr(module, FAMILIES[kind][1] + "Attention")(made, layer_idx=n)
+        assert ours.scale == theirs.scaling
+        window = getattr(theirs, "sliding_window", None)
+        assert ours.left == (None if window is None else window - 1)
+        assert {ours.form.prefix + key for key in dict(theirs.named_parameters())} == set(_names(ours))
+
+
+def _names(layer):
+    empty = {leaf: np.zeros(_shape(leaf, layer)) for leaf in layer.form.leaves}
+    return to_state_dict(tree.unflatten(empty), layer)
+
+
+def _shape(leaf, layer):
+    H, K, D, C = layer.form.sizes
+    size = {"H": H, "K": K, "D": D, "E": D, "Cq": C, "Ck": C, "Cv": C, "O": C}
+    return tuple(size[axis] for axis in SPEC[leaf].split())
+
+
+def test_a_model_of_text_and_images_has_its_text_config():
+    configs = importlib.import_module("transformers.models.gemma3.configuration_gemma3")
+    whole = configs.Gemma3Config(text_config=HUB["Gemma 3 4B"])
+    for n in (0, 5):
+        same_static(statics(whole, n), statics(HUB["Gemma 3 4B"], n))
+        same_static(statics({"model_type": "gemma3", "text_config": HUB["Gemma 3 4B"]}, n), statics(whole, n))
+
+
+def test_transformers_reads_a_cap_for_gemma_3_and_does_not_apply_it():
+    """5.24: `Gemma3Attention.forward` passes no softcap on. Their answer is that without; ours is to refuse."""
+    with in_float64():
+        plain = run("Gemma 3, local", None)
+        capped = Case("gemma3_text", 0, GEMMA_3 | {"attn_logit_softcapping": 0.5})
+        with patch.dict(CASES, {"capped": capped}):
+            seen = run("capped", None)
+            assert np.array_equal(seen.y, plain.y)
+            with pytest.raises(ValueError, match="attn_logit_softcapping must be None for gemma3_text"):
+                layer_of("capped", seen)
+
+
+TINY = {"model_type": "llama", **SMALL}
+
+
+@pytest.mark.parametrize(
+    ("config", "n", "error", "message"),
+    [
+        (7, 0, TypeError, "config must be a config of transformers or a dict, got int"),
+        ({}, 0, ValueError, "config must have a model_type of gpt2, llama, .*, got None"),
+        ({"model_type": "mamba"}, 0, ValueError, "config must have a model_type of .*, got 'mamba'"),
+        (TINY, 2, IndexError, r"n must be in 0 … 1, as the config says, got 2"),
+        (TINY, -1, IndexError, "n must be in 0 … 1"),
+        ({"model_type": "gemma2"}, -1, IndexError, "n must be in 0 or more, got -1"),
+        (TINY, True, TypeError, "n must be the number of a layer, got True"),
+        (TINY | {"layer_types": ["full_attention", "chunked_attention"]}, 1, ValueError, "layer_types .* 'chunked_att"),
+        ({"model_type": "gemma2", "sliding_window": None}, 0, ValueError, "sliding_window must be 1 or more, as layer"),
+        (TINY | rope(rope_type="dynamic", factor=2.0), 0, ValueError, "rope_type must be default, .*, got 'dynamic'"),
+        (TINY | rope(rope_type="linear"), 0, KeyError, "must have factor where rope_type is linear"),
+        (TINY | rope(partial_rotary_factor=0.5), 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
+        (TINY | {"partial_rotary_factor": 0.5}, 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False},
+            },
+            5,
+            ValueError,
+            "truncate must be left out for gemma3_text",
+        ),
+        ({"model_type": "gemma3_text"} | rope(), 0, ValueError, "rope_parameters must be those of each layer type"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, 0, ValueError, "use_bidirectional_attention"),
+        (TINY | {"attn_logit_softcapping": 30.0}, 0, ValueError, "attn_logit_softcapping must be None for llama"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(config, n, error, message):
+    with pytest.raises(error, match=message):
+        statics(config, n)
+
+
+# ── state dicts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_state_dict_comes_back_as_it_was(name, dtype):
+    """Bit for bit, and without a copy, but for GPT-2's c_attn, which is put together."""
+    model, attention = model_of(name, dtype)
+    state, n = model.state_dict(), CASES[name].n
+    layer = from_state_dict(state, model.config, n)
+    back = to_state_dict(layer.params, layer)
+    assert {layer.form.prefix + key for key in dict(attention.named_parameters())} == back.keys()
+    for key, x in back.items():
+        want = state[key].view(torch.int16).numpy() if dtype == torch.bfloat16 else state[key].numpy()
+        assert x.shape == tuple(want.shape)
+        assert x.dtype == {torch.bfloat16: ml_dtypes.bfloat16, torch.float32: "f4", torch.float64: "f8"}[dtype]
+        assert np.ascontiguousarray(x).tobytes() == want.tobytes()
+        assert np.shares_memory(x, want) or "c_attn" in key
+    buffers = [x.view(torch.uint8).numpy() for x in state.values()]
+    for leaf, x in tree.flatten(layer.params).items():
+        assert any(np.shares_memory(x, buffer) for buffer in buffers), leaf
+
+
+def small_state(name="Llama", **more):
+    """A state dict of NumPy arrays, of layer 0 alone, and its config as a dict."""
+    case = CASES[name]
+    model, attention = model_of(name)
+    prefix = "transformer.h.0.attn." if case.kind == "gpt2" else "model.layers.0.self_attn."
+    state = {prefix + key: p.detach().numpy() for key, p in attention.named_parameters()}
+    return state | more, model.config.to_dict() | {"model_type": case.kind}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.layers.0.self_attn.",
+        "layers.0.self_attn.",
+        "model.language_model.layers.0.self_attn.",
+        "language_model.model.layers.0.self_attn.",
+        "self_attn.",
+        "",
+    ],
+)
+def test_the_layer_is_found_whatever_stands_before_it(prefix):
+    state, config = small_state()
+    renamed = {prefix + key.removeprefix("model.layers.0.self_attn."): x for key, x in state.items()}
+    others = {}
+    if "layers" in prefix:  # other layers and other towers, whose names end alike
+        others = {key.replace(".0.", ".10."): x for key, x in renamed.items()}
+        others |= {
+            "vision_tower.encoder.layers.0.self_attn.out_proj.weight": np.zeros(3),
+            "lm_head.weight": np.zeros(3),
+        }
+    layer = from_state_dict(others | renamed, config, 0)
+    assert layer.form.prefix == prefix
+    assert to_state_dict(layer.params, layer).keys() == renamed.keys()
+
+
+def test_constants_beside_the_parameters_are_left_alone():
+    """GPT-2's mask and Llama's frequencies, in checkpoints of old."""
+    prefix = "model.layers.0.self_attn."
+    state, config = small_state(**{prefix + "rotary_emb.inv_freq": np.ones(7, np.float32)})
+    layer = from_state_dict(state, config, 0)
+    assert prefix + "rotary_emb.inv_freq" not in to_state_dict(layer.params, layer)
+    prefix = "transformer.h.0.attn."
+    state, config = small_state(
+        "GPT-2", **{prefix + "bias": np.ones((1, 1, 5, 5), bool), prefix + "masked_bias": np.float32(-1e4)}
+    )
+    from_state_dict(state, config, 0)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_read_only_and_strided_arrays_are_arrays_like_others(name):
+    state, config = small_state(name)
+    want = to_state_dict((layer := from_state_dict(state, config, 0)).params, layer)
+    odd = {key: np.repeat(x, 2, axis=-1)[..., ::2] for key, x in state.items()}
+    for x in odd.values():
+        x.flags.writeable = False
+    layer = from_state_dict(odd, config, 0)
+    assert not layer.params["q_proj"]["w"].flags.writeable
+    for key, x in to_state_dict(layer.params, layer).items():
+        assert np.array_equal(x, want[key])
+        assert np.array_equal(x, state[key])
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({Q: None}, KeyError, f"state_dict must have {Q}, .*, and has no {Q}"),
+        ({Q[:-6] + "weight_scale": np.ones(3)}, KeyError, "state_dict may have .*, and has .*q_proj.weight_scale"),
+        (
+            {Q: np.ones((84, 31))},
+            ValueError,
+            rf"{Q} must be \(H·D, C\) = \(84, 30\) with H=6, K=2, D=14, C=30 .*, got \(84, 31\)",
+        ),
+        ({Q: np.ones((84, 30), "f4")}, TypeError, "must have dtype float32 as .* has, got float64"),
+        ({Q: "weights"}, TypeError, f"{Q} must be a tensor or an array, got str"),
+        (
+            {Q.replace("q_proj", "o_proj"): None},
+            KeyError,
+            "state_dict must have layers.0.self_attn.o_proj.weight, after",
+        ),
+        (
+            {"other.layers.0.self_attn.o_proj.weight": np.ones(3)},
+            KeyError,
+            "prefix must be given where state_dict has layer 0 more than once: model.* other",
+        ),
+    ],
+)
+def test_from_state_dict_refuses(change, error, message):
+    state, config = small_state()
+    state = {key: x for key, x in (state | change).items() if x is not None}
+    with pytest.raises(error, match=message):
+        from_state_dict(state, config, 0)
+
+
+def test_a_module_is_no_state_dict():
+    _, config = small_state()
+    with pytest.raises(TypeError, match=r"state_dict must be a dict of tensors, .*, got Linear"):
+        from_state_dict(torch.nn.Linear(2, 3), config, 0)
+
+
+def test_a_prefix_that_is_given_is_taken():
+    state, config = small_state()
+    state |= {key.replace("model.", "other."): 2 * x for key, x in state.items()}
+    layer = from_state_dict(state, config, 0, prefix="other.layers.0.self_attn.")
+    assert np.array_equal(layer.params["q_proj"]["w"].ravel(), 2 * state[Q].ravel())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "x", "error", "message"),
+    [
+        (
+            "k_proj.w",
+            np.ones((3, 14, 30)),
+            ValueError,
+            r"k_proj.w must be \(K, D, Ck\) = \(2, 14, 30\) as in the layer, got \(3, 14, 30\)",
+        ),
+        ("sink.w", np.ones(6), KeyError, "params may have q_proj.w, .*, and has sink.w"),
+        ("v_proj.w", None, KeyError, "params must have .*, and has no v_proj.w"),
+    ],
+)
+def test_to_state_dict_refuses_a_tree_that_is_not_like_the_layer(leaf, x, error, message):
+    state, config = small_state()
+    layer = from_state_dict(state, config, 0)
+    leaves = {key: a for key, a in (tree.flatten(layer.params) | {leaf: x}).items() if a is not None}
+    with pytest.raises(error, match=message):
+        to_state_dict(tree.unflatten(leaves), layer)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (
+            np.ones((N, T)),
+            TypeError,
+            r"attention_mask must be \(N, S\) of integers or booleans, 1 for text, got float64",
+        ),
+        (np.full((N, T), 2), ValueError, r"attention_mask must be 0 and 1 alone, got \[2\]"),
+        ([[1, 1]], TypeError, "attention_mask must be a tensor or an array, got list"),
+    ],
+)
+def test_options_refuse_a_mask(mask, error, message):
+    state, config = small_state()
+    with pytest.raises(error, match=message):
+        from_state_dict(state, config, 0).options(T, attention_mask=mask)
+
+
+def test_a_mask_may_be_a_tensor_or_booleans():
+    state, config = small_state()
+    layer = from_state_dict(state, config, 0)
+    for mask in (torch.tensor(PADDED), PADDED.astype(bool)):
+        got = layer.options(T, attention_mask=mask)["mask"]
+        want = layer.options(T, attention_mask=PADDED)["mask"]
+        assert np.array_equal(dense(got, T, T, np.zeros(1)), dense(want, T, T, np.zeros(1)))
+
+
+def test_no_foreign_library_is_imported():
+    foreign = "{'torch', 'transformers', 'safetensors', 'ml_dtypes'}"
+    code = f"import sys, funcmha.interop.huggingface; print(*{foreign} & {{*sys.modules}})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
