@@ -8,7 +8,7 @@ from functools import singledispatch
 from typing import Any
 
 from . import _check, tree
-from ._bias import bias_of_heads, on_bias
+from ._bias import bias_as_head, bias_as_head_vjp, bias_of_heads, on_bias
 from ._doors import blank, values_of
 from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
@@ -26,7 +26,7 @@ from .heads import (
     extend_scores,
     recall,
 )
-from .mha import GroupCache, HeadCache, MhaCache, bias_as_head, bias_as_head_vjp
+from .mha import GroupCache, HeadCache, MhaCache
 from .ops import AttentionCache
 from .params import HEAD_SPEC, SPEC, Params, group_params, stack_head, unstack_head
 from .rotary import rotate

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, tree
-from ._bias import bias_of_heads, bias_of_sample, join_biases, join_samples, on_bias
-from ._doors import blank, check_bias, check_keep, check_mask, check_per_head, values_of
+from ._bias import (
+    bias_as_head,
+    bias_as_head_vjp,
+    bias_of_heads,
+    bias_of_sample,
+    join_biases,
+    join_samples,
+    on_bias,
+)
+from ._doors import blank, values_of
+from ._doors_of_heads import check_inputs
 from ._xp import Array, namespace, narrow, of_heads, widen
 from .biases import Relative
 from .dropout import Seeded
-from .engines import REFERENCE, Engine, pick
+from .engines import REFERENCE, Engine
 from .heads import (
     AttendCache,
     CombineCache,
@@ -32,11 +41,11 @@ from .heads import (
     num_keys,
     recall,
 )
-from .masks import Mask, as_mask
+from .masks import Mask
 from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
-from .rotary import HalfPairs, InterleavedPairs, Rotary, check_table
+from .rotary import Rotary
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
 # many heads at a time, and holds what it needs between projection and attention for these alone.
@@ -76,7 +85,7 @@ def head(
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    options = _options(
+    options = check_inputs(
         axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
     )
     stack = tree.map(widen, stack_head(params))
@@ -118,25 +127,6 @@ def _one_head(heads: AttendCache, do: Array, dweights: Array, dlse: Array) -> tu
     """The gradients of a stack of one head, without its axis in those of the parameters"""
     dstack, dxs, dbias = attend_vjp(heads, do, dweights=dweights, dlse=dlse, onto=(None, None, None))
     return unstack_head(dstack), *dxs, dbias
-
-
-def _as_head(a: Array) -> Array:
-    """a (..., T, S)   →   (..., 1, T, S); with no batch axes there is nothing to tell apart"""
-    return a if a is None or a.ndim < 3 else a[..., None, :, :]
-
-
-def bias_as_head(bias: Array | Relative) -> Array | Relative:
-    """The same of a bias: the values of a `Relative` are (..., T + S − 1)"""
-    if not isinstance(bias, Relative):
-        return _as_head(bias)
-    return bias if bias.values.ndim < 2 else Relative(bias.values[..., None, :])
-
-
-def bias_as_head_vjp(dbias: Array | Relative) -> Array | Relative:
-    """Without that axis again"""
-    if not isinstance(dbias, Relative):
-        return dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
-    return dbias if dbias.values.ndim < 2 else Relative(dbias.values[..., 0, :])
 
 
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,7 +184,7 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    options = _options(
+    options = check_inputs(
         axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
     )
     dtype, params, query, bias = query.dtype, tree.map(widen, params), widen(query), on_bias(widen, bias)
@@ -375,108 +365,6 @@ def _(cache: SelfAttentionCache, /) -> Array:
 @log_sum_exp.register
 def _(cache: SelfAttentionCache, /) -> Array:
     return log_sum_exp(cache.mha)
-
-
-def _options(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    zero_attn: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: Any,
-    engine: Any,
-) -> Options:
-    """The door of `head` and `mha`."""
-    inputs = [("query", query), ("key", key), ("value", value)]
-    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", values_of(bias))])
-    axes("query", query, "... T Cq")
-    axes("key", key, "... S Ck")
-    axes("value", value, "... S Cv")
-    return check_options(axes, leaves, query, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
-
-
-def check_options(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    like: Array,
-    bias: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    zero_attn: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: Any,
-    engine: Any,
-) -> Options:
-    """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
-    one_head = "H" not in axes.size
-    lead = "... " if one_head else "... H "
-    check_bias(axes, bias, lead + "T S")
-    if one_head and isinstance(mask, Mask):
-        axes.size["1"] = 1
-        mask = check_mask(axes, mask, "... 1 T S")
-    else:
-        mask = check_mask(axes, mask, lead + "T S")
-        mask = as_mask(_as_head(mask.array)) if one_head and mask is not None else mask
-    _check.flag("zero_attn", zero_attn)
-    extra = ("bias_kv.k" in leaves) + zero_attn
-    if extra and isinstance(bias, Relative):
-        raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
-    axes.size["S'"] = axes["S"] + extra
-    rate = check_keep(axes, keep, rate, lead + "T S'")
-    keep = keep if isinstance(keep, Seeded) or not one_head else _as_head(keep)
-    scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
-    check_norm(norm, leaves)
-    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, like))
-
-
-def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
-    """A `Norm` or None, and no parameters that it would leave unused."""
-    if norm is not None and not isinstance(norm, Norm):
-        raise TypeError(f"norm must be Rms, L2 or Layer of funcmha.norms, or None, got {norm!r}")
-    used = () if norm is None else norm.leaves
-    for leaf in leaves:
-        group, _, name = leaf.partition(".")
-        if group in ("q_norm", "k_norm") and name not in used:
-            raise ValueError(f"norm must be one that takes {leaf}, as params have it, got {norm!r}")
-
-
-def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
-    """The tables of queries and of keys, of as many positions; one table serves both."""
-    pair: tuple[Any, ...] = rotary if type(rotary) is tuple else (rotary, rotary)
-    if len(pair) != 2:
-        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, of queries and of keys, got {len(pair)}")
-    for table, letter, name in zip(pair, "TS", ("queries", "keys"), strict=True):
-        if table is not None:
-            _check_table(axes, table, letter, name)
-    return pair[0], pair[1]
-
-
-def _check_table(axes: _check.Axes, table: Any, letter: str, name: str) -> None:
-    """One table, of as many positions as there are queries, or keys."""
-    if not isinstance(table, HalfPairs | InterleavedPairs):
-        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
-    check_table(table)
-    *batch, n, pairs = table.cos.shape
-    if n != axes[letter]:
-        raise ValueError(f"rotary must have {letter}={axes[letter]} positions for the {name}, got {n}")
-    if batch and batch[-1] != 1:
-        got = (*batch, n)
-        raise ValueError(f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}")
-    axes.size["1"] = 1
-    axes.broadcast("rotary", (*batch, n), f"... 1 {letter}")
-    if 2 * pairs > axes["D"]:
-        raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * pairs}")
 
 
 def _blank(x: Array, mask: Mask | None, T: int) -> Array:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from . import _check, tree
 from ._bias import on_bias
 from ._doors import values_of
+from ._doors_of_heads import check_options
 from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
 from ._xp import Array, full, namespace, narrow, widen
 from .biases import Relative
@@ -27,7 +28,6 @@ from .dropout import Seeded
 from .engines import Engine
 from .heads import CombineCache, Options, ProjectCache, _back_to_one, _engine, combine, combine_vjp, project
 from .masks import Mask, window
-from .mha import check_options
 from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import SPEC, Params, check
