@@ -1,5 +1,6 @@
 """The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +38,14 @@ def is_array(x: Any) -> bool:
 
 def dtype_name(x: Array) -> str:
     """'float32' for numpy.float32, torch.float32, array_api_strict.float32, …"""
-    return str(x.dtype).rpartition(".")[2]
+    kind: Any = type(x.dtype)
+    return _name(kind, x.dtype)
+
+
+@cache
+def _name(kind: Any, dtype: Any) -> str:
+    """Remembered, as a string of a NumPy dtype takes 3 µs; by type first, as not all libraries compare their dtypes with others."""
+    return str(dtype).rpartition(".")[2]
 
 
 def widen(x: Array) -> Array:
