@@ -44,7 +44,7 @@ def dtype_name(x: Array) -> str:
 
 @cache
 def _name(kind: Any, dtype: Any) -> str:
-    """Remembered, as a string of a NumPy dtype takes 3 µs; by type first, as not all libraries compare their dtypes with others."""
+    """Remembered, as the string of a NumPy dtype takes 3 µs; by type first, as libraries may not compare theirs."""
     return str(dtype).rpartition(".")[2]
 
 
