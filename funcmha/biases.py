@@ -110,31 +110,31 @@ def _sheared(g: Array) -> Array:
 
 
 class AlibiCache(NamedTuple):
-    slopes: Array  # (H,)
+    slopes: Array  # (..., H)
     distance: Array  # (L,), |j − i − offset|
 
 
 def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relative, AlibiCache]:
-    """values = −slope · |j − i − offset|        slopes (H,)   →   values (H, T + S − 1)
+    """values = −slope · |j − i − offset|        slopes (..., H)   →   values (..., H, T + S − 1)
 
     In float32 off by two roundings at most: distances are whole up to 2²⁴, and are rounded once beyond. In float16 a
     value below −65504 is −∞. Where the mask is causal, adding slope · j instead, as the reference implementation does,
     gives the same weights, and another lse. Press et al. 2022, section 3.
     """
     _check.one_dtype([("slopes", slopes)])
-    _check.Axes()("slopes", slopes, "H")
+    _check.Axes()("slopes", slopes, "... H")
     far = np.abs(distances(T, S, offset)).astype(np.float64)
 
     dtype, slopes = slopes.dtype, widen(slopes)
     distance = namespace(slopes).astype(from_host(far, slopes), slopes.dtype)
-    return Relative(narrow(-slopes[:, None] * distance, dtype)), AlibiCache(slopes, distance)
+    return Relative(narrow(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
 
 
 def alibi_vjp(cache: AlibiCache, dbias: Relative, /) -> tuple[Array]:
     """dslope = −Σ dvalues |j − i − offset|        over the diagonals"""
     _check.cache(cache, AlibiCache, "alibi")
     slopes, distance = cache
-    _check_dbias(dbias, (slopes.shape[0], distance.shape[0]), slopes)
+    _check_dbias(dbias, (*slopes.shape, distance.shape[0]), slopes)
     return (narrow(-(widen(dbias.values) @ distance), dbias.values.dtype),)
 
 
@@ -258,10 +258,10 @@ def check_relative(name: str, relative: Any, T: int, S: int) -> None:
         raise ValueError(f"{name}.values must be (..., H or 1, T + S − 1) with T={T} and S={S}, got {shape}")
 
 
-def _check_dbias(dbias: Any, shape: tuple[int, int], computed: Array) -> None:
+def _check_dbias(dbias: Any, shape: tuple[int, ...], computed: Array) -> None:
     if not isinstance(dbias, Relative):
         raise TypeError(f"dbias must be a Relative, got {type(dbias).__name__}")
-    _check.cotangent("dbias.values", dbias.values, shape, computed, "H L")
+    _check.cotangent("dbias.values", dbias.values, shape, computed, "... H L")
 
 
 def _check_lookup(table: Array, index: Any) -> None:

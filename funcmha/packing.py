@@ -45,7 +45,7 @@ def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarra
 
     For rotary and other embeddings of the position; the offset is the length of the past.
     """
-    cu = _cu("cu_seqlens", cu_seqlens)
+    cu = check_cumulative("cu_seqlens", cu_seqlens)
     first = _offset(offset, cu) - cu[:-1]
     at: np.ndarray = np.arange(cu[-1]) + np.repeat(first, np.diff(cu))
     return at
@@ -233,7 +233,7 @@ def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
     if y.ndim < 3:
         raise ValueError(f"y must be (B, ..., T, C), got {tuple(y.shape)}")
     axes("y", y, "... T C")
-    cu = _cu("cu_seqlens", cu_seqlens)
+    cu = check_cumulative("cu_seqlens", cu_seqlens)
     if cu.size - 1 != y.shape[0]:
         raise ValueError(f"cu_seqlens must be (B + 1,) with B={y.shape[0]} as in y, got {cu.shape}")
     if np.diff(cu).max(initial=0) > y.shape[-2]:
@@ -289,7 +289,7 @@ def _gather(y: Array, slots: Array) -> Array:
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cu(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.ndarray:
+def check_cumulative(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.ndarray:
     """`cu` as int64; it must rise from 0 to `total`."""
     if not isinstance(cu, np.ndarray):
         kind = f"{type(cu).__module__}.{type(cu).__name__}"
@@ -307,8 +307,8 @@ def _cu(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.nda
 
 
 def _pair(cu_q: Any, cu_k: Any) -> tuple[np.ndarray, np.ndarray]:
-    cu_q = _cu("cu_q", cu_q)
-    cu_k = cu_q if cu_k is None else _cu("cu_k", cu_k)
+    cu_q = check_cumulative("cu_q", cu_q)
+    cu_k = cu_q if cu_k is None else check_cumulative("cu_k", cu_k)
     if cu_q.size != cu_k.size:
         raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
     return cu_q, cu_k
@@ -318,7 +318,7 @@ def _rows(name: str, x: Any, cu: Any) -> np.ndarray:
     _check.one_dtype([(name, x)])
     axes = _check.Axes()
     axes(name, x, "... N C")
-    return _cu("cu_seqlens", cu, axes["N"], name)
+    return check_cumulative("cu_seqlens", cu, axes["N"], name)
 
 
 def _offset(offset: Any, cu: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from funcmha import engines, tree
-from funcmha.tiled import tiles
+from funcmha.tiled import few, tiles
 
 # The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -71,10 +71,16 @@ def xp(request: pytest.FixtureRequest) -> Library:
 
 @pytest.fixture(scope="module", params=engines.ENGINES, ids=lambda engine: engine.name)
 def each_engine(request: pytest.FixtureRequest) -> Any:
-    """What is tested of NumPy arrays is tested of every engine, in tiles so small that it takes many of them."""
+    """What is tested of NumPy arrays is tested of every engine, in tiles so small that it takes many of them.
+
+    And with projections that the gradient makes again.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "ROWS", 4)
         patch.setattr(tiles, "COLS", 3)
+        patch.setattr(importlib.import_module("funcmha.heads"), "SMALL", 0)
+        patch.setattr(few, "ROWS", 2)
+        patch.setattr(few, "BLOCK", 3)
         if request.param is engines.TILED:  # and the gradient head by head, where the other takes all at once
             patch.setattr(importlib.import_module("funcmha.mha"), "GROUP", 0)
         for module in ("engines", "_doors_of_heads"):

@@ -237,6 +237,17 @@ def test_alibi_and_its_gradient_are_torch(T, S, offset):
     np.testing.assert_allclose(dslopes, *oracles.gradients([want], [dz], [leaf]), rtol=1e-13, atol=1e-11)
 
 
+def test_slopes_of_each_sample_are_those_of_one_after_another():
+    rng = np.random.default_rng(12)
+    slopes, dvalues = rng.standard_normal((2, 3)), rng.standard_normal((2, 3, 11))
+    bias, cache = alibi(slopes, T=5, S=7, offset=2)
+    (dslopes,) = alibi_vjp(cache, Relative(dvalues))
+    for b in range(2):
+        one, of_one = alibi(slopes[b], T=5, S=7, offset=2)
+        assert np.array_equal(bias.values[b], one.values)
+        np.testing.assert_allclose(dslopes[b], *alibi_vjp(of_one, Relative(dvalues[b])), rtol=0, atol=1e-11)
+
+
 def test_an_offset_is_a_later_row():
     slopes = alibi_slopes(3)
     whole = dense(alibi(slopes, T=9, S=9)[0], 9, 9)
@@ -525,7 +536,8 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: toeplitz(X[0], (1, 4), (0, 1), 2), ValueError, r"values must reach rows \(1, 4\)"),
         (lambda: alibi([1.0], T=3, S=5), TypeError, "slopes must be an array, got list"),
         (lambda: alibi(np.arange(3), T=3, S=5), TypeError, "slopes must have a dtype of .*, got int64"),
-        (lambda: alibi(X, T=3, S=5), ValueError, r"slopes must be \(H\), got \(6, 3\)"),
+        (lambda: alibi(X.sum(), T=3, S=5), TypeError, "slopes must be an array, got float64"),
+        (lambda: alibi(np.array(1.0), T=3, S=5), ValueError, r"slopes must be \(..., H\), got \(\)"),
         (lambda: alibi(X[0], T=-1, S=5), ValueError, "T must be 0 or more, got -1"),
         (lambda: alibi(X[0], T=3, S=5.0), TypeError, "S must be an integer, got 5.0 of type float"),
         (lambda: alibi(X[0], T=3, S=5, offset=True), TypeError, "offset must be an integer, got True"),
@@ -534,7 +546,7 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (
             lambda: alibi_vjp(ALIBI, Relative(np.ones((2, 7)))),
             ValueError,
-            r"dbias.values must be \(H, L\) = \(3, 7\) as the output is, got \(2, 7\)",
+            r"dbias.values must be \(..., H, L\) = \(3, 7\) as the output is, got \(2, 7\)",
         ),
         (lambda: alibi_vjp(ALIBI, Relative(np.ones((3, 7), "f4"))), TypeError, "dbias.values must have dtype float64"),
         (lambda: lookup([1.0], index=INDEX), TypeError, "table must be an array, got list"),
@@ -547,7 +559,11 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: lookup(X, index=INDEX + 2), ValueError, "index must be within the B=6 rows of table, got 2 … 6"),
         (lambda: lookup(X, index=INDEX - 1), ValueError, "index must be within the B=6 rows of table, got -1 … 3"),
         (lambda: lookup_vjp(LOOKUP, [X]), TypeError, "dbias must be a Relative, got list"),
-        (lambda: lookup_vjp(LOOKUP, Relative(np.ones((3, 6)))), ValueError, r"\(H, L\) = \(3, 7\) .*, got \(3, 6\)"),
+        (
+            lambda: lookup_vjp(LOOKUP, Relative(np.ones((3, 6)))),
+            ValueError,
+            r"\(..., H, L\) = \(3, 7\) .*, got \(3, 6\)",
+        ),
         (lambda: clipped(D / 1, 3), TypeError, "distance must be a NumPy array of integers, got float64"),
         (lambda: clipped(D, -1), ValueError, "reach must be 0 or more, got -1"),
         (lambda: t5_buckets(3, bidirectional=True), TypeError, "distance must be a NumPy array of integers, got int"),

@@ -99,7 +99,6 @@ def test_groups_of_one_head_are_all_at_once(engine, problem, monkeypatch):
 @every_engine
 @pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
 def test_heads_cut_for_the_gradient_are_all_at_once(engine, problem, monkeypatch):
-    monkeypatch.setattr(HEADS, "cheap", lambda *_: False)
     monkeypatch.setattr(MHA, "GROUP", 2**60)
     _, want = all_of(problem, engine)
     cache, got = all_of(problem, engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
@@ -109,6 +108,7 @@ def test_heads_cut_for_the_gradient_are_all_at_once(engine, problem, monkeypatch
 
 @every_engine
 def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, monkeypatch):
+    monkeypatch.setattr(HEADS, "SMALL", 0)
     monkeypatch.setattr(MHA, "GROUP", 2**60)
     _, want = all_of(GROUPED["all per head"], engine)
     _, got = all_of(GROUPED["all per head"], engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
@@ -116,7 +116,8 @@ def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, mon
 
 
 @every_engine
-def test_gradients_of_each_sample_where_projections_are_made_again(engine):
+def test_gradients_of_each_sample_where_projections_are_made_again(engine, monkeypatch):
+    monkeypatch.setattr(HEADS, "SMALL", 0)
     problem = GROUPED["all per head"]
     y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
     dparams, *want = mha_vjp(cache, y)
@@ -153,24 +154,45 @@ def test_positions_of_each_sample_are_those_of_the_sample_alone(engine):
 
 
 @every_engine
+@pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", ["all per head", "all shared", "appended keys"])
-def test_projections_made_again_are_those_that_were_kept(engine, name, monkeypatch):
+def test_projections_made_again_are_those_that_were_kept(engine, name, n, monkeypatch):
     problem = GROUPED[name]
-    again, got = all_of(problem, engine)
-    monkeypatch.setattr(HEADS, "cheap", lambda *_: False)
     kept, want = all_of(problem, engine)
+    monkeypatch.setattr(HEADS, "SMALL", 0)
+    monkeypatch.setattr(HEADS, "forgettable", lambda *_: n)
+    again, got = all_of(problem, engine)
     (again, *_), (kept, *_) = again.groups, kept.groups
-    assert (again.heads.attention.q is None) == (again.heads.attention.k is None) == (name != "appended keys")
-    assert kept.heads.attention.q is not None
-    if name != "appended keys":
-        assert again.heads.q_ready.x is again.heads.k_ready.x is None
+    gone = ("q", "k", "v")[: n if name != "appended keys" else 0]
+    assert [getattr(again.heads.attention, x) is None for x in "qkv"] == [x in gone for x in "qkv"]
+    assert [getattr(again.heads, f"{x}_ready").x is None for x in "qk"] == [x in gone for x in "qk"]
+    assert all(getattr(kept.heads.attention, x) is not None for x in "qkv")
     all_close(got, want)
 
 
-@pytest.mark.parametrize(("T", "S", "again"), [(32, 32, True), (31, 32, False), (32, 31, False)])
-def test_projections_are_made_again_where_attention_costs_twenty_times_as_much(T, S, again):
-    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED)
-    assert (cache.groups[0].heads.attention.q is None) == again
+def test_projections_are_forgotten_up_to_a_seventh_of_the_time():
+    """To project a head once is 2 C a row, all projections and their vjp are 24 C, and to attend with and back 14 T."""
+    for T, S, C in [(256, 256, 384), (1024, 1024, 768), (1, 4096, 512), (4096, 7, 512), (16384, 16384, 512), (3, 5, 0)]:
+        n = HEADS.forgettable(T, S, C)
+        share = [7 * 2 * C * i / max(24 * C + 14 * min(T, S), 1) for i in range(5)]
+        assert share[n] <= 1
+        assert n == 3 or share[n + 1] > 1
+    assert HEADS.forgettable(256, 256, 384) == 2
+
+
+def test_what_is_small_is_not_forgotten(monkeypatch):
+    problem = MhaProblem(**LONG)
+    for small in (2**60, 0):
+        monkeypatch.setattr(HEADS, "SMALL", small)
+        cache, _ = all_of(problem, TILED)
+        assert (cache.groups[0].heads.attention.q is None) == (small == 0)
+
+
+@pytest.mark.parametrize(("T", "S", "apart"), [(32, 32, True), (31, 32, False), (32, 31, False)])
+def test_the_forward_goes_head_by_head_where_attention_costs_twenty_times_as_much(T, S, apart, monkeypatch):
+    monkeypatch.setattr(MHA, "GROUP", 0)
+    problem = MhaProblem(**(LONG | {"T": T, "S": S}))
+    assert len(all_of(problem, TILED)[0].groups) == (problem.K if apart else 1)
 
 
 @every_engine

@@ -236,6 +236,21 @@ def test_minus_infinity_in_the_bias_is_a_mask():
         close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_least_number_in_the_bias_is_a_number(dtype):
+    """Many libraries write it for −∞: a row of nothing else is the mean of the values, in torch too."""
+    q, k, v, *_ = AttentionProblem(G=1).inputs(dtype)
+    bias = np.zeros((5, 7), dtype)
+    bias[:, 3:] = np.finfo(dtype).min
+    bias[2] = np.finfo(dtype).min
+    o, cache = attention(q, k, v, bias)
+    do = np.ones_like(o)
+    do[..., :2, :] = do[..., 3:, :] = 0
+    np.testing.assert_allclose(o[..., 2, :], v.mean(-2), rtol=1e-5)
+    assert not attention_weights(cache)[..., [0, 1, 3, 4], 3:].any()
+    np.testing.assert_allclose(attention_vjp(cache, do)[2], np.full(v.shape, 1 / 7), rtol=1e-5)
+
+
 @pytest.mark.parametrize("logit", [-1e5, 1e5, -1e30])
 def test_rows_of_large_logits_are_rows_like_others(logit):
     q, k, v = np.ones((1, 3, 1)), np.full((1, 5, 1), logit), np.arange(5.0).reshape(1, 5, 1)

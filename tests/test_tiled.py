@@ -26,8 +26,10 @@ from funcmha import (
     self_attention,
     self_attention_vjp,
 )
+from funcmha._bias import on_bias
+from funcmha._doors import values_of
 from funcmha.engines import REFERENCE, TILED
-from funcmha.testing.strategies import AttentionProblem, attention_problems
+from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
 from funcmha.tiled import threads
 
@@ -46,22 +48,27 @@ def both(problem, dtype, engine):
     return [o, log_sum_exp(cache), *attention_vjp(cache, do, dlse=dlse)]
 
 
-@given(attention_problems(mask=st.sampled_from(["none", "causal", "intersection"]), rate=st.just(0.0)))
+@given(
+    attention_problems(
+        **MODERN | {"sink": st.just(False)}, mask=st.sampled_from(["none", "causal", "intersection"]), rate=st.just(0.0)
+    )
+)
 def test_float32_stays_within_the_bound(problem):
     """T1 at every gain, where the shift is none, a guess, or the maximum; twice the bound, as hypothesis searches."""
     arrays, static = problem.inputs("float32"), problem.static()
     do, _, dlse = problem.cotangents("float32")
-    wide = [None if a is None else a.astype("float64") for a in arrays]
+    wide = [on_bias(lambda a: a.astype("float64"), a) for a in arrays]
     want_o, want = attention(*wide, **static, engine=REFERENCE)
     want_grads = attention_vjp(want, do.astype("float64"), dlse=dlse.astype("float64"))
-    bounds = attention_bounds(*arrays[:4], do, **static, dlse=dlse, dtype="float32")
+    bounds = attention_bounds(*arrays[:4], do, sink=arrays[4], **static, dlse=dlse, dtype="float32")
     o, cache = attention(*arrays, **static, engine=TILED)
     assert_within(o, want_o, bounds.o, factor=2, name="o")
     assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2, name="lse")
     names = ("dq", "dk", "dv", "dbias", "dsink")
     for name, got, ref in zip(names, attention_vjp(cache, do, dlse=dlse), want_grads, strict=True):
         if ref is not None:
-            assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
+            got, ref, bound = map(values_of, (got, ref, getattr(bounds, name)))
+            assert_within(got, ref, bound, factor=2, name=name)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "segments", "heads"])

@@ -11,9 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, ops, tree
+from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
+from funcmha._bias import on_bias
+from funcmha._doors import values_of
 from funcmha.engines import REFERENCE
-from funcmha.testing.strategies import AttentionProblem, MhaProblem, attention_problems, mha_problems
+from funcmha.testing.rounding import Arithmetic, exact
+from funcmha.testing.rounding_ready import ready, ready_vjp, turn
+from funcmha.testing.strategies import (
+    MODERN,
+    MODERN_MHA,
+    AttentionProblem,
+    MhaProblem,
+    attention_problems,
+    mha_problems,
+)
 from funcmha.testing.tolerance import (
     AttentionBounds,
     MhaBounds,
@@ -29,21 +40,29 @@ from funcmha.testing.tolerance import (
 
 
 def wide(x):
-    return tree.map(lambda a: a.astype(np.float64) if isinstance(a, np.ndarray) else a, x)
+    return tree.map(lambda a: on_bias(_double, a), x)
+
+
+def _double(a):
+    return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype != bool else a
 
 
 def arguments(problem, dtype="float32"):
-    """Inputs with the cotangent of the output, the static arguments, the other cotangents."""
+    """Inputs with the cotangent of the output, the static arguments and the sink, the other cotangents."""
     do, dweights, dlse = problem.cotangents(dtype)
-    inputs = problem.inputs(dtype)[: 5 if isinstance(problem, MhaProblem) else 4]  # no bound is known with a sink
-    return (*inputs, do), problem.static(), {"dweights": dweights, "dlse": dlse}
+    inputs, static = problem.inputs(dtype), problem.static()
+    if not isinstance(problem, MhaProblem):
+        *inputs, static["sink"] = inputs
+    return (*inputs, do), static, {"dweights": dweights, "dlse": dlse}
 
 
 def run_attention(inputs, static, cotangents, ops=ops):
     *x, do = inputs
+    sink = {"sink": None, **static}["sink"]
+    static = {name: a for name, a in static.items() if name != "sink"}
     with np.errstate(under="ignore"):
-        o, cache = ops.attention(*x, **static)
-        return AttentionBounds(o, cache.p, cache.lse, *ops.attention_vjp(cache, do, **cotangents)[:4])
+        o, cache = ops.attention(*x, None if sink is None else sink.astype(do.dtype), **static)
+        return AttentionBounds(o, cache.p, cache.lse, *ops.attention_vjp(cache, do, **cotangents))
 
 
 def run_mha(inputs, static, cotangents):
@@ -60,7 +79,8 @@ def results(run, bounds, problem, dtype="float32"):
     want = run(tuple(wide(a) for a in inputs), static, wide(cotangents))
     bound = bounds(*inputs, **static, **cotangents, dtype=dtype)
     leaves = [tree.flatten(r._asdict()) for r in (got, want, bound)]
-    return {name: tuple(leaf[name] for leaf in leaves) for name in leaves[0] if leaves[0][name] is not None}
+    found = {name: tuple(leaf[name] for leaf in leaves) for name in leaves[0] if leaves[0][name] is not None}
+    return {name: tuple(map(values_of, three)) for name, three in found.items()}
 
 
 def attention_results(problem, dtype="float32"):
@@ -81,6 +101,13 @@ ATTENTION = [
     AttentionProblem(T=64, S=64, mask="empty rows", bias="T S", gain=1e4, rate=0.3),
     AttentionProblem(T=65, S=17, D=64, gain=1e-8, bias="... 1 1 S", scale=-0.5, mask="padding"),
     AttentionProblem(T=5, S=1, family="tiny"),
+    AttentionProblem(T=65, S=100, D=64, mask="causal", sink=True, cap=30.0, bias="T+S-1", gain=10.0),
+    AttentionProblem(
+        T=64, S=65, mask="empty rows", sink=True, cap=0.5, per_head=True, scale=0.3, rate=0.3, seeded=True
+    ),
+    AttentionProblem(T=33, S=17, sink=True, family="offset values", bias="... H T+S-1", gain=1e4, cap=30.0, seed=3),
+    AttentionProblem(T=64, S=64, sink=True, cap=0.5, family="equal keys", layout="repeated", bias="1 T+S-1", seed=1),
+    AttentionProblem(batch=(), T=1, S=65, D=64, sink=True, family="offset values"),
 ]
 MHA = [
     MhaProblem(),
@@ -130,6 +157,12 @@ MHA = [
         bias_kv=True,
         zero_attn=True,
     ),
+    MhaProblem(T=64, S=65, D=64, mask="causal", norm="rms", turned="half of all", sink=True, cap=30.0, bias="T+S-1"),
+    MhaProblem(
+        T=33, S=64, D=11, norm="layer", turned="interleaved of some", bias_kv=True, rate=0.3, seeded=True, gain=1e4
+    ),
+    MhaProblem(T=65, S=17, D=2, norm="l2", scale=10.0, per_head=True, cap=0.5, zero_attn=True, sink=True, gain=1e-3),
+    MhaProblem(T=64, S=64, D=64, norm="layer", family="equal keys", layout="repeated", biases=False, sink=True, seed=2),
 ]
 
 
@@ -145,18 +178,19 @@ def test_mha_in_float32_is_within(problem):
         assert_within(got, want, bound, name=name)
 
 
-# Fixed problems are held to the bound itself. The worst of 24,000 drawn ones was at 1.02 times it.
+# Fixed problems are held to the bound itself. Of 24,000 drawn ones the worst was at 1.02 times it; of 2,400 with caps,
+# sinks, norms and rotary positions at 1.04 times, one in which 65 queries are equal.
 
 
 @settings(max_examples=100)
-@given(attention_problems())
+@given(attention_problems(**MODERN))
 def test_any_attention_in_float32_is_within(problem):
     for name, (got, want, bound) in attention_results(problem).items():
         assert_within(got, want, bound, factor=2, name=name)
 
 
 @settings(max_examples=100)
-@given(mha_problems())
+@given(mha_problems(**MODERN, **MODERN_MHA))
 def test_any_mha_in_float32_is_within(problem):
     for name, (got, want, bound) in mha_results(problem).items():
         assert_within(got, want, bound, factor=2, name=name)
@@ -238,12 +272,60 @@ def test_linear_is_within(dtype, bias):
             assert worst_ratio(got, want, bound) > 0.03
 
 
+@pytest.mark.parametrize("norm", [norms.Rms(), norms.L2(), norms.Layer(), norms.Rms(0.0, offset=1.0)], ids=str)
+@pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (1e-20, 0.0), (1.0, 300.0)])
+def test_a_norm_is_within(norm, size, offset):
+    """Of rows far from 0, `layer_norm` is exact in what they differ by, and the others in what they share."""
+    rng = np.random.default_rng(3)
+    x, w, b, dy = (rng.standard_normal(s, dtype="f4") for s in [(2, 33, 3, 64), 64, 64, (2, 33, 3, 64)])
+    x = np.float32(size) * x + np.float32(offset)
+    params = {leaf: {"w": w, "b": b}[leaf] for leaf in norm.leaves}
+    fl, p = Arithmetic.of("float32"), tree.map(exact, params)
+    y, cache = ready(fl, exact(x), p, norm, None)
+    dx, dparams = ready_vjp(fl, cache, p, norm, None, exact(dy))
+
+    def run(x, params, dy):
+        y, cache = norm.apply(x, params)
+        dx, dparams = norm.apply_vjp(cache, dy)
+        return {"y": y, "dx": dx} | dparams
+
+    bounds = {"y": y, "dx": dx} | dparams
+    got, want = run(x, params, dy), run(wide(x), wide(params), wide(dy))
+    for name, bound in bounds.items():
+        np.testing.assert_allclose(bound.value, want[name], rtol=1e-9, atol=1e-12 * np.abs(want[name]).max())
+        assert_within(got[name], want[name], bound.error, name=name)
+    if size == 1.0:
+        assert worst_ratio(got["y"], want["y"], y.error) > 0.1
+        assert worst_ratio(got["dx"], want["dx"], dx.error) > (0.1 if offset == 0 else 0.001)
+
+
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_turning_is_within(pairs):
+    rng = np.random.default_rng(3)
+    x, dy = rng.standard_normal((2, 2, 33, 3, 64), dtype="f4")
+    table = rotary.rotary(np.arange(33), rotary.frequencies(48), pairs=pairs)
+    fl = Arithmetic.of("float32")
+
+    def run(x, dy):
+        y, cache = rotary.rotate(np.moveaxis(x, -2, -3), rotary=table)
+        return tuple(np.moveaxis(a, -3, -2) for a in (y, *rotary.rotate_vjp(cache, np.moveaxis(dy, -2, -3))))
+
+    bounds = turn(fl, exact(x), table, 1), turn(fl, exact(dy), table, -1)
+    for got, want, bound in zip(run(x, dy), run(wide(x), wide(dy)), bounds, strict=True):
+        np.testing.assert_allclose(bound.value, want, rtol=1e-12, atol=1e-12)
+        assert_within(got, want, bound.error)
+        assert worst_ratio(got, want, bound.error) > 0.2
+        assert not bound.error[..., 48:].any()
+
+
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 def test_half_types_are_within_a_unit_in_the_last_place(dtype):
     # bfloat16 has no exponent bits to spare over float32's, float16 has: 1e-6 is subnormal there
     for gain in (1.0, 1e-6):
         found = attention_results(AttentionProblem(T=17, S=65, mask="dense", bias="S", rate=0.3, gain=gain), dtype)
         found |= mha_results(MhaProblem(T=17, S=65, mask="dense", bias_kv=True), dtype)
+        newer = {"norm": "rms", "turned": "half of some", "sink": True, "cap": 5.0}
+        found |= {f"newer {name}": r for name, r in mha_results(MhaProblem(T=17, S=65, **newer), dtype).items()}
         for name, (got, want, bound) in found.items():
             assert_within(got, want, bound, name=name)
             if name in ("o", "y", "dv", "dvalue"):  # rounding to nearest: half a unit
@@ -299,8 +381,8 @@ def test_torch_attention_in_float32_is_within(seed):
 # ------------------------------------------------------------------------------------------- the float64 reference (T0)
 
 
-def mp_attention(q, k, v, bias, do, dweights, dlse, allowed, keep, rate, scale):
-    """One head with mpmath: o, p, lse, dq, dk, dv, dz, from the formulas with all sums written out."""
+def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, scale, cap):
+    """One head with mpmath: o, p, lse, dq, dk, dv, dz, dsink, from the formulas with all sums written out."""
     (T, D), (S, E) = q.shape, v.shape
     q, k, v, bias, do, dweights, dlse = (
         [[mp.mpf(float(a)) for a in row] for row in np.atleast_2d(x)] for x in (q, k, v, bias, do, dweights, dlse)
@@ -309,46 +391,58 @@ def mp_attention(q, k, v, bias, do, dweights, dlse, allowed, keep, rate, scale):
     o, p, lse, dq, dk, dv, dz = (
         np.full(s, mp.mpf(0), object) for s in [(T, E), (T, S), (T,), (T, D), (S, D), (S, E), (T, S)]
     )
+    e_sink, dsink = (mp.mpf(0) if sink is None else mp.exp(mp.mpf(float(sink)))), mp.mpf(0)
     for i in range(T):
         keys = [j for j in range(S) if allowed[i, j]]
-        e = {j: mp.exp(scale * mp.fdot(q[i], k[j]) + bias[i][j]) for j in keys}
-        lse[i] = mp.log(mp.fsum(e.values())) if keys else mp.mpf("-inf")
+        u = {j: scale * mp.fdot(q[i], k[j]) for j in keys}
+        t = {j: mp.tanh(u[j] / cap) if cap else mp.mpf(0) for j in keys}
+        e = {j: mp.exp((cap * t[j] if cap else u[j]) + bias[i][j]) for j in keys}
+        total = mp.fsum(e.values()) + e_sink
+        lse[i] = mp.log(total) if total else mp.mpf("-inf")
         for j in keys:
-            p[i, j] = e[j] / mp.fsum(e.values())
+            p[i, j] = e[j] / total
         o[i] = [mp.fsum(p[i, j] * a[i][j] * v[j][m] for j in keys) for m in range(E)]
         dp = {j: mp.fdot(do[i], v[j]) * a[i][j] + dweights[i][j] for j in keys}
         delta = mp.fsum(p[i, j] * dp[j] for j in keys)
+        dsink += e_sink / total * (dlse[0][i] - delta) if total else 0
         for j in keys:
             dz[i, j] = p[i, j] * (dp[j] - delta + dlse[0][i])
+            du = dz[i, j] * (1 - t[j] ** 2)
             dv[j] += p[i, j] * a[i][j] * np.array(do[i])
-            dk[j] += dz[i, j] * scale * np.array(q[i])
-            dq[i] += dz[i, j] * scale * np.array(k[j])
-    return o, p, lse, dq, dk, dv, dz
+            dk[j] += du * scale * np.array(q[i])
+            dq[i] += du * scale * np.array(k[j])
+    return o, p, lse, dq, dk, dv, dz, np.array(dsink)
 
 
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_the_float64_reference_equals_mpmath(gain, rate):
-    problem = AttentionProblem(batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain)
+@pytest.mark.parametrize("cap", [None, 3.0], ids=["", "with a cap and a sink"])
+def test_the_float64_reference_equals_mpmath(gain, rate, cap):
+    problem = AttentionProblem(
+        batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain, sink=cap is not None
+    )
     (q, k, v, bias, do), static, cotangents = arguments(problem, "float64")
     allowed = np.random.default_rng(1).random((5, 7)) < 0.7
     allowed[2], allowed[3] = False, np.arange(7) == 4
     keep = np.ones((2, 5, 7), bool) if rate == 0 else static["keep"]
-    static |= {"mask": allowed, "scale": 0.75, "keep": keep, "rate": 0.25 if rate else 0.0}
+    static |= {"mask": allowed, "scale": 0.75, "cap": cap, "keep": keep, "rate": 0.25 if rate else 0.0}
 
     got = run_attention((q, k, v, bias, do), static, cotangents)
     dweights, dlse = cotangents.values()
+    sink = (None, None) if static["sink"] is None else static["sink"]
+    options = static["rate"], 0.75, cap
     with mp.workdps(50):
         heads = [
-            mp_attention(q[h], k[0], v[0], bias, do[h], dweights[h], dlse[h], allowed, keep[h], static["rate"], 0.75)
+            mp_attention(q[h], k[0], v[0], bias, sink[h], do[h], dweights[h], dlse[h], allowed, keep[h], *options)
             for h in range(2)
         ]
-        o, p, lse, dq, dk, dv, dz = (np.stack(x) for x in zip(*heads, strict=True))
-        want = (o, p, lse, dq, dk.sum(0, keepdims=True), dv.sum(0, keepdims=True), dz.sum(0))
+        o, p, lse, dq, dk, dv, dz, dsink = (np.stack(x) for x in zip(*heads, strict=True))
+        want = (o, p, lse, dq, dk.sum(0, keepdims=True), dv.sum(0, keepdims=True), dz.sum(0), dsink)
         want = AttentionBounds(*(x.astype(np.float64) for x in want))
     bounds = attention_bounds(q, k, v, bias, do, **static, **cotangents, dtype="float64")
     for name, bound in bounds._asdict().items():
-        assert_within(getattr(got, name), getattr(want, name), bound, name=name)
+        if bound is not None:
+            assert_within(getattr(got, name), getattr(want, name), bound, name=name)
 
 
 # -------------------------------------------------------------------------------------- what is nearly right is outside
@@ -371,6 +465,17 @@ FAULTS = {  # what is wrong: a line of ops.py, the wrong line
     "scores in half precision": ("p, lse, _ = _softmax(z, mask",
                                  "p, lse, _ = _softmax(z.astype('float16').astype(z.dtype), mask"),
     "weights in half precision": ("    o = _dropout(p,", "    o = _dropout(p.astype('float16').astype(p.dtype),"),
+    "a scale of the first head": ("scale, cap = namespace(q), _per_head(scale, q),",
+                                  "scale, cap = namespace(q), _per_head(scale, q)[:1] * (1 + 0 * q[:1, 0, :1, :1]),"),
+    "no cap": ("c, slope = _soft_cap(u, cap)", "c, slope = u, _soft_cap(u, cap)[1]"),
+    "no slope of the cap": ("du = dz if slope is None else dz * slope", "du = dz"),
+    "a slope of 1 - tanh": ("return cap * t, 1 - t * t", "return cap * t, 1 - t"),
+    "no sink": ("p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])",
+                "p, lse, _ = _softmax(z, mask)"),
+    "a sink's gradient off by 1e-3": ("unbroadcast(xp.sum(drows, axis=-1), sink.shape)",
+                                      "1.001 * unbroadcast(xp.sum(drows, axis=-1), sink.shape)"),
+    "no dlse in the sink's gradient": ("p_sink * (r - m)[..., 0]", "p_sink * (r - m - dlse[..., None])[..., 0]"),
+    "the sink is left out of Σ p dp": ("r = r if p_sink is None else r + m * p_sink[..., None]", "r = r + 0"),
     "groups tiled": ("q.shape[-3] // x.shape[-3], axis=-3)", "q.shape[-3] // x.shape[-3], axis=-3)[..., ::-1, :, :]"),
 }  # fmt: skip
 
@@ -388,13 +493,22 @@ def with_fault(fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_outside(fault):
     # in float64, so that all of the difference is the fault's: a hundred times what float32 may differ by
-    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="dense", bias="... H T S", rate=0.3)
+    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="dense", bias="... H T S", rate=0.3, sink=True, cap=5.0)
     inputs, static, cotangents = arguments(problem)
+    static["scale"] = [0.1, 0.11, 0.12, 0.13, 0.14, 0.15]
     bounds = attention_bounds(*inputs, **static, **cotangents, dtype="float32")
     inputs, cotangents = tuple(wide(a) for a in inputs), wide(cotangents)
     want = run_attention(inputs, static, cotangents)
     got = run_attention(inputs, static, cotangents, ops=with_fault(fault))
     assert max(map(worst_ratio, got, want, bounds)) > 5
+
+
+@pytest.mark.parametrize("name", ["dsink", "dq", "dk", "dv"])
+def test_a_gradient_that_is_off_by_a_thousandth_is_outside(name):
+    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="causal", sink=True, cap=5.0, bias="T+S-1")
+    _, want, bound = attention_results(problem)[name]
+    assert worst_ratio(want, want, bound) == 0
+    assert worst_ratio(1.001 * want, want, bound) > 5
 
 
 def test_the_bounds_are_not_far_off():
@@ -404,6 +518,16 @@ def test_the_bounds_are_not_far_off():
     found = mha_results(MhaProblem(T=17, S=17, D=11, E=13, Cq=17, O=29, bias="... H T S"))
     ratios = {name: worst_ratio(*r) for name, r in found.items()}
     assert min(ratios.values()) > 0.005, ratios
+
+
+def test_the_bounds_of_newer_layers_are_not_far_off():
+    found = attention_results(AttentionProblem(T=65, S=65, D=64, E=64, bias="H T+S-1", sink=True, cap=5.0))
+    ratios = {name: worst_ratio(*r) for name, r in found.items()}
+    assert min(ratios.values()) > 0.02, ratios  # of dsink there are six entries, each a sum of many errors
+    for norm in ("rms", "l2", "layer"):  # the biases of keys move whole rows, and nothing but the cap feels it
+        found = mha_results(MhaProblem(T=17, S=17, D=11, E=13, norm=norm, turned="half of all", sink=True, cap=5.0))
+        ratios = {name: worst_ratio(*r) for name, r in found.items()}
+        assert min(ratios.values()) > 0.003, ratios
 
 
 def test_a_saturated_row_is_exact():
@@ -448,12 +572,16 @@ def test_a_bias_of_minus_infinity_is_a_mask():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_arguments_may_come_from_any_library_in_any_dtype(dtype):
-    inputs, static, cotangents = arguments(MhaProblem(bias="T S", mask="dense"), dtype)
+    problem = MhaProblem(
+        bias="T S", mask="dense", sink=True, norm="layer", turned="half of all", cap=5.0, per_head=True
+    )
+    inputs, static, cotangents = arguments(problem, dtype)
     want = mha_bounds(*inputs, **static, **cotangents, dtype="float32")
     params, *rest = inputs
     tensors = [tree.map(torch.tensor, params), *(torch.tensor(a) for a in rest)]
     cotangents = {name: torch.tensor(a) for name, a in cotangents.items()}
     static["mask"] = torch.tensor(static["mask"])
+    static["rotary"] = tuple(type(table)(*map(torch.tensor, table)) for table in static["rotary"])
     got = mha_bounds(*tensors, **static, **cotangents, dtype=torch.float32)
     for name, leaf in tree.flatten(got._asdict()).items():
         assert isinstance(leaf, np.ndarray)

@@ -8,7 +8,7 @@ import numpy as np
 from funcmha import tree
 from funcmha._xp import Array
 
-from .tolerance import TINY
+from .rounding import TINY
 
 STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be as small as it likes
 

@@ -66,7 +66,7 @@ def attention(
         raise TypeError(f"q must be a real NumPy array for the tiled engine, got {type(q).__name__} of {q.dtype}")
 
     dtype = q.dtype
-    q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(widen, bias), widen(sink)
+    q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(_in_range, on_bias(widen, bias)), widen(sink)
     seen = None if mask is None else mask.seen(q.shape[-2], k.shape[-2])
     k, v = blank(k, seen), blank(v, seen)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -101,6 +101,14 @@ def attention_vjp(
     dq, dk, dv = (narrow(dx, do.dtype) for dx in (dq, dk, dv))
     total = None if dbias is None else on_bias(lambda dx: narrow(dx, do.dtype), dbias.total())
     return dq, dk, dv, total, None if sink is None else narrow(_total_sink(dsink, sink), do.dtype)
+
+
+def _in_range(bias: Array) -> Array:
+    """The bias, where a finite number stays finite times log₂e: the least of its dtype, which many write for −∞"""
+    least = 0.69 * np.finfo(bias.dtype).min
+    if bias.min(initial=0.0) >= least:
+        return bias
+    return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
 
 
 def _total_sink(dsink: Array, sink: Array) -> Array:

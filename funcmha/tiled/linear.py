@@ -1,6 +1,6 @@
 """`funcmha.ops.linear` and its vjp, in blocks of rows shared out among the threads."""
 
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,12 @@ from funcmha._xp import Array, narrow, widen
 from funcmha.ops import LinearCache
 
 from . import threads
+from .products import TERMS, product
 
 ROWS = 256  # of x in one task: a fixed number, so that the result does not depend on how many threads there are
 # Rows and columns of dw in one task, if there are more columns than rows, and else of its transpose: a product with
 # many columns is faster than one with many rows.
 BLOCK = 192, 384
-# Terms of a sum over rows before it is added to the others: shorter sums lose fewer digits, longer ones are faster.
-TERMS = 256
 
 
 def linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tuple[Array, LinearCache]:
@@ -31,7 +30,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tup
     y = np.empty((len(rows), len(w)), rows.dtype) if onto is None else _rows(onto)
 
     def work(i: int) -> None:
-        block = _product(rows[i : i + ROWS], wt, y[i : i + ROWS], onto is not None)
+        block = product(rows[i : i + ROWS], wt, out=y[i : i + ROWS], add=onto is not None)
         if b is not None:
             block += cache.b
 
@@ -50,10 +49,8 @@ def linear_vjp(
     """
     x, w, b = cache
     given = dy if isinstance(dy, tuple) else (dy,)
-    width = w.shape[0] if len(given) == 1 else sum(part.shape[-1] for part in given)
-    assert width == w.shape[0]  # several come from within
-    for part in given:
-        _check.cotangent("dy", part, (*x.shape[:-1], width if part is dy else part.shape[-1]), x, "... O")
+    if not isinstance(dy, tuple):  # several come from within
+        _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
     rows, parts = _rows(x), [_rows(widen(part)) for part in given]
     dx = np.empty(rows.shape, x.dtype) if onto is None else _rows(onto)
     dw, db = np.zeros_like(w), np.zeros(len(w), w.dtype)
@@ -61,20 +58,19 @@ def linear_vjp(
     out = dw if wide else dw.T  # leftᵀ right
 
     def of_x(i: int, _: int) -> None:
-        _product(_beside(parts, i, ROWS), w, dx[i : i + ROWS], onto is not None)
+        product(_beside(parts, i, ROWS), w, out=dx[i : i + ROWS], add=onto is not None)
 
     def of_w(i: int, j: int) -> None:
         at = slice(i, i + BLOCK[0]), slice(j, j + BLOCK[1])
         for k in range(0, len(rows), TERMS):
             g, block = _beside(parts, k, TERMS), rows[k : k + TERMS]
             left, right = (g, block) if wide else (block, g)
-            sums = threads.scratch("dw", out[at].shape, out.dtype)
-            out[at] += np.matmul(left[:, at[0]].T, right[:, at[1]], out=sums)
+            product(left[:, at[0]].T, right[:, at[1]], out=out[at], add=True)
 
     def of_b(_: int, __: int) -> None:
-        for k in range(0, len(rows), TERMS):
-            g = _beside(parts, k, TERMS)
-            db[:] += np.ones(len(g), g.dtype) @ g
+        n = max(isqrt(len(rows)), 1)
+        sums = [_sum(_beside(parts, k, n)) for k in range(0, len(rows), n)]
+        db[:] = _sum(np.stack(sums)) if sums else 0.0
 
     tasks: list[Any] = [(of_w, i, j) for i in range(0, len(out), BLOCK[0]) for j in range(0, len(out.T), BLOCK[1])]
     tasks += [(of_x, i, 0) for i in range(0, len(rows), ROWS)] + [(of_b, 0, 0)] * (b is not None)
@@ -90,11 +86,9 @@ def _beside(parts: list[Array], start: int, n: int) -> Array:
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
 
-def _product(a: Array, b: Array, out: Array, add: bool) -> Array:
-    """out = a b, or out += a b"""
-    if not add:
-        return np.matmul(a, b, out=out)
-    return np.add(out, np.matmul(a, b, out=threads.scratch("onto", out.shape, out.dtype)), out=out)
+def _sum(x: Array) -> Array:
+    """Σ of the rows of x (N, I)   →   (I)"""
+    return np.ones(len(x), x.dtype) @ x
 
 
 def _rows(x: Array) -> Array:

@@ -19,6 +19,7 @@ from funcmha.biases import toeplitz
 from funcmha.dropout import Seeded
 from funcmha.masks import Mask, Range
 
+from .products import product
 from .threads import scratch
 
 LOG2E, LN2 = log2(e), log(2)
@@ -175,7 +176,7 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
-        acc[i] += np.matmul(head.drop(e, tile), head.v[slice(*tile.cols)], out=scratch("o", (len(e), E), q.dtype))
+        product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True)
     if head.sink is not None:
         total += of_sink(head, shift)
     return total, acc
@@ -240,9 +241,8 @@ def backward(
         dp += dweights * x.inverse
     dz = np.multiply(e, dp, out=dp)
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
-    dq += np.multiply(
-        np.matmul(du, head.k[slice(*tile.cols)], out=(t := scratch("r", (n, D), dtype))), head.scale, out=t
-    )
+    t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype))
+    dq += np.multiply(t, head.scale, out=t)
     scale_by_unit = LN2 if head.cap is None else head.cap
     dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), scale_by_unit, out=t)
     return dz

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._xp import Array
-from funcmha.interop.torch import _array
+from funcmha.interop.torch.module import to_array
 from funcmha.masks import Mask, padding, window
 from funcmha.norms import Rms
 from funcmha.params import Params
@@ -95,7 +95,7 @@ def _leaves(c: dict[str, Any]) -> tuple[str, ...]:
 
 def _kept(attention_mask: Any) -> np.ndarray:
     """True where there is text."""
-    keep = np.asarray(_array("attention_mask", attention_mask))
+    keep = np.asarray(to_array("attention_mask", attention_mask))
     if keep.dtype.kind not in "biu" or keep.ndim == 0:
         raise TypeError(
             f"attention_mask must be (N, S) of integers or booleans, 1 for text, got {keep.dtype} of shape {keep.shape}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from funcmha import _check, tree
 from funcmha._xp import Array, namespace
-from funcmha.interop.torch import _array
+from funcmha.interop.torch.module import to_array
 from funcmha.params import SPEC, Params
 
 from . import families
@@ -54,7 +54,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: Any, n: int, *, prefi
     want = {form.prefix + name: axes for name, axes in _tensors(form).items()}
     own = [name for name in state_dict if name.startswith(form.prefix)]
     _check.keys("state_dict", [name for name in own if name.removeprefix(form.prefix) not in BUFFERS], want, want)
-    tensors = {name: _array(name, state_dict[name]) for name in want}
+    tensors = {name: to_array(name, state_dict[name]) for name in want}
     _check.one_dtype(tensors.items())
     for name, axes in want.items():
         _check_shape(name, tensors[name], axes, form)

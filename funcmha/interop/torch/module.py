@@ -62,7 +62,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for what is no array, lies on a GPU, or has another dtype than the rest.
     """
-    arrays = {name: _array(name, x) for name, x in state_dict.items()}
+    arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]
     D = C // H
@@ -140,7 +140,7 @@ def _follows(b: Array, a: Array) -> bool:
     )
 
 
-def _array(name: str, x: Any) -> Array:
+def to_array(name: str, x: Any) -> Array:
     """A tensor as the NumPy array of the same memory, and an array as it is."""
     if not is_array(x):
         raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")
@@ -150,19 +150,18 @@ def _array(name: str, x: Any) -> Array:
     if x.device.type != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {x.device}: use .cpu()")
     x = x.detach()
-    return _bfloat16(name, x) if dtype_name(x) == "bfloat16" else x.numpy()
+    return x.view(torch.int16).numpy().view(bfloat16(name)) if dtype_name(x) == "bfloat16" else x.numpy()
 
 
-def _bfloat16(name: str, x: Any) -> np.ndarray:
-    import torch
-
+def bfloat16(name: str) -> np.dtype[Any]:
+    """The dtype of NumPy's that `name` wants."""
     try:
         import ml_dtypes
     except ImportError:
         raise TypeError(
             f"{name} is bfloat16, which NumPy knows through ml_dtypes only: install it, or use .float()"
         ) from None
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
 
 
 def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
@@ -172,7 +171,7 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
     names = [*weights, *OUT, *biases, *bias_kv]
     _check.keys("state_dict", arrays, names, names)
     _check.one_dtype(arrays.items())
-    _check_heads(num_heads)
+    check_heads(num_heads)
 
     C = arrays["out_proj.weight"].shape[-1] if arrays["out_proj.weight"].ndim else 0
     size = {"1": 1, "C": C, "3C": 3 * C}
@@ -186,7 +185,8 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
         raise ValueError(f"out_proj.weight must be (C, C) with C a multiple of num_heads={num_heads}, got C={C}")
 
 
-def _check_heads(num_heads: Any) -> None:
+def check_heads(num_heads: Any) -> None:
+    """Raise ValueError unless it is a number of heads."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, Integral) or num_heads < 1:
         raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
 
@@ -230,36 +230,40 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
     padding = None if key_padding_mask is None else _mask_array("key_padding_mask", key_padding_mask)
     _check_masks(attn, padding, num_heads)
 
-    spread = [x for x in (_per_head(attn, num_heads), _per_query(padding)) if x is not None]
+    return joined(attn, padding, num_heads)
+
+
+def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
+    """`masks` of what has been checked, in the library of the arrays"""
+    spread = [x for x in (per_head(attn, H), per_query(padding)) if x is not None]
     allowed = [~x for x in spread if dtype_name(x) == "bool"]
     added = [x for x in spread if dtype_name(x) != "bool"]
-    return (
-        allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None),
-        added[0] + added[1] if len(added) == 2 else next(iter(added), None),
-    )
+    with np.errstate(over="ignore"):  # twice the least number is −∞, as it is meant
+        bias = added[0] + added[1] if len(added) == 2 else next(iter(added), None)
+    return allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None), bias
 
 
-def _per_head(attn: Array, H: int) -> Array:
+def per_head(attn: Array, H: int) -> Array:
     """(N·H, L, S)  →  (N, H, L, S), or (H, L, S) if N = 1"""
     if attn is None or attn.ndim == 2 or attn.shape[0] == H:
         return attn
     return namespace(attn).reshape(attn, (attn.shape[0] // H, H, *attn.shape[1:]))
 
 
-def _per_query(padding: Array) -> Array:
+def per_query(padding: Array) -> Array:
     """(N, S)  →  (N, 1, 1, S)"""
     return padding if padding is None or padding.ndim == 1 else padding[:, None, None, :]
 
 
 def _mask_array(name: str, x: Any) -> Array:
-    x = _array(name, x)
+    x = to_array(name, x)
     if dtype_name(x) != "bool" and "float" not in dtype_name(x):
         raise TypeError(f"{name} must be boolean, True = forbidden, or floating, added to the scores, got {x.dtype}")
     return x
 
 
 def _check_masks(attn: Array, padding: Array, num_heads: int) -> None:
-    _check_heads(num_heads)
+    check_heads(num_heads)
     if attn is not None and (attn.ndim not in (2, 3) or (attn.ndim == 3 and attn.shape[0] % num_heads)):
         raise ValueError(f"attn_mask must be (L, S) or (N·H, L, S) with H={num_heads}, got {tuple(attn.shape)}")
     if padding is None:

@@ -1,0 +1,296 @@
+"""cuDNN's graph node `sdpa` and its `sdpa_backward`, as functions of arrays in cuDNN's words.
+
+    o, cache = sdpa(q, k, v, attn_scale=D_qk**-0.5, diagonal_band_right_bound=0)       # causal
+    dq, dk, dv, dbias, dsink_token = sdpa_vjp(cache, do)
+    stats(cache)                                                     # (B, H_q, S_q, 1), the node's second output
+
+What differs from funcmha:
+
+  * `attn_scale=None` is no scaling, a scale of 1, and not D_qk ** -0.5.
+  * H_k may differ from H_v. Both divide H_q, and query head h reads key head h // (H_q // H_k).
+  * The left bound is exclusive: query i sees keys from i − left + 1 on, so 1 is the query's own key and none before
+    it. The right bound is inclusive. With "bottom_right" the diagonal ends in the last query and key: of each sequence,
+    where there are lengths.
+  * Queries, keys and values beyond `seq_len_q` and `seq_len_kv` count as 0, and so does `do`: even a NaN there has no
+    effect. Such a query has o = 0 and stats −∞ (or its sink), as any query that sees no key, and gradient 0.
+  * ALiBi is + slope · (j − i) and not − slope · |j − i|: the same under a top-left causal mask, the only one with which
+    cuDNN has it. Its slopes are `biases.alibi_slopes`.
+  * A sink is (1, H_q, 1, 1), and float32 beside 16-bit inputs. Stats count it in.
+  * Packed tensors, which have a ragged offset, go through `from_ragged` and `to_ragged` of `interop.cudnn_ragged`.
+
+The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has in a `score_mod`, and no
+block masks and paged keys, of which it has no gradient. What cuDNN refuses for want of a kernel is done: any width and
+dtype, and left bounds and the bottom-right diagonal beside bias, ALiBi, dropout, and more queries than keys. What it
+refuses as a contradiction is refused.
+
+Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
+0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
+`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca; not run beside cuDNN, which needs a GPU.
+
+Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
+width.
+"""
+
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import _check, masks
+from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha.biases import Relative, alibi_slopes, dense, distances
+from funcmha.engines import attention, attention_vjp
+from funcmha.masks import Mask
+from funcmha.ops import attention_weights, log_sum_exp
+
+LOG2E = float(np.log2(np.e))
+ALIGNMENTS = ("top_left", "bottom_right")
+
+
+# ── sdpa ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SdpaCache(NamedTuple):
+    attention: Any  # what `engines.attention` leaves, of (B, H_q, S_q, D_qk), with ALiBi in the bias
+    k: Array  # (B, H_k, S_kv, D_qk)
+    v: Array  # (B, H_v, S_kv, D_v)
+    bias: Array  # broadcasts to (B, H_q, S_q, S_kv), or None
+    sink_token: Array  # (1, H_q, 1, 1), or None
+    rows: Array  # (B, 1, S_q, 1), True = a query of its sequence, or None
+
+
+def sdpa(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array = None,
+    sink_token: Array = None,
+    /,
+    *,
+    attn_scale: float | None = None,
+    use_alibi_mask: bool = False,
+    use_padding_mask: bool = False,
+    seq_len_q: np.ndarray | None = None,
+    seq_len_kv: np.ndarray | None = None,
+    diagonal_alignment: Any = "top_left",
+    diagonal_band_left_bound: int | None = None,
+    diagonal_band_right_bound: int | None = None,
+    dropout: tuple[Array, float] | None = None,
+) -> tuple[Array, SdpaCache]:
+    """o = dropout(softmax(attn_scale · q kᵀ + bias + slope · (j − i), sink_token)) v
+    q (B, H_q, S_q, D_qk)   k (B, H_k, S_kv, D_qk)   v (B, H_v, S_kv, D_v)   →   o (B, H_q, S_q, D_v)
+
+    bias        added to the scaled scores, differentiable, four axes that broadcast to (B, H_q, S_q, S_kv)
+    sink_token  (1, H_q, 1, 1), a logit for each head in the softmax's denominator only, differentiable
+    use_alibi_mask      asks for a right bound of 0
+    use_padding_mask    needs the lengths, NumPy arrays (B,) or (B, 1, 1, 1) of integers
+    diagonal_alignment  "top_left" or "bottom_right", or the member of `cudnn.diagonal_alignment`
+    diagonal_band_left_bound    forbids j ≤ i + offset − left, where None is no bound
+    diagonal_band_right_bound   forbids j > i + offset + right, where None is no bound
+    dropout     (mask, scale): booleans, or numbers 0 and 1, that broadcast as bias does, and 1 / (1 − p), by which the
+                weights are multiplied that are kept
+
+    The deprecated use_causal_mask is a right bound of 0, and sliding_window_length a left bound. Raises TypeError and
+    ValueError before any arithmetic.
+    """
+    axes = _check_inputs(q, k, v, bias, sink_token)
+    scale = 1.0 if attn_scale is None else _check.number("attn_scale", attn_scale)
+    lengths = _check_lengths(axes, use_padding_mask, seq_len_q, seq_len_kv)
+    band = _band(axes, lengths, diagonal_alignment, diagonal_band_left_bound, diagonal_band_right_bound)
+    if use_alibi_mask and diagonal_band_right_bound != 0:
+        raise ValueError(f"diagonal_band_right_bound must be 0 with use_alibi_mask, got {diagonal_band_right_bound!r}")
+    keep, rate = _check_dropout(axes, dropout)
+
+    dtype = q.dtype
+    mask, rows = _padding(axes, lengths, band, q)
+    q, kh, vh = _where(rows, widen(q)), *_same_heads(widen(k), widen(v))
+    added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
+    sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
+    o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, keep=keep, rate=rate)
+    return narrow(o, dtype), SdpaCache(inner, k, v, bias, sink_token, rows)
+
+
+def sdpa_vjp(
+    cache: SdpaCache, do: Array, /, *, dstats: Array = None
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """dq, dk, dv, dbias, dsink_token: `sdpa` from the bottom up
+    from the cotangents of o and, where given, of `stats(cache)` (B, H_q, S_q, 1), which cuDNN takes none of
+    """
+    inner, k, v, bias, sink_token, rows = cache
+    shape = (*inner.q.shape[:-1], v.shape[-1])
+    _check.cotangent("do", do, shape, inner.q, "B H_q S_q D_v")
+    _check.cotangent("dstats", dstats, (*shape[:-1], 1), inner.q, "B H_q S_q 1", optional=True)
+    dlse = None if dstats is None else widen(dstats)[..., 0]
+    dq, dk, dv, dadded, dsink = attention_vjp(inner, _where(rows, widen(do)), dlse=dlse)
+    dsink_token = None if sink_token is None else narrow(dsink[None, :, None, None], sink_token.dtype)
+    dbias = None if bias is None else unbroadcast(dadded, bias.shape)
+    dk, dv = _sum_heads(dk, k), _sum_heads(dv, v)
+    dq, dk, dv, dbias = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dbias))
+    return dq, dk, dv, dbias, dsink_token
+
+
+def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
+    """log (Σ exp(score) + exp(sink))   (B, H_q, S_q, 1), natural; with `log2` times log₂ e, as `stats_use_log2` has it
+
+    −∞ for a query that sees no key, or the sink. In float32 for 16-bit inputs. `sdpa_backward` takes the natural ones.
+    """
+    lse = log_sum_exp(cache)[..., None]
+    return LOG2E * lse if log2 else lse
+
+
+@attention_weights.register
+def _(cache: SdpaCache, /) -> Array:
+    return attention_weights(cache.attention)
+
+
+@log_sum_exp.register
+def _(cache: SdpaCache, /) -> Array:
+    return log_sum_exp(cache.attention)
+
+
+def _where(rows: Array, x: Array) -> Array:
+    """x, and 0 in the rows of no sequence, so that 0 · NaN cannot arise there"""
+    return x if rows is None else namespace(x).where(rows, x, 0.0)
+
+
+def _same_heads(k: Array, v: Array) -> tuple[Array, Array]:
+    """k and v with as many heads as both can be read with, each repeated: the least common multiple"""
+    K = lcm(k.shape[1], v.shape[1])
+    return _repeat_heads(k, K), _repeat_heads(v, K)
+
+
+def _repeat_heads(x: Array, K: int) -> Array:
+    return x if x.shape[1] == K else namespace(x).repeat(x, K // x.shape[1], axis=1)
+
+
+def _sum_heads(g: Array, x: Array) -> Array:
+    """The adjoint of `_same_heads`: g (B, K, S_kv, ·)   →   as x (B, h, S_kv, ·)"""
+    B, h, S, width = x.shape
+    if g.shape[1] == h:
+        return g
+    xp = namespace(g)
+    return xp.sum(xp.reshape(g, (B, h, g.shape[1] // h, S, width)), axis=2)
+
+
+def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative:
+    """bias + slope · (j − i): in linear memory, if there is no bias"""
+    T, S = axes["S_q"], axes["S_kv"]
+    values = alibi_slopes(axes["H_q"])[:, None] * distances(T, S)
+    relative = Relative(narrow(from_host(values, like), like.dtype))
+    return relative if bias is None else bias + dense(relative, T, S)
+
+
+def _band(axes: _check.Axes, lengths: Any, alignment: Any, left: int | None, right: int | None) -> Mask | None:
+    """i + offset − left < j ≤ i + offset + right, with the offset of each sequence where there are lengths"""
+    name = str(getattr(alignment, "name", alignment)).lower()
+    if name not in ALIGNMENTS:
+        raise ValueError(f"diagonal_alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
+    left, right = _check_bound("diagonal_band_left_bound", left), _check_bound("diagonal_band_right_bound", right)
+    if right is not None and right < 0:
+        raise ValueError(f"diagonal_band_right_bound must be at least 0, or None for no bound, got {right}")
+    if left is not None and right is not None and left + right < 1:
+        raise ValueError(f"diagonal_band_left_bound must be above {-right}, else no query sees a key, got {left}")
+    ends = (axes["S_q"], axes["S_kv"]) if lengths is None else lengths
+    offset = 0 if name == "top_left" else ends[1] - ends[0]
+    if right is not None:
+        return masks.window(None if left is None else left + right - 1, 0, offset + right)
+    return None if left is None else masks.window(0, None, offset - left + 1)
+
+
+def _padding(axes: _check.Axes, lengths: Any, band: Mask | None, like: Array) -> tuple[Mask | None, Array]:
+    """The band within the lengths, and which queries are of a sequence, (B, 1, S_q, 1), None if all are."""
+    if lengths is None:
+        return band, None
+    n_q, n_kv = lengths
+    rows = np.arange(axes["S_q"])[:, None] < n_q[:, None, None, None]
+    mask = masks.lengths(n_kv) & rows
+    return mask if band is None else mask & band, from_host(rows, like)
+
+
+# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_inputs(q: Array, k: Array, v: Array, bias: Array, sink_token: Array) -> _check.Axes:
+    _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", bias)])
+    axes = _check.Axes()
+    axes("q", q, "B H_q S_q D_qk")
+    axes("k", k, "B H_k S_kv D_qk")
+    axes("v", v, "B H_v S_kv D_v")
+    for name in "k", "v":
+        _check.multiple("q", axes["H_q"], name, axes[f"H_{name}"])
+    if bias is not None:
+        _check_scores(axes, "bias", bias)
+    if sink_token is not None:
+        _check.one_dtype([("sink_token", sink_token)])
+        if sink_token.dtype != q.dtype and not (dtype_name(q) in HALF and dtype_name(sink_token) == "float32"):
+            raise TypeError(
+                f"sink_token must have dtype {q.dtype} as q has, or be float32 beside 16 bits, got {sink_token.dtype}"
+            )
+        if tuple(sink_token.shape) != (1, axes["H_q"], 1, 1):
+            raise ValueError(
+                f"sink_token must be (1, H_q, 1, 1) with H_q={axes['H_q']} as in q, got {tuple(sink_token.shape)}"
+            )
+    return axes
+
+
+def _check_scores(axes: _check.Axes, name: str, x: Array) -> None:
+    """Four axes that broadcast to the scores."""
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have four axes that broadcast to (B, H_q, S_q, S_kv), got {tuple(x.shape)}")
+    axes.broadcast(name, tuple(x.shape), "B H_q S_q S_kv")
+
+
+def _check_lengths(axes: _check.Axes, use: bool, n_q: Any, n_kv: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both lengths as (B,), or None without a padding mask."""
+    given = {"seq_len_q": n_q, "seq_len_kv": n_kv}
+    for name, n in given.items():
+        if bool(use) is (n is None):
+            raise ValueError(f"{name} must be given with use_padding_mask, and only then, got {n!r}")
+    if not use:
+        return None
+    return _check_length(axes, "seq_len_q", n_q, "S_q"), _check_length(axes, "seq_len_kv", n_kv, "S_kv")
+
+
+def _check_length(axes: _check.Axes, name: str, n: Any, letter: str) -> np.ndarray:
+    lengths, B, S = check_integers(name, n), axes["B"], axes[letter]
+    if lengths.shape != (B,):
+        raise ValueError(f"{name} must be (B, 1, 1, 1) or (B,) with B={B} as in q, got {lengths.shape}")
+    if B and not 0 <= lengths.min() <= lengths.max() <= S:
+        raise ValueError(f"{name} must be within 0 … {S}, which is {letter}, got {lengths}")
+    return lengths
+
+
+def check_integers(name: str, n: Any) -> np.ndarray:
+    """A NumPy array (…,) or (…, 1, 1, 1) of integers, as int64 (…,)."""
+    if not isinstance(n, np.ndarray) or n.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(n, 'dtype', type(n).__name__)}")
+    flat: np.ndarray = np.reshape(n, n.shape[:1] if n.shape[1:] == (1, 1, 1) else n.shape).astype(np.int64)
+    return flat
+
+
+def _check_bound(name: str, x: Any) -> int | None:
+    if x is None or (isinstance(x, int | np.integer) and not isinstance(x, bool)):
+        return None if x is None else int(x)
+    raise TypeError(f"{name} must be an int or None, got {x!r} of type {type(x).__name__}")
+
+
+def _check_dropout(axes: _check.Axes, dropout: Any) -> tuple[Array, float]:
+    """The mask as booleans, True = keep, and the rate whose 1 / (1 − rate) is the scale."""
+    if dropout is None:
+        return None, 0.0
+    if not isinstance(dropout, tuple) or len(dropout) != 2:
+        raise TypeError(
+            "dropout must be (mask, scale): (probability, seed, offset) draws from a stream that only cuDNN can draw; "
+            f"take its rng_dump for the mask, and 1 / (1 − probability) for the scale; got {dropout!r}"
+        )
+    mask, scale = dropout
+    if not is_array(mask):
+        raise TypeError(f"dropout[0] must be an array of booleans, or of 0 and 1, got {type(mask).__name__}")
+    _check_scores(axes, "dropout[0]", mask)
+    if dtype_name(mask) != "bool":
+        if not bool(namespace(mask).all((mask == 0) | (mask == 1))):
+            raise ValueError("dropout[0] must be booleans, or numbers 0 (drop) and 1 (keep), got others")
+        mask = mask != 0
+    if (scale := _check.number("dropout[1]", scale)) < 1:
+        raise ValueError(f"dropout[1] must be 1 / (1 − p) and so at least 1, got {scale}")
+    return mask, 1 - 1 / scale

@@ -1,0 +1,66 @@
+"""funcmha's functions on NumPy's engine, inside a JAX program: under `jit`, `grad` and `vmap`.
+
+    attend = as_jax_function(attention, attention_vjp, mask=masks.causal())        # attend(q, k, v, bias, sink)
+    loss = jax.jit(jax.grad(lambda q: attend(q, k, v).sum()))
+    layer = as_jax_function(mha, mha_vjp, mask=masks.causal())                     # layer(params, query, key, value)
+
+What for. The *reference* engine needs no bridge: it is written in the array-API subset, so that
+`jax.custom_vjp(f).defvjp(f, f_vjp)` traces it, compiles it and runs it on JAX's own device, but holds the scores. The
+bridge calls back to the host instead, where the tiled engine does the work in linear memory, with all cores.
+
+JAX copies what goes to the callback, and what comes from it, once each way, also on a CPU (seen with jax 0.10.2);
+funcmha reads JAX's copy and makes none of its own. Forward mode through the bridge, and so a second derivative, is
+refused by JAX. `docs/decisions/0021-jax-bridge.md` says why the backward pass calls `f` again.
+
+JAX is imported by the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def as_jax_function(
+    f: Callable[..., Any], f_vjp: Callable[..., Any], /, *, vmap_method: str = "sequential", **static: Any
+) -> Callable[..., Any]:
+    """y = f(*inputs, **static)[0]     with f_vjp for its gradient     as a function of JAX arrays
+
+    f, f_vjp     a pair of funcmha: its inputs are arrays of JAX, trees of them, or None
+    static       keyword arguments of f, the same for all calls: NumPy arrays, masks, numbers
+    vmap_method  "sequential" calls f for one element after another, and is right for every f. "broadcast_all" calls it
+                 once, with the new axis before all axes of all inputs: for an f that takes that for a batch, as
+                 `attention` does unless it has a sink; not for parameters
+
+    What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
+    """
+    import jax
+
+    def host(*inputs: Any) -> Any:
+        y, _ = f(*_numpy(inputs), **static)
+        return y
+
+    def host_vjp(inputs: Any, dy: Any) -> Any:
+        _, cache = f(*_numpy(inputs), **static)
+        return f_vjp(cache, _numpy(dy))
+
+    def call(*inputs: Any) -> Any:
+        # The shapes of y are those that f gives for tracers, which have no numbers: the reference does that for all.
+        traced = static | {"engine": None} if "engine" in static else static
+        like = jax.eval_shape(lambda *xs: f(*xs, **traced)[0], *inputs)
+        return jax.pure_callback(host, like, *inputs, vmap_method=vmap_method)
+
+    def backward(inputs: Any, dy: Any) -> Any:
+        like = jax.eval_shape(lambda: inputs)
+        return jax.pure_callback(host_vjp, like, inputs, dy, vmap_method=vmap_method)
+
+    function = jax.custom_vjp(call)
+    function.defvjp(lambda *inputs: (call(*inputs), inputs), backward)
+    return function
+
+
+def _numpy(tree: Any) -> Any:
+    """JAX's arrays on the host as NumPy's, which read the same memory."""
+    import jax
+
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,149 @@
+"""`keras.layers.MultiHeadAttention` and `GroupQueryAttention`: their parameters and masks, in funcmha's words and back.
+
+    params = from_layer(layer)                                     # or from_weights({"query/kernel": …, …})
+    mask = masks(attention_mask=attention_mask, use_causal_mask=True)
+    y, cache = mha(params, query, key, value, mask=mask)           # Keras: layer(query, value, key)
+    dparams, *_ = mha_vjp(cache, dy)
+    layer.set_weights(list(to_weights(params).values()))
+
+What differs. **Keras takes the value before the key.** A kernel is (C, H, D), and (H, E, O) that of the output:
+transposes, which NumPy has as views. A gate (`use_gate`) has no place in funcmha, nor has an output of several axes.
+
+Masks are True = attend, but (B, T, S), where funcmha reads three axes as (H, T, S): `masks` puts the axis of heads in.
+`sliding_window` counts the query itself, so that 3 sees two before it *and* two behind, unless causality forbids. A
+query that may see no key has attention_output's bias here. In Keras it has that with `return_attention_scores=True`,
+and the mean of the values on the fused way, which is also float32 whatever the dtype (seen with PyTorch's backend).
+
+Keras is not imported, whichever its backend.
+
+Axes: B batch, T queries, S keys, H = num_heads or num_query_heads, K = num_key_value_heads, D = key_dim, E = value_dim.
+"""
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from funcmha import _check
+from funcmha import masks as structured
+from funcmha._xp import Array, is_array
+from funcmha.masks import Mask, as_mask
+from funcmha.params import Params, sizes
+
+from ._leaves import Leaf, from_leaves, to_leaves
+from .torch.module import to_array
+
+# One key/value head for each query head, with widths of its own.
+MULTI_HEAD = {
+    "q_proj.w": Leaf("query/kernel", "Cq H D", "H D Cq"),
+    "q_proj.b": Leaf("query/bias", "H D", "H D"),
+    "k_proj.w": Leaf("key/kernel", "Ck H D", "H D Ck"),
+    "k_proj.b": Leaf("key/bias", "H D", "H D"),
+    "v_proj.w": Leaf("value/kernel", "Cv H E", "H E Cv"),
+    "v_proj.b": Leaf("value/bias", "H E", "H E"),
+    "out_proj.w": Leaf("attention_output/kernel", "H E O", "O H E"),
+    "out_proj.b": Leaf("attention_output/bias", "O", "O"),
+}
+# Fewer of them, and one width for all heads, and one for input and output.
+GROUPED = MULTI_HEAD | {
+    "k_proj.w": Leaf("key/kernel", "Ck K D", "K D Ck"),
+    "k_proj.b": Leaf("key/bias", "K D", "K D"),
+    "v_proj.w": Leaf("value/kernel", "Cv K D", "K D Cv"),
+    "v_proj.b": Leaf("value/bias", "K D", "K D"),
+    "out_proj.w": Leaf("attention_output/kernel", "H D Cq", "Cq H D"),
+    "out_proj.b": Leaf("attention_output/bias", "Cq", "Cq"),
+}
+TOGETHER = (("q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"),)
+
+
+# ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def from_layer(layer: Any, /) -> Params:
+    """The parameters of a built `MultiHeadAttention` or `GroupQueryAttention`, as NumPy arrays
+
+    Of the same memory where Keras's backend lends it: on the CPU PyTorch does, and JAX, to be read only. Raises
+    TypeError for what is no layer, and what `from_weights` raises.
+    """
+    if not hasattr(layer, "weights") or not hasattr(layer, "set_weights"):
+        raise TypeError(
+            f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
+        )
+    # weight.numpy() would copy
+    return from_weights({weight.path: np.asarray(to_array(weight.path, weight.value)) for weight in layer.weights})
+
+
+def from_weights(weights: Mapping[str, Array], /) -> Params:
+    """{"…/query/kernel": (Cq, H, D), "…/query/bias": (H, D), …}  →  {"q_proj": {"w": (H, D, Cq), "b": (H, D)}, …}
+
+    By the paths that Keras gives its variables, of which the last two parts count. Arrays stay what they are, and are
+    transposed as views in NumPy. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not
+    fit, TypeError for mixed dtypes; each names the weight.
+    """
+    arrays = {"/".join(path.split("/")[-2:]): x for path, x in weights.items()}
+    if len(arrays) < len(weights):
+        raise KeyError(f"weights must be those of one layer, got {', '.join(weights)}")
+    kernels = [arrays[name] for name in ("query/kernel", "key/kernel") if name in arrays]
+    heads = {tuple(x.shape)[1:2] for x in kernels if is_array(x)}
+    table = GROUPED if len(heads) == 2 else MULTI_HEAD
+    return from_leaves("weights", arrays, table, TOGETHER)
+
+
+def to_weights(params: Params, /) -> dict[str, Array]:
+    """{"q_proj": {"w": (H, D, Cq)}, …}  →  {"query/kernel": (Cq, H, D), …}, in the order of `layer.weights`
+
+    For parameters and for their gradients. Raises ValueError for what neither layer can have, K < H with E ≠ D or
+    O ≠ Cq; KeyError for leaves that they do not know, and for biases on some projections only.
+    """
+    H, K, *_ = sizes(params)
+    return to_leaves(params, MULTI_HEAD if H == K else GROUPED, TOGETHER)
+
+
+# ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def masks(
+    *,
+    query_mask: Array = None,
+    value_mask: Array = None,
+    key_mask: Array = None,
+    attention_mask: Array = None,
+    use_causal_mask: bool = False,
+    sliding_window: int | None = None,
+) -> Mask | None:
+    """What all of them allow, for `mask=`: query_mask (B, T)   value_mask, key_mask (B, S)   attention_mask (B, T, S)
+
+    Boolean, True = attend; None for everything. attention_mask may be (T, S) too. Raises TypeError for what is not
+    boolean, ValueError for another number of axes or a window that does not even hold the query.
+    """
+    wanted = {"query_mask": "B T", "value_mask": "B S", "key_mask": "B S", "attention_mask": "B T S"}
+    given = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask, "attention_mask": attention_mask}
+    given = {name: x for name, x in given.items() if x is not None}
+    axes = _check.Axes()
+    for name, x in given.items():
+        _check.boolean(name, x, "True = attend")
+        axes(name, x, "T S" if name == "attention_mask" and x.ndim == 2 else wanted[name])
+    parts = [as_mask(_with_heads(name, x)) for name, x in given.items()]
+    parts += [structured.causal()] if use_causal_mask else []
+    parts += [] if sliding_window is None else [_sliding(sliding_window)]
+    joined = None
+    for part in parts:
+        joined = part if joined is None else joined & part
+    return joined
+
+
+def _with_heads(name: str, x: Array) -> Array:
+    """(B, T) → (B, 1, T, 1)     (B, S) → (B, 1, 1, S)     (B, T, S) → (B, 1, T, S)     (T, S) as it is"""
+    if name == "query_mask":
+        return x[:, None, :, None]
+    if name == "attention_mask":
+        return x if x.ndim == 2 else x[:, None, :, :]
+    return x[:, None, None, :]
+
+
+def _sliding(window: Any) -> Mask:
+    """|i − j| < window"""
+    if isinstance(window, bool) or not isinstance(window, Integral) or int(window) < 1:
+        raise ValueError(f"sliding_window must be an int of at least 1, or None, got {window!r}")
+    return structured.window(int(window) - 1, int(window) - 1)

@@ -1,0 +1,21 @@
+"""PyTorch's words in funcmha's and back.
+
+module        the parameters and the masks of `torch.nn.MultiheadAttention`
+functional    `scaled_dot_product_attention` and its gradient, on arrays
+multi_head    `multi_head_attention_forward` and its gradient, on arrays
+"""
+
+from .functional import scaled_dot_product_attention, scaled_dot_product_attention_vjp
+from .module import from_module, from_state_dict, masks, to_state_dict
+from .multi_head import multi_head_attention_forward, multi_head_attention_forward_vjp
+
+__all__ = [
+    "from_module",
+    "from_state_dict",
+    "masks",
+    "multi_head_attention_forward",
+    "multi_head_attention_forward_vjp",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_vjp",
+    "to_state_dict",
+]

@@ -1,0 +1,350 @@
+"""A pair of funcmha as a differentiable function of PyTorch.
+
+    attend = as_torch_function(attention, attention_vjp, mask=masks.causal())
+    o = attend(q, k, v)                             # tensors, with a gradient
+    layer = as_torch_function(mha, mha_vjp)
+    y = layer(params, x, x, x, mask=keep)           # params a dict of dicts of tensors
+
+It works with autograd, `torch.func.grad` and `torch.compile(fullgraph=True)`, on the CPU. Tensors become NumPy arrays
+of the same memory, and what comes back becomes tensors of the same memory.
+
+Two ways lead to the pair. As PyTorch runs, the cache of the forward waits in autograd's graph for the vjp, which takes
+it from there. Under a compiler, which knows tensors alone and repeats and drops operators as it likes, there are two
+operators: the forward, and the vjp with the forward before it. The results are the same, to the bit.
+"""
+
+import itertools
+from ast import literal_eval
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from funcmha._xp import Array, dtype_name
+
+from .module import bfloat16, to_array
+
+Tensor = Any  # torch.Tensor
+Structure = Any  # nested tuples and dicts of numbers, places in a list of tensors, and of None
+
+
+def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **static: Any) -> Callable[..., Any]:
+    """g with g(*inputs, **options) = y     where y, cache = f(*inputs, **options, **static), differentiable by f_vjp
+
+    f, f_vjp  a pair by funcmha's protocol, whose cache is made of tuples, dicts and arrays
+    inputs    tensors on the CPU, None, or dicts and tuples of them; floating ones have gradients
+    options   the same, without gradients: what changes from call to call, such as masks
+    static    anything else that f takes by name, and keeps
+
+    y is a tensor, or dicts and tuples of tensors and None as f gives them. Where f answers with memory of an input, or
+    read-only, y is a copy. The gradient has no gradient of its own: to ask for it raises NotImplementedError. Writing
+    to an input in place before the backward is PyTorch's RuntimeError, and so is writing to y where the cache holds it.
+
+    Under `torch.compile`, f is run on zeros while the compiler asks for the shape of y: it must take them. Raises
+    TypeError for what is no tensor, or one that is not on the CPU.
+    """
+    pair = _Pair(f, f_vjp, {name: _given_once(name, x) for name, x in static.items()})
+
+    def g(*inputs: Any, **options: Any) -> Any:
+        tensors: list[Tensor] = []
+        places = _spell(inputs, tensors, "inputs")
+        n = len(tensors)
+        structure = f"({places}, {_spell(options, tensors, 'options')})"
+        if any(x.requires_grad for x in tensors[n:]):
+            raise TypeError(f"options have no gradient, and one of {', '.join(options)} wants one: use .detach()")
+        if torch.compiler.is_compiling():
+            ys = _apply(pair.name, structure, tensors)
+            return _filled(_structure_of_output(pair.name, structure), ys)
+        kept, *ys = _AsItRuns.apply(pair, structure, *tensors)  # type: ignore[no-untyped-call]
+        return _filled(literal_eval(kept.output), ys)
+
+    g.__name__, g.__doc__ = getattr(f, "__name__", "g"), f.__doc__
+    return g
+
+
+def _given_once(name: str, x: Any) -> Any:
+    """What is static, an array where it was a tensor."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if x.requires_grad:
+        raise TypeError(f"{name} has no gradient where it is given once, and wants one: use .detach(), or an input")
+    return to_array(name, x)
+
+
+class _Pair:
+    """A function, its vjp and what is static of it, which operators find by its name as long as somebody holds it."""
+
+    def __init__(self, f: Callable[..., Any], f_vjp: Callable[..., Any], static: dict[str, Any]) -> None:
+        self.f, self.f_vjp, self.static = f, f_vjp, static
+        self.name = f"{getattr(f, '__name__', 'f')} {next(_NUMBERS)} of {_PROCESS}"
+        self.output: dict[str, str] = {}  # the structure of the output, by that of the inputs
+        self.shapes: dict[Any, Any] = {}  # of the outputs, by structure, shapes and dtypes of the inputs
+        _PAIRS[self.name] = self
+
+    def forward(self, structure: str, arrays: list[Array]) -> tuple[list[Array], str, Any]:
+        """The arrays of y, its structure, the cache"""
+        inputs, options = _filled(literal_eval(structure), arrays)
+        y, cache = self.f(*inputs, **options, **self.static)
+        ys: list[Array] = []
+        self.output[structure] = _spell(y, ys, "output")
+        return ys, self.output[structure], cache
+
+    def backward(self, structure: str, output: str, cache: Any, dys: list[Array]) -> dict[int, Array]:
+        """The gradient of each input that has one, by its place"""
+        grads = self.f_vjp(cache, _filled(literal_eval(output), dys))
+        return {i: g for i, g in _placed(literal_eval(structure)[0], grads) if g is not None}
+
+
+_NUMBERS = itertools.count()
+_PROCESS = uuid4().hex  # a compiler may keep on disk what it made of a name, for a process where that is another pair
+_PAIRS: WeakValueDictionary[str, _Pair] = WeakValueDictionary()
+
+
+# ── trees as lists of leaves and a text, which is what an operator can take ──────────────────────────────────────
+
+
+def _spell(node: Any, leaves: list[Any], path: str) -> str:
+    """The structure of `node` as a Python literal: each leaf, which is appended to `leaves`, as its place there."""
+    if node is None:
+        return "None"
+    if isinstance(node, dict):
+        return "{" + "".join(f"{key!r}: {_spell(x, leaves, f'{path}.{key}')}, " for key, x in node.items()) + "}"
+    if isinstance(node, tuple | list):
+        return "(" + "".join(f"{_spell(x, leaves, f'{path}.{i}')}, " for i, x in enumerate(node)) + ")"
+    _check_leaf(node, path)
+    leaves.append(node)
+    return f"{len(leaves) - 1}"
+
+
+def _check_leaf(x: Any, path: str) -> None:
+    """Of the output an array, of all else a tensor on the CPU."""
+    if path.startswith("output"):
+        if not isinstance(x, np.ndarray | np.generic) or "float" not in dtype_name(x):
+            got = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"{path} must be a floating array, None, or dicts and tuples of them, got {got}")
+        return
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"{path} must be a tensor, None, or dicts and tuples of them, got {type(x).__name__}: "
+            "what is no tensor is given once, to as_torch_function"
+        )
+    if x.device.type != "cpu":
+        raise TypeError(f"{path} must be on the CPU, where NumPy works, got a tensor on {x.device}: use .cpu()")
+    if x.is_complex():
+        raise TypeError(f"{path} must be real, as PyTorch's gradients are conjugate and funcmha's are not")
+
+
+def _filled(structure: Structure, leaves: list[Any]) -> Any:
+    """The tree of this structure."""
+    if isinstance(structure, dict):
+        return {key: _filled(x, leaves) for key, x in structure.items()}
+    if isinstance(structure, tuple):
+        return tuple(_filled(x, leaves) for x in structure)
+    return None if structure is None else leaves[structure]
+
+
+def _placed(structure: Structure, tree: Any) -> Iterator[tuple[int, Any]]:
+    """Each place of the structure, with what `tree` has there."""
+    if isinstance(structure, int):
+        yield structure, tree
+    elif structure is not None and tree is not None:
+        for key in structure if isinstance(structure, dict) else range(len(structure)):
+            yield from _placed(structure[key], tree[key])
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _to_arrays(tensors: Any) -> list[Array]:
+    """NumPy's arrays of the same memory."""
+    return [to_array("tensor", x) for x in tensors]
+
+
+def _to_tensors(arrays: list[Array], others: list[Array], contiguous: bool = False) -> list[Tensor]:
+    """Tensors of the same memory, but for what nobody may write to, and what `others` or another of `arrays` hold."""
+    found, seen = [], list(others)
+    for a in map(np.asarray, arrays):
+        own = a.flags.writeable and min(a.strides, default=0) >= 0 and not _shares(a, seen)
+        a = a if own and (a.flags.c_contiguous or not contiguous) else a.copy()
+        seen.append(a)
+        half = dtype_name(a) == "bfloat16"
+        found.append(torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(a))
+    return found
+
+
+def _shares(a: Array, others: Any) -> bool:
+    """Whether `a` may have memory in common with one of the arrays."""
+    return any(np.may_share_memory(a, b) for b in others)
+
+
+def _arrays_of(cache: Any) -> Iterator[Array]:
+    """The arrays of a cache."""
+    if isinstance(cache, np.ndarray):
+        yield cache
+    elif isinstance(cache, dict | tuple | list):
+        for x in cache.values() if isinstance(cache, dict) else cache:
+            yield from _arrays_of(x)
+
+
+# ── as PyTorch runs: the cache waits in the graph ────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)  # and no tuple, which torch.func would take apart
+class _Kept:
+    pair: _Pair
+    structure: str  # of the inputs
+    output: str  # its structure
+    held: list[int]  # the places of the outputs of which the cache holds the memory
+    cache: list[Any]  # which the first backward takes out
+
+
+class _AsItRuns(torch.autograd.Function):
+    """y by f, and its gradient by f_vjp with the cache of f."""
+
+    @staticmethod
+    def forward(pair: _Pair, structure: str, *tensors: Tensor) -> tuple[Any, ...]:
+        arrays = _to_arrays(tensors)
+        ys, output, cache = pair.forward(structure, arrays)
+        found = _to_tensors(ys, arrays)
+        held = [i for i, y in enumerate(_to_arrays(found)) if _shares(y, _arrays_of(cache))]
+        return _Kept(pair, structure, output, held, [cache]), *found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        (_, _, *tensors), (ctx.kept, *ys) = inputs, output
+        ctx.save_for_backward(*tensors, *(ys[i] for i in ctx.kept.held))  # sees to it that nobody writes to them
+
+    @staticmethod
+    def backward(ctx: Any, _: None, *dys: Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 2]
+        return None, None, *_Gradient.apply(ctx.kept, len(dys), *dys, *tensors)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError("torch.vmap cannot look into a funcmha pair, which takes batch axes as they are")
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient, which has none."""
+
+    @staticmethod
+    def forward(kept: _Kept, n: int, *tensors: Tensor) -> tuple[Any, ...]:
+        dys, arrays = _to_arrays(tensors[:n]), _to_arrays(tensors[n:])
+        cache = kept.cache.pop() if kept.cache else kept.pair.forward(kept.structure, arrays)[2]
+        grads = kept.pair.backward(kept.structure, kept.output, cache, dys)
+        found = dict(zip(grads, _to_tensors(list(grads.values()), [*dys, *arrays]), strict=True))
+        return tuple(found.get(i) for i in range(len(arrays)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return _no_second_order(ctx)
+
+
+def _no_second_order(ctx: Any, *_: Any) -> Any:
+    """The gradient of the gradient."""
+    raise NotImplementedError(
+        "the gradient of a funcmha pair has no gradient: as_torch_function is for first order, and "
+        "attention_vjp_jvp and mha_vjp_jvp of funcmha for second"
+    )
+
+
+# ── under a compiler: two operators ──────────────────────────────────────────────────────────────────────────────
+
+
+@torch.library.custom_op(
+    "funcmha::apply",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(str pair, str structure, Tensor[] tensors) -> Tensor[]",
+)
+def _apply(pair: str, structure: str, tensors: list[Tensor]) -> list[Tensor]:
+    """y = f(*inputs)"""
+    arrays = _to_arrays(tensors)
+    ys, _, _ = _named(pair).forward(structure, arrays)
+    return _to_tensors(ys, arrays, contiguous=True)
+
+
+@torch.library.custom_op(
+    "funcmha::apply_vjp",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(str pair, str structure, Tensor[] tensors, Tensor[] dys) -> Tensor[]",
+)
+def _apply_vjp(pair: str, structure: str, tensors: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
+    """The gradient of each floating input, from the inputs and the cotangents"""
+    arrays, cotangents = _to_arrays(tensors), _to_arrays(dys)
+    _, output, cache = _named(pair).forward(structure, arrays)
+    grads = _named(pair).backward(structure, output, cache, cotangents)
+    places = _differentiable(structure, tensors)
+    found = [grads[i] if i in grads else np.zeros_like(arrays[i]) for i in places]
+    return _to_tensors(found, [*arrays, *cotangents], contiguous=True)
+
+
+@_apply.register_fake
+def _(pair: str, structure: str, tensors: list[Tensor]) -> list[Tensor]:
+    key: Any = structure, *((dtype_name(x), tuple(int(n) for n in x.shape)) for x in tensors)
+    known = _named(pair).shapes
+    if key not in known:
+        ys, _, _ = _named(pair).forward(structure, [_zeros(*x) for x in key[1:]])
+        known[key] = [(y.shape, getattr(torch, dtype_name(y))) for y in ys]
+    return [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in known[key]]
+
+
+def _zeros(dtype: str, shape: tuple[int, ...]) -> Array:
+    """Zeros of one number's memory."""
+    one: Any = bfloat16("a tensor") if dtype == "bfloat16" else dtype
+    return np.broadcast_to(np.zeros((), one), shape)
+
+
+@_apply_vjp.register_fake
+def _(pair: str, structure: str, tensors: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
+    return [
+        torch.empty(tensors[i].shape, dtype=tensors[i].dtype, device="cpu") for i in _differentiable(structure, tensors)
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """The inputs, and the pair, so that it outlives its function."""
+    name, ctx.structure, tensors = inputs
+    ctx.pair = _named(name)
+    ctx.save_for_backward(*tensors)
+
+
+def _back(ctx: Any, dys: list[Tensor]) -> tuple[None, None, list[Tensor | None]]:
+    """The gradients of what `funcmha::apply` takes."""
+    tensors = list(ctx.saved_tensors)
+    found = _apply_vjp(ctx.pair.name, ctx.structure, tensors, dys)
+    grads = dict(zip(_differentiable(ctx.structure, tensors), found, strict=True))
+    return None, None, [grads.get(i) for i in range(len(tensors))]
+
+
+_apply.register_autograd(_back, setup_context=_keep)
+_apply_vjp.register_autograd(_no_second_order)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _structure_of_output(pair: str, structure: str) -> Structure:
+    """What the compiler's own call of `funcmha::apply` has just left."""
+    return literal_eval(_named(pair).output[structure])
+
+
+def _differentiable(structure: str, tensors: list[Tensor]) -> list[int]:
+    """The places of the floating tensors among the inputs."""
+    inputs = literal_eval(structure)[0]
+    return [i for i, _ in _placed(inputs, inputs) if tensors[i].is_floating_point()]
+
+
+def _named(pair: str) -> _Pair:
+    """The pair of this name."""
+    found = _PAIRS.get(pair)
+    if found is None:
+        raise RuntimeError(f"what as_torch_function made of {pair} is gone: hold it as long as what was compiled of it")
+    return found

@@ -1,0 +1,167 @@
+"""`torch.nn.functional.scaled_dot_product_attention` on arrays, with its gradient: torch's arguments and defaults.
+
+    y, cache = scaled_dot_product_attention(query, key, value, attn_mask, is_causal=False, scale=None)
+    dquery, dkey, dvalue, dattn_mask = scaled_dot_product_attention_vjp(cache, dy)
+
+What differs from funcmha. The axes before the last two broadcast, a boolean attn_mask and a floating one are one
+argument, causal is top-left, and grouped queries are asked for. What differs from PyTorch.
+PyTorch draws its dropout mask where nobody can draw it again, so here dropout takes its mask.
+The default path of PyTorch 2.13 on a CPU has a wrong gradient where all scores of a row are the least finite number.
+
+Axes: L queries, S keys, H query heads, K key/value heads, D query/key width, Dv value width; `...` is batch.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha.dropout import Seeded
+from funcmha.engines import attention, attention_vjp
+from funcmha.masks import Mask, causal
+from funcmha.ops import _per_key_head, _per_query_head, attention_weights, log_sum_exp
+
+
+class ScaledDotProductAttentionCache(NamedTuple):
+    attention: Any  # what the engine keeps, of the inputs spread to one batch
+    inputs: tuple[Array, ...]  # query, key, value, attn_mask, as given
+
+
+def scaled_dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array = None,
+    /,
+    *,
+    dropout_p: float = 0.0,
+    keep: Array | Seeded = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Array, ScaledDotProductAttentionCache]:
+    """y = dropout(softmax(scale · query keyᵀ + attn_mask)) value
+    query (..., H, L, D)   key (..., K, S, D)   value (..., K, S, Dv)   →   y (..., H, L, Dv)     or without H and K
+
+    attn_mask   boolean, True = attend, or floating, added to the scores: of the dtype of query, or float32; broadcasts
+                to the scores. Its gradient is summed to its shape, and None if it is boolean
+    dropout_p   with keep. At 1 nothing is kept, whatever keep says
+    is_causal   j ≤ i; refused beside attn_mask, as PyTorch refuses it
+    scale       D ** -0.5 unless given; 0 is zero
+    enable_gqa  H may be a multiple of the heads of key, and of those of value
+
+    The axes before L and S broadcast. A query that may attend to nothing gives 0 with zero gradients, as in PyTorch
+    2.13. `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
+    """
+    batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    keep, rate = kept(dropout_p, keep, query)
+    q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
+    if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
+        k, v = _per_query_head(k, q), _per_query_head(v, q)
+    mask, bias = _mask_and_bias(attn_mask, is_causal, q)
+    o, cache = attention(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
+
+
+def scaled_dot_product_attention_vjp(
+    cache: ScaledDotProductAttentionCache, dy: Array, /
+) -> tuple[Array, Array, Array, Array]:
+    """dquery, dkey, dvalue, dattn_mask: each summed over what was repeated of it"""
+    q, v, attn_mask = cache.attention.q, cache.attention.v, cache.inputs[3]
+    _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
+    *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
+    dquery, dkey, dvalue = (
+        narrow(unbroadcast(_per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
+    )
+    return dquery, dkey, dvalue, None if dbias is None else narrow(dbias, attn_mask.dtype)
+
+
+def _spread(x: Array, batch: tuple[int, ...], enable_gqa: bool) -> Array:
+    """x with the axes of `batch`, but with its own heads where they may be fewer: a view"""
+    own = (*batch[:-1], x.shape[-3]) if enable_gqa else batch
+    return x if own == tuple(x.shape[:-2]) else namespace(x).broadcast_to(x, (*own, *x.shape[-2:]))
+
+
+def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array | Mask, Array]:
+    if is_causal:
+        return causal(), None
+    if attn_mask is None or dtype_name(attn_mask) == "bool":
+        return attn_mask, None
+    return None, narrow(attn_mask, q.dtype)
+
+
+def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> tuple[Array | Seeded, float]:
+    """`keep` and `rate` of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
+    if _check.number("dropout_p", dropout_p, 0.0) == 1:
+        return from_host(np.zeros((1, 1), dtype=bool), like), 0.0
+    if _check.number("dropout_p", dropout_p, 0.0, 1.0) > 0 and keep is None:
+        raise ValueError(f"keep must be given with dropout_p={dropout_p}: PyTorch's own mask cannot be drawn again")
+    if keep is not None and dropout_p == 0:
+        raise ValueError("dropout_p must be the rate of keep, got 0")
+    return keep, dropout_p
+
+
+def _check_sdpa(
+    query: Array, key: Array, value: Array, attn_mask: Array, is_causal: bool, scale: Any, enable_gqa: bool
+) -> tuple[int, ...]:
+    """The door of `scaled_dot_product_attention`; the axes of the output before L."""
+    given = {"query": query, "key": key, "value": value}
+    _check.one_dtype(given.items())
+    shapes = {name: tuple(x.shape) for name, x in given.items()}
+    for name, shape in shapes.items():
+        if len(shape) < 2 + enable_gqa:
+            heads = "heads, " * enable_gqa
+            raise ValueError(f"{name} must be (..., {heads}length, width) with {enable_gqa=}, got {shape}")
+    if shapes["key"][-1] != shapes["query"][-1]:
+        raise ValueError(f"key must be (..., S, D) with D={shapes['query'][-1]} as in query, got {shapes['key']}")
+    if shapes["value"][-2] != shapes["key"][-2]:
+        raise ValueError(f"value must be (..., S, Dv) with S={shapes['key'][-2]} as in key, got {shapes['value']}")
+    batch = _batch(shapes, enable_gqa)
+    if scale is not None:
+        _check.number("scale", scale)
+    if attn_mask is not None:
+        _check_attn_mask(attn_mask, is_causal, query, (*batch, shapes["query"][-2], shapes["key"][-2]))
+    return batch
+
+
+def _batch(shapes: dict[str, tuple[int, ...]], enable_gqa: bool) -> tuple[int, ...]:
+    """What the axes before L and S broadcast to. The heads of query are those of the output with enable_gqa."""
+    free = 2 + enable_gqa
+    try:
+        batch = np.broadcast_shapes(*(shape[:-free] for shape in shapes.values()))
+    except ValueError:
+        raise ValueError(
+            f"query, key and value must broadcast in all axes before their last {free}, got "
+            f"{', '.join(map(str, shapes.values()))}" + ": fewer heads want enable_gqa=True" * (not enable_gqa)
+        ) from None
+    if not enable_gqa:
+        return batch
+    for name in ("key", "value"):
+        _check.multiple("query", shapes["query"][-3], name, shapes[name][-3])
+    return *batch, shapes["query"][-3]
+
+
+def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tuple[int, ...]) -> None:
+    if is_causal:
+        raise ValueError("attn_mask must be None with is_causal=True, which is a mask of its own")
+    if not is_array(attn_mask):
+        raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
+    if dtype_name(attn_mask) not in ("bool", "float32", dtype_name(query)):
+        raise TypeError(
+            "attn_mask must be boolean, True = attend, or floating, added to the scores, with dtype float32 or "
+            f"{query.dtype} as query has, got {attn_mask.dtype}"
+        )
+    axes = _check.Axes()
+    axes.size |= {"...": scores[:-2], "L": scores[-2], "S": scores[-1]}
+    axes.broadcast("attn_mask", tuple(attn_mask.shape), "... L S")
+
+
+@attention_weights.register
+def _(cache: ScaledDotProductAttentionCache, /) -> Array:
+    return attention_weights(cache.attention)
+
+
+@log_sum_exp.register
+def _(cache: ScaledDotProductAttentionCache, /) -> Array:
+    return log_sum_exp(cache.attention)

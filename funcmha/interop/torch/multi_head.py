@@ -1,0 +1,331 @@
+"""`torch.nn.functional.multi_head_attention_forward` on arrays, with its gradient: torch's arguments and layouts.
+
+    (y, weights), cache = multi_head_attention_forward(
+        query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
+        key_padding_mask, attn_mask, embed_dim_to_check=64, num_heads=4, add_zero_attn=False, dropout_p=0.0)
+    dquery, dkey, dvalue, din_proj_weight, *_ = multi_head_attention_forward_vjp(cache, (dy, dweights))
+
+What differs from funcmha. Positions come before the batch, boolean masks are True where attention is *forbidden*, the
+projections of q, k and v are one matrix, and the weights are those after dropout. What differs from PyTorch. What is
+differentiable comes first and by position, in the order of `Inputs`, the rest by name. PyTorch draws its dropout mask
+where nobody can draw it again, so here dropout takes its mask, `keep`. A query that may attend to nothing never gives
+NaN.
+
+Axes: L queries, S keys, S' keys with those of bias_k and add_zero_attn, N batch, H heads, D width of a head, E =
+embed_dim = H·D, Ek and Ev the widths of key and value, O output.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._qk import heads_first, heads_last
+from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
+from funcmha.dropout import Seeded
+from funcmha.heads import num_keys
+from funcmha.mha import MhaCache, mha, mha_vjp
+from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
+from funcmha.params import Params
+
+from .functional import kept
+from .module import BIAS_KV, PROJECTIONS, SEPARATE, check_heads, joined, per_head, per_query
+
+
+class Inputs(NamedTuple):
+    """The differentiable inputs of `multi_head_attention_forward`, or their gradients."""
+
+    query: Array  # (L, N, E), or without N as all that has one
+    key: Array  # (S, N, Ek)
+    value: Array  # (S, N, Ev)
+    in_proj_weight: Array  # (3E, E), or None beside the three of q, k and v
+    in_proj_bias: Array  # (3E,) or None
+    bias_k: Array  # (1, 1, E) or None
+    bias_v: Array  # (1, 1, E) or None
+    out_proj_weight: Array  # (O, E)
+    out_proj_bias: Array  # (O,) or None
+    key_padding_mask: Array  # (N, S) or None
+    attn_mask: Array  # (L, S) or (N·H, L, S) or None
+    q_proj_weight: Array  # (E, E) or None
+    k_proj_weight: Array  # (E, Ek) or None
+    v_proj_weight: Array  # (E, Ev) or None
+    static_k: Array  # (N·H, S, D) or None
+    static_v: Array  # (N·H, S, D) or None
+
+
+class MultiHeadAttentionForwardCache(NamedTuple):
+    mha: MhaCache
+    inputs: Inputs  # as given
+    keep: Array | Seeded  # broadcasts to (N, H, L, S'), or None
+    rate: float
+    num_heads: int
+    need_weights: bool
+    average_attn_weights: bool
+
+
+def multi_head_attention_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    in_proj_weight: Array,
+    in_proj_bias: Array,
+    bias_k: Array,
+    bias_v: Array,
+    out_proj_weight: Array,
+    out_proj_bias: Array,
+    key_padding_mask: Array = None,
+    attn_mask: Array = None,
+    q_proj_weight: Array = None,
+    k_proj_weight: Array = None,
+    v_proj_weight: Array = None,
+    static_k: Array = None,
+    static_v: Array = None,
+    /,
+    *,
+    embed_dim_to_check: int,
+    num_heads: int,
+    add_zero_attn: bool,
+    dropout_p: float,
+    keep: Array | Seeded = None,
+    training: bool = True,
+    need_weights: bool = True,
+    use_separate_proj_weight: bool = False,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[tuple[Array, Array], MultiHeadAttentionForwardCache]:
+    """y, weights = Σₕ aₕ (value wvₕᵀ + bvₕ) woₕᵀ + bo, a     a = dropout(softmax(D ** -0.5 · q kᵀ + masks))
+    query (L, N, E)   key (S, N, Ek)   value (S, N, Ev)   →   y (L, N, O), weights (N, L, S') or (N, H, L, S') or None
+
+    The inputs are those of `Inputs`, in its order. Boolean masks are True where attention is forbidden, and have no
+    gradient; floating ones add up, and each has its own. `weights` are None without need_weights; they are those after
+    dropout, and their mean over the heads with average_attn_weights. keep broadcasts to (N, H, L, S').
+
+    A query that may attend to nothing gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
+
+    static_k, static_v stand for the projected keys and values, at the cost of a product with the identity; what they
+    replace has gradient 0. is_causal promises that attn_mask is the causal one: PyTorch may then overlook attn_mask,
+    and the keys of bias_k and add_zero_attn with it. Here attn_mask counts in any case, and a promise that does not
+    hold is refused.
+    """
+    x = Inputs(
+        query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
+        key_padding_mask, attn_mask, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v,
+    )  # fmt: skip
+    _check_mha(x, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal)
+    keep, rate = kept(dropout_p if training else 0.0, keep, query)
+    mask, bias = joined(attn_mask, key_padding_mask, num_heads)
+    inputs = _batch_first(query), _keys(key, static_k, query), _keys(value, static_v, query)
+    y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, keep=keep, rate=rate)
+    weights = _weights(attention_weights(cache), keep, rate, average_attn_weights) if need_weights else None
+    ours = MultiHeadAttentionForwardCache(cache, x, keep, rate, num_heads, need_weights, average_attn_weights)
+    return (_batch_first(y), narrow(weights, query.dtype)), ours
+
+
+def multi_head_attention_forward_vjp(
+    cache: MultiHeadAttentionForwardCache, dy: tuple[Array, Array], /
+) -> tuple[Array, ...]:
+    """dquery, dkey, …, dstatic_v, in the order of `Inputs`     from dy = (dattn_output, dattn_output_weights)
+
+    Either of the two may be None, for 0. None for an input that was None, and for a boolean mask.
+    """
+    x = cache.inputs
+    g, dweights = _check_cotangents(cache, dy)
+    dparams, dquery, dkey, dvalue, dbias = mha_vjp(cache.mha, _batch_first(g), dweights=_weights_vjp(cache, dweights))
+    dkey, dstatic_k = _keys_vjp(x.key, x.static_k, dkey)
+    dvalue, dstatic_v = _keys_vjp(x.value, x.static_v, dvalue)
+    grads = {"query": _batch_first(dquery), "key": dkey, "value": dvalue, "static_k": dstatic_k, "static_v": dstatic_v}
+    grads |= _params_vjp(x, dparams) | _masks_vjp(x, dbias, cache.num_heads)
+    return tuple(grads.get(name) for name in Inputs._fields)
+
+
+def _batch_first(x: Array) -> Array:
+    """x (L, N, E)   →   (N, L, E), and back; (L, E) as it is"""
+    return x if x.ndim == 2 else namespace(x).moveaxis(x, 0, 1)
+
+
+def _keys(x: Array, static: Array, query: Array) -> Array:
+    """x (S, N, Ek)   →   (N, S, Ek), or in its place static (N·H, S, D), its heads side by side   →   (N, S, E)"""
+    if static is None:
+        return _batch_first(x)
+    reshape, (_, S, D), (*batch, E) = namespace(static).reshape, static.shape, query.shape[1:]
+    return reshape(heads_last(reshape(static, (*batch, E // D, S, D))), (*batch, S, E))
+
+
+def _keys_vjp(x: Array, static: Array, dx: Array) -> tuple[Array, Array]:
+    """dx, dstatic"""
+    if static is None:
+        return _batch_first(dx), None
+    reshape, D = namespace(dx).reshape, static.shape[-1]
+    dstatic = heads_first(reshape(dx, (*dx.shape[:-1], dx.shape[-1] // D, D)))
+    return full(x.shape, 0.0, dx), reshape(dstatic, static.shape)
+
+
+def _params(x: Inputs, H: int) -> Params:
+    """The tree of `mha`. What stands for projected keys or values is projected by the identity."""
+    E = x.query.shape[-1]
+    reshape = namespace(x.query).reshape
+    params: Params = {}
+    for i, (name, static) in enumerate(zip(PROJECTIONS, (None, x.static_k, x.static_v), strict=True)):
+        third, separate = slice(i * E, (i + 1) * E), (x.q_proj_weight, x.k_proj_weight, x.v_proj_weight)[i]
+        if static is not None:
+            params[name] = {"w": narrow(from_host(np.eye(E).reshape(H, E // H, E), x.query), x.query.dtype)}
+            continue
+        w = x.in_proj_weight[third, :] if separate is None else separate
+        params[name] = {"w": reshape(w, (H, E // H, w.shape[-1]))}
+        if x.in_proj_bias is not None:
+            params[name]["b"] = reshape(x.in_proj_bias[third], (H, E // H))
+    params["out_proj"] = {"w": reshape(x.out_proj_weight, (x.out_proj_weight.shape[0], H, E // H))}
+    if x.out_proj_bias is not None:
+        params["out_proj"]["b"] = x.out_proj_bias
+    if x.bias_k is not None:
+        params["bias_kv"] = {"k": reshape(x.bias_k, (H, E // H)), "v": reshape(x.bias_v, (H, E // H))}
+    return params
+
+
+def _params_vjp(x: Inputs, dparams: Params) -> dict[str, Array]:
+    """The gradients of the parameters, by their names in `Inputs`."""
+    E, dout, dbias_kv = x.query.shape[-1], dparams["out_proj"], dparams.get("bias_kv")
+    xp = namespace(dout["w"])
+    dws, dbs = [], []
+    for name, of, static in zip(PROJECTIONS, x[:3], (None, x.static_k, x.static_v), strict=True):
+        used = static is None
+        dws.append(
+            xp.reshape(dparams[name]["w"], (E, of.shape[-1])) if used else full((E, of.shape[-1]), 0.0, dout["w"])
+        )
+        if x.in_proj_bias is not None:
+            dbs.append(xp.reshape(dparams[name]["b"], (E,)) if used else full((E,), 0.0, dout["w"]))
+    packed = x.in_proj_weight is not None
+    return {
+        **({"in_proj_weight": xp.concat(dws)} if packed else dict(zip(SEPARATE, dws, strict=True))),
+        "in_proj_bias": xp.concat(dbs) if dbs else None,
+        **{name: None if dbias_kv is None else xp.reshape(dbias_kv[name[-1]], (1, 1, E)) for name in BIAS_KV},
+        "out_proj_weight": xp.reshape(dout["w"], x.out_proj_weight.shape),
+        "out_proj_bias": dout.get("b"),
+    }
+
+
+def _masks_vjp(x: Inputs, dbias: Array, H: int) -> dict[str, Array]:
+    """The gradients of the floating masks."""
+    spread = {"attn_mask": per_head(x.attn_mask, H), "key_padding_mask": per_query(x.key_padding_mask)}
+    grads = {}
+    for name, mask in spread.items():
+        if mask is not None and dtype_name(mask) != "bool":
+            dmask = unbroadcast(dbias, mask.shape)
+            grads[name] = namespace(dmask).reshape(dmask, getattr(x, name).shape)
+    return grads
+
+
+def _weights(p: Array, keep: Array | Seeded, rate: float, average: bool) -> Array:
+    """The weights after dropout, (N, H, L, S') or their mean over the heads, (N, L, S')"""
+    keep = keep.dense(tuple(p.shape), p) if isinstance(keep, Seeded) else keep
+    a = _dropout(p, keep, rate)
+    return namespace(a).mean(a, axis=-3) if average else a
+
+
+def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Array:
+    """dp, from the bottom up: the mean, then dropout, which is its own adjoint"""
+    if dweights is None:
+        return None
+    g, H, keep = widen(dweights), cache.num_heads, cache.keep
+    if cache.average_attn_weights:
+        *batch, L, S = g.shape
+        g = namespace(g).broadcast_to(g[..., None, :, :] / H, (*batch, H, L, S))
+    keep = keep.dense(tuple(g.shape), g) if isinstance(keep, Seeded) else keep
+    return _dropout(g, keep, cache.rate)
+
+
+def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
+    """The cotangent of the output, zeros for None, and that of the weights, or None."""
+    if not isinstance(dy, tuple | list) or len(dy) != 2:
+        raise TypeError(f"dy must be (dattn_output, dattn_output_weights), got {type(dy).__name__}")
+    (g, dweights), x, computed = dy, cache.inputs, widen(cache.inputs.query)
+    shape = (*x.query.shape[:-1], x.out_proj_weight.shape[0])
+    g = full(shape, 0.0, x.query) if g is None else g
+    _check.cotangent("dattn_output", g, shape, computed, "L N O" if len(shape) == 3 else "L O")
+    if dweights is not None and not cache.need_weights:
+        raise ValueError("dattn_output_weights must be None, as the weights are with need_weights=False")
+    heads = () if cache.average_attn_weights else (cache.num_heads,)
+    shape = (*x.query.shape[1:-1], *heads, x.query.shape[0], num_keys(cache.mha.groups[0].heads))
+    spelt = "N " * (x.query.ndim == 3) + "H " * len(heads) + "L S'"
+    _check.cotangent("dattn_output_weights", dweights, shape, computed, spelt, optional=True)
+    return g, dweights
+
+
+def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: bool, is_causal: bool) -> None:
+    """The door of `multi_head_attention_forward`."""
+    given = x._asdict().items()
+    masks = {name: mask for name, mask in given if name.endswith("mask") and mask is not None}
+    _check.one_dtype(
+        [(name, a) for name, a in given if name in ("query", "key", "value", "out_proj_weight")],
+        [(name, a) for name, a in given if not (is_array(a) and name in masks and dtype_name(a) == "bool")],
+    )
+    check_heads(num_heads)
+    if x.query.ndim not in (2, 3) or x.query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
+        raise ValueError(
+            f"query must be (L, N, E) or (L, E) with E={embed_dim_to_check} as embed_dim_to_check is, a multiple of "
+            f"num_heads={num_heads}, got {tuple(x.query.shape)}"
+        )
+    _check_weights_given(x, separate)
+    _check_shapes(x, num_heads)
+    if is_causal:
+        _check_causal(x.attn_mask)
+
+
+def _check_weights_given(x: Inputs, separate: bool) -> None:
+    """Which weights go together."""
+    packed = x.in_proj_weight is not None
+    names = [name for name in SEPARATE if getattr(x, name) is not None]
+    if packed == separate or len(names) != 3 * separate:
+        wanted = "None beside q_proj_weight, k_proj_weight and v_proj_weight" if separate else "given, and they None,"
+        got = ", ".join(names + ["in_proj_weight"] * packed) or "none of them"
+        raise ValueError(f"in_proj_weight must be {wanted} with use_separate_proj_weight={separate}, got {got}")
+    if (x.bias_k is None) != (x.bias_v is None):
+        raise ValueError("bias_k and bias_v must be given both, or neither")
+    if x.bias_k is None:
+        return
+    if not (x.static_k is None and x.static_v is None):
+        raise ValueError("bias_k and bias_v must be None with static_k or static_v, to which PyTorch appends nothing")
+    for name in BIAS_KV:
+        if (shape := tuple(getattr(x, name).shape)) != (1, 1, x.query.shape[-1]):
+            raise ValueError(f"{name} must be (1, 1, E) with E={x.query.shape[-1]} as in query, got {shape}")
+
+
+def _check_shapes(x: Inputs, H: int) -> None:
+    axes, E, n = _check.Axes(), x.query.shape[-1], "N " * (x.query.ndim == 3)
+    axes("query", x.query, f"L {n}E")
+    known = {"3E": 3 * E, "D": E // H, "N·H": H * (axes["N"] if n else 1)}
+    axes.size |= known
+    axes.owner |= dict.fromkeys(known, "query")
+    s = "S" if x.static_k is None or x.static_v is None else "Sk"  # where both are static, those of key do not count
+    width_k, width_v = ("E", "E") if x.in_proj_weight is not None else ("Ek", "Ev")
+    letters = {
+        "key": f"{s} {n}{width_k}", "value": f"{s} {n}{width_v}", "static_k": "N·H S D", "static_v": "N·H S D",
+        "in_proj_weight": "3E E", "q_proj_weight": "E E", "k_proj_weight": "E Ek", "v_proj_weight": "E Ev",
+        "in_proj_bias": "3E", "out_proj_weight": "O E", "out_proj_bias": "O",
+        "key_padding_mask": f"{n}S", "attn_mask": "L S",
+    }  # fmt: skip
+    if x.attn_mask is not None and x.attn_mask.ndim != 2:
+        letters["attn_mask"] = "N·H L S"
+    for name, symbols in letters.items():
+        if (a := getattr(x, name)) is not None:
+            axes(name, a, symbols)
+
+
+def _check_causal(attn_mask: Array) -> None:
+    if attn_mask is None:
+        raise ValueError("attn_mask must be given with is_causal=True, which says that it is the causal mask")
+    xp = namespace(attn_mask)
+    forbidden = from_host(np.tri(*attn_mask.shape[-2:]) == 0, attn_mask)
+    want = forbidden if dtype_name(attn_mask) == "bool" else xp.where(forbidden, -INF, 0.0)
+    if not bool(xp.all(attn_mask == want)):
+        raise ValueError("attn_mask must forbid j > i and nothing else, as is_causal=True says it does")
+
+
+@attention_weights.register
+def _(cache: MultiHeadAttentionForwardCache, /) -> Array:
+    return attention_weights(cache.mha)
+
+
+@log_sum_exp.register
+def _(cache: MultiHeadAttentionForwardCache, /) -> Array:
+    return log_sum_exp(cache.mha)

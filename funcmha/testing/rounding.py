@@ -1,0 +1,211 @@
+"""Floating-point arithmetic whose numbers know how far off they may be, and the ops of funcmha written in it.
+
+`tolerance` replays an op and its vjp in it, line by line. The rules:
+
+  * Roundings are independent, with mean 0. So the errors of the n terms of a sum add to √(Σ e²), and forming the sum
+    adds (1 + √n) u Σ |terms|: Theorem 3.1 of Higham and Mary (SIAM J. Sci. Comput. 41(5), 2019) with λ = 1, and 1 more
+    for the shortest sums. Errors of different origin add plainly.
+  * What is one error in many places does not average out. An error of a value enters the outputs of all queries; the
+    total of a row, and Σ p dp in its gradient, are off by one amount for all its keys; queries that are alike are
+    rounded alike. `Rounded.rows` and `Rounded.cols` carry these, to be added plainly along a row or down a column.
+  * A constant (a scale, a cap, 1 / (1 − rate)) that is no number of float32 costs one rounding more, in any precision.
+  * What is smaller than the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, an
+    empty row) has bound 0.
+
+float16 and bfloat16 are storage: the arithmetic is float32's, and the one rounding at the end may cost a unit in the
+last place. Weights and lse stay float32 there.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha._xp import HALF, Array, unbroadcast
+from funcmha.params import Params
+
+U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
+TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
+EXP = 4.0  # exp and log are off by 2 units in the last place at most, in NumPy, PyTorch and CUDA
+
+
+class Rounded(NamedTuple):
+    value: Array  # in exact arithmetic
+    error: Array  # |computed − value| ≤ error, entry by entry
+    rows: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each row, times this
+    cols: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each column, times this
+
+
+def exact(x: Array) -> Any:
+    """x without error; None for None."""
+    return None if x is None else Rounded(host(x), np.zeros(tuple(x.shape)))
+
+
+def each(f: Callable[[Array], Array], x: Any) -> Any:
+    """x after f, which only moves numbers about; None for None."""
+    return None if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))
+
+
+def transpose(x: Rounded) -> Rounded:
+    """xᵀ"""
+    value, error, rows, cols = each(lambda a: np.swapaxes(a, -1, -2), x)
+    return Rounded(value, error, rows=cols, cols=rows)
+
+
+def alike(x: Rounded) -> Rounded:
+    """x, where rows will be summed over that may be all but equal: then they are rounded alike."""
+    return x._replace(cols=(x.error,) if np.any(x.error) else ())
+
+
+def tie(x: Rounded) -> Rounded:
+    """x, where rows will be summed over: of m that are equal the errors add to m e, which is √m times √(Σ e²)."""
+    *batch, T, n = x.value.shape
+    error = np.sum(x.error, axis=-1)
+    mark = np.rint(1e3 * np.sum(x.value * np.cos(np.arange(n)), axis=-1) / np.where(error > 0, error, 1.0))
+    matrix = np.arange(prod(batch)).reshape(*batch, 1)
+    _, row, count = np.unique(mark + 1j * matrix, return_inverse=True, return_counts=True)
+    return x._replace(error=x.error * np.sqrt(count[row].reshape(*batch, T, 1)))
+
+
+class Arithmetic(NamedTuple):
+    """Floating-point arithmetic on `Rounded`: its primitives, and the ops of funcmha written in them."""
+
+    u: float
+    tiny: float  # below this, what is computed may be 0
+
+    @classmethod
+    def of(cls, dtype: Any) -> "Arithmetic":
+        """What is computed with where `dtype` is stored."""
+        name = "float32" if name_of(dtype) in HALF else name_of(dtype)
+        return cls(U[name], TINY.get(name, TINY["float64"]))
+
+    def rounding(self, size: Array, n: Array | float = 0) -> Array:
+        """Of a sum of n products where Σ |terms| = size; n = 0: of one operation whose result has that size."""
+        return (1 + n**0.5) * (self.u * size + self.tiny * (size > 0))
+
+    def add(self, x: Rounded, y: Rounded) -> Rounded:
+        """x + y"""
+        value = x.value + y.value
+        return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.rows)
+
+    def constant(self, c: Array | float) -> Array:
+        """How many roundings it costs to have c: 1, unless it is a number of float32."""
+        exactly = np.asarray(c, np.float64)
+        return np.where(exactly.astype(np.float32) == exactly, 0.0, 1.0)
+
+    def times(self, x: Rounded, c: Array | float) -> Rounded:
+        """x c, where c is a constant"""
+        y = each(lambda a: a * c, x)
+        error = np.abs(y.error) + (1 + self.constant(c)) * self.rounding(np.abs(y.value))
+        return y._replace(error=error)  # type: ignore[no-any-return]
+
+    def multiply(self, x: Rounded, y: Rounded) -> Rounded:
+        """x ⊙ y"""
+        value = x.value * y.value
+        error = np.abs(x.value) * y.error + (np.abs(y.value) + y.error) * x.error + self.rounding(np.abs(value))
+        return Rounded(value, error, tuple(row * y.value for row in x.rows))
+
+    def matmul(self, x: Rounded, y: Rounded) -> Rounded:
+        """x y"""
+        error = self.rounding(np.abs(x.value) @ np.abs(y.value), x.value.shape[-1])
+        if np.any(x.error):
+            error += np.sqrt(x.error**2 @ y.value**2)
+        if np.any(y.error):
+            error += np.sqrt((np.abs(x.value) + x.error) ** 2 @ y.error**2)
+        rows = tuple(row @ y.value for row in x.rows)
+        for part in (*rows, *(x.value @ col for col in y.cols)):
+            error += np.abs(part)
+        return Rounded(x.value @ y.value, error, rows)
+
+    def unbroadcast(self, x: Rounded, shape: tuple[int, ...]) -> Rounded:
+        """The sum over the axes along which `shape` was broadcast."""
+        if x.value.shape == shape:
+            return x
+        size = unbroadcast(np.abs(x.value), shape)
+        error = self.rounding(size, x.value.size // max(size.size, 1)) + np.sqrt(unbroadcast(x.error**2, shape))
+        for parts, axis in ((x.rows, -1), (x.cols, -2)):
+            for part in parts if len(shape) < -axis or shape[axis] == 1 else ():
+                error += np.sqrt(unbroadcast(np.sum(part, axis=axis, keepdims=True) ** 2, shape))
+        cols = x.cols if shape[-2:] == x.value.shape[-2:] else ()
+        return Rounded(unbroadcast(x.value, shape), error, cols=tuple(unbroadcast(col, shape) for col in cols))
+
+    def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
+        """`ops.linear`"""
+        y = self.matmul(x, transpose(w))
+        return y if b is None else self.add(y, b)
+
+    def linear_vjp(self, x: Rounded, w: Rounded, b: Rounded | None, dy: Rounded) -> tuple[Any, ...]:
+        """`ops.linear_vjp`"""
+        rows, drows = (tie(each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a)) for a in (x, dy))
+        dx = self.matmul(dy, w)
+        dw = self.matmul(transpose(drows), alike(rows))
+        db = None if b is None else self.unbroadcast(drows, b.value.shape)
+        return dx, dw, db
+
+    def project(self, p: Params, x: Rounded) -> Rounded:
+        """`heads.project`"""
+        H, D, _ = p["w"].value.shape
+        y = self.linear(x, each(_rows, p["w"]), each(np.ravel, p.get("b")))
+        return each(lambda a: a.reshape(*a.shape[:-1], H, D), y)  # type: ignore[no-any-return]
+
+    def project_vjp(self, p: Params, x: Rounded, dy: Rounded) -> tuple[Params, Rounded]:
+        """`heads.project_vjp`"""
+        dx, dw, db = self.linear_vjp(x, each(_rows, p["w"]), each(np.ravel, p.get("b")), each(_merge, dy))
+        return _like(p, dw, db), dx
+
+    def extend_drow(self, dy: Rounded, S: int) -> Rounded:
+        """`heads.extend_vjp`: of the row that is appended after S"""
+        return self.unbroadcast(Rounded(dy.value[..., S, :, :], dy.error[..., S, :, :]), dy.value.shape[-2:])
+
+    def combine(self, p: Params, o: Rounded, dy: Rounded) -> tuple[Rounded, Params]:
+        """`heads.combine` and the parameters' part of `heads.combine_vjp`: y, dparams"""
+        w, b, o = each(_merge, p["w"]), p.get("b"), each(_merge, o)
+        _, dw, db = self.linear_vjp(o, w, b, dy)
+        return self.linear(o, w, b), _like(p, dw, db)
+
+    def combine_do(self, p: Params, dy: Rounded) -> Rounded:
+        """do of `heads.combine_vjp`"""
+        _, H, E = p["w"].value.shape
+        do = self.matmul(dy, each(_merge, p["w"]))
+        return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
+
+
+# ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def host(x: Array) -> Array:
+    """x, from any library, as a NumPy array: float64, or boolean."""
+    if x is None:
+        return None
+    if type(x).__module__.startswith("cupy"):
+        x = x.get()
+    if type(x).__module__.startswith("torch"):
+        x = x.detach().cpu()
+        x = x.double() if x.is_floating_point() else x
+    x = np.asarray(x)
+    return x if x.dtype == bool else x.astype(np.float64)
+
+
+def name_of(dtype: Any) -> str:
+    """'float32' for numpy.float32, torch.float32, "float32", …; TypeError unless it is one that funcmha takes."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+    if name not in U:
+        raise TypeError(f"dtype must be one of {', '.join(U)}, got {dtype!r}")
+    return str(name)
+
+
+def _rows(w: Array) -> Array:
+    """The heads as the rows of one matrix: (H, D, C)   →   (H·D, C)"""
+    return w.reshape(w.shape[0] * w.shape[1], w.shape[2])
+
+
+def _merge(a: Array) -> Array:
+    """The heads side by side: (..., H, E)   →   (..., H·E)"""
+    return a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
+
+
+def _like(p: Params, w: Rounded, b: Rounded | None) -> Params:
+    """w and b in the shapes of those of p."""
+    dw = each(lambda a: a.reshape(p["w"].value.shape), w)
+    return {"w": dw} if b is None else {"w": dw, "b": each(lambda a: a.reshape(p["b"].value.shape), b)}

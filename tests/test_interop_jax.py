@@ -1,0 +1,431 @@
+"""JAX is the oracle of its own call, to float32: its softmax is float32 whatever the inputs.
+
+In float64 the oracle is the same formula with the same fill, written out and differentiated by torch.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+
+from funcmha import attention_weights, log_sum_exp
+from funcmha.interop import jax as adapter
+from funcmha.interop.jax import FILL, dot_product_attention, dot_product_attention_vjp
+from funcmha.testing import check_vjp
+
+each = pytest.mark.usefixtures("each_engine")
+
+
+# ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `jax.nn.dot_product_attention`, read-only."""
+
+    B: int | None = 2  # None: without a batch
+    T: int = 5
+    S: int = 7
+    N: int = 6
+    K: int = 3
+    H: int = 11
+    bias: str | None = None  # its axes; "1" is one that it lacks
+    mask: str | None = None
+    scale: float | None = None
+    is_causal: bool = False
+    window: int | tuple[int, int] | None = None
+    query_lengths: bool = False
+    key_lengths: bool = False
+    strided: bool = False
+    seed: int = 0
+
+    def inputs(self, dtype="float64"):
+        """query, key, value, bias, and dy."""
+        rng = np.random.default_rng(self.seed)
+        batch = () if self.B is None else (self.B,)
+        query, key = (*batch, self.T, self.N, self.H), (*batch, self.S, self.K, self.H)
+        shapes = [query, key, key, None if self.bias is None else self.shape(self.bias), query]
+        return [None if shape is None else self.array(rng, shape, dtype) for shape in shapes]
+
+    def array(self, rng, shape, dtype):
+        a = rng.standard_normal((*shape[:-1], 2 * shape[-1])).astype(dtype)[..., ::2]
+        a = a if self.strided else np.ascontiguousarray(a)
+        a.flags.writeable = False
+        return a
+
+    def shape(self, axes):
+        sizes = {"B": self.B or 1, "N": self.N, "T": self.T, "S": self.S, "1": 1}
+        return tuple(sizes[axis] for axis in axes)
+
+    def static(self):
+        rng, B = np.random.default_rng(self.seed + 1), self.B or 1
+        return {
+            "mask": None if self.mask is None else rng.random(self.shape(self.mask)) < 0.4,
+            "scale": self.scale,
+            "is_causal": self.is_causal,
+            "query_seq_lengths": rng.integers(0, self.T + 2, B).astype("i4") if self.query_lengths else None,
+            "key_value_seq_lengths": rng.integers(0, self.S + 2, B).astype("i4") if self.key_lengths else None,
+            "local_window_size": self.window,
+        }
+
+    def without_keys(self):
+        """The queries (B, N, T) that see no key, padding or not, by plain loops; and those that are padding."""
+        static, B = self.static(), self.B or 1
+        shape = (B, self.N, self.T, self.S)
+        mask = np.broadcast_to(True if static["mask"] is None else static["mask"], shape).copy()
+        padding = np.zeros(shape[:3], bool)
+        left, right = self.window if isinstance(self.window, tuple) else (self.window, self.window)
+        for b, n, i, j in np.ndindex(shape):
+            past = static["query_seq_lengths"] is not None and i >= static["query_seq_lengths"][b]
+            padding[b, n, i] = past
+            mask[b, n, i, j] &= not (
+                past
+                or (self.is_causal and j > i)
+                or (left is not None and not i - left <= j <= i + right)
+                or (static["key_value_seq_lengths"] is not None and j >= static["key_value_seq_lengths"][b])
+            )
+        return mask, padding
+
+
+AXES = st.none() | st.sampled_from(["BNTS", "1NTS", "B1TS", "B11S", "BNT1", "111S", "NTS", "TS", "S", "1NT1"])
+
+
+@st.composite
+def problems(draw):
+    flag, reach, K = st.booleans(), st.integers(0, 3), draw(st.sampled_from([1, 2, 3]))
+    return Problem(
+        B=draw(st.sampled_from([None, 1, 2])),
+        T=draw(st.sampled_from([1, 5, 13])),
+        S=draw(st.sampled_from([0, 1, 7, 11])),
+        N=K * draw(st.sampled_from([1, 2])),
+        K=K,
+        H=draw(st.sampled_from([1, 17])),
+        bias=draw(AXES),
+        mask=draw(AXES),
+        scale=draw(st.sampled_from([None, 0.0, 0.3, -1.0])),
+        is_causal=draw(flag),
+        window=draw(st.none() | reach | st.tuples(reach, reach)),
+        query_lengths=draw(flag),
+        key_lengths=draw(flag),
+        strided=draw(flag),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def run(problem, dtype="float64"):
+    """y, the gradients, and the residual, by funcmha."""
+    *inputs, dy = problem.inputs(dtype)
+    y, cache = dot_product_attention(*inputs, **problem.static())
+    return y, *dot_product_attention_vjp(cache, dy), log_sum_exp(cache)
+
+
+@cache
+def run_jax(problem, dtype="float64"):
+    """The same by JAX, once for both engines."""
+    *inputs, dy = problem.inputs(dtype)
+    given, static = [i for i, x in enumerate(inputs) if x is not None], problem.static()
+
+    def attend(*args):
+        filled = [args[given.index(i)] if i in given else None for i in range(4)]
+        return jax.nn.dot_product_attention(*filled, return_residual=True, **static)
+
+    @jax.jit
+    def back_and_forth(dy, *args):
+        y, pull, lse = jax.vjp(attend, *args, has_aux=True)
+        return y, pull(dy), lse
+
+    with jax.enable_x64(dtype == "float64"):
+        y, grads, lse = back_and_forth(dy, *(inputs[i] for i in given))
+        grads = dict(zip(given, grads, strict=True))
+        return [x if x is None else np.asarray(x) for x in (y, *(grads.get(i) for i in range(4)), lse)]
+
+
+def run_torch(problem):
+    """The same by the formula, with JAX's fill, in float64."""
+    *inputs, dy = (None if x is None else torch.tensor(np.array(x)) for x in problem.inputs())
+    given = [x.requires_grad_() for x in inputs if x is not None]
+    q, k, v = (x if problem.B else x[None] for x in inputs[:3])
+    k, v = (x.repeat_interleave(problem.N // problem.K, dim=2) for x in (k, v))
+    z = torch.einsum("btnh,bsnh->bnts", q, k) * (problem.H**-0.5 if problem.scale is None else problem.scale)
+    z = z if inputs[3] is None else z + inputs[3]
+    mask, padding = problem.without_keys()
+    z = torch.where(torch.tensor(mask), z, -0.7 * torch.finfo(torch.float32).max)
+    y = torch.einsum("bnts,bsnh->btnh", z.softmax(-1), v)
+    y = y * torch.tensor(~padding).double().transpose(1, 2)[..., None]
+    y, lse = (x if problem.B else x[0] for x in (y, z.logsumexp(-1).transpose(1, 2)))
+    grads = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
+    grads = [x if x is None else next(grads) for x in inputs]
+    grads = [x if g is None and x is not None else g for x, g in zip([None] * 4, grads, strict=True)]
+    return [x if x is None else x.detach().numpy() for x in (y, *grads, lse)]
+
+
+def check(got, want, tolerance):
+    """Each to `tolerance` of its largest entry, but for the fill."""
+    names = ("y", "dquery", "dkey", "dvalue", "dbias", "residual")
+    assert [x is None for x in got] == [x is None for x in want]
+    for name, a, b in [entry for entry in zip(names, got, want, strict=False) if entry[1] is not None]:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        a, b = a.astype("f8"), b.astype("f8")
+        largest = np.abs(b).max(initial=1, where=b > FILL / 2)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * largest, err_msg=name)
+
+
+# ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@each
+@settings(max_examples=2 * settings().max_examples)
+@given(problems())
+def test_values_gradients_and_residual_are_the_formula_in_float64(problem):
+    check(run(problem), run_torch(problem), 1e-11)
+
+
+# Most of them of one shape: JAX compiles every operation anew for each.
+CASES = {
+    "one key/value head, S > T, without a batch": Problem(
+        B=None, K=1, S=17, is_causal=True, key_lengths=True, bias="NTS"
+    ),
+    "grouped and causal, S < T": Problem(T=13, is_causal=True, query_lengths=True),
+    "rows without keys": Problem(T=13, window=(1, 3), mask="B1TS", key_lengths=True, bias="BNTS"),
+    "all": Problem(T=13, bias="BNTS", mask="BNTS", scale=0.3, is_causal=True, window=5, query_lengths=True),
+}
+
+
+@each
+@pytest.mark.parametrize("problem", CASES.values(), ids=CASES)
+def test_values_gradients_and_residual_are_jax_s(problem):
+    check(run(problem, "float32"), run_jax(problem, "float32"), 5e-6)
+
+
+@each
+def test_jax_has_float32_s_digits_in_float64_too():
+    """Not more than float32's in its softmax (jax 0.10.2), where funcmha has those of float64."""
+    got, want = run(Problem()), run_jax(Problem())
+    check(got, want, 5e-6)
+    check(got, run_torch(Problem()), 1e-14)
+    assert np.abs(got[0] - want[0]).max() > 1e-9
+
+
+@each
+def test_half_types_are_jax_s_within_their_roundings():
+    """JAX rounds the weights, and every product, to the dtype of the key: here there is one rounding, at the end."""
+    problem, dtype = CASES["one key/value head, S > T, without a batch"], ml_dtypes.bfloat16
+    *got, lse = run(problem, dtype)
+    *want, rounded = run_jax(problem, dtype)
+    assert lse.dtype == np.float32
+    check([*got, lse.astype(dtype)], [*want, rounded], 8 * float(ml_dtypes.finfo(dtype).eps))
+
+
+@each
+def test_a_float32_bias_of_half_types_is_added_in_float32():
+    query, key, value, bias, dy = Problem(bias="1NTS", mask="TS").inputs(ml_dtypes.bfloat16)
+    fine = bias.astype("f4") + np.float32(1 / 3)
+    mask = Problem(mask="TS").static()["mask"]
+    y, cache = dot_product_attention(query, key, value, fine, mask=mask)
+    grads = dot_product_attention_vjp(cache, dy)
+    wide = [x.astype("f4") for x in (query, key, value)]
+    y_wide, cache_wide = dot_product_attention(*wide, fine, mask=mask)
+    grads_wide = dot_product_attention_vjp(cache_wide, dy.astype("f4"))
+    assert [x.dtype for x in (y, *grads)] == [*[np.dtype(ml_dtypes.bfloat16)] * 4, np.dtype("f4")]
+    for x, x_wide in zip((y, *grads), (y_wide, *grads_wide), strict=True):
+        np.testing.assert_array_equal(x, x_wide.astype(x.dtype))
+
+
+@each
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_pair_keeps_the_protocol_and_its_gradient_passes_a_complex_step(dtype):
+    for problem in CASES.values():
+        *inputs, _ = problem.inputs(dtype)
+        check_vjp(dot_product_attention, dot_product_attention_vjp, tuple(inputs), problem.static())
+
+
+def test_every_array_library_gives_the_same(xp):
+    *inputs, dy = Problem(bias="BNTS").inputs()
+    lengths = {"query_seq_lengths": np.array([4, 9]), "key_value_seq_lengths": np.array([2, 7])}
+    static = lengths | {"local_window_size": (1, 3), "mask": np.ones((5, 7), bool)}  # query 3 of sample 0 sees no key
+    y, cache = dot_product_attention(*map(xp.to, inputs), **static)
+    got = [xp.back(x) for x in (y, *dot_product_attention_vjp(cache, xp.to(dy)), log_sum_exp(cache))]
+    y, cache = dot_product_attention(*inputs, **static)
+    check(got, [y, *dot_product_attention_vjp(cache, dy), log_sum_exp(cache)], 1e-13)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "B is None and mask and bias",
+        "N > K > 1 and T > 1 and S > 1",
+        "is_causal and S > T > 1",
+        "is_causal and T > S > 1",
+        "isinstance(window, tuple) and window[0] != window[1] and T > 1 and S > 1",
+        "window == 0 and isinstance(window, int) and T > S",
+        "query_lengths and key_lengths and mask and is_causal and window and bias",
+        "S == 0 and query_lengths and is_causal",
+        "strided and T > 1",
+    ],
+)
+def test_the_problems_are_not_vacuous(flag):
+    assert find(problems(), lambda problem: eval(flag, dict(vars(problem))), settings=settings(max_examples=5000))
+
+
+# ── rows without keys ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@each
+def test_a_query_that_sees_no_key_gives_the_mean_of_the_values_and_one_that_is_padding_gives_0():
+    query, key, value, bias, dy = Problem(bias="1111").inputs()
+    mask = np.ones((2, 1, 5, 7), bool)
+    mask[0, :, 2], mask[1, :, 4] = False, False
+    y, cache = dot_product_attention(query, key, value, bias, mask=mask, query_seq_lengths=np.array([5, 4]))
+    dquery, dkey, dvalue, dbias = dot_product_attention_vjp(cache, dy)
+    np.testing.assert_allclose(y[0, 2], value[0].mean(0).repeat(2, axis=0), rtol=1e-14, atol=1e-15)
+    assert not y[1, 4].any()
+    assert not dquery[0, 2].any()
+    assert not dquery[1, 4].any()
+    p, lse = attention_weights(cache), log_sum_exp(cache)
+    assert p.shape == (2, 6, 5, 7)
+    np.testing.assert_array_equal(p[0, :, 2], 1 / 7)
+    np.testing.assert_array_equal(p[1, :, 4], 0)
+    np.testing.assert_array_equal(lse[[0, 1], [2, 4]], FILL)
+    assert (lse == FILL).sum() == 2 * 6
+
+    dy = np.where(np.arange(5)[:, None, None] == 2, dy, 0.0) * np.array([1.0, 0.0])[:, None, None, None]
+    dquery, dkey, dvalue, dbias = dot_product_attention_vjp(cache, dy)
+    assert not any(x.any() for x in (dquery, dkey, dbias, dvalue[1]))
+    want = np.broadcast_to(dy[0, 2].reshape(3, 2, 11).sum(1) / 7, (7, 3, 11))
+    np.testing.assert_allclose(dvalue[0], want, rtol=1e-14)
+
+
+@each
+def test_a_bias_below_the_fill_is_where_jax_looks_at_forbidden_keys():
+    """jax 0.10.2: −2.4e38, the fill of the forbidden keys, is then the greatest score. Here they stay forbidden."""
+    query, key, value, _, dy = Problem(K=6).inputs("float32")
+    bias, mask = np.zeros((1, 1, 5, 7), "f4"), np.ones((1, 1, 5, 7), bool)
+    bias[..., 2, :3], mask[..., 3:] = -np.inf, False
+    theirs = jax.jit(jax.nn.dot_product_attention)(query, key, value, bias, mask)
+    np.testing.assert_allclose(theirs[:, 2], value[:, 3:].mean(1), rtol=1e-5, atol=1e-6)
+    y, cache = dot_product_attention(query, key, value, bias, mask=mask)
+    assert not y[:, 2].any()
+    assert not dot_product_attention_vjp(cache, dy)[2][:, 3:].any()
+
+
+@each
+def test_a_bias_of_minus_infinity_on_all_keys_is_nan_in_jax_and_0_here():
+    """jax 0.10.2."""
+    query, key, value, _, dy = Problem().inputs("float32")
+    bias = np.zeros((1, 1, 5, 7), "f4")
+    bias[..., 2, :] = -np.inf
+    assert np.isnan(jax.jit(jax.nn.dot_product_attention)(query, key, value, bias)[:, 2]).all()
+    y, cache = dot_product_attention(query, key, value, bias)
+    assert not y[:, 2].any()
+    assert not dot_product_attention_vjp(cache, dy)[0][:, 2].any()
+    assert all(np.isfinite(dx).all() for dx in dot_product_attention_vjp(cache, dy))
+
+
+@each
+def test_a_key_that_nobody_sees_may_be_nan():
+    query, key, value, _, dy = Problem().inputs()
+    mask = np.arange(7) < 4
+    dirty = [np.where(mask[:, None, None], x, np.nan) for x in (key, value)]
+    clean, bad = (dot_product_attention(query, *kv, mask=mask) for kv in ((key, value), dirty))
+    np.testing.assert_array_equal(clean[0], bad[0])
+    for a, b in zip(*(dot_product_attention_vjp(kept, dy) for _, kept in (clean, bad)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@each
+def test_rows_of_a_mask_are_looked_at_a_few_at_a_time(monkeypatch):
+    problem = CASES["rows without keys"]
+    want = run(problem)
+    monkeypatch.setattr(adapter, "CHUNK", 3)
+    for a, b in zip(run(problem), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ── arrays of JAX, and refusals ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_jax_takes_the_pair_as_it_is_with_its_own_arrays():
+    problem = CASES["all"]
+    *inputs, dy = problem.inputs("float32")
+    static = problem.static()
+    ours = jax.custom_vjp(lambda *args: dot_product_attention(*args, **static)[0])
+    ours.defvjp(lambda *args: dot_product_attention(*args, **static), dot_product_attention_vjp)
+    y, *grads = jax.jit(lambda dy, *args: (ours(*args), *jax.vjp(ours, *args)[1](dy)))(dy, *inputs)
+    check([np.asarray(x) for x in (y, *grads)], run(problem, "float32")[:-1], 5e-6)
+
+
+def test_jax_is_not_imported():
+    code = """
+import sys, numpy as np
+from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
+x = np.ones((2, 3, 5))
+y, cache = dot_product_attention(x, x, x, is_causal=True, query_seq_lengths=np.array([1]))
+dot_product_attention_vjp(cache, y)
+import funcmha.interop.jax_bridge
+assert "jax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+X = np.ones((2, 5, 6, 11))
+Y = np.ones((2, 7, 3, 11))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "static", "error", "message"),
+    [
+        ((X[0, 0], Y, Y), {}, ValueError, r"query must be \(B, T, N, H\), got \(6, 11\)"),
+        ((X, Y[0], Y), {}, ValueError, r"key must be \(B, S, K, H\) with B=2 as in query, H=11 .* got \(7, 3, 11\)"),
+        (
+            (X, Y, Y[:, :5]),
+            {},
+            ValueError,
+            r"value must be \(B, S, K, H\) with .* S=7 as in key, .* got \(2, 5, 3, 11\)",
+        ),
+        ((X, Y, Y[..., :5]), {}, ValueError, r"value must be .* H=11 as in query, got \(2, 7, 3, 5\)"),
+        ((X[:, :, :5], Y, Y), {}, ValueError, "query has N=5 heads, which must be a multiple of K=3 as in key"),
+        ((X, Y, Y.astype("f4")), {}, TypeError, "value must have dtype float64 as query has, got float32"),
+        ((X, Y, Y, np.ones((7,), "f4")), {}, TypeError, "bias must have dtype float64 as query has, got float32"),
+        ((X, Y, Y, np.ones((3, 5, 7))), {}, ValueError, r"bias must broadcast to \(B, N, T, S\) = \(2, 6, 5, 7\), got"),
+        ((X, Y, Y), {"mask": np.ones((5, 7))}, TypeError, "mask must be boolean, True = attend .* got dtype float64"),
+        ((X, Y, Y), {"mask": np.ones((7, 5), bool)}, ValueError, r"mask must broadcast to .* got \(7, 5\)"),
+        ((X, Y, Y), {"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+        ((X, Y, Y), {"scale": np.ones(6)}, TypeError, "scale must be a real number"),
+        ((X, Y, Y), {"local_window_size": -1}, ValueError, "local_window_size must be an int of at least 0, or two"),
+        ((X, Y, Y), {"local_window_size": (1, 2, 3)}, ValueError, "local_window_size must be"),
+        ((X, Y, Y), {"local_window_size": True}, ValueError, "local_window_size must be"),
+        ((X, Y, Y), {"query_seq_lengths": [5, 5]}, TypeError, r"query_seq_lengths must be an array \(B,\) of integers"),
+        ((X, Y, Y), {"key_value_seq_lengths": np.ones(2)}, TypeError, "key_value_seq_lengths .* got dtype float64"),
+        ((X, Y, Y), {"key_value_seq_lengths": np.ones(3, int)}, ValueError, r"must be \(B,\) with B=2 .* got \(3,\)"),
+        (
+            (X, Y, Y),
+            {"query_seq_lengths": np.array([1, -2])},
+            ValueError,
+            "query_seq_lengths must be at least 0, got -2",
+        ),
+    ],
+)
+def test_refused_by_name(inputs, static, error, message):
+    with pytest.raises(error, match=message):
+        dot_product_attention(*inputs, **static)
+
+
+@pytest.mark.parametrize(
+    ("dy", "error", "message"),
+    [
+        (np.ones((2, 6, 5, 11)), ValueError, r"dy must be \(B, T, N, H\) = \(2, 5, 6, 11\) as the output is, got"),
+        (X.astype("f4"), TypeError, "dy must have dtype float64 as the output has, got float32"),
+    ],
+)
+def test_a_wrong_cotangent_is_refused(dy, error, message):
+    _, cache = dot_product_attention(X, Y, Y)
+    with pytest.raises(error, match=message):
+        dot_product_attention_vjp(cache, dy)
