@@ -185,10 +185,7 @@ class Bands(Mask):
         return _to(_with_head(allowed if self.right is None else allowed & (ahead <= self.right)), like)
 
     def _block(self, rows: Range, cols: Range) -> Block:
-        answers = {band.block(rows, cols) for band in self.bands}
-        if answers <= {"empty"}:
-            return "empty"
-        return "full" if answers == {"full"} else "mixed"
+        return _of_samples({band.block(rows, cols) for band in self.bands})
 
     def _columns(self, rows: Range, S: int) -> Range:
         some = [(start, stop) for start, stop in (band.columns(rows, S) for band in self.bands) if start < stop]
@@ -266,10 +263,7 @@ class Segments(Mask):
         return _to(_with_head(q == k), like)
 
     def _block(self, rows: Range, cols: Range) -> Block:
-        answers = {_meeting(q, k) for q, k in self._samples(rows, cols)}
-        if answers <= {"empty"}:
-            return "empty"
-        return "full" if answers == {"full"} else "mixed"
+        return _of_samples({_meeting(q, k) for q, k in self._samples(rows, cols)})
 
     def _columns(self, rows: Range, S: int) -> Range:
         seen = np.zeros(S, dtype=bool)
@@ -459,6 +453,12 @@ def _summary(allowed: np.ndarray) -> Block:
     if not allowed.any():
         return "empty"
     return "full" if allowed.all() else "mixed"
+
+
+def _of_samples(answers: set[Block]) -> Block:
+    if answers <= {"empty"}:
+        return "empty"
+    return "full" if answers == {"full"} else "mixed"
 
 
 def _meeting(q: np.ndarray, k: np.ndarray) -> Block:

@@ -355,7 +355,7 @@ def _all_samples(y: _Backward, h: int, samples: list[Any], schedule: list[Any], 
 @log_sum_exp.register
 def _(cache: AttentionCache, /) -> Array:
     some = cache.total != 0
-    fraction, exponent = np.frexp(np.where(some, cache.total, 1.0))  # a guessed shift is whole, so their sum is exact
+    fraction, exponent = np.frexp(np.where(some, cache.total, 1.0))  # a shift is whole, so their sum is exact
     whole = exponent.astype(fraction.dtype) if cache.shift is None else exponent + cache.shift
     # np.log has the same bits wherever in an array a number stands, np.log2 not
     return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)

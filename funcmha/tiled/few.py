@@ -10,7 +10,7 @@ import numpy as np
 
 from funcmha._xp import Array
 
-from .tiles import LOG2E, Head, Tile
+from .tiles import LOG2E, Head, Tile, of_sink
 
 ROWS = 16  # G·T up to which this is faster than tiles
 # Rows of k and v in one product of a few. OpenBLAS has faster kernels for small products than for long ones, and NumPy
@@ -32,9 +32,11 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
             head.hide(scores, tile, -np.inf)
     sinks = np.array([-np.inf if head.sink is None else LOG2E * head.sink for head in heads], s.dtype)[:, None]
     top = np.maximum(s.max(axis=-1, initial=-np.inf), sinks)
-    shift = np.where(top == -np.inf, 0.0, np.ceil(top))  # whole, so that the log-sum-exp keeps its digits
+    shift = np.where(top == -np.inf, 0.0, np.ceil(top))
     e = np.exp2(np.subtract(s, shift[..., None], out=s), out=s)
-    total = e.sum(axis=-1) + np.exp2(sinks - shift)
+    total = e.sum(axis=-1)
+    if heads[0].sink is not None:
+        total += np.stack([of_sink(head, c) for head, c in zip(heads, shift, strict=True)])
     a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
     o = _with_values(a.reshape(len(heads) * T, len(k)), v).reshape(len(heads), T, v.shape[-1])
     return o / np.where(total == 0, 1.0, total)[..., None], total, shift

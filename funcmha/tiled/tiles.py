@@ -3,13 +3,14 @@
 Exponentials are powers of two, which NumPy computes faster and more accurately than powers of e: the scores here are
 s = log₂e · z. Before the exponential a shift c is subtracted from each row. By Cauchy and Schwarz no score exceeds
 m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is shifted; else c is
-m − BOUND, and only where the sum then comes out small is the true maximum of the row looked for. The backward uses the
-same shift, and so has the same exponentials to the bit; made from the log-sum-exp they would lose |s| ulps.
+m − BOUND, and only where the sum then comes out small is the true maximum of the row looked for. Shifts are whole
+numbers, so that the log-sum-exp has the digits of the sum. The backward uses the same shift, and so has the same
+exponentials, from the same q and k to the bit; made from the log-sum-exp they would lose |s| ulps.
 
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
 
-from math import e, log, log2, prod
+from math import e, floor, isfinite, log, log2, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -186,11 +187,14 @@ def of_sink(head: Head, shift: Array) -> Array:
     """2^(log₂e · sink − c)     (R), or one number for all rows"""
     assert head.sink is not None
     sink = LOG2E * head.sink
-    return np.exp2(np.float64(sink)) if shift is None else np.exp2(sink - shift)
+    if shift is None or not isfinite(sink):
+        return np.exp2(sink if shift is None else sink - shift)
+    whole = floor(sink)  # a difference of large numbers would lose the digits of this row's log-sum-exp
+    return np.ldexp(shift.dtype.type(2.0 ** (sink - whole)), np.clip(whole - shift, -9999, 9999).astype(np.int32))
 
 
 def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
-    """The largest score of each row, 0 where there is none"""
+    """The largest score of each row, rounded up, 0 where there is none"""
     top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
     for tile in tiles:
         i = _within(rows, tile)
@@ -198,7 +202,7 @@ def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
         if tile.mixed:
             head.hide(s, tile, -np.inf)
         top[i] = np.maximum(top[i], s.max(axis=-1))
-    return np.where(top == -np.inf, 0.0, top)
+    return np.where(top == -np.inf, 0.0, np.ceil(top))
 
 
 def _within(rows: Range, tile: Tile) -> slice:
