@@ -4,7 +4,7 @@ from . import biases, decode, dropout, engines, masks, norms, npz, ops, packing,
 from .dropout import seeded
 from .engines import attention, attention_vjp
 from .forward import attention_jvp, linear_jvp, norm_jvp
-from .forward_mha import mha_jvp
+from .forward_mha import head_jvp, mha_jvp
 from .merge import merge, merge_vjp
 from .mha import head, head_vjp, mha, mha_vjp, self_attention, self_attention_vjp
 from .npz import ParameterFileError, load, save
@@ -19,6 +19,7 @@ from .ops import (
 from .params import head_params, init, sizes
 from .second import attention_vjp_jvp
 from .second_mha import mha_vjp_jvp
+from .step import self_attention_step, self_attention_step_vjp
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "dropout",
     "engines",
     "head",
+    "head_jvp",
     "head_params",
     "head_vjp",
     "init",
@@ -59,6 +61,8 @@ __all__ = [
     "save",
     "seeded",
     "self_attention",
+    "self_attention_step",
+    "self_attention_step_vjp",
     "self_attention_vjp",
     "sizes",
     "softmax",

@@ -69,3 +69,22 @@ def join_biases(bias: Bias, dbiases: list[Bias]) -> Bias:
     own = numbers.ndim >= -axis and numbers.shape[axis] > 1
     joined = namespace(numbers).concat(parts, axis=axis) if own else sum(parts[1:], parts[0])
     return Relative(joined) if relative else joined
+
+
+def as_head(a: Array) -> Array:
+    """a (..., T, S)   →   (..., 1, T, S); with no batch axes there is nothing to tell apart"""
+    return a if a is None or a.ndim < 3 else a[..., None, :, :]
+
+
+def bias_as_head(bias: Bias) -> Bias:
+    """The same of a bias: the values of a `Relative` are (..., T + S − 1)"""
+    if not isinstance(bias, Relative):
+        return as_head(bias)
+    return bias if bias.values.ndim < 2 else Relative(bias.values[..., None, :])
+
+
+def bias_as_head_vjp(dbias: Bias) -> Bias:
+    """Without that axis again"""
+    if not isinstance(dbias, Relative):
+        return dbias if dbias is None or dbias.ndim < 4 else dbias[..., 0, :, :]
+    return dbias if dbias.values.ndim < 2 else Relative(dbias.values[..., 0, :])

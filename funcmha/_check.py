@@ -44,11 +44,26 @@ def number(name: str, x: Any, low: float = -float("inf"), below: float = float("
     """`x` as a Python float, so that it never widens a dtype; ValueError unless low ≤ x < below and finite."""
     if not isinstance(x, Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a real number, got {x!r} of type {type(x).__name__}")
-    value = float(x)
+    try:
+        value = float(x)
+    except OverflowError:  # an integer of more than 1024 bits
+        value = float("inf")
     if not (isfinite(value) and low <= value < below):
         bounds = "finite" if low == -float("inf") else f"at least {low:g} and below {below:g}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value
+
+
+def flag(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is True or False: anything else that is true may have been meant as something else."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+
+
+def cache(x: Any, kind: type, op: str) -> None:
+    """Raise TypeError unless `x` is the cache of `op`: another may have as many arrays, and mean others by them."""
+    if not isinstance(x, kind):
+        raise TypeError(f"cache must come from {op}, got {type(x).__name__}")
 
 
 def multiple(query: str, heads: int, key: str, groups: int) -> None:

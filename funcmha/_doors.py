@@ -26,7 +26,7 @@ def check_linear(x: Array, w: Array, b: Array) -> None:
 
 
 def check_attention(
-    q: Array, k: Array, v: Array, bias: Any, sink: Array, mask: Any, scale: Any, cap: Any, keep: Any, rate: float
+    q: Array, k: Array, v: Array, bias: Any, sink: Array, mask: Any, scale: Any, cap: Any, keep: Any, rate: float | None
 ) -> tuple[Mask | None, Any, Any, float]:
     """The door of `attention`: the mask as a `Mask` or None, scale and cap as floats or (H,) of NumPy, the rate."""
     _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", values_of(bias)), ("sink", sink)])
@@ -69,7 +69,9 @@ def check_per_head(axes: _check.Axes, name: str, x: Any, positive: bool = False)
         if positive and value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, got {value}")
         return value
-    numbers = np.asarray(x, dtype=np.float64)
+    if isinstance(x, np.ndarray) and x.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got dtype {x.dtype}")
+    numbers = np.array(x if isinstance(x, np.ndarray) else [_check.number(name, n) for n in x], dtype=np.float64)
     if "H" not in axes.size or numbers.shape != (axes["H"],):
         wanted = f"or (H,) with H={axes['H']} as in q" if "H" in axes.size else "as there is no head axis"
         raise ValueError(f"{name} must be a number, {wanted}, got shape {numbers.shape}")
@@ -90,14 +92,18 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
     return checked
 
 
-def check_keep(axes: _check.Axes, keep: Any, rate: float, scores: str) -> float:
+def check_keep(axes: _check.Axes, keep: Any, rate: float | None, scores: str) -> float:
     """Dropout is a mask and a rate, or a seed that has one, or neither; the rate as a Python float."""
     if isinstance(keep, Seeded):
-        if _check.number("rate", rate) not in (0.0, keep.rate):
+        if rate is not None and _check.number("rate", rate) not in (0.0, keep.rate):
             raise ValueError(f"rate must be left out, as keep has rate={keep.rate}, got {rate}")
         return keep.rate
     _check.boolean("keep", keep, "True = keep")
     axes.broadcast("keep", _check.shape_of(keep), scores)
+    if rate is None:
+        if keep is not None:
+            raise ValueError("rate must be given with keep: what is kept is divided by 1 − rate")
+        return 0.0
     if _check.number("rate", rate, 0.0, 1.0) > 0 and keep is None:
         raise ValueError(f"keep must be given with rate={rate}: dropout takes its mask as an input")
     return float(rate)

@@ -132,6 +132,7 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
 
 def alibi_vjp(cache: AlibiCache, dbias: Relative, /) -> tuple[Array]:
     """dslope = −Σ dvalues |j − i − offset|        over the diagonals"""
+    _check.cache(cache, AlibiCache, "alibi")
     slopes, distance = cache
     _check_dbias(dbias, (*slopes.shape, distance.shape[0]), slopes)
     return (narrow(-(widen(dbias.values) @ distance), dbias.values.dtype),)
@@ -182,6 +183,7 @@ def lookup_vjp(cache: LookupCache, dbias: Relative, /) -> tuple[Array]:
 
     By halves, and so without atomics: O(H L log L) work in memory O(H L), the same bits each time.
     """
+    _check.cache(cache, LookupCache, "lookup")
     order, rows, first, like = cache
     _check_dbias(dbias, (like.shape[1], order.shape[0]), like)
     xp = namespace(like)
@@ -276,8 +278,7 @@ def _check_lookup(table: Array, index: Any) -> None:
 def _check_t5(distance: Any, bidirectional: Any, num_buckets: Any, max_distance: Any) -> tuple[int, int, int]:
     """Buckets of one direction, those of them that hold one distance, and where the last one begins to be the last."""
     _check_integers("distance", distance)
-    if not isinstance(bidirectional, bool):
-        raise TypeError(f"bidirectional must be True or False, got {bidirectional!r}")
+    _check.flag("bidirectional", bidirectional)
     n = _integer("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
     return n, n // 2, _integer("max_distance", max_distance, n // 2 + 1)
 

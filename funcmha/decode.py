@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from . import _check, masks
-from ._xp import Array, full, is_array, namespace
+from ._xp import Array, dtype_name, full, is_array, namespace
 from .masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,8 +86,9 @@ def append_vjp(cache: AppendCache, dkv: KV | tuple[Array, Array], /) -> tuple[KV
     from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KV`. What was forgotten
     has gradient 0, and `seen` has none: it is None. Needs shapes alone.
     """
+    _check.cache(cache, AppendCache, "append")
     past, new, keys, values = cache
-    dkeys, dvalues, *_ = dkv
+    dkeys, dvalues = two_cotangents(dkv)
     _check.cotangent("dkeys", dkeys, keys.shape[:-1], keys, "... K N' D")
     _check.cotangent("dvalues", dvalues, values.shape[:-1], values, "... K N' E")
     N, kept = past.shape[-2], keys.shape[-3] - new.shape[-2]
@@ -109,7 +110,9 @@ def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Mask:
 
     For the `kv` that has them already, with the `left` that it was appended with. Raises ValueError unless it holds T.
     """
-    _check_kv(kv)
+    check_kv(kv)
+    _check.one_dtype([("kv.keys", kv.keys)])
+    _check.Axes()("kv.keys", kv.keys, "... N D")
     N, T = kv.keys.shape[-2], _count("T", T)
     if T > N:
         raise ValueError(f"T must be at most N={N} as in kv.keys, which holds the new tokens already, got {T}")
@@ -193,26 +196,46 @@ def _sized(x: Array, n: int) -> tuple[int, ...]:
 
 def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     """The door of `append`: `left` as a Python int or None."""
-    _check_kv(kv)
+    check_kv(kv)
     _check.one_dtype([("kv.keys", kv.keys), ("kv.values", kv.values), ("k", k), ("v", v)])
-    for name, x in (("kv.values", kv.values), ("k", k), ("v", v)):
-        if namespace(x) is not namespace(kv.keys):  # a buffer would take it and turn it into its own kind
-            wanted, got = namespace(kv.keys).__name__, namespace(x).__name__
-            raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
+    check_library(kv, ("k", k), ("v", v))
     axes, head = _check.Axes(), _head(kv.keys)
     axes("kv.keys", kv.keys, head + "N D")
     axes("kv.values", kv.values, head + "N E")
     axes("k", k, head + "T D")
     axes("v", v, head + "T E")
-    if isinstance(kv.seen, Integral) and kv.seen < axes["N"]:
-        raise ValueError(f"kv.seen must be at least N={axes['N']} as in kv.keys, got {kv.seen}")
+    check_seen(kv, axes["N"])
     return masks.window(left, 0).left  # which checks it
 
 
-def _check_kv(kv: Any) -> None:
+def check_library(kv: KV, *arrays: tuple[str, Array]) -> None:
+    """A buffer would take an array of another library and turn it into its own kind."""
+    for name, x in (("kv.values", kv.values), *arrays):
+        if namespace(x) is not namespace(kv.keys):
+            wanted, got = namespace(kv.keys).__name__, namespace(x).__name__
+            raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
+
+
+def check_seen(kv: KV, N: int) -> None:
+    """What is held was seen."""
+    if isinstance(kv.seen, Integral) and kv.seen < N:
+        raise ValueError(f"kv.seen must be at least N={N} as in kv.keys, got {kv.seen}")
+
+
+def two_cotangents(dkv: Any) -> tuple[Array, Array]:
+    """Those of keys' and values', of a `KV` or a pair."""
+    if not isinstance(dkv, tuple) or len(dkv) not in (2, len(KV._fields)):
+        raise TypeError(f"dkv must be a KV, or a pair of dkeys and dvalues, got {type(dkv).__name__}")
+    return dkv[0], dkv[1]
+
+
+def check_kv(kv: Any) -> None:
+    """A `KV`, whatever its arrays are."""
     if not isinstance(kv, KV):
         raise TypeError(f"kv must be a KV of funcmha.decode, got {type(kv).__name__}")
-    if not (isinstance(kv.seen, Integral) or is_array(kv.seen)) or isinstance(kv.seen, bool):  # JAX traces integers
+    seen: Any = kv.seen
+    traced = is_array(seen) and seen.ndim == 0 and dtype_name(seen).startswith(("int", "uint"))  # by JAX
+    if not (traced or isinstance(seen, Integral)) or isinstance(seen, bool):
         raise TypeError(f"kv.seen must be an int, got {kv.seen!r} of type {type(kv.seen).__name__}")
 
 

@@ -88,7 +88,9 @@ class Seeded:
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
         """All of it: shape (..., H, T, S), or (T, S) for one head   →   booleans of this shape, True = keep"""
-        if len(shape) < 2:
+        if not isinstance(shape, tuple | list) or not all(isinstance(n, Integral) for n in shape):
+            raise TypeError(f"shape must be a tuple of ints, got {shape!r}")
+        if len(shape) < 2 or min(shape) < 0:
             raise ValueError(f"shape must be (..., H, T, S) or (T, S), got {shape}")
         *outer, T, S = shape
         heads = outer[-1] if outer else 1

@@ -76,7 +76,7 @@ def attention(
     scale: float | Sequence[float] | None = None,
     cap: float | Sequence[float] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, Any]:
     """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v

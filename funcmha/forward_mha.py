@@ -7,8 +7,8 @@ width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Par
 from functools import singledispatch
 from typing import Any
 
-from . import tree
-from ._bias import bias_of_heads, on_bias
+from . import _check, tree
+from ._bias import bias_as_head, bias_as_head_vjp, bias_of_heads, on_bias
 from ._doors import blank, values_of
 from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
@@ -26,9 +26,9 @@ from .heads import (
     extend_scores,
     recall,
 )
-from .mha import GroupCache, MhaCache
+from .mha import GroupCache, HeadCache, MhaCache
 from .ops import AttentionCache
-from .params import SPEC, Params, group_params
+from .params import HEAD_SPEC, SPEC, Params, group_params, stack_head, unstack_head
 from .rotary import rotate
 from .tiled.attention import AttentionCache as TiledCache
 
@@ -60,6 +60,34 @@ def mha_jvp(
         y_dot = combine_jvp(out, None if group_dot is None else group_dot["out_proj"], o_dot, onto=y_dot)
         lse_dots.append(lse_dot)
     return narrow(y_dot, dtype), narrow(namespace(y_dot).concat(lse_dots, axis=-2), dtype)
+
+
+def head_jvp(
+    cache: HeadCache,
+    params_dot: Params | None = None,
+    query_dot: Array = None,
+    key_dot: Array = None,
+    value_dot: Array = None,
+    bias_dot: Array | Relative = None,
+    /,
+) -> tuple[Array, Array]:
+    """ȯ (..., T, E), l̇se (..., T) of the tangents of `head`'s inputs: as in `mha_jvp`, of one head
+
+    `params_dot` is a tree as `head_params(params, h)` is, `bias_dot` as the bias: it broadcasts to (..., T, S).
+    """
+    _check.cache(cache, HeadCache, "head")
+    (heads,) = cache
+    stack = tree.unflatten({leaf: a for leaf, a in _attend_leaves(heads).items() if a is not None})
+    shapes = {leaf: tuple(a.shape) for leaf, a in tree.flatten(unstack_head(stack)).items()}
+    given = _check_tangents(
+        heads, shapes, HEAD_SPEC, bias_as_head_vjp(heads.bias), params_dot, query_dot, key_dot, value_dot, bias_dot
+    )
+    dtype = dtype_of(heads.q.x, *given)
+    params_dot, query_dot, key_dot, value_dot, bias_dot = wide(params_dot, query_dot, key_dot, value_dot, bias_dot)
+    stack_dot, heads = None if params_dot is None else stack_head(params_dot), recall(heads)
+    inputs_dot = visible_inputs(heads, query_dot, key_dot, value_dot)
+    o_dot, lse_dot = attend_jvp(heads, stack_dot, *inputs_dot, bias_as_head(bias_dot))
+    return narrow(o_dot[..., 0, :], dtype), narrow(lse_dot[..., 0, :], dtype)
 
 
 def attend_jvp(
@@ -193,24 +221,40 @@ def check_mha_tangents(
     cache: MhaCache, params_dot: Any, query_dot: Array, key_dot: Array, value_dot: Array, bias_dot: Any
 ) -> list[Any]:
     """The door of `mha_jvp`: all tangents that there are."""
-    if not isinstance(cache, MhaCache):
-        raise TypeError(f"cache must come from mha, got {type(cache).__name__}")
+    _check.cache(cache, MhaCache, "mha")
+    shapes = leaf_shapes(cache)
+    return _check_tangents(
+        cache.groups[0].heads, shapes, SPEC, cache.bias, params_dot, query_dot, key_dot, value_dot, bias_dot
+    )
+
+
+def _check_tangents(
+    heads: AttendCache,
+    shapes: dict[str, tuple[int, ...]],
+    spec: dict[str, str],
+    bias: Any,
+    params_dot: Any,
+    query_dot: Array,
+    key_dot: Array,
+    value_dot: Array,
+    bias_dot: Any,
+) -> list[Any]:
+    """All tangents that there are: of leaves of these shapes, and of the inputs of these heads."""
     if params_dot is not None and not isinstance(params_dot, dict):
         raise TypeError(f"params_dot must be a dict of dicts of arrays, or None, got {type(params_dot).__name__}")
     leaves = {} if params_dot is None else {f"params_dot.{leaf}": a for leaf, a in tree.flatten(params_dot).items()}
     inputs = {"query_dot": query_dot, "key_dot": key_dot, "value_dot": value_dot}
     one_dtype([*leaves.items(), *inputs.items(), ("bias_dot", values_of(bias_dot))])
-    heads, shapes = cache.groups[0].heads, leaf_shapes(cache)
     if params_dot is not None and leaves.keys() != {f"params_dot.{leaf}" for leaf in shapes}:
         raise KeyError(f"params_dot must have {', '.join(shapes)} as params have, got {', '.join(leaves)}")
     for name, x in leaves.items():
         leaf = name.removeprefix("params_dot.")
-        check_tangent(name, x, shapes[leaf], heads.q.x, SPEC[leaf])
+        check_tangent(name, x, shapes[leaf], heads.q.x, spec[leaf])
     for (name, x), of, letters in zip(
         inputs.items(), (heads.q, heads.k, heads.v), ("T Cq", "S Ck", "S Cv"), strict=True
     ):
         check_tangent(name, x, of.x.shape, heads.q.x, f"... {letters}")
-    check_bias_tangent(bias_dot, cache.bias, heads.q.x)
+    check_bias_tangent(bias_dot, bias, heads.q.x)
     return [*leaves.values(), *inputs.values(), bias_dot]
 
 
@@ -227,10 +271,14 @@ def leaf_shapes(cache: MhaCache) -> dict[str, tuple[int, ...]]:
 
 def _group_shapes(group: GroupCache) -> dict[str, tuple[int, ...]]:
     heads, out = group
+    leaves = _attend_leaves(heads) | {"out_proj.w": out.w, "out_proj.b": out.b}
+    return {leaf: tuple(leaves[leaf].shape) for leaf in SPEC if leaves.get(leaf) is not None}
+
+
+def _attend_leaves(heads: AttendCache) -> dict[str, Array]:
+    """The parameters of some heads by name, None where there are none."""
     q, k, v, sink = heads.q, heads.k, heads.v, heads.attention.sink
     leaves = {"q_proj.w": q.w, "q_proj.b": q.b, "k_proj.w": k.w, "k_proj.b": k.b, "v_proj.w": v.w, "v_proj.b": v.b}
-    leaves |= {"out_proj.w": out.w, "out_proj.b": out.b, "sink.w": sink}
-    leaves |= {f"bias_kv.{leaf}": a for leaf, a in heads.bias_kv.items()}
+    leaves |= {"sink.w": sink} | {f"bias_kv.{leaf}": a for leaf, a in heads.bias_kv.items()}
     leaves |= {f"q_norm.{leaf}": a for leaf, a in heads.q_ready.w.items()}
-    leaves |= {f"k_norm.{leaf}": a for leaf, a in heads.k_ready.w.items()}
-    return {leaf: tuple(leaves[leaf].shape) for leaf in SPEC if leaves.get(leaf) is not None}
+    return leaves | {f"k_norm.{leaf}": a for leaf, a in heads.k_ready.w.items()}

@@ -60,6 +60,7 @@ def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[A
     The gradients of o1 and o2 have the dtype of `do`, those of lse1 and lse2 the dtype of lse. They are what the parts
     want: `attention_vjp(c1, do1, dlse=dlse1)`. Where a part has no share its gradients are 0, whatever do and dlse are.
     """
+    _check.cache(cache, MergeCache, "merge")
     o1, o2, w1, w2, lse = cache
     _check.cotangent("do", do, o1.shape, o1, "... T E")
     _check.cotangent("dlse", dlse, lse.shape, lse, "... T", optional=True)

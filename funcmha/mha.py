@@ -4,19 +4,28 @@ Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H quer
 width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _check, tree
-from ._bias import bias_of_heads, bias_of_sample, join_biases, join_samples, on_bias
-from ._doors import blank, check_bias, check_keep, check_mask, check_per_head, values_of
+from ._bias import (
+    bias_as_head,
+    bias_as_head_vjp,
+    bias_of_heads,
+    bias_of_sample,
+    join_biases,
+    join_samples,
+    on_bias,
+)
+from ._doors import blank, values_of
+from ._doors_of_heads import check_inputs
 from ._xp import Array, namespace, narrow, of_heads, widen
 from .biases import Relative
 from .dropout import Seeded
-from .engines import REFERENCE, Engine, pick
+from .engines import REFERENCE, Engine
 from .heads import (
     AttendCache,
     CombineCache,
@@ -32,11 +41,11 @@ from .heads import (
     num_keys,
     recall,
 )
-from .masks import Mask, as_mask
+from .masks import Mask
 from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
-from .rotary import HalfPairs, InterleavedPairs, Rotary
+from .rotary import Rotary
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
 # many heads at a time, and holds what it needs between projection and attention for these alone.
@@ -64,7 +73,7 @@ def head(
     norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
@@ -76,39 +85,48 @@ def head(
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    options = _options(
+    options = check_inputs(
         axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
     )
     stack = tree.map(widen, stack_head(params))
     key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
-    o, heads = attend(stack, widen(query), key, value, on_bias(_as_head, on_bias(widen, bias)), options)
+    o, heads = attend(stack, widen(query), key, value, bias_as_head(on_bias(widen, bias)), options)
     return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
 
 
-def head_vjp(cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None) -> tuple[Any, ...]:
+def head_vjp(
+    cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias: `head` from the bottom up
     from the cotangents of o and, where given, of the weights (..., T, S') and lse (..., T)
+
+    per_sample   as in `mha_vjp`
     """
+    _check.cache(cache, HeadCache, "head")
+    _check.flag("per_sample", per_sample)
     (heads,) = cache
     *batch, T, _ = heads.q.x.shape
     like = heads.q.x
     _check.cotangent("do", do, (*batch, T, heads.v.w.shape[-2]), like, "... T E")
     _check.cotangent("dweights", dweights, (*batch, T, num_keys(heads)), like, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, T), like, "... T", optional=True)
-    dstack, dxs, dbias = attend_vjp(
-        heads,
-        widen(do)[..., None, :],
-        dweights=None if dweights is None else widen(dweights)[..., None, :, :],
-        dlse=None if dlse is None else widen(dlse)[..., None, :],
-        onto=(None, None, None),
+    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
+    dlse = None if dlse is None else widen(dlse)[..., None, :]
+
+    def back(b: tuple[int, ...], g: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
+        return _one_head(cut_attended(heads, b), g, dweights, dlse)
+
+    cotangents = widen(do)[..., None, :], dweights, dlse
+    *grads, dbias = (
+        _each_sample("do", tuple(batch), heads.bias, back, *cotangents) if per_sample else _one_head(heads, *cotangents)
     )
-    dbias = on_bias(lambda a: a if a.ndim < 4 else a[..., 0, :, :], dbias)
-    return _narrow((unstack_head(dstack), *dxs, dbias), do)
+    return _narrow((*grads, bias_as_head_vjp(dbias)), do)
 
 
-def _as_head(a: Array) -> Array:
-    """a (..., T, S)   →   (..., 1, T, S); with no batch axes there is nothing to tell apart"""
-    return a if a is None or a.ndim < 3 else a[..., None, :, :]
+def _one_head(heads: AttendCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
+    """The gradients of a stack of one head, without its axis in those of the parameters"""
+    dstack, dxs, dbias = attend_vjp(heads, do, dweights=dweights, dlse=dlse, onto=(None, None, None))
+    return unstack_head(dstack), *dxs, dbias
 
 
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,7 +157,7 @@ def mha(
     norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ, bias, sinkₕ) woₕᵀ + bo
@@ -166,7 +184,7 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    options = _options(
+    options = check_inputs(
         axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
     )
     dtype, params, query, bias = query.dtype, tree.map(widen, params), widen(query), on_bias(widen, bias)
@@ -189,6 +207,7 @@ def mha_vjp(
     per_sample   each leaf of dparams with the batch before it, (..., *leaf), for clipping and influence: its sum over
                  the batch is the gradient. The other gradients are what they are without
     """
+    _check.cache(cache, MhaCache, "mha")
     return _backward(cache, dy, dweights, dlse, 3, per_sample)
 
 
@@ -196,6 +215,7 @@ def _backward(
     cache: MhaCache, dy: Array, dweights: Array, dlse: Array, inputs: int, per_sample: bool
 ) -> tuple[Any, ...]:
     """`mha_vjp` with a gradient for each of three inputs, or one for one input that is query, key and value."""
+    _check.flag("per_sample", per_sample)
     heads, out = cache.groups[0]
     *batch, T, _, _ = out.o.shape
     H = sum(group.out.o.shape[-2] for group in cache.groups)
@@ -203,27 +223,30 @@ def _backward(
     _check.cotangent("dweights", dweights, (*batch, H, T, num_keys(heads)), out.o, "... H T S'", optional=True)
     _check.cotangent("dlse", dlse, (*batch, H, T), out.o, "... H T", optional=True)
 
-    back = _each_sample if per_sample else _all_groups
-    return _narrow(back(cache, widen(dy), widen(dweights), widen(dlse), inputs), dy)
-
-
-def _each_sample(cache: MhaCache, g: Array, dweights: Array, dlse: Array, inputs: int) -> tuple[Any, ...]:
-    """The gradients, those of the parameters for one element of the batch after another."""
-    xp, batch = namespace(g), g.shape[:-2]
-    if not prod(batch):
-        raise ValueError(f"dy must have a sample to be per_sample, got {tuple(g.shape)}")
-    parts = {}
-    for b in np.ndindex(*batch):
+    def back(b: tuple[int, ...], g: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
         groups = tuple(GroupCache(cut_attended(heads, b), out._replace(o=out.o[b])) for heads, out in cache.groups)
-        one = MhaCache(groups, bias_of_sample(cache.bias, b))
-        dweights_b, dlse_b = (None if a is None else a[b] for a in (dweights, dlse))
-        parts[b] = _all_groups(one, g[b], dweights_b, dlse_b, inputs)
+        return _all_groups(MhaCache(groups, bias_of_sample(cache.bias, b)), g, dweights, dlse, inputs)
+
+    cotangents = widen(dy), widen(dweights), widen(dlse)
+    if per_sample:
+        return _narrow(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
+    return _narrow(_all_groups(cache, *cotangents, inputs), dy)
+
+
+def _each_sample(
+    name: str, batch: tuple[int, ...], bias: Array | Relative, back: Callable[..., tuple[Any, ...]], *cotangents: Array
+) -> tuple[Any, ...]:
+    """What `back` gives of one element of the batch after another, with the batch before each leaf of dparams"""
+    xp = namespace(cotangents[0])
+    if not prod(batch):
+        raise ValueError(f"{name} must have a sample to be per_sample, got a batch of {batch}")
+    parts = {b: back(b, *(None if a is None else a[b] for a in cotangents)) for b in np.ndindex(*batch)}
 
     def stacked(*leaves: Array) -> Array:
         return xp.reshape(xp.stack(leaves), (*batch, *leaves[0].shape))
 
     dparams, *dxs, dbiases = zip(*parts.values(), strict=True)
-    joined = join_samples(cache.bias, dict(zip(parts, dbiases, strict=True)))
+    joined = join_samples(bias, dict(zip(parts, dbiases, strict=True)))
     return tree.map(stacked, *dparams), *(stacked(*dx) for dx in dxs), joined
 
 
@@ -305,6 +328,7 @@ def self_attention_vjp(
     cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias      dx = dquery + dkey + dvalue; `per_sample` as in `mha_vjp`"""
+    _check.cache(cache, SelfAttentionCache, "self_attention")
     return _backward(cache.mha, dy, dweights, dlse, 1, per_sample)
 
 
@@ -341,83 +365,6 @@ def _(cache: SelfAttentionCache, /) -> Array:
 @log_sum_exp.register
 def _(cache: SelfAttentionCache, /) -> Array:
     return log_sum_exp(cache.mha)
-
-
-def _options(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    zero_attn: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: float,
-    engine: Any,
-) -> Options:
-    """The door of `head` and `mha`."""
-    inputs = [("query", query), ("key", key), ("value", value)]
-    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", values_of(bias))])
-    axes("query", query, "... T Cq")
-    axes("key", key, "... S Ck")
-    axes("value", value, "... S Cv")
-    one_head = "H" not in axes.size
-    lead = "... " if one_head else "... H "
-    check_bias(axes, bias, lead + "T S")
-    if one_head and isinstance(mask, Mask):
-        axes.size["1"] = 1
-        mask = check_mask(axes, mask, "... 1 T S")
-    else:
-        mask = check_mask(axes, mask, lead + "T S")
-        mask = as_mask(_as_head(mask.array)) if one_head and mask is not None else mask
-    if not isinstance(zero_attn, bool):
-        raise TypeError(f"zero_attn must be True or False, got {zero_attn!r}")
-    extra = ("bias_kv.k" in leaves) + zero_attn
-    if extra and isinstance(bias, Relative):
-        raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
-    axes.size["S'"] = axes["S"] + extra
-    rate = check_keep(axes, keep, rate, lead + "T S'")
-    keep = keep if isinstance(keep, Seeded) or not one_head else _as_head(keep)
-    scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
-    check_norm(norm, leaves)
-    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, query))
-
-
-def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
-    """A `Norm` or None, and no parameters that it would leave unused."""
-    if norm is not None and not isinstance(norm, Norm):
-        raise TypeError(f"norm must be Rms, L2 or Layer of funcmha.norms, or None, got {norm!r}")
-    used = () if norm is None else norm.leaves
-    for leaf in leaves:
-        group, _, name = leaf.partition(".")
-        if group in ("q_norm", "k_norm") and name not in used:
-            raise ValueError(f"norm must be one that takes {leaf}, as params have it, got {norm!r}")
-
-
-def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
-    """The tables of queries and of keys, of as many positions; one table serves both."""
-    pair: tuple[Any, ...] = rotary if type(rotary) is tuple else (rotary, rotary)
-    if len(pair) != 2:
-        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, of queries and of keys, got {len(pair)}")
-    for table, letter, name in zip(pair, "TS", ("queries", "keys"), strict=True):
-        if table is not None and not isinstance(table, HalfPairs | InterleavedPairs):
-            raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
-        if table is not None and table.cos.shape[-2] != axes[letter]:
-            n, got = axes[letter], table.cos.shape[-2]
-            raise ValueError(f"rotary must have {letter}={n} positions for the {name}, got {got}")
-        if table is not None and table.cos.ndim > 2 and table.cos.shape[-3] != 1:
-            got = tuple(table.cos.shape[:-1])
-            raise ValueError(
-                f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}"
-            )
-        if table is not None and 2 * table.cos.shape[-1] > axes["D"]:
-            raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * table.cos.shape[-1]}")
-    return pair[0], pair[1]
 
 
 def _blank(x: Array, mask: Mask | None, T: int) -> Array:

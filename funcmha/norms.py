@@ -49,6 +49,7 @@ def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -
 
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /) -> tuple[Array, Array]:
     """dx = (g − n mean(n g)) / √(mean x² + eps)     dw = Σ n dy        where w has the offset, g = w dy, n = y / w"""
+    _check.cache(cache, RmsNormCache, "rms_norm")
     n, root, unit, w = cache
     _check.cotangent("dy", dy, n.shape, n, "... D")
     g = widen(dy)
@@ -102,6 +103,7 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
 
 def l2_norm_vjp(cache: L2NormCache, dy: Array, /) -> tuple[Array]:
     """dx = (dy − y Σ y dy) / ‖x‖,   or dy / eps where ‖x‖ < eps"""
+    _check.cache(cache, L2NormCache, "l2_norm")
     y, root, unit, below = cache
     _check.cotangent("dy", dy, y.shape, y, "... D")
     xp, g = namespace(y), widen(dy)
@@ -140,6 +142,7 @@ def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> 
 
 def layer_norm_vjp(cache: LayerNormCache, dy: Array, /) -> tuple[Array, Array, Array]:
     """dx = (h − n mean(n h)) / √(var x + eps)     dw = Σ n dy     db = Σ dy        where g = w dy, h = g − mean g"""
+    _check.cache(cache, LayerNormCache, "layer_norm")
     n, root, unit, scale, w, b = cache
     _check.cotangent("dy", dy, n.shape, n, "... D")
     g = widen(dy)

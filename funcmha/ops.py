@@ -50,6 +50,7 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
 
 def linear_vjp(cache: LinearCache, dy: Array, /) -> tuple[Array, Array, Array]:
     """dx = dy w     dw = Σ dy xᵀ     db = Σ dy        sums over the batch axes"""
+    _check.cache(cache, LinearCache, "linear")
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
     xp, g = namespace(x), widen(dy)
@@ -93,6 +94,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
 
 def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     """dx = p (dp − Σ p dp)        needs p alone, never x"""
+    _check.cache(cache, SoftmaxCache, "softmax")
     (p,) = cache
     _check.cotangent("dp", dp, p.shape, p, "... S")
     dx, _ = _softmax_vjp(p, widen(dp))
@@ -168,7 +170,7 @@ def attention(
     scale: float | Sequence[float] | None = None,
     cap: float | Sequence[float] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
 ) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
@@ -212,6 +214,7 @@ def attention_vjp(
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
+    _check.cache(cache, AttentionCache, "attention")
     q, k, v, bias, sink, slope, p, lse, keep, scale, _, rate = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)

@@ -27,7 +27,10 @@ from .masks import Block, Mask, Range
 
 def cumulative(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """cu[b] = Σ lengths[:b]      lengths (B,)   →   cu (B + 1,) int64, from 0 to N"""
-    n = np.asarray(lengths)
+    try:
+        n = np.asarray(lengths)
+    except ValueError:  # rows of different lengths
+        raise TypeError(f"lengths must be (B,) of integers, got {lengths!r}") from None
     if n.ndim != 1 or (n.size and n.dtype.kind not in "iu"):
         raise TypeError(f"lengths must be (B,) of integers, got {n.dtype} {n.shape}")
     if n.size and n.min() < 0:
@@ -152,6 +155,7 @@ def pack(*xs: Array) -> tuple[Array, PackCache]:
 
 def pack_vjp(cache: PackCache, dx: Array, /) -> tuple[Array, ...]:
     """dx_b = the rows of x_b in dx"""
+    _check.cache(cache, PackCache, "pack")
     (xs,) = cache
     cu = cumulative([x.shape[-2] for x in xs])
     *batch, _, width = xs[0].shape
@@ -173,9 +177,11 @@ def unpack(x: Array, /, *, cu_seqlens: np.ndarray) -> tuple[tuple[Array, ...], U
 
 def unpack_vjp(cache: UnpackCache, dxs: Sequence[Array], /) -> tuple[Array]:
     """dx = [dx₀; dx₁; …]"""
+    _check.cache(cache, UnpackCache, "unpack")
     x, xs = cache
-    if len(dxs) != len(xs):
-        raise ValueError(f"dxs must be B={len(xs)} arrays as the output is, got {len(dxs)}")
+    if not isinstance(dxs, tuple | list) or len(dxs) != len(xs):
+        got = len(dxs) if isinstance(dxs, tuple | list) else type(dxs).__name__
+        raise ValueError(f"dxs must be B={len(xs)} arrays as the output is, got {got}")
     for b, (dy, y) in enumerate(zip(dxs, xs, strict=True)):
         _check.cotangent(f"dxs[{b}]", dy, y.shape, y, f"... T_{b} C")
     _check.one_dtype((f"dxs[{b}]", dy) for b, dy in enumerate(dxs))
@@ -204,6 +210,7 @@ def pad(x: Array, /, *, cu_seqlens: np.ndarray, length: int | None = None) -> tu
 
 def pad_vjp(cache: PadCache, dy: Array, /) -> tuple[Array]:
     """dx[..., cu[b] + t] = dy[b, ..., t]"""
+    _check.cache(cache, PadCache, "pad")
     x, slots, rows = cache
     B, T = rows.shape
     _check.cotangent("dy", dy, (B, *x.shape[:-2], T, x.shape[-1]), x, "B ... T C")
@@ -237,6 +244,7 @@ def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
 
 def unpad_vjp(cache: UnpadCache, dx: Array, /) -> tuple[Array]:
     """dy[b, ..., t] = dx[..., cu[b] + t], 0 past the end"""
+    _check.cache(cache, UnpadCache, "unpad")
     y, slots, rows = cache
     _check.cotangent("dx", dx, (*y.shape[1:-2], slots.shape[0], y.shape[-1]), y, "... N C")
     return (_scatter(dx, rows),)

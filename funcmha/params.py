@@ -8,6 +8,7 @@ Axes: H query heads, K key/value heads, D query/key width, E value width, O outp
 
 from collections.abc import Iterator
 from math import prod, sqrt
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +91,8 @@ def head_params(params: Params, h: int, /) -> Params:
     0 ≤ h < H.
     """
     H, K, *_ = sizes(params)
+    if not isinstance(h, Integral) or isinstance(h, bool):
+        raise TypeError(f"h must be an int, got {h!r} of type {type(h).__name__}")
     if not 0 <= h < H:
         raise IndexError(f"h must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {h}")
     index = {"H": h, "K": h // (H // K)}
@@ -170,6 +173,8 @@ def init(
     size = _init_sizes(embed_dim, num_heads, num_kv_heads, head_dim, value_dim, kdim, vdim, out_dim)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+    for name, given in (("bias", bias), ("bias_kv", bias_kv), ("sink", sink), ("qk_norm", qk_norm)):
+        _check.flag(name, given)
     dtype = np.dtype(dtype)
     if dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")

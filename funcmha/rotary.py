@@ -157,6 +157,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
 
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     """dx = dy turned backwards: (da, db) ↦ (da cos + db sin, db cos − da sin)        needs the tables alone, never x"""
+    _check.cache(cache, RotateCache, "rotate")
     turn, like = cache
     _check.cotangent("dy", dy, like.shape[:-1], like, "... T D")
     return (narrow(_turned(widen(dy), turn._replace(sin=-turn.sin)), dy.dtype),)
@@ -193,6 +194,18 @@ def _beside(table: Array, x: Array) -> Array:
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def check_table(rotary: Any) -> None:
+    """A table that `rotary` could have made: cos and sin are real arrays of one dtype and one shape (..., T, N)."""
+    if not isinstance(rotary, (HalfPairs, InterleavedPairs)):
+        raise TypeError(f"rotary must come from funcmha.rotary, got {type(rotary).__name__}")
+    _check.one_dtype([("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)])
+    if dtype_name(rotary.cos) == "complex128":
+        raise TypeError(f"rotary.cos must be real, got {rotary.cos.dtype}")
+    cos, sin = (tuple(table.shape) for table in rotary)
+    if cos != sin or len(cos) < 2:
+        raise ValueError(f"rotary must have cos and sin of one shape (..., T, N), got {cos} and {sin}")
+
+
 def _check_rotary(positions: Array, frequencies: np.ndarray, pairs: str) -> None:
     if not is_array(positions):
         raise TypeError(f"positions must be an array, got {type(positions).__name__}")
@@ -202,7 +215,7 @@ def _check_rotary(positions: Array, frequencies: np.ndarray, pairs: str) -> None
     if positions.ndim == 0:
         raise ValueError("positions must be (..., T), got ()")
     _check_frequencies(frequencies)
-    if pairs not in PAIRS:
+    if not isinstance(pairs, str) or pairs not in PAIRS:
         raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
 
 
@@ -218,8 +231,7 @@ def _check_frequencies(frequencies: Any) -> None:
 
 def _check_rotate(x: Array, rotary: Any) -> None:
     _check.one_dtype([("x", x)])
-    if not isinstance(rotary, (HalfPairs, InterleavedPairs)):
-        raise TypeError(f"rotary must come from funcmha.rotary, got {type(rotary).__name__}")
+    check_table(rotary)
     if not isinstance(rotary.cos, np.ndarray) and namespace(rotary.cos) is not namespace(x):
         raise TypeError(f"rotary must be of NumPy or of the library of x, got {type(rotary.cos).__name__}")
     axes = _check.Axes()

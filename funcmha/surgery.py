@@ -3,14 +3,15 @@
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
-from . import tree
-from ._check import multiple
+from . import _check, tree
+from ._doors import check_mask
 from ._xp import Array, namespace
-from .heads import recall
-from .masks import Mask, as_mask
+from .heads import num_keys, recall
+from .masks import Mask
 from .mha import MhaCache, SelfAttentionCache
 from .params import SPEC, Params, sizes
 
@@ -39,17 +40,28 @@ def max_logit(cache: MhaCache | SelfAttentionCache, /, *, mask: Array | Mask = N
     """
     if isinstance(cache, SelfAttentionCache):
         return max_logit(cache.mha, mask=mask)
+    _check.cache(cache, MhaCache, "mha or self_attention")
+    seen = _seen(cache, mask)
     parts, first = [], 0
     for heads, _ in cache.groups:
         kept = recall(heads).attention
         H, K = kept.q.shape[-3], kept.k.shape[-3]
         for h in range(H):
             q, k = kept.q[..., h, :, :], kept.k[..., h // (H // K), :, :]
-            own = None if mask is None else as_mask(mask).heads(first + h, first + h + 1)
+            own = None if seen is None else seen.heads(first + h, first + h + 1)
             scale = kept.scale if isinstance(kept.scale, float) else kept.scale.reshape(-1)[h]
             parts.append(_largest(q, k, own, scale))
         first += H
     return namespace(parts[0]).stack(parts, axis=-1)
+
+
+def _seen(cache: MhaCache, mask: Any) -> Mask | None:
+    """The mask, which must broadcast to the scores."""
+    axes, heads = _check.Axes(), cache.groups[0].heads
+    *batch, T, _ = heads.q.x.shape
+    H = sum(group.heads.q.w.shape[0] for group in cache.groups)
+    axes.size |= {"...": tuple(batch), "H": H, "T": T, "S": num_keys(heads)}
+    return check_mask(axes, mask, "... H T S")
 
 
 def _largest(q: Array, k: Array, mask: Mask | None, scale: Any) -> Array:
@@ -73,7 +85,7 @@ def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:
     side by side, for a tree to say who reads whom; else ValueError. IndexError for a head that there is not.
     """
     H, K, *_ = sizes(params)
-    heads = [int(h) for h in keep]
+    heads = _numbers(keep)
     if not heads or len(set(heads)) != len(heads):
         raise ValueError(f"keep must name heads, each once, got {list(keep)}")
     if not all(0 <= h < H for h in heads):
@@ -93,9 +105,12 @@ def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
     unless num_kv_heads divides K.
     """
     K = sizes(params).K
+    if not isinstance(num_kv_heads, Integral) or isinstance(num_kv_heads, bool):
+        raise TypeError(f"num_kv_heads must be an int, got {num_kv_heads!r} of type {type(num_kv_heads).__name__}")
     if num_kv_heads < 1:
         raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
-    multiple("k_proj.w", K, "num_kv_heads", num_kv_heads)
+    if K % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide K={K} as in k_proj.w, got {num_kv_heads}")
     merged = {}
     for leaf, a in tree.flatten(params).items():
         of_keys = SPEC[leaf].split()[0] == "K"
@@ -103,6 +118,14 @@ def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
         groups = xp.reshape(a, (num_kv_heads, K // num_kv_heads, *a.shape[1:])) if of_keys else a
         merged[leaf] = xp.mean(groups, axis=1) if of_keys else a
     return tree.unflatten(merged)
+
+
+def _numbers(keep: Any) -> list[int]:
+    """`keep` as a list of ints. Booleans are no numbers of heads, nor is a fraction that could be rounded to one."""
+    heads: list[Any] = list(keep) if isinstance(keep, Iterable) else [None]
+    if not all(isinstance(h, Integral) and not isinstance(h, bool) for h in heads):
+        raise TypeError(f"keep must be a sequence of ints, the numbers of heads, got {keep!r}")
+    return [int(h) for h in heads]
 
 
 def _take(params: Params, heads: dict[str, list[int]]) -> Params:

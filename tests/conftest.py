@@ -83,7 +83,7 @@ def each_engine(request: pytest.FixtureRequest) -> Any:
         patch.setattr(few, "BLOCK", 3)
         if request.param is engines.TILED:  # and the gradient head by head, where the other takes all at once
             patch.setattr(importlib.import_module("funcmha.mha"), "GROUP", 0)
-        for module in ("engines", "mha"):
+        for module in ("engines", "_doors_of_heads"):
             patch.setattr(importlib.import_module(f"funcmha.{module}"), "pick", _always(request.param))
         yield request.param
 

@@ -15,6 +15,8 @@ from hypothesis import example, given
 from funcmha import (
     attention,
     attention_vjp,
+    head,
+    head_params,
     linear,
     linear_vjp,
     log_sum_exp,
@@ -28,7 +30,7 @@ from funcmha import (
 )
 from funcmha.biases import Relative
 from funcmha.forward import attention_jvp, linear_jvp, norm_jvp
-from funcmha.forward_mha import mha_jvp
+from funcmha.forward_mha import head_jvp, mha_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -364,6 +366,49 @@ def test_half_types_of_mha_are_rounded_once_forwards():
     for got, want in zip(mha_jvp(cache, *dots), mha_jvp(cache_wide, *wide[1]), strict=True):
         assert got.dtype == np.float16
         assert np.array_equal(got, want.astype(np.float16))
+
+
+HEADS = {
+    "bias of each sample": (replace(EVERYTHING_MHA, mask="lengths", bias="none", rate=0.0, K=1, G=1), (2, 5, 5)),
+    "bias of all": (MhaProblem(K=1, G=1, bias_kv=True, zero_attn=True, norm="rms", rate=0.3, seeded=True), (1, 7)),
+    "relative bias of each sample": (MhaProblem(K=1, G=1, mask="causal"), (2, 11)),
+    "made again": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
+}
+
+
+@pytest.mark.parametrize(("problem", "shape"), HEADS.values(), ids=HEADS)
+def test_head_jvp_is_the_complex_step(problem, shape):
+    (params, *arrays, _), (params_dot, *dots, _) = (p.inputs("float64") for p in (problem, other(problem)))
+    params, params_dot = head_params(params, 0), head_params(params_dot, 0)
+    bias, bias_dot = (None,) * 2 if shape is None else some(5, shape, shape)
+    if shape == (2, 11):
+        bias, bias_dot = Relative(bias), Relative(bias_dot)
+    inputs, dots = (params, *arrays, bias), (params_dot, *dots, bias_dot)
+    _, cache = head(*inputs, **problem.static())
+    moved = [like(x, (np.asarray(a + 1j * STEP * d) for a, d in zip(numbers(x), numbers(dot), strict=True)))
+             for x, dot in zip(inputs, dots, strict=True)]  # fmt: skip
+    o, complex_cache = head(*moved, **problem.static())
+    o_dot, lse_dot = head_jvp(cache, *dots)
+    close(o_dot, np.imag(o) / STEP)
+    close(lse_dot, np.imag(log_sum_exp(complex_cache)) / STEP)
+    for i in range(len(dots)):
+        alone = tuple(x if i == j else None for j, x in enumerate(dots))
+        zeros = tuple(x if i == j else like(x, map(np.zeros_like, numbers(x))) for j, x in enumerate(dots))
+        for got, want in zip(head_jvp(cache, *alone), head_jvp(cache, *zeros), strict=True):
+            close(got, want)
+
+
+def test_refusals_of_head_jvp():
+    params, *arrays, _ = MhaProblem().inputs("float64")
+    o, cache = head(head_params(params, 0), *arrays, np.ones((2, 5, 7)))
+    with pytest.raises(TypeError, match="cache must come from head, got MhaCache"):
+        head_jvp(mha(params, *arrays)[1])
+    with pytest.raises(KeyError, match=r"params_dot must have q_proj.w, q_proj.b, .* as params have, got"):
+        head_jvp(cache, params)
+    with pytest.raises(ValueError, match=r"bias_dot must be \(2, 5, 7\) as bias is, got \(2, 1, 5, 7\)"):
+        head_jvp(cache, None, None, None, None, np.ones((2, 1, 5, 7)))
+    with pytest.raises(ValueError, match=r"query_dot must be \(..., T, Cq\) = \(2, 5, 17\) as query is"):
+        head_jvp(cache, None, o)
 
 
 def test_self_attention_forwards_is_mha_of_one_input():

@@ -1,5 +1,7 @@
 """Multi-head attention against torch's autograd, against its own heads, and its refusals."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
@@ -26,7 +28,9 @@ from funcmha import (
     tree,
 )
 from funcmha._xp import unbroadcast
-from funcmha.biases import Relative
+from funcmha.biases import Relative, dense, diagonal_sums
+from funcmha.norms import Layer
+from funcmha.rotary import frequencies, rotary
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -133,6 +137,22 @@ def test_head_takes_the_masks_of_mha(mask):
     close(y @ params["out_proj"]["w"][:, 0].T + params["out_proj"]["b"], want)
     assert np.array_equal(attention_weights(cache), attention_weights(whole_cache)[:, 0])
     assert np.array_equal(log_sum_exp(cache), log_sum_exp(whole_cache)[:, 0])
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_head_takes_a_relative_of_each_sample(batch, shared):
+    """(..., T + S − 1), as its other biases are (..., T, S), with the gradient of the array that it stands for."""
+    params, *arrays, _ = MhaProblem(batch=batch).inputs("float64")
+    values = np.random.default_rng(0).standard_normal((11,) if shared else (*batch, 11))
+    o, cache = head(head_params(params, 1), *arrays, Relative(values))
+    want, dense_cache = head(head_params(params, 1), *arrays, dense(Relative(values), 5, 7))
+    close(o, want)
+    *grads, dbias = head_vjp(cache, o)
+    *want_grads, want_dbias = head_vjp(dense_cache, o)
+    for got, wanted in zip(grads, want_grads, strict=True):
+        close_trees(got, wanted)
+    close(dbias.values, unbroadcast(diagonal_sums(want_dbias), values.shape))
 
 
 @given(mha_problems(Ck=st.just(7), Cq=st.just(7), Cv=st.just(7), **MODERATE))
@@ -366,6 +386,40 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
 
     dparams, *_ = mha_vjp(cache, alone(dy), dweights=alone(dweights), dlse=alone(dlse))
     close_trees(tree.map(lambda a: a[b], got[0]), dparams)
+
+
+HEAD = MhaProblem(K=1, G=1, D=8, batch=(2, 3), sink=True, norm="layer", cap=0.5, bias_kv=True)
+HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (7,), "none": None}
+
+
+@pytest.mark.parametrize("shape", HEAD_BIASES.values(), ids=HEAD_BIASES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, relative):
+    """Oracle: the head of one sample and then of another; the other gradients are what they are without."""
+    params, *arrays, _ = (replace(HEAD, bias_kv=False) if relative else HEAD).inputs("float64")
+    bias = None if shape is None else np.random.default_rng(0).standard_normal(shape)
+    bias = Relative(np.random.default_rng(0).standard_normal((2, 3, 11))) if relative and shape else bias
+    params, keys = head_params(params, 0), np.random.default_rng(1).integers(1, 8, (2, 3))
+    places = np.random.default_rng(2).uniform(0, 30, (2, 3, 1, 5))
+    o, cache = head(params, *arrays, bias, **head_options(keys, places))
+    do, (_, dweights, dlse) = np.random.default_rng(3).standard_normal(o.shape), HEAD.cotangents("float64")
+    dweights, dlse = dweights[..., 0, :, : 7 + (not relative)], dlse[..., 0, :]
+    each, *got = head_vjp(cache, do, dweights=dweights, dlse=dlse, per_sample=True)
+    tree.map(lambda a, p: a.shape == (2, 3, *p.shape) or pytest.fail("must have the batch before it"), each, params)
+    _, *want = head_vjp(cache, do, dweights=dweights, dlse=dlse)
+    for g, w in zip(got, want, strict=True):
+        close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
+    for b in np.ndindex(2, 3):
+        own = Relative(bias.values[b]) if isinstance(bias, Relative) else bias
+        own = own if own is None or isinstance(own, Relative) or own.ndim < 3 else np.broadcast_to(own, (2, 3, 5, 7))[b]
+        _, one = head(params, *(a[b] for a in arrays), own, **head_options(keys[b], places[b]))
+        dparams, *_ = head_vjp(one, do[b], dweights=dweights[b], dlse=dlse[b])
+        close_trees(tree.map(lambda a, b=b: a[b], each), dparams)
+
+
+def head_options(keys, places):
+    turn = rotary(places, frequencies(6))
+    return {"mask": masks.lengths(keys), "norm": Layer(), "cap": 0.5, "rotary": (turn, None)}
 
 
 def test_per_sample_of_self_attention():

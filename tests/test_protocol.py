@@ -88,8 +88,8 @@ PAIRS = {
     "merge": Pair(funcmha.merge, funcmha.merge_vjp, normal((2, 5, 3), (2, 5), (2, 5, 3), (2, 5)), {}),
 }
 # Their inputs or outputs hold an integer, or are tuples of any length, or nothing is computed with them: held to the
-# protocol in test_decode.py and test_packing.py.
-ELSEWHERE = {"append", "pack", "unpack", "pad", "unpad"}
+# protocol in test_decode.py, test_packing.py and test_step.py.
+ELSEWHERE = {"append", "pack", "unpack", "pad", "unpad", "self_attention_step"}
 all_pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 # With half types the lse of `merge` is float32: inputs of two dtypes, which test_merge.py tries.
 ONE_DTYPE = {name: pair for name, pair in PAIRS.items() if name != "merge"}
@@ -133,7 +133,9 @@ def test_purity_structure_and_gradient(pair):
     check_vjp(*on_arrays(pair), {n: x for n, x in pair.static.items() if n != "engine"})
 
 
-@pytest.mark.parametrize("module", ["ops", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing"])
+@pytest.mark.parametrize(
+    "module", ["ops", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing", "step"]
+)
 def test_the_vjp_is_the_next_function_in_the_file(module):
     source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
     names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]

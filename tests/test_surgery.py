@@ -106,7 +106,7 @@ def test_merged_key_heads_are_the_means():
     np.testing.assert_allclose(  # heads that are alike in pairs merge into what they were
         self_attention(surgery.merge_kv_heads(twice, 3), x)[0], self_attention(twice, x)[0], rtol=0, atol=1e-6
     )
-    with pytest.raises(ValueError, match="which must be a multiple of K=4 as in num_kv_heads"):
+    with pytest.raises(ValueError, match=r"num_kv_heads must divide K=6 as in k_proj.w, got 4"):
         surgery.merge_kv_heads(params, 4)
     with pytest.raises(ValueError, match="num_kv_heads must be at least 1, got 0"):
         surgery.merge_kv_heads(params, 0)

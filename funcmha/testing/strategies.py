@@ -225,7 +225,7 @@ class MhaProblem(AttentionProblem):
         for leaf, axes in params.SPEC.items():
             if self._has(leaf):
                 shape = tuple(getattr(self, axis) for axis in axes.split())
-                fan_in = np.prod(shape[1:] if leaf == "out_proj.w" else shape[2:])
+                fan_in = max(np.prod(shape[1:] if leaf == "out_proj.w" else shape[2:]), 1)
                 leaves[leaf] = _frozen((fan_in**-0.5 * self._normal(leaf, shape)).astype(dtype))
         return tree.unflatten(leaves)
 

@@ -54,7 +54,7 @@ def attention(
     scale: float | Sequence[float] | None = None,
     cap: float | Sequence[float] | None = None,
     keep: Array | Seeded = None,
-    rate: float = 0.0,
+    rate: float | None = None,
 ) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     as `funcmha.ops.attention`
@@ -113,7 +113,7 @@ def _in_range(bias: Array) -> Array:
 
 def _total_sink(dsink: Array, sink: Array) -> Array:
     """dsink (..., H)   →   as sink"""
-    return dsink.reshape(-1, dsink.shape[-1]).sum(axis=0).reshape(sink.shape)
+    return dsink.reshape(prod(dsink.shape[:-1]), dsink.shape[-1]).sum(axis=0).reshape(sink.shape)
 
 
 @cut_heads.register
@@ -335,7 +335,7 @@ def _backward(y: _Backward) -> None:
     """Every tile once. What a row or a column is added up from comes in the order of `steps`, on one thread or many."""
     *batch, H, T, D = y.dq.shape
     K, S, E = y.dv.shape[-3:]
-    samples = list(np.ndindex(*batch))
+    samples = list(np.ndindex(*batch)) if H else []
     flops = 6.0 * prod(batch) * T * S * (D + E)
     if y.dbias is None and len(samples) >= threads.num_threads():  # samples share nothing: each has a thread to itself
         threads.run(lambda task: _one_sample(y, *task), [(kv, b) for kv in range(K) for b in samples], flops * H)

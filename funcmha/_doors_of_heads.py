@@ -1,0 +1,121 @@
+"""The door of `head`, `mha` and a step of them: what is said beside the parameters, checked before any arithmetic.
+
+Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H query heads, D query/key width, Cq Ck Cv
+input widths; `...` is batch.
+"""
+
+from typing import Any
+
+from . import _check
+from ._bias import as_head
+from ._doors import check_bias, check_keep, check_mask, check_per_head, values_of
+from ._xp import Array
+from .biases import Relative
+from .dropout import Seeded
+from .engines import pick
+from .heads import Options
+from .masks import Mask, as_mask
+from .norms import Norm
+from .rotary import HalfPairs, InterleavedPairs, check_table
+
+
+def check_inputs(
+    axes: _check.Axes,
+    leaves: dict[str, Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    cap: Any,
+    zero_attn: Any,
+    norm: Any,
+    rotary: Any,
+    keep: Any,
+    rate: Any,
+    engine: Any,
+) -> Options:
+    """The door of `head` and `mha`."""
+    inputs = [("query", query), ("key", key), ("value", value)]
+    _check.one_dtype([*leaves.items(), *inputs], optional=[("bias", values_of(bias))])
+    axes("query", query, "... T Cq")
+    axes("key", key, "... S Ck")
+    axes("value", value, "... S Cv")
+    return check_options(axes, leaves, query, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+
+
+def check_options(
+    axes: _check.Axes,
+    leaves: dict[str, Array],
+    like: Array,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    cap: Any,
+    zero_attn: Any,
+    norm: Any,
+    rotary: Any,
+    keep: Any,
+    rate: Any,
+    engine: Any,
+) -> Options:
+    """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
+    one_head = "H" not in axes.size
+    lead = "... " if one_head else "... H "
+    check_bias(axes, bias, lead + "T S")
+    if one_head and isinstance(mask, Mask):
+        axes.size["1"] = 1
+        mask = check_mask(axes, mask, "... 1 T S")
+    else:
+        mask = check_mask(axes, mask, lead + "T S")
+        mask = as_mask(as_head(mask.array)) if one_head and mask is not None else mask
+    _check.flag("zero_attn", zero_attn)
+    extra = ("bias_kv.k" in leaves) + zero_attn
+    if extra and isinstance(bias, Relative):
+        raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
+    axes.size["S'"] = axes["S"] + extra
+    rate = check_keep(axes, keep, rate, lead + "T S'")
+    keep = keep if isinstance(keep, Seeded) or not one_head else as_head(keep)
+    scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
+    check_norm(norm, leaves)
+    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, like))
+
+
+def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
+    """A `Norm` or None, and no parameters that it would leave unused."""
+    if norm is not None and not isinstance(norm, Norm):
+        raise TypeError(f"norm must be Rms, L2 or Layer of funcmha.norms, or None, got {norm!r}")
+    used = () if norm is None else norm.leaves
+    for leaf in leaves:
+        group, _, name = leaf.partition(".")
+        if group in ("q_norm", "k_norm") and name not in used:
+            raise ValueError(f"norm must be one that takes {leaf}, as params have it, got {norm!r}")
+
+
+def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:
+    """The tables of queries and of keys, of as many positions; one table serves both."""
+    pair: tuple[Any, ...] = rotary if type(rotary) is tuple else (rotary, rotary)
+    if len(pair) != 2:
+        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, of queries and of keys, got {len(pair)}")
+    for table, letter, name in zip(pair, "TS", ("queries", "keys"), strict=True):
+        if table is not None:
+            _check_table(axes, table, letter, name)
+    return pair[0], pair[1]
+
+
+def _check_table(axes: _check.Axes, table: Any, letter: str, name: str) -> None:
+    """One table, of as many positions as there are queries, or keys."""
+    if not isinstance(table, HalfPairs | InterleavedPairs):
+        raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
+    check_table(table)
+    *batch, n, pairs = table.cos.shape
+    if n != axes[letter]:
+        raise ValueError(f"rotary must have {letter}={axes[letter]} positions for the {name}, got {n}")
+    if batch and batch[-1] != 1:
+        got = (*batch, n)
+        raise ValueError(f"rotary must have the positions of all heads, ({letter},) or (..., 1, {letter}), got {got}")
+    axes.size["1"] = 1
+    axes.broadcast("rotary", (*batch, n), f"... 1 {letter}")
+    if 2 * pairs > axes["D"]:
+        raise ValueError(f"rotary must turn D={axes['D']} features or fewer, got {2 * pairs}")
