@@ -234,6 +234,7 @@ def test_biases_of_some_projections_of_one_input(engine):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
     problem = AttentionProblem()
@@ -249,6 +250,7 @@ def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
     q, k, v = np.full((6, 5, 1), 32, "f4"), np.full((6, 7, 1), -32, "f4"), np.ones((6, 7, 2), "f4")
     with np.errstate(over="raise", invalid="raise"):
@@ -257,6 +259,7 @@ def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
     assert not o.any()
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("cap", [1.0, 1000.0, 1e5])
 def test_large_scores_under_a_cap(sign, cap):

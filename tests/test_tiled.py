@@ -74,6 +74,7 @@ def test_many_tiles_are_the_reference(mask):
         close(got, want)
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
 def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
