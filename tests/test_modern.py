@@ -235,14 +235,15 @@ def test_biases_of_some_projections_of_one_input(engine):
 
 @every_engine
 @pytest.mark.usefixtures("few_queries")
+@pytest.mark.parametrize("bias", ["none", "T S"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
-    problem = AttentionProblem()
-    q, k, v, *_ = problem.inputs(dtype)
+def test_a_sink_far_above_all_scores_takes_all(engine, dtype, bias):
+    problem = AttentionProblem(bias=bias)
+    q, k, v, bias, _ = problem.inputs(dtype)
     sink = np.full(6, 1000.0, dtype)
     do, _, dlse = problem.cotangents(dtype)
     with np.errstate(over="raise", invalid="raise"):
-        o, cache = attention(q, k, v, None, sink, engine=engine)
+        o, cache = attention(q, k, v, bias, sink, engine=engine)
         dq, dk, dv, _, dsink = attention_vjp(cache, do, dlse=dlse)
     assert (log_sum_exp(cache) == 1000).all()
     assert not any(a.any() for a in (o, attention_weights(cache), dq, dk, dv))

@@ -34,7 +34,8 @@ from funcmha.forward import attention_jvp
 from funcmha.second import attention_vjp_jvp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
-from funcmha.tiled import few, threads
+from funcmha.tiled import few, threads, tiles
+from funcmha.tiled.products import product
 
 
 def blas_threads():
@@ -80,8 +81,10 @@ def test_many_tiles_are_the_reference(mask):
 @pytest.mark.parametrize("seeded", [True, False])
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "heads", "empty rows"])
 def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
-    """Of several heads that read each key, with keys in four blocks of 3 and a rest."""
+    """Of several heads that read each key, with keys in four blocks of 3 and a rest, and in tiles for the gradient."""
     monkeypatch.setattr(few, "BLOCK", 3)
+    monkeypatch.setattr(tiles, "ROWS", 4)
+    monkeypatch.setattr(tiles, "COLS", 3)
     options = {"cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
     problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
     assert problem.G * problem.T <= few.ROWS
@@ -327,6 +330,7 @@ def test_a_group_of_small_keys_beside_one_of_large_keys():
     problem, dtype = large(dtype="float64")
     q, k, v, *_ = problem.inputs(dtype)
     q, k = q.copy(), k.copy()
+    q[:, :, :3] *= 1e-4
     q[:, :, 3:] *= 100.0
     k[:, 1] *= 100.0
     (o, cache), (want_o, want) = (attention(q, k, v, engine=engine) for engine in (TILED, REFERENCE))
@@ -334,17 +338,43 @@ def test_a_group_of_small_keys_beside_one_of_large_keys():
     np.testing.assert_allclose(log_sum_exp(cache), log_sum_exp(want), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("few_queries")
 def test_a_sink_does_not_hide_that_all_keys_of_a_row_were_lost():
-    """Scores at the opposite of their bound, 9 · 9 · √2 apart from what they are shifted by, under a sink between"""
-    q, k = np.full((2, 3, 2), 9, "f4"), np.full((2, 5, 2), -9, "f4")
-    v = np.arange(10, dtype="f4").reshape(2, 5, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few, "ROWS", 0)
-        o, _ = attention(q, k, v, None, np.full(2, -60, "f4"), engine=TILED)
-    wide = [a.astype("f8") for a in (q, k, v, np.full(2, -60.0))]
-    want, _ = attention(*wide[:3], None, wide[3], engine=REFERENCE)
-    assert want.all()
+    """Scores of −106 in base 2, which are bounded by 106 and so shifted by 46, under a sink of 16: weights of 2⁻¹²²"""
+    q, k, v = (np.full((2, n, 2), x, "f4") for n, x in ((3, 7.2), (5, -7.2), (5, 1)))
+    sink = np.full(2, 11.1, "f4")
+    o, _ = attention(q, k, v, None, sink, engine=TILED)
+    want, _ = attention(*(a.astype("f8") for a in (q, k, v)), None, sink.astype("f8"), engine=REFERENCE)
+    assert 0 < want.min() < 2.0**-118
     np.testing.assert_allclose(o, want, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_sink_that_is_alone_in_its_row_keeps_its_digits():
+    """Its log-sum-exp is the sink itself, to an ulp of 1: float32 has an ulp of 1e-4 where the sinks are."""
+    sink = np.random.default_rng(0).uniform(-2000, 2000, 97).astype("f4")
+    for S, mask in ((0, None), (5, np.zeros((3, 1), bool))):
+        q, k, v = (np.ones((97, n, 2), "f4") for n in (3, S, S))
+        _, cache = attention(q, k, v, None, sink, mask=mask, engine=TILED)
+        np.testing.assert_allclose(log_sum_exp(cache), np.stack([sink] * 3, axis=-1), rtol=0, atol=2.0**-24)
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_row_is_shifted_by_what_it_sees():
+    """A key whose score is 600 above the others is hidden from the first query only."""
+    q, k = np.full((1, 2, 1), 20, "f4"), np.full((1, 5, 1), -15, "f4")
+    k[:, 3] = 15
+    v, mask = np.arange(5, dtype="f4").reshape(1, 5, 1), np.ones((2, 5), bool)
+    mask[0, 3] = False
+    o, cache = attention(q, k, v, mask=mask, engine=TILED)
+    np.testing.assert_allclose(o[0, :, 0], [7 / 4, 3], rtol=1e-6)
+    np.testing.assert_allclose(log_sum_exp(cache)[0], [np.log(4) - 300, 300], rtol=1e-6)
+
+
+def test_a_product_of_no_terms_is_zero_or_what_it_is_added_to():
+    a, b = np.ones((3, 0)), np.ones((0, 5))
+    assert (product(a, b, out=np.full((3, 5), 7.0)) == 0).all()
+    assert (product(a, b, out=np.full((3, 5), 7.0), add=True) == 7).all()
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(389, 197), (197, 389)])
