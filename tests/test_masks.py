@@ -354,10 +354,15 @@ def test_the_columns_of_an_intersection_are_common_to_its_parts():
     assert (window(2, 1, 1) & lengths(4)).columns((2, 5), 7) == (1, 4)
 
 
-@pytest.mark.parametrize("kind", EVERY_ANSWER)
-def test_every_tile_columns_and_sample_of_a_small_mask(kind):
+ONE_ROW = as_mask(np.array([[0, 0, 1, 1, 0, 1, 0]], dtype=bool))
+
+
+@pytest.mark.parametrize(
+    "mask", [*EVERY_ANSWER.values(), ONE_ROW], ids=[*(k.__name__ for k in EVERY_ANSWER), "one row"]
+)
+def test_every_tile_columns_and_sample_of_a_small_mask(mask):
     """All of them, where the properties above draw some: a tile that begins in the middle is not drawn often."""
-    mask, T, S = EVERY_ANSWER[kind], 5, 7
+    T, S = 5, 7
     allowed = np.broadcast_to(mask.dense(T, S), (2, 2, T, S))
     for rows in [(r0, r1) for r1 in range(T + 1) for r0 in range(r1)]:
         start, stop = mask.columns(rows, S)

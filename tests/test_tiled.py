@@ -93,7 +93,7 @@ def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
 
 
 def sums_of_weights(arrays, tangents, zero, one):
-    """What sums to 1 in each row: the weights, and dbias, its tangent and l̇se where these are the weights, or of them"""
+    """What sums to 1 in each row: the weights, dbias where it is the weights, l̇se of a bias that rises by 1, ḋbias"""
     _, cache = attention(*arrays, engine=TILED)
     yield attention_weights(cache).sum(-1)
     yield attention_vjp(cache, zero, dlse=one)[3].sum(-1)
