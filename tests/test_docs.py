@@ -227,7 +227,7 @@ def test_fences_and_formulas_of_a_page_are_closed(page):
 PLANTED = {
     "a promise without a test": lambda: promises_without_test(README.replace("|---|---|\n", "|---|---|\n| x | - |\n")),
     "a promise to a test that is gone": lambda: promises_without_test(README.replace("::test_mha_is", "::test_no")),
-    "words without a test": lambda: promises_without_test(README.replace("| `torch.nn.M", "| x | - | - |\n| `torch.nn.M")),
+    "words without a test": lambda: promises_without_test(README.replace("| `torch.nn.M", "| x | - |\n| `torch.nn.M")),
     "a test file that is gone": lambda: promises_without_test(README.replace("tests/test_mha.py", "tests/test_x.py")),
     "a test that is gone": lambda: unknown_tests("`test_that_was_renamed`"),
     "a link to no file": lambda: broken_links("[x](docs/nothing.md)", ROOT),
