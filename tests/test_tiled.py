@@ -23,6 +23,7 @@ from funcmha import (
     init,
     log_sum_exp,
     masks,
+    mha,
     self_attention,
     self_attention_vjp,
 )
@@ -108,6 +109,17 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, REFERENCE), (97, 2, TILED), (1, 97, TILED), (0, 0, REFERENCE)])
+def test_short_sequences_are_left_to_the_reference(T, S, engine):
+    """Both names are what other tests hold equal; which one it is tells the cache."""
+    q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
+    want = type(engine.attention(q, k, k)[1])
+    assert type(attention(q, k, k)[1]) is want
+    x, memory = np.zeros((2, T, 4), np.float32), np.zeros((2, S, 4), np.float32)
+    _, cache = mha(init(0, 4, 2), x, memory, memory)
+    assert type(cache.groups[0].heads.attention) is want
 
 
 @pytest.mark.parametrize("given_", ["0", "-1", "two", ""])
