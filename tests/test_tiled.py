@@ -113,7 +113,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
 
 @pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, REFERENCE), (97, 2, TILED), (1, 97, TILED), (0, 0, REFERENCE)])
 def test_short_sequences_are_left_to_the_reference(T, S, engine):
-    """Both names are what other tests hold equal; which one it is tells the cache."""
+    """The cache tells which engine it was."""
     q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
     want = type(engine.attention(q, k, k)[1])
     assert type(attention(q, k, k)[1]) is want
