@@ -88,6 +88,12 @@ def each_engine(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
+@pytest.fixture(params=[few.ROWS, 0], ids=["as few", "in tiles"])
+def few_queries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested of a few queries, which the tiled engine does not cut into tiles, is tested of tiles too."""
+    monkeypatch.setattr(few, "ROWS", request.param)
+
+
 def _always(engine: engines.Engine) -> Any:
     def pick(given: engines.Engine | None, x: Any, longest: int) -> engines.Engine:
         if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":

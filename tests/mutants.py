@@ -123,6 +123,9 @@ def verdicts(faults: Iterable[Fault], copies: list[Path]) -> Iterator[tuple[Faul
 
 def main(word: str = "") -> int:
     chosen = [fault for fault in faults() if word in "\n".join((*fault[:1], *fault[1], *fault[2:]))]
+    if not chosen:
+        print(f"No fault has the word {word!r} in its file, its tests, its name or its code.")
+        return 1
     with tempfile.TemporaryDirectory() as temporary:
         copies = [copied(Path(temporary) / str(n)) for n in range(WORKERS)]
         _, status = os.waitpid(start(copies[0], dict.fromkeys(test for fault in chosen for test in fault.tests)), 0)
@@ -134,7 +137,7 @@ def main(word: str = "") -> int:
             caught += result == "caught"
             print(f"{result:<15} {fault.file:<22} {fault.name:<90} {' '.join(fault.tests)}", flush=True)
     print(f"{caught} of {len(chosen)} planted faults were caught")
-    return 0 if caught == len(chosen) > 0 else 1
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ def test_biases_of_some_projections_of_one_input(engine):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
     problem = AttentionProblem()
@@ -249,6 +250,7 @@ def test_a_sink_far_above_all_scores_takes_all(engine, dtype):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
     q, k, v = np.full((6, 5, 1), 32, "f4"), np.full((6, 7, 1), -32, "f4"), np.ones((6, 7, 2), "f4")
     with np.errstate(over="raise", invalid="raise"):
@@ -257,6 +259,7 @@ def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
     assert not o.any()
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("cap", [1.0, 1000.0, 1e5])
 def test_large_scores_under_a_cap(sign, cap):
@@ -272,6 +275,7 @@ def test_large_scores_under_a_cap(sign, cap):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("per_head", [True, False])
 def test_options_do_not_widen_what_is_computed(engine, per_head):
     problem = AttentionProblem(sink=True, cap=0.5, scale=0.5, per_head=per_head, bias="... H T+S-1")
@@ -282,6 +286,7 @@ def test_options_do_not_widen_what_is_computed(engine, per_head):
 
 
 @every_engine
+@pytest.mark.usefixtures("few_queries")
 def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
     monkeypatch.setattr(tiles, "ROWS", 4)
     monkeypatch.setattr(tiles, "COLS", 3)
@@ -352,6 +357,7 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
             r"scale must be a number, or \(H,\) with H=6 as in q, got shape \(3,\)",
         ),
         ((), {"scale": (1.0,) * 5 + (np.nan,)}, ValueError, "scale must be finite, got"),
+        ((), {"scale": np.array([1.0] * 5 + [np.nan])}, ValueError, r"scale must be finite, got \["),
         ((), {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3, got 0.2"),
         ((None, np.ones(3)), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(3,\)"),
         ((None, np.ones((2, 6))), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(2, 6\)"),

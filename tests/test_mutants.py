@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from mutants import ROOT, faults
+from mutants import ROOT, faults, main
 
 TABLE = faults()
 
@@ -36,3 +36,8 @@ def test_a_fault_without_exactly_one_place_is_refused():
     for source in ("", 2 * fault.old):
         with pytest.raises(ValueError, match=r"must have this once, not [02] times"):
             fault.plant(source)
+
+
+def test_a_word_that_no_fault_has_is_named(capsys):
+    assert main("no fault is called so") == 1
+    assert capsys.readouterr().out.startswith("No fault has the word 'no fault is called so'")

@@ -1,5 +1,6 @@
 """The tiled engine beyond what every engine is tested for: threads, BLAS, memory, large scores, interruption."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -30,9 +31,11 @@ from funcmha import (
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
 from funcmha.engines import REFERENCE, TILED
+from funcmha.forward import attention_jvp
+from funcmha.second import attention_vjp_jvp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
-from funcmha.tiled import threads
+from funcmha.tiled import few, threads
 
 
 def blas_threads():
@@ -77,6 +80,39 @@ def test_many_tiles_are_the_reference(mask):
         close(got, want)
 
 
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "heads", "empty rows"])
+def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
+    """Of several heads that read each key, with keys in four blocks of 3 and a rest."""
+    monkeypatch.setattr(few, "BLOCK", 3)
+    options = {"cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
+    problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
+    assert problem.G * problem.T <= few.ROWS
+    for got, want in zip(both(problem, "float64", TILED), both(problem, "float64", REFERENCE), strict=True):
+        close(got, want)
+
+
+def sums_of_weights(arrays, tangents, zero, one):
+    """What sums to 1 in each row: the weights, and dbias, its tangent and l̇se where these are the weights, or of them"""
+    _, cache = attention(*arrays, engine=TILED)
+    yield attention_weights(cache).sum(-1)
+    yield attention_vjp(cache, zero, dlse=one)[3].sum(-1)
+    yield attention_jvp(cache, None, None, None, tangents)[1]
+    yield attention_vjp_jvp(cache, zero, zero, dlse_dot=one)[3].sum(-1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "fortran"])
+@pytest.mark.parametrize("which", range(4))
+def test_weights_of_a_few_queries_sum_to_one_however_large_the_scores(which, layout):
+    """Exponentials of scores around 1e4 that another product made would differ in the fourth digit."""
+    problem = AttentionProblem(batch=(), T=3, S=211, D=64, bias="H T S", gain=1000.0, layout=layout)
+    q, k, v, bias, _ = problem.inputs("float32")
+    zero, one = np.zeros((6, 3, 13), "float32"), np.ones((6, 3), "float32")
+    *_, got = itertools.islice(sums_of_weights((q, k, v, bias), np.ones_like(bias), zero, one), which + 1)
+    np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
+
+
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
 def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
@@ -300,6 +336,44 @@ def test_an_engine_of_ones_own_is_used():
     q = np.ones((2, 3, 4))
     attention(q, q, q, engine=own)
     assert used == [1]
+
+
+def test_a_group_of_small_keys_beside_one_of_large_keys():
+    """The bound on the scores is that of the keys and queries that meet; of any others it would be too small."""
+    problem, dtype = large(dtype="float64")
+    q, k, v, *_ = problem.inputs(dtype)
+    q, k = q.copy(), k.copy()
+    q[:, :, 3:] *= 100.0
+    k[:, 1] *= 100.0
+    (o, cache), (want_o, want) = (attention(q, k, v, engine=engine) for engine in (TILED, REFERENCE))
+    np.testing.assert_allclose(o, want_o, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(log_sum_exp(cache), log_sum_exp(want), rtol=1e-12)
+
+
+def test_a_sink_does_not_hide_that_all_keys_of_a_row_were_lost():
+    """Scores at the opposite of their bound, 9 · 9 · √2 apart from what they are shifted by, under a sink between"""
+    q, k = np.full((2, 3, 2), 9, "f4"), np.full((2, 5, 2), -9, "f4")
+    v = np.arange(10, dtype="f4").reshape(2, 5, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "ROWS", 0)
+        o, _ = attention(q, k, v, None, np.full(2, -60, "f4"), engine=TILED)
+    wide = [a.astype("f8") for a in (q, k, v, np.full(2, -60.0))]
+    want, _ = attention(*wide[:3], None, wide[3], engine=REFERENCE)
+    assert want.all()
+    np.testing.assert_allclose(o, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(389, 197), (197, 389)])
+def test_linear_in_many_blocks(n_in, n_out):
+    """Rows, columns and terms of each product come in blocks, the last of which are not whole."""
+    rng = np.random.default_rng(0)
+    x, w, b, dy = (rng.standard_normal(s) for s in ((2, 263, n_in), (n_out, n_in), n_out, (2, 263, n_out)))
+    results = []
+    for engine in (TILED, REFERENCE):
+        y, cache = engine.linear(x, w, b)
+        results.append([y, *engine.linear_vjp(cache, dy)])
+    for got, want in zip(*results, strict=True):
+        close(got, want)
 
 
 def test_weights_are_made_from_the_cache():

@@ -89,16 +89,16 @@ class AttentionProblem:
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, keep, rate, and cap if there is one."""
-        static = {"mask": self._mask(), "scale": self._each_head(self.scale)}
-        static |= {} if self.cap is None else {"cap": self._each_head(self.cap)}
+        static = {"mask": self._mask(), "scale": self._each_head(self.scale, 0.25)}
+        static |= {} if self.cap is None else {"cap": self._each_head(self.cap, 0.375)}
         if self.rate and self.seeded:
             return static | {"keep": dropout.seeded(self.seed, self.rate), "rate": 0.0}
         keep = _frozen(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
         return static | {"keep": keep if self.rate else None, "rate": self.rate}
 
-    def _each_head(self, x: float | None) -> Any:
-        """A number, or numbers around it of its sign."""
-        return x if x is None or not self.per_head else tuple(x * (1 + 0.25 * h) for h in range(self.H))
+    def _each_head(self, x: float | None, step: float) -> Any:
+        """A number, or numbers from it on in steps of so much of it; of scale / cap too no two are alike."""
+        return x if x is None or not self.per_head else tuple(x * (1 + step * h) for h in range(self.H))
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """do (..., H, T, E)   dweights (..., H, T, keys)   dlse (..., H, T)"""

@@ -45,6 +45,7 @@ def attention_vjp_jvp(
     y = check_cotangents(cache, do, do_dot, dlse, dlse_dot, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     x, bias = _Views.again(cache), cache.bias
+    cache = cache._replace(total=x.total.reshape(cache.total.shape))
     dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in cache[:3])
     of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
     dbias = None if bias is None else of_bias(bias, (*cache.q.shape[:-1], cache.k.shape[-2]))
