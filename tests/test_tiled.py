@@ -35,7 +35,7 @@ from funcmha.forward import attention_jvp
 from funcmha.second import attention_vjp_jvp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
-from funcmha.tiled import few, threads
+from funcmha.tiled import few, threads, tiles
 
 
 def blas_threads():
@@ -85,6 +85,8 @@ def test_many_tiles_are_the_reference(mask):
 def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
     """Of several heads that read each key, with keys in four blocks of 3 and a rest."""
     monkeypatch.setattr(few, "BLOCK", 3)
+    monkeypatch.setattr(tiles, "ROWS", 4)
+    monkeypatch.setattr(tiles, "COLS", 3)
     options = {"cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
     problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
     assert problem.G * problem.T <= few.ROWS
@@ -93,7 +95,7 @@ def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
 
 
 def sums_of_weights(arrays, tangents, zero, one):
-    """What sums to 1 in each row: the weights, and dbias, its tangent and l̇se where these are the weights, or of them"""
+    """What sums to 1 in each row: the weights, and dbias, its tangent and l̇se where these are weights, or of them"""
     _, cache = attention(*arrays, engine=TILED)
     yield attention_weights(cache).sum(-1)
     yield attention_vjp(cache, zero, dlse=one)[3].sum(-1)
@@ -351,16 +353,24 @@ def test_a_group_of_small_keys_beside_one_of_large_keys():
 
 
 def test_a_sink_does_not_hide_that_all_keys_of_a_row_were_lost():
-    """Scores at the opposite of their bound, 9 · 9 · √2 apart from what they are shifted by, under a sink between"""
-    q, k = np.full((2, 3, 2), 9, "f4"), np.full((2, 5, 2), -9, "f4")
-    v = np.arange(10, dtype="f4").reshape(2, 5, 1)
+    """Scores of −99 in powers of two, at the opposite of their bound: shifted by the guess, 39, they are subnormal."""
+    q, k = np.full((2, 3, 2), 9, "f4"), np.full((2, 5, 2), -5.39, "f4")
+    v, sink = 1 + np.arange(10, dtype="f4").reshape(2, 5, 1), np.zeros(2, "f4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few, "ROWS", 0)
-        o, _ = attention(q, k, v, None, np.full(2, -60, "f4"), engine=TILED)
-    wide = [a.astype("f8") for a in (q, k, v, np.full(2, -60.0))]
-    want, _ = attention(*wide[:3], None, wide[3], engine=REFERENCE)
+        o, _ = attention(q, k, v, None, sink, engine=TILED)
+    want, _ = attention(*(a.astype("f8") for a in (q, k, v)), None, sink.astype("f8"), engine=REFERENCE)
     assert want.all()
-    np.testing.assert_allclose(o, want, rtol=1e-4)
+    np.testing.assert_allclose(o, want, rtol=2e-5)
+
+
+def test_a_hidden_score_far_above_all_others_does_not_count():
+    q, k = np.full((1, 17, 1), 15, "f4"), np.full((1, 5, 1), -15, "f4")
+    k[:, 2] = 15
+    v, mask = np.arange(5, dtype="f4").reshape(1, 5, 1), np.arange(5) != 2
+    (o, cache), (want_o, want) = (attention(q, k, v, mask=mask, engine=engine) for engine in (TILED, REFERENCE))
+    np.testing.assert_allclose(o, want_o, rtol=1e-5)
+    np.testing.assert_allclose(log_sum_exp(cache), log_sum_exp(want), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(389, 197), (197, 389)])

@@ -10,7 +10,7 @@ exponentials, from the same q and k to the bit; made from the log-sum-exp they w
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
 
-from math import e, floor, isfinite, log, log2, prod
+from math import e, log, log2, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -211,10 +211,7 @@ def of_sink(head: Head, shift: Array) -> Array:
     """2^(log₂e · sink − c)     (R), or one number for all rows"""
     assert head.sink is not None
     sink = LOG2E * head.sink
-    if shift is None or not isfinite(sink):
-        return np.exp2(sink if shift is None else sink - shift)
-    whole = floor(sink)  # a difference of large numbers would lose the digits of this row's log-sum-exp
-    return np.ldexp(shift.dtype.type(2.0 ** (sink - whole)), np.clip(whole - shift, -9999, 9999).astype(np.int32))
+    return np.exp2(sink if shift is None else sink - shift)
 
 
 def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
