@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 import funcmha
 
@@ -26,8 +27,14 @@ def describe(threads: int) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[library] = version(library)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    found["numpy"] += f" with {blas['name']} {blas['version']}"
+    found["numpy"] += f" with {blas['name']} {blas['version']}{_kernels()}"
     return found
+
+
+def _kernels() -> str:
+    """Which of its kernels a BLAS has chosen: OPENBLAS_CORETYPE can make it choose slower ones than the machine has."""
+    chosen = (x.get("architecture") for x in threadpool_info() if x["user_api"] == "blas")
+    return "".join(f", {name} kernels" for name in chosen if name)
 
 
 def cores() -> int:

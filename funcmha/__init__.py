@@ -17,6 +17,7 @@ from .ops import (
     softmax_vjp,
 )
 from .params import head_params, init, sizes
+from .scores import scores, scores_vjp
 from .second import attention_vjp_jvp
 from .second_mha import mha_vjp_jvp
 from .step import self_attention_step, self_attention_step_vjp
@@ -59,6 +60,8 @@ __all__ = [
     "params",
     "rotary",
     "save",
+    "scores",
+    "scores_vjp",
     "seeded",
     "self_attention",
     "self_attention_step",

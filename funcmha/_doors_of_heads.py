@@ -79,7 +79,8 @@ def check_options(
     keep = keep if isinstance(keep, Seeded) or not one_head else as_head(keep)
     scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
     check_norm(norm, leaves)
-    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, pick(engine, like))
+    engine = pick(engine, like, max(axes["T"], axes["S'"]))
+    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, engine)
 
 
 def check_norm(norm: Any, leaves: dict[str, Array]) -> None:

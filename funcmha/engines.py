@@ -53,15 +53,20 @@ def _linear_vjp(
 REFERENCE = Engine("reference", _linear, _linear_vjp, ops.attention, ops.attention_vjp)
 TILED = Engine("tiled", tiled.linear, tiled.linear_vjp, tiled.attention, tiled.attention_vjp)
 ENGINES = (REFERENCE, TILED)
+# Queries and keys up to which the reference is faster for NumPy arrays too: for 256 samples of 8 tokens 23 times, there
+# and back, and at 96 between as fast and twice as fast (docs/performance.md).
+SHORT = 96
 
 
-def pick(engine: Engine | None, x: Array) -> Engine:
-    """The engine given, else the fastest for arrays like `x`: TILED for real NumPy arrays, REFERENCE for all others."""
+def pick(engine: Engine | None, x: Array, longest: int) -> Engine:
+    """The engine given, else the fastest for so many queries and keys at most, in arrays like `x`: TILED for real NumPy
+    arrays, but of short sequences, whose scores are no larger than they are, REFERENCE, as for all others
+    """
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine must be one of funcmha.engines or None, got {engine!r}")
     if engine is not None:
         return engine
-    return TILED if isinstance(x, np.ndarray) and x.dtype.kind != "c" else REFERENCE
+    return TILED if isinstance(x, np.ndarray) and x.dtype.kind != "c" and longest > SHORT else REFERENCE
 
 
 def attention(
@@ -83,9 +88,11 @@ def attention(
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
     What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: TILED in linear memory, for NumPy arrays,
-    REFERENCE for all; None picks one. The results are the same, to rounding.
+    REFERENCE for all; None picks the faster. The results are the same, to rounding.
     """
-    o, cache = pick(engine, q).attention(q, k, v, bias, sink, mask=mask, scale=scale, cap=cap, keep=keep, rate=rate)
+    longest = max((x.shape[-2] for x in (q, k) if getattr(x, "ndim", 0) > 1), default=0)
+    chosen = pick(engine, q, longest)
+    o, cache = chosen.attention(q, k, v, bias, sink, mask=mask, scale=scale, cap=cap, keep=keep, rate=rate)
     return o, cache
 
 

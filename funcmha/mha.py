@@ -176,7 +176,7 @@ def mha(
     keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S'); or a `Seeded` of
                `funcmha.dropout`, which has a rate of its own
     engine     the way to do it, of `funcmha.engines`: TILED in linear memory, for NumPy arrays, REFERENCE for all; None
-               picks one. The results are the same, to rounding
+               picks the faster. The results are the same, to rounding
 
     The dtype of the result is that of the inputs; float16 and bfloat16 are computed with in float32 and rounded once. A
     query that may see no key gives out_proj's bias, and gradients 0. Raises KeyError for a missing or unexpected leaf,

@@ -198,10 +198,8 @@ def attention(
 
     dtype = q.dtype
     q, k, v, bias, sink = widen(q), blank(widen(k), mask), blank(widen(v), mask), on_bias(widen, bias), widen(sink)
-    xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
-    u = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
-    c, slope = _soft_cap(u, cap)
-    z = c if bias is None else c + dense_bias(bias, *u.shape[-2:])
+    scale, cap = _per_head(scale, q), _per_head(cap, q)
+    z, slope = _scores(q, k, bias, scale, cap)
     p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
     keep = keep.dense(p.shape, q) if isinstance(keep, Seeded) else keep
     o = _dropout(p, keep, rate) @ _per_query_head(v, q)
@@ -229,13 +227,28 @@ def attention_vjp(
     p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
     dz, drows = _softmax_vjp(p, dp, widen(dlse), p_sink)
     dsink = None if sink is None else unbroadcast(xp.sum(drows, axis=-1), sink.shape)
-    # z = c + bias   with   c = cap · tanh(u / cap)   and   u = scale · q kᵀ
-    dbias = None if bias is None else dense_bias_vjp(bias, dz)
-    du = dz if slope is None else dz * slope
-    dk = _per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
-    dq = scale * (du @ _per_query_head(k, q))
+    # z = cap · tanh(scale · q kᵀ / cap) + bias
+    dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, on_bias(lambda dx: narrow(dx, do.dtype), dbias), dsink
+
+
+def _scores(q: Array, k: Array, bias: Array | Relative, scale: Any, cap: Any) -> tuple[Array, Array]:
+    """z = c + bias   with   c = cap · tanh(u / cap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
+    u = (scale * q) @ namespace(q).matrix_transpose(_per_query_head(k, q))
+    c, slope = _soft_cap(u, cap)
+    return c if bias is None else c + dense_bias(bias, *u.shape[-2:]), slope
+
+
+def _scores_vjp(
+    q: Array, k: Array, bias: Array | Relative, scale: Any, slope: Array, dz: Array
+) -> tuple[Array, Array, Array | Relative]:
+    """dq, dk, dbias"""
+    dbias = None if bias is None else dense_bias_vjp(bias, dz)
+    du = dz if slope is None else dz * slope
+    dk = _per_key_head(namespace(q).matrix_transpose(du) @ (scale * q), k)
+    dq = scale * (du @ _per_query_head(k, q))
+    return dq, dk, dbias
 
 
 def _soft_cap(u: Array, cap: Array | float | None) -> tuple[Array, Array]:

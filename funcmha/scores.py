@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import _check
-from ._bias import dense_bias, dense_bias_vjp, on_bias
+from ._bias import on_bias
 from ._doors import blank, check_attention
 from ._xp import Array, namespace, narrow, widen
 from .biases import Relative
 from .masks import Mask, dense
-from .ops import _per_head, _per_key_head, _per_query_head, _soft_cap
+from .ops import _per_head, _scores, _scores_vjp
 
 INF = float("inf")
 
@@ -54,9 +54,7 @@ def scores(
     dtype = q.dtype
     q, k, bias = widen(q), blank(widen(k), mask), on_bias(widen, bias)
     xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
-    u = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q))
-    c, slope = _soft_cap(u, cap)
-    z = c if bias is None else c + dense_bias(bias, *u.shape[-2:])
+    z, slope = _scores(q, k, bias, scale, cap)
     z = z if mask is None else xp.where(mask, z, -INF)
     return narrow(z, dtype), ScoresCache(q, k, bias, slope, z, scale)
 
@@ -68,10 +66,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
     """
     q, k, bias, slope, z, scale = cache
     _check.cotangent("dz", dz, z.shape, z, "... H T S")
-    xp, dtype = namespace(q), dz.dtype
+    dtype, xp = dz.dtype, namespace(q)
     g = xp.where(z == -INF, 0.0, widen(dz))
-    dbias = None if bias is None else dense_bias_vjp(bias, g)
-    du = g if slope is None else g * slope
-    dk = _per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
-    dq = scale * (du @ _per_query_head(k, q))
+    dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
     return narrow(dq, dtype), narrow(dk, dtype), on_bias(lambda dx: narrow(dx, dtype), dbias)

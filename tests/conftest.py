@@ -95,7 +95,7 @@ def few_queries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def _always(engine: engines.Engine) -> Any:
-    def pick(given: engines.Engine | None, x: Any) -> engines.Engine:
+    def pick(given: engines.Engine | None, x: Any, longest: int) -> engines.Engine:
         if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":
             return engine
         return engines.REFERENCE if given is None else given

@@ -87,9 +87,10 @@ def functions_in(path):
 
 
 def promises_without_test(text):
-    """Rows of the table of promises whose last cell names no test, or one that is not there."""
-    table = re.search(r"\| promise \| test \|\n\|---\|---\|\n((?:\|.*\|\n)*)", text)[1]
-    for row in table.splitlines():
+    """Rows of the tables with a column of tests whose last cell names no test, or one that is not there."""
+    tables = re.findall(r"\| test \|\n(?:\|---)+\|\n((?:\|.*\|\n)*)", text)
+    assert len(tables) == 2
+    for row in "".join(tables).splitlines():
         nodes = re.findall(r"`(tests/\w+\.py)::(\w+)`", row.split("|")[-2])
         if not nodes:
             yield row
@@ -226,6 +227,7 @@ def test_fences_and_formulas_of_a_page_are_closed(page):
 PLANTED = {
     "a promise without a test": lambda: promises_without_test(README.replace("|---|---|\n", "|---|---|\n| x | - |\n")),
     "a promise to a test that is gone": lambda: promises_without_test(README.replace("::test_mha_is", "::test_no")),
+    "words without a test": lambda: promises_without_test(README.replace("| `torch.nn.M", "| x | - |\n| `torch.nn.M")),
     "a test file that is gone": lambda: promises_without_test(README.replace("tests/test_mha.py", "tests/test_x.py")),
     "a test that is gone": lambda: unknown_tests("`test_that_was_renamed`"),
     "a link to no file": lambda: broken_links("[x](docs/nothing.md)", ROOT),

@@ -60,6 +60,7 @@ PAIRS = {
     "linear": Pair(funcmha.linear, funcmha.linear_vjp, normal((2, 5, 3), (7, 3), (7,)), {}),
     "softmax": Pair(funcmha.softmax, funcmha.softmax_vjp, normal((2, 5, 3)), {}),
     "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static() | ENGINE),
+    "scores": Pair(funcmha.scores, funcmha.scores_vjp, normal((2, 4, 3, 5), (2, 2, 7, 5), (4, 1, 7)), {"cap": 2.0}),
     "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True} | ENGINE),
     "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static() | ENGINE),
     "self_attention": Pair(
@@ -134,7 +135,7 @@ def test_purity_structure_and_gradient(pair):
 
 
 @pytest.mark.parametrize(
-    "module", ["ops", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing", "step"]
+    "module", ["ops", "scores", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing", "step"]
 )
 def test_the_vjp_is_the_next_function_in_the_file(module):
     source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
@@ -250,7 +251,7 @@ def cast(node, dtype):
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
     rounded = set()
-    for name in ("ops", "mha", "rotary", "norms", "biases"):
+    for name in ("ops", "scores", "mha", "rotary", "norms", "biases"):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
             module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)

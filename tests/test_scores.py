@@ -1,8 +1,5 @@
 """Scores as outputs: what attention takes the softmax of, and their gradients against torch's autograd in float64."""
 
-import ast
-import inspect
-
 import jax
 import ml_dtypes
 import numpy as np
@@ -13,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_ops import close
 
-import funcmha.scores as module
 from funcmha import attention, attention_weights, log_sum_exp, masks
 from funcmha.biases import Relative
 from funcmha.scores import scores, scores_vjp
@@ -162,8 +158,3 @@ def test_a_wrong_cotangent_is_refused_by_name():
     (q, k, _), _ = arguments(AttentionProblem())
     with pytest.raises(ValueError, match=r"dz must be \(\.\.\., H, T, S\) = \(2, 6, 5, 7\)"):
         scores_vjp(scores(q, k)[1], np.zeros((2, 6, 5, 1)))
-
-
-def test_the_vjp_is_the_next_function_in_the_file():
-    names = [node.name for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]
-    assert names[names.index("scores") + 1] == "scores_vjp"

@@ -82,7 +82,10 @@ _before: list[int] = []
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Hold every BLAS library of the process at one thread; the last to leave puts back what the first one found."""
+    """Hold every BLAS library at one thread; the last to leave puts back what the first one found.
+
+    Those that the process had loaded at the first call, NumPy's among them: one that comes later is nothing to NumPy.
+    """
     global _libraries, _users, _before
     with _lock:
         if _libraries is None:

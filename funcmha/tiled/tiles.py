@@ -10,7 +10,7 @@ exponentials, from the same q and k to the bit; made from the log-sum-exp they w
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
 
-from math import e, floor, isfinite, log, log2, prod
+from math import e, log, log2, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +57,17 @@ class Head(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """What q is multiplied by before its products with the keys: s = q kᵀ, or what the soft cap takes"""
-        return self.scale * LOG2E if self.cap is None else self.scale / self.cap
+        """What q is multiplied by before its products with the keys, for these to be s, z less the bias, or u / cap"""
+        if self.cap is not None:
+            return self.scale / self.cap
+        return self.scale * LOG2E if self.bias is None else self.scale
+
+    @property
+    def scale_by_unit(self) -> float:
+        """Also where the scale is 0"""
+        if self.cap is not None:
+            return self.cap
+        return LN2 if self.bias is None else 1.0
 
     def tiles(self, rows: Range) -> list[list[Tile]]:
         """The tiles of these rows, in blocks of columns from left to right."""
@@ -73,7 +82,7 @@ class Head(NamedTuple):
         return found
 
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
-        """s = log₂e · (cap · tanh(q kᵀ) + bias), or q kᵀ + log₂e · bias    q (R, D), of these rows, times `unit`
+        """s = log₂e · (cap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ    q (R, D), of these rows, times `unit`
 
         Into `slope`, where it is given, goes what the soft cap's gradient is multiplied by, 1 − tanh².
         """
@@ -86,9 +95,10 @@ class Head(NamedTuple):
             np.tanh(s, out=s)
             if slope is not None:
                 np.subtract(1.0, np.multiply(s, s, out=slope), out=slope)
-            s *= self.cap * LOG2E
-        if self.bias is not None:
-            s += LOG2E * self.bias_of(tile)
+            s *= self.cap * LOG2E if self.bias is None else self.cap
+        if self.bias is not None:  # before log₂e, whose rounding would be that of a large bias, however small the sum
+            s += self.bias_of(tile)
+            s *= LOG2E
         return s
 
     def bias_of(self, tile: Tile) -> Array:
@@ -146,8 +156,9 @@ def _halves(a: Range) -> tuple[Range, Range]:
 def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
     """o (R, E), the sums of exponentials, the sink's included (R), and the shift of the rows (R) or None"""
     q, tiles = head.unit * head.q[slice(*rows)], [tile for block in head.tiles(rows) for tile in block]
-    m = longest * np.sqrt(np.einsum("td,td->t", q, q).max(initial=0.0))
-    m = m if head.cap is None else head.cap * LOG2E * np.minimum(m, 1.0)
+    m = longest * np.sqrt(np.einsum("td,td->t", q, q))
+    if head.cap is not None or head.bias is not None:
+        m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
     shift = _guess(head, rows, tiles, m)
     total, acc = _sums(head, q, rows, tiles, shift)
     if not np.all(total >= FLOOR):
@@ -158,17 +169,20 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
     return acc / np.where(total == 0, 1.0, total)[:, None], total, shift
 
 
-def _guess(head: Head, rows: Range, tiles: list[Tile], m: float) -> Array:
-    """A whole shift c with s − c ≤ BOUND for certain, and not far below it in all likelihood; None for none."""
-    c = np.maximum(m - BOUND, 0.0)
-    least = 0.0 if head.sink is None else LOG2E * head.sink - BOUND
+def _guess(head: Head, rows: Range, tiles: list[Tile], m: Array) -> Array:
+    """A whole shift c with s − c ≤ BOUND for certain, and not far below it in all likelihood; None for none.
+
+    None where it can be, for s − c loses as many digits as c has.
+    """
+    top = np.zeros(rows[1] - rows[0], head.q.dtype)
     if head.bias is not None and tiles:
         seen = Tile(rows, (min(tile.cols[0] for tile in tiles), max(tile.cols[1] for tile in tiles)), mixed=True)
-        top = LOG2E * head.bias_of(seen).max(axis=-1)
-        c = c + np.where(np.isfinite(top), top, 0.0)
-        return np.ceil(c if head.sink is None else np.maximum(c, least))
-    c = np.maximum(c, least)
-    return np.full(rows[1] - rows[0], np.ceil(c)) if c > 0 else None
+        largest = LOG2E * head.bias_of(seen).max(axis=-1)
+        top = np.where(np.isfinite(largest), largest, top)
+    c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
+    if head.sink is not None:
+        c = np.maximum(c, LOG2E * head.sink - BOUND)
+    return np.ceil(c) if c.any() else None
 
 
 def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) -> tuple[Array, Array]:
@@ -197,10 +211,7 @@ def of_sink(head: Head, shift: Array) -> Array:
     """2^(log₂e · sink − c)     (R), or one number for all rows"""
     assert head.sink is not None
     sink = LOG2E * head.sink
-    if shift is None or not isfinite(sink):
-        return np.exp2(sink if shift is None else sink - shift)
-    whole = floor(sink)  # a difference of large numbers would lose the digits of this row's log-sum-exp
-    return np.ldexp(shift.dtype.type(2.0 ** (sink - whole)), np.clip(whole - shift, -9999, 9999).astype(np.int32))
+    return np.exp2(sink if shift is None else sink - shift)
 
 
 def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
@@ -257,8 +268,7 @@ def backward(
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype))
     dq += np.multiply(t, head.scale, out=t)
-    scale_by_unit = LN2 if head.cap is None else head.cap
-    dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), scale_by_unit, out=t)
+    dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), head.scale_by_unit, out=t)
     return dz
 
 
