@@ -384,7 +384,7 @@ def test_a_product_of_no_terms_is_zero_or_what_it_is_added_to():
 @pytest.mark.parametrize("rows", [(2, 263), (7,), ()])
 @pytest.mark.parametrize(("n_in", "n_out"), [(389, 197), (197, 389)])
 def test_linear_in_many_blocks(n_in, n_out, rows):
-    """Rows, columns and terms of each product come in blocks, the last of which are not whole; or there are few rows."""
+    """Rows, columns and terms of each product come in blocks, the last of which are not whole. And of few rows."""
     rng = np.random.default_rng(0)
     x, w, b, dy = (rng.standard_normal(s) for s in ((*rows, n_in), (n_out, n_in), n_out, (*rows, n_out)))
     results = []
