@@ -14,6 +14,9 @@ from funcmha.tiled import few, tiles
 
 # The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
+# To see a fault caught, by the first example that fails: the least one can take minutes to find.
+found = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("dev"), phases=found)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(__import__("os").environ.get("HYPOTHESIS_PROFILE", "dev"))
 

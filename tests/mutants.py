@@ -86,7 +86,7 @@ def start(where: Path, tests: Iterable[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.chdir(where)
     sys.path[:] = [str(where), *(path for path in sys.path if path != str(ROOT / "tests"))]
-    os.environ |= {"PYTHONPATH": str(where), "HYPOTHESIS_PROFILE": "dev"}
+    os.environ |= {"PYTHONPATH": str(where), "HYPOTHESIS_PROFILE": "mutants"}
     # No bytecode, which Python would take for that of another file of the same size, written in the same second.
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
