@@ -5,8 +5,10 @@ k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 
 from collections.abc import Collection, Iterable
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from ._xp import HALF, Array, dtype_name, is_array
 
@@ -52,6 +54,29 @@ def number(name: str, x: Any, low: float = -float("inf"), below: float = float("
         bounds = "finite" if low == -float("inf") else f"at least {low:g} and below {below:g}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value
+
+
+def integer(name: str, x: Any, low: int | None = None, below: int = 2**63, or_else: str = "") -> int:
+    """`x` as a Python int; TypeError unless it is one, and not a boolean, ValueError unless low ≤ x < below."""
+    if not isinstance(x, Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an int{or_else}, got {x!r} of type {type(x).__name__}")
+    n = int(x)
+    if low is not None and n < low:
+        raise ValueError(f"{name} must be at least {low}{or_else}, got {n}")
+    if n >= below:
+        raise ValueError(f"{name} must be below 2**{below.bit_length() - 1}, got {n}")
+    return n
+
+
+def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> np.ndarray:
+    """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
+    if low is not None and x.size and x.min() < low:
+        raise ValueError(f"{name} must be at least {low}, got {x.tolist()}")
+    if x.size and x.max() > most:
+        raise ValueError(f"{name} must be at most {most}, got {x.tolist()}")
+    return x.astype(np.int64)
 
 
 def flag(name: str, x: Any) -> None:
