@@ -72,10 +72,10 @@ def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -
     """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
-    if low is not None and x.size and x.min() < low:
-        raise ValueError(f"{name} must be at least {low}, got {x.tolist()}")
-    if x.size and x.max() > most:
-        raise ValueError(f"{name} must be at most {most}, got {x.tolist()}")
+    if x.size and (x.max() > most or (low is not None and x.min() < low)):
+        least = f"at least {low}" if x.max() <= most else "below 2**63"
+        bounds = least if most == 2**63 - 1 else f"within {low} … {most}"
+        raise ValueError(f"{name} must be {bounds}, got {x.tolist()}")
     return x.astype(np.int64)
 
 
@@ -91,10 +91,20 @@ def cache(x: Any, kind: type, op: str) -> None:
         raise TypeError(f"cache must come from {op}, got {type(x).__name__}")
 
 
-def multiple(query: str, heads: int, key: str, groups: int) -> None:
+def multiple(query: str, heads: int, key: str, groups: int, letters: str = "H K") -> None:
     """Raise ValueError unless the query heads divide evenly among the key/value heads."""
     if heads != groups and (groups == 0 or heads % groups):
-        raise ValueError(f"{query} has H={heads} heads, which must be a multiple of K={groups} as in {key}")
+        H, K = letters.split()
+        raise ValueError(f"{query} has {H}={heads} heads, which must be a multiple of {K}={groups} as in {key}")
+
+
+def parts(name: str, x: Any, of: str) -> tuple[Any, ...]:
+    """The cotangents of several outputs; TypeError unless `x` is a tuple of as many as the names in `of`."""
+    n = len(of.split(", "))
+    if not isinstance(x, tuple | list) or len(x) != n:
+        got = f"{len(x)} of them" if isinstance(x, tuple | list) else type(x).__name__
+        raise TypeError(f"{name} must be ({of}) as the output is, got {got}")
+    return tuple(x)
 
 
 def cotangent(

@@ -569,7 +569,11 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: t5_buckets(3, bidirectional=True), TypeError, "distance must be a NumPy array of integers, got int"),
         (lambda: t5_buckets(D, bidirectional=1), TypeError, "bidirectional must be True or False, got 1"),
         (lambda: t5_buckets(D, bidirectional=True, num_buckets=3), ValueError, "num_buckets must be at least 4, got 3"),
-        (lambda: t5_buckets(D, bidirectional=False, num_buckets=1), ValueError, "num_buckets must be at least 2, got 1"),
+        (
+            lambda: t5_buckets(D, bidirectional=False, num_buckets=1),
+            ValueError,
+            "num_buckets must be at least 2, got 1",
+        ),
         (lambda: t5_buckets(D, bidirectional=False, max_distance=16), ValueError, "max_distance must be at least 17"),
         (lambda: t5_buckets(D, bidirectional=True, max_distance=8), ValueError, "max_distance must be at least 9"),
     ],
