@@ -5,7 +5,7 @@ from typing import Any
 
 from funcmha import _check, tree
 from funcmha._xp import Array, namespace
-from funcmha.interop.torch.module import to_array
+from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params
 
 from . import families

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from funcmha._xp import Array, dtype_name
-
-from .module import bfloat16, to_array
+from funcmha.interop._tensors import bfloat16, to_array
 
 Tensor = Any  # torch.Tensor
 Structure = Any  # nested tuples and dicts of numbers, places in a list of tensors, and of None
