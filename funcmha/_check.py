@@ -3,7 +3,7 @@
 k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -83,6 +83,12 @@ def flag(name: str, x: Any) -> None:
     """Raise TypeError unless `x` is True or False: anything else that is true may have been meant as something else."""
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False, got {x!r}")
+
+
+def function(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` can be called."""
+    if not callable(x):
+        raise TypeError(f"{name} must be a function, got {type(x).__name__}")
 
 
 def cache(x: Any, kind: type, op: str) -> None:
@@ -178,6 +184,15 @@ class Axes:
         ]
         spelt = f"({', '.join(letters)})"
         return ValueError(f"{name} must be {spelt}{' with ' + ', '.join(known) if known else ''}, got {shape}")
+
+
+def mapping(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is a mapping whose keys are strings."""
+    if not isinstance(x, Mapping):
+        raise TypeError(f"{name} must be a dict of arrays by their names, got {type(x).__name__}")
+    for key in x:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be a dict of arrays by their names, got the name {key!r}")
 
 
 def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:

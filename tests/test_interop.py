@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from funcmha import attention, attention_weights, log_sum_exp
-from funcmha.interop import cudnn, cudnn_ragged, flash_attn, onnx, torch
+from funcmha.interop import cudnn, cudnn_ragged, equinox, flash_attn, flax, huggingface, keras, onnx, torch
 from funcmha.interop import jax as jax_nn
 from funcmha.scores import scores, scores_vjp
 
@@ -125,3 +125,23 @@ def test_a_flag_is_true_or_false(name, flag):
     for wrong in (1, None, np.ones(2, bool), "False"):
         with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
             getattr(module, name)(*inputs, **options | {flag: wrong})
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 12, "num_attention_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("state", flax.from_state),
+        ("state", lambda state: equinox.from_state(state, 3)),
+        ("weights", keras.from_weights),
+        ("state_dict", lambda state: torch.from_state_dict(state, 3)),
+        ("state_dict", lambda state: huggingface.from_state_dict(state, LLAMA, 0)),
+    ],
+    ids=["flax", "equinox", "keras", "torch", "huggingface"],
+)
+def test_parameters_come_in_a_dict_by_their_names(name, call):
+    for wrong, got in ((None, "NoneType"), ([1.0], "list"), ({3: np.ones(2)}, "the name 3")):
+        with pytest.raises(TypeError, match=f"^{name} must be a dict of arrays by their names, got {got}"):
+            call(wrong)

@@ -452,3 +452,10 @@ def test_an_output_that_is_no_floating_array_is_refused(answer, got):
     f = as_torch_function(lambda x, /: ((x, answer), ()), identity_vjp)
     with pytest.raises(TypeError, match=f"output.1 must be a floating array, None, .* got {got}"):
         f(leaf(3))
+
+
+def test_what_is_no_function_is_refused_at_once():
+    with pytest.raises(TypeError, match="f must be a function, got NoneType"):
+        as_torch_function(None, attention_vjp)
+    with pytest.raises(TypeError, match="f_vjp must be a function, got tuple"):
+        as_torch_function(attention, ())

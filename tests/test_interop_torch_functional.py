@@ -656,7 +656,7 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
         ("attn_mask must be .*N·H, L, S.", {"attn_mask": zeros(3, 5, 7, dtype=bool)}, {}),
         ("attn_mask must be .*L, S.", {"attn_mask": zeros(5, 1, dtype=bool)}, {}),
         ("keep must be given with dropout_p=0.3", {}, {"dropout_p": 0.3}),
-        ("dropout_p must be given with keep", {}, {"dropout_p": 0.3, "training": False, "keep": KEEP}),
+        ("keep must be None with training=False", {}, {"dropout_p": 0.3, "training": False, "keep": KEEP}),
     ],
 )  # fmt: skip
 def test_mha_refuses(message, changed, static):

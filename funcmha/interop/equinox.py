@@ -59,6 +59,7 @@ def from_state(state: Mapping[str, Any], num_heads: int) -> Params:
     split into heads. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or
     that num_heads does not divide, TypeError for mixed dtypes; each names the leaf.
     """
+    _check.mapping("state", state)
     return from_leaves("state", flatten(state), TABLE, (), _check.integer("num_heads", num_heads, 1))
 
 

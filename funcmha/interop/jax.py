@@ -94,15 +94,21 @@ def dot_product_attention(
     )
 
 
-def dot_product_attention_vjp(cache: DotProductAttentionCache, dy: Array, /) -> tuple[Array, Array, Array, Array]:
-    """dquery, dkey, dvalue, dbias: a query that sees no key gives dy / S to every value, and nothing to the rest"""
+def dot_product_attention_vjp(
+    cache: DotProductAttentionCache, dy: Array, /, *, dlse: Array = None
+) -> tuple[Array, Array, Array, Array]:
+    """dquery, dkey, dvalue, dbias: a query that sees no key gives dy / S to every value, and nothing to the rest
+    from the cotangents of y and, where given, of the residual (B, T, N)
+    """
     _check.cache(cache, DotProductAttentionCache, "dot_product_attention")
     attention, mean, blind, _, query, bias = cache
-    symbols = "B T N H" if query.ndim == 4 else "T N H"
-    _check.cotangent("dy", dy, query.shape, log_sum_exp(attention), symbols)
+    batch, computed = "B " if query.ndim == 4 else "", log_sum_exp(attention)
+    _check.cotangent("dy", dy, query.shape, computed, batch + "T N H")
+    _check.cotangent("dlse", dlse, query.shape[:-1], computed, batch + "T N", optional=True)
     do = _heads_first(widen(dy))
+    dlse = None if dlse is None else _heads_first(widen(dlse)[..., None])[..., 0]
 
-    dq, dk, dv, dbias, _ = engines.attention_vjp(attention, do)
+    dq, dk, dv, dbias, _ = engines.attention_vjp(attention, do, dlse=dlse)
     if blind is not None:
         xp = namespace(do)
         dmean = xp.sum(xp.where(blind[..., None], do, 0.0), axis=-2, keepdims=True)

@@ -80,6 +80,7 @@ def from_weights(weights: Mapping[str, Array], /) -> Params:
     transposed as views in NumPy. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not
     fit, TypeError for mixed dtypes; each names the weight.
     """
+    _check.mapping("weights", weights)
     arrays = {"/".join(path.split("/")[-2:]): x for path, x in weights.items()}
     if len(arrays) < len(weights):
         raise KeyError(f"weights must be those of one layer, got {', '.join(weights)}")

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from funcmha import _check
 from funcmha._xp import Array
 from funcmha.interop._tensors import to_array
 from funcmha.masks import Mask, intersection, padding, window
@@ -43,6 +44,8 @@ class Layer(NamedTuple):
                          **layer.options(T, S - T, S=S))`; without it they are the tokens of the queries
         attention_mask   (N, S), 1 for text and 0 for padding, as tokenizers make it
         """
+        T, offset = _check.integer("T", T, 0), _check.integer("offset", offset, 0)
+        S = None if S is None else _check.integer("S", S, 0)
         turn: Any = self.rotary(offset + np.arange(T))
         return {
             "scale": self.scale,

@@ -61,6 +61,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for what is no array, lies on a GPU, or has another dtype than the rest.
     """
+    _check.mapping("state_dict", state_dict)
     arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]

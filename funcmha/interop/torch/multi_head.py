@@ -124,6 +124,8 @@ def multi_head_attention_forward(
     for name, flag in zip(FLAGS, flags, strict=True):
         _check.flag(name, flag)
     _check_mha(x, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal)
+    if keep is not None and not training:
+        raise ValueError("keep must be None with training=False, where nothing is dropped")
     keep, rate = kept(dropout_p if training else 0.0, keep, query)
     mask, bias = joined(attn_mask, key_padding_mask, num_heads)
     inputs = _batch_first(query), _keys(key, static_k, query), _keys(value, static_v, query)
