@@ -352,6 +352,7 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
             r"scale must be a number, or \(H,\) with H=6 as in q, got shape \(3,\)",
         ),
         ((), {"scale": (1.0,) * 5 + (np.nan,)}, ValueError, "scale must be finite, got"),
+        ((), {"scale": np.array((1.0,) * 5 + (np.nan,))}, ValueError, "scale must be finite, got"),
         ((), {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3, got 0.2"),
         ((None, np.ones(3)), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(3,\)"),
         ((None, np.ones((2, 6))), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(2, 6\)"),
