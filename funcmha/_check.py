@@ -3,10 +3,12 @@
 k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from ._xp import HALF, Array, dtype_name, is_array
 
@@ -54,10 +56,39 @@ def number(name: str, x: Any, low: float = -float("inf"), below: float = float("
     return value
 
 
+def integer(name: str, x: Any, low: int | None = None, below: int = 2**63, or_else: str = "") -> int:
+    """`x` as a Python int; TypeError unless it is one, and not a boolean, ValueError unless low ≤ x < below."""
+    if not isinstance(x, Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an int{or_else}, got {x!r} of type {type(x).__name__}")
+    n = int(x)
+    if low is not None and n < low:
+        raise ValueError(f"{name} must be at least {low}{or_else}, got {n}")
+    if n >= below:
+        raise ValueError(f"{name} must be below 2**{below.bit_length() - 1}, got {n}")
+    return n
+
+
+def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> np.ndarray:
+    """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.size and (x.max() > most or (low is not None and x.min() < low)):
+        least = f"at least {low}" if x.max() <= most else "below 2**63"
+        bounds = least if most == 2**63 - 1 else f"within {low} … {most}"
+        raise ValueError(f"{name} must be {bounds}, got {x.tolist()}")
+    return x.astype(np.int64)
+
+
 def flag(name: str, x: Any) -> None:
     """Raise TypeError unless `x` is True or False: anything else that is true may have been meant as something else."""
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False, got {x!r}")
+
+
+def function(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` can be called."""
+    if not callable(x):
+        raise TypeError(f"{name} must be a function, got {type(x).__name__}")
 
 
 def cache(x: Any, kind: type, op: str) -> None:
@@ -66,10 +97,20 @@ def cache(x: Any, kind: type, op: str) -> None:
         raise TypeError(f"cache must come from {op}, got {type(x).__name__}")
 
 
-def multiple(query: str, heads: int, key: str, groups: int) -> None:
+def multiple(query: str, heads: int, key: str, groups: int, letters: str = "H K") -> None:
     """Raise ValueError unless the query heads divide evenly among the key/value heads."""
     if heads != groups and (groups == 0 or heads % groups):
-        raise ValueError(f"{query} has H={heads} heads, which must be a multiple of K={groups} as in {key}")
+        H, K = letters.split()
+        raise ValueError(f"{query} has {H}={heads} heads, which must be a multiple of {K}={groups} as in {key}")
+
+
+def parts(name: str, x: Any, of: str) -> tuple[Any, ...]:
+    """The cotangents of several outputs; TypeError unless `x` is a tuple of as many as the names in `of`."""
+    n = len(of.split(", "))
+    if not isinstance(x, tuple | list) or len(x) != n:
+        got = f"{len(x)} of them" if isinstance(x, tuple | list) else type(x).__name__
+        raise TypeError(f"{name} must be ({of}) as the output is, got {got}")
+    return tuple(x)
 
 
 def cotangent(
@@ -143,6 +184,15 @@ class Axes:
         ]
         spelt = f"({', '.join(letters)})"
         return ValueError(f"{name} must be {spelt}{' with ' + ', '.join(known) if known else ''}, got {shape}")
+
+
+def mapping(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is a mapping whose keys are strings."""
+    if not isinstance(x, Mapping):
+        raise TypeError(f"{name} must be a dict of arrays by their names, got {type(x).__name__}")
+    for key in x:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be a dict of arrays by their names, got the name {key!r}")
 
 
 def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:

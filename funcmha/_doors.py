@@ -94,18 +94,24 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
 
 def check_keep(axes: _check.Axes, keep: Any, rate: float | None, scores: str) -> float:
     """Dropout is a mask and a rate, or a seed that has one, or neither; the rate as a Python float."""
+    if not isinstance(keep, Seeded):
+        _check.boolean("keep", keep, "True = keep")
+        axes.broadcast("keep", _check.shape_of(keep), scores)
+    return check_rate("rate", rate, keep)
+
+
+def check_rate(name: str, rate: float | None, keep: Any) -> float:
+    """The rate under its name, and whether there is a mask or a seed for it."""
     if isinstance(keep, Seeded):
-        if rate is not None and _check.number("rate", rate) not in (0.0, keep.rate):
-            raise ValueError(f"rate must be left out, as keep has rate={keep.rate}, got {rate}")
+        if rate is not None and _check.number(name, rate) not in (0.0, keep.rate):
+            raise ValueError(f"{name} must be left out, as keep has rate={keep.rate}, got {rate}")
         return keep.rate
-    _check.boolean("keep", keep, "True = keep")
-    axes.broadcast("keep", _check.shape_of(keep), scores)
     if rate is None:
         if keep is not None:
-            raise ValueError("rate must be given with keep: what is kept is divided by 1 − rate")
+            raise ValueError(f"{name} must be given with keep: what is kept is divided by 1 − {name}")
         return 0.0
-    if _check.number("rate", rate, 0.0, 1.0) > 0 and keep is None:
-        raise ValueError(f"keep must be given with rate={rate}: dropout takes its mask as an input")
+    if _check.number(name, rate, 0.0, 1.0) > 0 and keep is None:
+        raise ValueError(f"keep must be given with {name}={rate}: dropout takes its mask as an input")
     return float(rate)
 
 

@@ -71,6 +71,11 @@ def from_host(a: np.ndarray, like: Array) -> Array:
     return xp.asarray(a, device=like.device)
 
 
+def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:
+    """A cotangent in the dtype to compute in, and for None 0 in the library, dtype and on the device of `like`."""
+    return full(shape, 0.0, like) if x is None else widen(x)
+
+
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of `broadcast_to(x, g.shape)` for x of `shape`: the sum over every axis that was repeated."""
     xp = namespace(g)

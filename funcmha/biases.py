@@ -13,7 +13,6 @@ Axes: T queries, S keys, H heads, B rows of a table; R rows and N columns of a t
 T + S − 1, the number of diagonals, and for 0 where T = S = 0.
 """
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +143,7 @@ def alibi_slopes(H: int) -> np.ndarray:
     The other H − n are every other one of the sequence for 2n: 2^(−4 h / n) for h = 1, 3, 5 … As in the reference
     implementation of Press et al. 2022.
     """
-    H = _integer("H", H, 0)
+    H = _check.integer("H", H, 0)
     n = 1 << (H.bit_length() - 1) if H else 0
     whole, between = [-8 * h / n for h in range(1, n + 1)], [-4 * h / n for h in range(1, 2 * (H - n), 2)]
     return np.array([2.0**x for x in whole + between], np.float64)
@@ -204,14 +203,14 @@ def distances(T: int, S: int, offset: int = 0) -> np.ndarray:
 
     How far the key is behind (negative) or ahead of the query, which stands at i + offset.
     """
-    T, S = _integer("T", T, 0), _integer("S", S, 0)
-    return np.arange(1 - T, S, dtype=np.int64) - _integer("offset", offset)
+    T, S = _check.integer("T", T, 0), _check.integer("S", S, 0)
+    return np.arange(1 - T, S, dtype=np.int64) - _check.integer("offset", offset)
 
 
 def clipped(distance: np.ndarray, reach: int) -> np.ndarray:
     """clip(distance, −reach, reach) + reach        rows of a table of 2 · reach + 1: Shaw et al. 2018, section 3.2"""
-    _check_integers("distance", distance)
-    reach = _integer("reach", reach, 0)
+    _check.integers("distance", distance)
+    reach = _check.integer("reach", reach, 0)
     return np.clip(distance.astype(np.int64), -reach, reach) + reach
 
 
@@ -268,7 +267,7 @@ def _check_lookup(table: Array, index: Any) -> None:
     _check.one_dtype([("table", table)])
     axes = _check.Axes()
     axes("table", table, "B H")
-    _check_integers("index", index)
+    _check.integers("index", index)
     if index.ndim != 1:
         raise ValueError(f"index must be (T + S − 1,), got {index.shape}")
     if index.size and not 0 <= index.min() <= index.max() < axes["B"]:
@@ -277,20 +276,7 @@ def _check_lookup(table: Array, index: Any) -> None:
 
 def _check_t5(distance: Any, bidirectional: Any, num_buckets: Any, max_distance: Any) -> tuple[int, int, int]:
     """Buckets of one direction, those of them that hold one distance, and where the last one begins to be the last."""
-    _check_integers("distance", distance)
+    _check.integers("distance", distance)
     _check.flag("bidirectional", bidirectional)
-    n = _integer("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
-    return n, n // 2, _integer("max_distance", max_distance, n // 2 + 1)
-
-
-def _check_integers(name: str, x: Any) -> None:
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
-
-
-def _integer(name: str, n: Any, low: int | None = None) -> int:
-    if not isinstance(n, Integral) or isinstance(n, bool):
-        raise TypeError(f"{name} must be an integer, got {n!r} of type {type(n).__name__}")
-    if low is not None and n < low:
-        raise ValueError(f"{name} must be {low} or more, got {n}")
-    return int(n)
+    n = _check.integer("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
+    return n, n // 2, _check.integer("max_distance", max_distance, n // 2 + 1)

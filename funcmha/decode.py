@@ -43,7 +43,7 @@ def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KV:
     axes, head = _check.Axes(), _head(k)
     axes("k", k, head + "T D")
     axes("v", v, head + "T E")
-    capacity = _count("capacity", capacity)
+    capacity = _check.integer("capacity", capacity, 0)
     keys, values = ((_reserved(x, capacity) if _writable(x) else full(_sized(x, 0), 0.0, x)) for x in (k, v))
     return KV(keys, values, 0)
 
@@ -113,7 +113,7 @@ def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Mask:
     check_kv(kv)
     _check.one_dtype([("kv.keys", kv.keys)])
     _check.Axes()("kv.keys", kv.keys, "... N D")
-    N, T = kv.keys.shape[-2], _count("T", T)
+    N, T = kv.keys.shape[-2], _check.integer("T", T, 0)
     if T > N:
         raise ValueError(f"T must be at most N={N} as in kv.keys, which holds the new tokens already, got {T}")
     return masks.window(left, 0, N - T)
@@ -241,11 +241,3 @@ def check_kv(kv: Any) -> None:
 
 def _head(x: Array) -> str:
     return "... K " if x.ndim > 2 else ""
-
-
-def _count(name: str, n: Any) -> int:
-    if not isinstance(n, Integral) or isinstance(n, bool):
-        raise TypeError(f"{name} must be an int, got {n!r} of type {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"{name} must be at least 0, got {n}")
-    return int(n)

@@ -15,7 +15,6 @@ Axes: T queries, S keys, H heads; `...` is batch, whose elements are the samples
 from dataclasses import dataclass, replace
 from math import prod
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
@@ -130,8 +129,8 @@ def seeded(
     whole would have there. The samples of a part must be in a row in the batch flattened in C order.
     """
     first = {"sample": first_sample, "head": first_head, "query": first_query, "key": first_key}
-    places = (_integer(f"first_{name}", n, 2**34 if name == "key" else 2**32) for name, n in first.items())
-    return Seeded(_integer("seed", seed, 2**64), _check.number("rate", rate, 0.0, 1.0), *places)
+    places = (_check.integer(f"first_{name}", n, 0, 2**34 if name == "key" else 2**32) for name, n in first.items())
+    return Seeded(_check.integer("seed", seed, 0, 2**64), _check.number("rate", rate, 0.0, 1.0), *places)
 
 
 def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: Range) -> np.ndarray:
@@ -147,12 +146,3 @@ def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: 
             np.greater_equal(word, threshold, out=keep[some, :, n])
     begin = cols[0] % 4
     return keep.reshape(queries.size, 4 * blocks.size)[:, begin : begin + cols[1] - cols[0]]
-
-
-def _integer(name: str, x: Any, below: int) -> int:
-    if not isinstance(x, Integral) or isinstance(x, bool):
-        raise TypeError(f"{name} must be an int, got {x!r} of type {type(x).__name__}")
-    n = int(x)
-    if not 0 <= n < below:
-        raise ValueError(f"{name} must be at least 0 and below 2**{below.bit_length() - 1}, got {n}")
-    return n

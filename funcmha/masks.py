@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import inf
-from numbers import Integral
 from operator import and_
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from . import _check
 from ._xp import Array, dtype_name, from_host, is_array, namespace, of_sample
 
 Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
@@ -376,13 +376,13 @@ def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) ->
     left, right = _reach("left", left), _reach("right", right)
     if isinstance(offset, np.ndarray):
         return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
-    return Band(left, right, _integer("offset", offset, " or a NumPy array of integers"))
+    return Band(left, right, _check.integer("offset", offset, or_else=" or a NumPy array of integers"))
 
 
 def lengths(n: int | np.ndarray) -> Lengths:
     """j < n     n an int, or a NumPy array (...) of integers, one per element of the batch"""
     if not isinstance(n, np.ndarray):
-        n = np.asarray(_integer("n", n, " or a NumPy array of integers"))
+        n = np.asarray(_check.integer("n", n, or_else=" or a NumPy array of integers"))
     n = _frozen("n", n, "(...)", "integers")
     if np.any(n < 0):
         raise ValueError(f"n must be at least 0, got {n.min()}")
@@ -406,6 +406,12 @@ def segments(q_ids: np.ndarray, k_ids: np.ndarray) -> Segments:
     except ValueError:
         raise ValueError(f"k_ids must be (..., S) with ...={q_ids.shape[:-1]} as in q_ids, got {k_ids.shape}") from None
     return Segments(q_ids, k_ids)
+
+
+def intersection(*given: Mask | Array | None) -> Mask | None:
+    """What all of them allow, where None allows everything     masks and boolean arrays   →   a mask, or None"""
+    parts = [as_mask(mask) for mask in given if mask is not None]
+    return reduce(and_, parts) if parts else None
 
 
 def as_mask(mask: Any, name: str = "mask") -> Mask:
@@ -476,16 +482,10 @@ def _span(seen: np.ndarray) -> Range:
     return (int(found[0]), int(found[-1]) + 1) if found.size else (0, 0)
 
 
-def _integer(name: str, x: Any, or_else: str = "") -> int:
-    if not isinstance(x, Integral) or isinstance(x, bool):
-        raise TypeError(f"{name} must be an int{or_else}, got {x!r} of type {type(x).__name__}")
-    return int(x)
-
-
 def _reach(name: str, x: Any) -> int | None:
     if x is None:
         return None
-    reach = _integer(name, x, " or None")
+    reach = _check.integer(name, x, or_else=" or None")
     if reach < 0:
         raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
     return reach

@@ -270,7 +270,7 @@ def attention_weights(cache: Any, /) -> Array:
 
     In the dtype computed with: float32 for float16 and bfloat16.
     """
-    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+    return attention_weights(_attention_in(cache))
 
 
 @singledispatch
@@ -279,6 +279,13 @@ def log_sum_exp(cache: Any, /) -> Array:
 
     −∞, or the sink, for a query that may see no key. In the dtype computed with: float32 for float16 and bfloat16.
     """
+    return log_sum_exp(_attention_in(cache))
+
+
+def _attention_in(cache: Any) -> Any:
+    """What a cache that is not an attention's own has of one, in its field `attention`."""
+    if isinstance(cache, tuple) and hasattr(cache, "attention"):
+        return cache.attention
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 

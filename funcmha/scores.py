@@ -64,6 +64,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
     """
+    _check.cache(cache, ScoresCache, "scores")
     q, k, bias, slope, z, scale = cache
     _check.cotangent("dz", dz, z.shape, z, "... H T S")
     dtype, xp = dz.dtype, namespace(q)

@@ -21,15 +21,14 @@ from ._bias import on_bias
 from ._doors import values_of
 from ._doors_of_heads import check_options
 from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
-from ._xp import Array, full, namespace, narrow, widen
+from ._xp import Array, full, namespace, narrow, or_zeros, widen
 from .biases import Relative
 from .decode import KV, AppendCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents
 from .dropout import Seeded
 from .engines import Engine
 from .heads import CombineCache, Options, ProjectCache, _back_to_one, _engine, combine, combine_vjp, project
-from .masks import Mask, window
+from .masks import Mask, intersection, window
 from .norms import Norm
-from .ops import attention_weights, log_sum_exp
 from .params import SPEC, Params, check
 from .rotary import Rotary, check_table
 
@@ -147,16 +146,6 @@ def self_attention_step_vjp(
     )
 
 
-@attention_weights.register
-def _(cache: SelfAttentionStepCache, /) -> Array:
-    return attention_weights(cache.attention)
-
-
-@log_sum_exp.register
-def _(cache: SelfAttentionStepCache, /) -> Array:
-    return log_sum_exp(cache.attention)
-
-
 def _appended(kv: KV | None, k: Array, v: Array, left: int | None, dtype: Any) -> tuple[KV, KV, AppendCache | None]:
     """What the queries see, in the dtype computed with; what is handed on, in `dtype`; and for the gradient"""
     past = empty(k, v) if kv is None else KV(widen(kv.keys), widen(kv.values), kv.seen)
@@ -241,8 +230,8 @@ def _door(
         first = seen + T - held  # of the keys held
         keep = replace(keep, first_query=keep.first_query + seen, first_key=keep.first_key + first)
     o = check_options(axes, leaves, x, own, mask, scale, cap, False, norm, (turns, None), keep, rate, engine)
-    band = window(left, 0, held - T)
-    return left, own, o._replace(mask=band if o.mask is None else band & o.mask, rotary=(turns, turns))
+    mask = intersection(window(left, 0, held - T), o.mask)
+    return left, own, o._replace(mask=mask, rotary=(turns, turns))
 
 
 def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple[int, Any]:
@@ -264,9 +253,7 @@ def _check_cotangents(
     cache: SelfAttentionStepCache, dy_dkv: Any, dweights: Array, dlse: Array
 ) -> tuple[Any, Array, tuple[Array, Array] | None]:
     """The dtype of the gradients, dy in the dtype to compute in, and those of keys' and values', or None."""
-    if not isinstance(dy_dkv, tuple) or len(dy_dkv) != 2:
-        raise TypeError(f"dy_dkv must be a tuple of dy and dkv, got {type(dy_dkv).__name__}")
-    (dy, dkv), like, (*batch, T, H, _) = dy_dkv, cache.out.o, cache.out.o.shape
+    (dy, dkv), like, (*batch, T, H, _) = _check.parts("dy_dkv", dy_dkv, "dy, dkv"), cache.out.o, cache.out.o.shape
     if dy is None and dkv is None:
         raise TypeError("dy_dkv must have dy or dkv, got None for both")
     held: tuple[Array, Array] = (None, None) if dkv is None else two_cotangents(dkv)
@@ -280,4 +267,4 @@ def _check_cotangents(
     _check.cotangent("dlse", dlse, (*batch, H, T), like, "... H T", optional=True)
     _check.one_dtype([], optional=[("dy", dy), ("dkeys", dkeys), ("dvalues", dvalues)])
     dtype = dkeys.dtype if dy is None else dy.dtype
-    return dtype, full(y, 0.0, like) if dy is None else widen(dy), None if dkv is None else held
+    return dtype, or_zeros(dy, y, like), None if dkv is None else held

@@ -43,6 +43,8 @@ def flatten(tree: Mapping[str, Tree], /) -> dict[str, Any]:
     Raises TypeError for a key that is not a string, ValueError for one that is empty or holds a dot, and for an empty
     dict below the root, which no path could name.
     """
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"a tree must be a dict of dicts of arrays, got {type(tree).__name__}")
     flat: dict[str, Any] = {}
     for key, node in tree.items():
         if not isinstance(key, str):

@@ -222,11 +222,11 @@ def test_the_rate_is_met_to_two_to_the_minus_32(j):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: seeded(-1, 0.1), ValueError, r"seed must be at least 0 and below 2\*\*64, got -1"),
+        (lambda: seeded(-1, 0.1), ValueError, r"seed must be at least 0, got -1"),
         (
             lambda: seeded(2**64, 0.1),
             ValueError,
-            r"seed must be at least 0 and below 2\*\*64, got 18446744073709551616",
+            r"seed must be below 2\*\*64, got 18446744073709551616",
         ),
         (lambda: seeded(1.0, 0.1), TypeError, "seed must be an int, got 1.0 of type float"),
         (lambda: seeded(True, 0.1), TypeError, "seed must be an int, got True of type bool"),
@@ -234,8 +234,8 @@ def test_the_rate_is_met_to_two_to_the_minus_32(j):
         (lambda: seeded(1, -0.1), ValueError, "rate must be at least 0 and below 1, got -0.1"),
         (lambda: seeded(1, float("nan")), ValueError, "rate must be at least 0 and below 1, got nan"),
         (lambda: seeded(1, "0.1"), TypeError, "rate must be a real number, got '0.1' of type str"),
-        (lambda: seeded(1, 0.1, first_head=-1), ValueError, r"first_head must be at least 0 and below 2\*\*32, got -1"),
-        (lambda: seeded(1, 0.1, first_key=2**34), ValueError, r"first_key must be at least 0 and below 2\*\*34, got"),
+        (lambda: seeded(1, 0.1, first_head=-1), ValueError, r"first_head must be at least 0, got -1"),
+        (lambda: seeded(1, 0.1, first_key=2**34), ValueError, r"first_key must be below 2\*\*34, got"),
         (lambda: seeded(1, 0.1).dense((5,)), ValueError, r"shape must be \(..., H, T, S\) or \(T, S\), got \(5,\)"),
         (
             lambda: seeded(1, 0.1, first_sample=5).tile(2**32 - 5, 0, (0, 1), (0, 1)),

@@ -409,8 +409,18 @@ LENGTHS = {"seq_len_q": np.array([3, 1]), "seq_len_kv": np.array([7, 0])}
 @pytest.mark.parametrize(
     ("inputs", "static", "error", "message"),
     [
-        ((Q, K, np.zeros((2, 4, 7, 5))), {}, ValueError, "q has H=6 heads, which must be a multiple of K=4 as in v"),
-        ((Q, np.zeros((2, 5, 7, 5)), K), {}, ValueError, "q has H=6 heads, which must be a multiple of K=5 as in k"),
+        (
+            (Q, K, np.zeros((2, 4, 7, 5))),
+            {},
+            ValueError,
+            "q has H_q=6 heads, which must be a multiple of H_v=4 as in v",
+        ),
+        (
+            (Q, np.zeros((2, 5, 7, 5)), K),
+            {},
+            ValueError,
+            "q has H_q=6 heads, which must be a multiple of H_k=5 as in k",
+        ),
         (
             (Q, K, np.zeros((2, 2, 3, 5))),
             {},
@@ -464,7 +474,7 @@ LENGTHS = {"seq_len_q": np.array([3, 1]), "seq_len_kv": np.array([7, 0])}
             (Q, K, K),
             LENGTHS | {"use_padding_mask": True, "seq_len_q": np.array([4, 1])},
             ValueError,
-            "seq_len_q must be within 0 … 3, which is S_q, got [4 1]",
+            "seq_len_q must be within 0 … 3, got [4, 1]",
         ),
         (
             (Q, K, K),
@@ -641,11 +651,13 @@ def test_packed_attention_is_one_sequence_after_another(alignment):
         ),
         (
             {"ragged_offset": np.array([-6, 12, 30])},
-            "ragged_offset and seq_len must be sequences of at most s=3 that lie",
+            "ragged_offset must be at least 0, got [-6, 12, 30]",
         ),
         ({"seq_len": np.array([[2, 3]])}, "seq_len must be (B, 1, 1, 1) or (B,)"),
         ({"s": 2}, "ragged_offset and seq_len must be sequences of at most s=2 that lie apart within N=5 tokens, got"),
-        ({"s": -1}, "s must be an int of at least 0, got -1"),
+        ({"s": -1}, "s must be at least 0, got -1"),
+        ({"seq_len": np.array([2, -3])}, "seq_len must be at least 0, got [2, -3]"),
+        ({"stride": 10**400}, "stride must be below 2**63, got 1000"),
     ],
 )
 def test_from_ragged_refuses(static, message):

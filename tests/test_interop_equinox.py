@@ -167,8 +167,8 @@ def a_state(**changes):
             r"output_proj.weight must be \(O, H·E\) with H·E=15 .*",
         ),
         ({"output_proj_x_bias": np.ones(7, "f4")}, 3, TypeError, "output_proj.bias must have dtype float64"),
-        ({}, True, ValueError, "num_heads must be an integer of at least 1, got True"),
-        ({}, 0, ValueError, "num_heads must be an integer of at least 1, got 0"),
+        ({}, True, TypeError, "num_heads must be an int, got True"),
+        ({}, 0, ValueError, "num_heads must be at least 1, got 0"),
     ],
 )
 def test_from_state_refuses(changes, heads, error, message):

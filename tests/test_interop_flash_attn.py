@@ -4,6 +4,7 @@ Loops over samples, heads, queries and keys in float64, differentiated by torch'
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import math
@@ -27,6 +28,10 @@ from funcmha.interop.flash_attn import (
     flash_attn_qkvpacked_func_vjp,
     flash_attn_varlen_func,
     flash_attn_varlen_func_vjp,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_kvpacked_func_vjp,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_varlen_qkvpacked_func_vjp,
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_vjp,
 )
@@ -54,7 +59,7 @@ def sees(i, j, T, S, causal, window, chunk):
 def one_row(z, values, sink, keep, p):
     """out (E,), lse, weights (n,) of a query from its scores (n,), values (n, E), n = 0 too, and what is kept (n,)"""
     if not len(z):
-        return torch.zeros(E, dtype=F64), torch.tensor(-math.inf, dtype=F64) if sink is None else sink, z
+        return torch.zeros(values.shape[-1], dtype=F64), torch.tensor(-math.inf, dtype=F64) if sink is None else sink, z
     lse = torch.logsumexp(z if sink is None else torch.cat([z, sink[None]]), 0)
     weights = torch.exp(z - lse)
     return (weights * keep / (1 - p)) @ values, lse, weights
@@ -81,7 +86,9 @@ def one_sequence(
     """
     T, S, heads = len(q), len(k), q.shape[1]
     scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
-    out, weights, lse = (torch.zeros(shape, dtype=F64) for shape in ((T, heads, E), (heads, T, S), (heads, T)))
+    out, weights, lse = (
+        torch.zeros(shape, dtype=F64) for shape in ((T, heads, v.shape[-1]), (heads, T, S), (heads, T))
+    )
     for h, i in np.ndindex(heads, T):
         of_key = h // (heads // k.shape[1])
         js = [j for j in range(S) if sees(i, j, T, S, causal, window_size, attention_chunk)]
@@ -110,7 +117,7 @@ def dense_oracle(q, k, v, slopes=None, sink=None, *, keep=None, **static):
 
 def varlen_oracle(q, k, v, slopes=None, sink=None, *, queries, keys, keep=None, **static):
     """out (N, H, E), weights (B, H, T, S), lse (H, N) for sequences that are lists of token numbers"""
-    out = torch.zeros(*q.shape[:2], E, dtype=F64)
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=F64)
     weights = torch.zeros(len(queries), q.shape[1], *(max(map(len, tokens)) for tokens in (queries, keys)), dtype=F64)
     lse = torch.full((q.shape[1], len(q)), -math.inf, dtype=F64)
     for b, (i, j) in enumerate(zip(queries, keys, strict=True)):
@@ -130,7 +137,20 @@ def turned(x, cos, sin, interleaved):
 
 
 def kvcache_oracle(
-    q, k_cache, v_cache, k=None, v=None, slopes=None, *, places, seqlens, leftpad, cos=None, sin=None, **static
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    slopes=None,
+    sink=None,
+    *,
+    places,
+    seqlens,
+    leftpad,
+    cos=None,
+    sin=None,
+    **static,
 ):
     """out, k_cache', v_cache', weights, lse; places[b][slot] is the page and the slot in it"""
     interleaved = static.pop("rotary_interleaved", True)
@@ -157,7 +177,9 @@ def kvcache_oracle(
         keys, values = (
             torch.stack([c[at] for at in seen]) if seen else c[:0].reshape(0, *c.shape[2:]) for c in (k_cache, v_cache)
         )
-        out[b], weights[b, :, :, : len(seen)], lse[b] = one_sequence(q[b], keys, values, of_each(slopes, b), **static)
+        out[b], weights[b, :, :, : len(seen)], lse[b] = one_sequence(
+            q[b], keys, values, of_each(slopes, b), sink, **static
+        )
     return out, k_cache, v_cache, weights, lse
 
 
@@ -389,6 +411,38 @@ def test_packed_inputs_are_those_unpacked(each_engine):
         assert np.array_equal(a, b)
 
 
+def test_packed_sequences_and_their_gradients_are_torch(each_engine):
+    """Sequences of 3 and 2 tokens, and where keys are apart of 2 and 5, by the loop over sequences."""
+    own, of_keys, static = [[0, 1, 2], [3, 4]], [[0, 1], [2, 3, 4, 5, 6]], {"causal": True, "softcap": 1.7}
+    qkv, q, kv, logits = normal(5, 3, H, D), normal(5, H, D), normal(7, 2, K, D, seed=1), (normal(2, H), normal(H))
+    for inputs, keys, split, f, f_vjp, names in (
+        (
+            (qkv, *logits),
+            own,
+            lambda qkv: qkv.unbind(1),
+            functools.partial(flash_attn_varlen_qkvpacked_func, cu_seqlens=cu([3, 2])),
+            flash_attn_varlen_qkvpacked_func_vjp,
+            "dqkv dalibi_slopes dlearnable_sink",
+        ),
+        (
+            (q, kv, *logits),
+            of_keys,
+            lambda q, kv: (q, *kv.unbind(1)),
+            functools.partial(flash_attn_varlen_kvpacked_func, cu_seqlens_q=cu([3, 2]), cu_seqlens_k=cu([2, 5])),
+            flash_attn_varlen_kvpacked_func_vjp,
+            "dq dkv dalibi_slopes dlearnable_sink",
+        ),
+    ):
+        leaves = [leaf(x) for x in inputs]
+        out, cache = f(*inputs, **static)
+        outputs = out, attention_weights(cache), log_sum_exp(cache)
+        want = varlen_oracle(*split(*leaves[:-2]), *leaves[-2:], queries=own, keys=keys, **static)
+        all_close("out weights lse", outputs, want)
+        dout, dweights, dlse = (normal(*x.shape, seed=5) for x in outputs)
+        grads = f_vjp(cache, dout, dweights=dweights, dlse=dlse)
+        all_close(names, grads, gradients(want, [dout, dweights, dlse], leaves))
+
+
 # ── flash_attn_varlen_func ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -495,9 +549,9 @@ def caches(draw):
 @given(st.data(), caches(), options(), st.sampled_from([None, True, False]))
 def test_kvcache_and_its_gradients_are_torch(each_engine, data, problem, static, interleaved):
     (B, T, U, P, N), args, where = problem
-    slopes, _ = data.draw(logits(B))
+    slopes, sink = data.draw(logits(B))
     new = [None, None] if U is None else [normal(B, U, K, D, seed=3), normal(B, U, K, E, seed=4)]
-    inputs = [normal(B, T, H, D), normal(P, N, K, D, seed=1), normal(P, N, K, E, seed=2), *new, slopes]
+    inputs = [normal(B, T, H, D), normal(P, N, K, D, seed=1), normal(P, N, K, E, seed=2), *new, slopes, sink]
     if U is not None and interleaved is not None:
         static |= {"rotary_interleaved": interleaved}
         angle = normal(13, 2, seed=8)
@@ -511,7 +565,11 @@ def test_kvcache_and_its_gradients_are_torch(each_engine, data, problem, static,
 
     *dy, dweights, dlse = (normal(*x.shape, seed=5) for x in outputs)
     grads = flash_attn_with_kvcache_vjp(cache, tuple(dy), dweights=dweights, dlse=dlse)
-    all_close("dq dk_cache dv_cache dk dv dalibi_slopes", grads, gradients(want, [*dy, dweights, dlse], leaves))
+    all_close(
+        "dq dk_cache dv_cache dk dv dalibi_slopes dlearnable_sink",
+        grads,
+        gradients(want, [*dy, dweights, dlse], leaves),
+    )
 
 
 def test_pages_may_be_read_by_more_than_one(each_engine):
@@ -581,7 +639,7 @@ def test_steps_against_the_cache_are_the_whole(each_engine):
         at += n
     dheld, parts = [None, None], []
     for now, cache in reversed(done):
-        dq, *dheld, dk, dv, _ = flash_attn_with_kvcache_vjp(cache, (dout[:, now], *dheld))
+        dq, *dheld, dk, dv, _, _ = flash_attn_with_kvcache_vjp(cache, (dout[:, now], *dheld))
         parts.append((dq, dk, dv))
     for got, g in zip(zip(*parts[::-1], strict=True), flash_attn_func_vjp(whole, dout), strict=False):
         close(np.concatenate(got, axis=1), g)
@@ -625,6 +683,7 @@ def test_kvcache_keeps_the_protocol(each_engine):
             normal(2, 2, K, D),
             normal(2, 2, K, E),
             normal(H),
+            normal(H, seed=1),
         )
     )
 
@@ -716,7 +775,7 @@ def test_every_library_gives_the_same(xp):
 
 
 def test_gradients_follow_their_functions():
-    for module in ("aligned", "dense", "varlen", "rows", "kvcache"):
+    for module in ("aligned", "dense", "varlen", "packed", "rows", "kvcache"):
         source = inspect.getsource(importlib.import_module(f"funcmha.interop.flash_attn.{module}"))
         names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
         vjps = [name for name in names if name.endswith("_vjp")]
@@ -768,14 +827,16 @@ def call(f, inputs, changes):
         ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
         ({"window_size": 3}, TypeError, r"window_size must be a pair \(left, right\), got 3"),
         ({"window_size": (3,)}, TypeError, "window_size must be a pair"),
-        ({"window_size": (-2, 0)}, ValueError, "window_size must be at least 0, or -1 or None for no bound, got -2"),
-        ({"window_size": (0, 1.0)}, TypeError, "window_size must be ints, .* got 1.0 of type float"),
-        ({"window_size": (True, 1)}, TypeError, "window_size must be ints, .* got True"),
+        ({"window_size": (-2, 0)}, ValueError, "window_size must be at least -1, where -1 is no bound, got -2"),
+        ({"window_size": (0, 1.0)}, TypeError, "window_size must be an int, .* got 1.0 of type float"),
+        ({"window_size": (True, 1)}, TypeError, "window_size must be an int, .* got True"),
         ({"attention_chunk": -1}, ValueError, "attention_chunk must be at least 0, got -1"),
         ({"attention_chunk": 2.0}, TypeError, "attention_chunk must be an int, got 2.0"),
+        ({"attention_chunk": 2**63}, ValueError, r"attention_chunk must be below 2\*\*63, got 9223372036854775808"),
         ({"softcap": -1.0}, ValueError, "softcap must be at least 0 and below inf, got -1.0"),
         ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be finite, got inf"),
         ({"dropout_p": 0.1}, ValueError, "keep must be given with dropout_p=0.1"),
+        ({"keep": np.ones((3, 7), bool)}, ValueError, "dropout_p must be given with keep"),
         ({"dropout_p": 1.0, "keep": np.ones((3, 7), bool)}, ValueError, "dropout_p must be at least 0 and below 1"),
         ({"keep": np.ones((3, 7))}, TypeError, "keep must be boolean, True = keep"),
         ({"keep": np.ones((7, 3), bool)}, ValueError, r"keep must broadcast to \(B, H, T, S\) = \(2, 6, 3, 7\), got"),
@@ -807,7 +868,12 @@ def test_flash_attn_func_refuses(changes, error, message):
             r"seqused_k must be at most the lengths \[3, 4\] of cu_seqlens_k",
         ),
         ({"seqused_q": np.array([2])}, ValueError, r"seqused_q must be \(B,\) with B=2, got \(1,\)"),
-        ({"seqused_q": [2, 2]}, TypeError, r"seqused_q must be a NumPy array \(B,\) of integers, got list"),
+        (
+            {"seqused_q": np.array([2, 2**64 - 1], np.uint64)},
+            ValueError,
+            r"seqused_q must be below 2\*\*63, got \[2, 18446744073709551615\]",
+        ),
+        ({"seqused_q": [2, 2]}, TypeError, "seqused_q must be a NumPy array of integers, got list"),
         ({"seqused_q": np.array([-1, 2])}, ValueError, r"seqused_q must be at least 0, got \[-1, 2\]"),
         ({"max_seqlen_q": 2}, ValueError, "max_seqlen_q must be at least 3 as in cu_seqlens_q, got 2"),
         ({"max_seqlen_k": 4.0}, TypeError, "max_seqlen_k must be an int, got 4.0"),
@@ -842,7 +908,7 @@ TABLE = np.array([[0, 1], [1, 2]])
         ({"cache_leftpad": np.array([0, 5])}, ValueError, r"cache_leftpad must be at most cache_seqlens=\[4, 4\], got"),
         ({"block_table": TABLE, "cache_leftpad": np.array([0, 1])}, ValueError, "cache_leftpad must be left out with"),
         ({"block_table": TABLE, "cache_batch_idx": np.array([0, 1])}, ValueError, "cache_batch_idx must be left out"),
-        ({"block_table": TABLE / 1}, TypeError, r"block_table must be a NumPy array \(B, …\) of integers, got float64"),
+        ({"block_table": TABLE / 1}, TypeError, "block_table must be a NumPy array of integers, got float64"),
         ({"block_table": TABLE[:1]}, ValueError, r"block_table must be \(B, …\) with B=2 as in q, got \(1, 2\)"),
         ({"block_table": np.array([[0], [3]])}, ValueError, "block_table must be within 0 … 2 for the slots in use"),
         ({"block_table": np.array([[0], [-1]])}, ValueError, "block_table must be within 0 … 2 for the slots in use"),
@@ -890,6 +956,14 @@ def test_packed_inputs_and_cotangents_are_refused_under_their_names():
         flash_attn_qkvpacked_func(np.ones((2, 5, 2, 6, 5)))
     with pytest.raises(ValueError, match=r"kv must be \(B, S, 2, K, D\), got \(5, 2, 6, 5\)"):
         flash_attn_kvpacked_func(DENSE["q"], np.ones((5, 2, 6, 5)))
+    with pytest.raises(ValueError, match=r"qkv must be \(N, 3, H, D\), got \(5, 2, 6, 5\)"):
+        flash_attn_varlen_qkvpacked_func(np.ones((5, 2, 6, 5)), cu_seqlens=cu([5]))
+    with pytest.raises(ValueError, match="cu_seqlens must end with N=5 as in qkv, got 4"):
+        flash_attn_varlen_qkvpacked_func(np.ones((5, 3, 6, 5)), cu_seqlens=cu([4]))
+    with pytest.raises(ValueError, match=r"kv must be \(M, 2, K, D\), got \(2, 5, 2, 2, 5\)"):
+        flash_attn_varlen_kvpacked_func(
+            np.ones((5, 6, 5)), np.ones((2, 5, 2, 2, 5)), cu_seqlens_q=cu([5]), cu_seqlens_k=cu([5])
+        )
     _, cache = call(flash_attn_func, DENSE, {})
     with pytest.raises(
         ValueError, match=r"dout must be \(B, T, H, E\) = \(2, 3, 6, 4\) as the output is, got \(2, 6, 3, 4\)"

@@ -641,7 +641,7 @@ def test_from_state_dict_refuses(change, error, message):
 
 def test_a_module_is_no_state_dict():
     _, config = small_state()
-    with pytest.raises(TypeError, match=r"state_dict must be a dict of tensors, .*, got Linear"):
+    with pytest.raises(TypeError, match="state_dict must be a dict of arrays by their names, got Linear"):
         from_state_dict(torch.nn.Linear(2, 3), config, 0)
 
 
@@ -689,6 +689,49 @@ def test_options_refuse_a_mask(mask, error, message):
     state, config = small_state()
     with pytest.raises(error, match=message):
         from_state_dict(state, config, 0).options(T, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"T": 3.0}, TypeError, "T must be an int, got 3.0"),
+        ({"T": -1}, ValueError, "T must be at least 0, got -1"),
+        ({"offset": np.arange(2)}, TypeError, "offset must be an int, got array"),
+        ({"offset": -1}, ValueError, "offset must be at least 0, got -1"),
+        ({"S": "7"}, TypeError, "S must be an int, got '7'"),
+    ],
+)
+def test_options_refuse_what_is_no_number_of_tokens(arguments, error, message):
+    state, config = small_state()
+    with pytest.raises(error, match=message):
+        from_state_dict(state, config, 0).options(**{"T": T} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_size": None}, TypeError, "hidden_size must be an int, got None"),
+        ({"num_attention_heads": 0}, ValueError, "num_attention_heads must be at least 1, got 0"),
+        ({"num_key_value_heads": 2.0}, TypeError, "num_key_value_heads must be an int, got 2.0"),
+        ({"head_dim": -3}, ValueError, "head_dim must be at least 1, got -3"),
+        ({"num_hidden_layers": [2]}, TypeError, r"num_hidden_layers must be an int, got \[2\]"),
+        ({"model_type": ["llama"]}, ValueError, r"config must have a model_type of .*, got \['llama'\]"),
+    ],
+)
+def test_a_config_of_other_sizes_is_refused_by_name(change, error, message):
+    state, config = small_state()
+    config = config if isinstance(config, dict) else config.to_dict()
+    with pytest.raises(error, match=message):
+        from_state_dict(state, {**config, "layer_types": None, **change}, 0)
+
+
+def test_to_state_dict_refuses_what_is_no_layer_or_tree():
+    state, config = small_state()
+    layer = from_state_dict(state, config, 0)
+    with pytest.raises(TypeError, match="layer must be a Layer, as from_state_dict gives it, got dict"):
+        to_state_dict(layer.params, layer._asdict())
+    with pytest.raises(TypeError, match="a tree must be a dict of dicts of arrays, got NoneType"):
+        to_state_dict(None, layer)
 
 
 def test_a_mask_may_be_a_tensor_or_booleans():

@@ -120,11 +120,11 @@ def problems(draw):
     )
 
 
-def run(problem, dtype="float64"):
-    """y, the gradients, and the residual, by funcmha."""
+def run(problem, dtype="float64", dlse=False):
+    """y, the gradients, and the residual, by funcmha; with `dlse` dy's first numbers are that of the residual."""
     *inputs, dy = problem.inputs(dtype)
     y, cache = dot_product_attention(*inputs, **problem.static())
-    return y, *dot_product_attention_vjp(cache, dy), log_sum_exp(cache)
+    return y, *dot_product_attention_vjp(cache, dy, dlse=dy[..., 0] if dlse else None), log_sum_exp(cache)
 
 
 @cache
@@ -148,7 +148,7 @@ def run_jax(problem, dtype="float64"):
         return [x if x is None else np.asarray(x) for x in (y, *(grads.get(i) for i in range(4)), lse)]
 
 
-def run_torch(problem):
+def run_torch(problem, dlse=False):
     """The same by the formula, with JAX's fill, in float64."""
     *inputs, dy = (None if x is None else torch.tensor(np.array(x)) for x in problem.inputs())
     given = [x.requires_grad_() for x in inputs if x is not None]
@@ -161,7 +161,8 @@ def run_torch(problem):
     y = torch.einsum("bnts,bsnh->btnh", z.softmax(-1), v)
     y = y * torch.tensor(~padding).double().transpose(1, 2)[..., None]
     y, lse = (x if problem.B else x[0] for x in (y, z.logsumexp(-1).transpose(1, 2)))
-    grads = iter(torch.autograd.grad(y, given, dy, allow_unused=True))
+    outputs, cotangents = ((y, lse), (dy, dy[..., 0])) if dlse else ((y,), (dy,))
+    grads = iter(torch.autograd.grad(outputs, given, cotangents, allow_unused=True))
     grads = [x if x is None else next(grads) for x in inputs]
     grads = [x if g is None and x is not None else g for x, g in zip([None] * 4, grads, strict=True)]
     return [x if x is None else x.detach().numpy() for x in (y, *grads, lse)]
@@ -186,6 +187,12 @@ def check(got, want, tolerance):
 @given(problems())
 def test_values_gradients_and_residual_are_the_formula_in_float64(problem):
     check(run(problem), run_torch(problem), 1e-11)
+
+
+@each
+@given(problems())
+def test_gradients_of_y_and_the_residual_are_the_formula_in_float64(problem):
+    check(run(problem, dlse=True), run_torch(problem, dlse=True), 1e-11)
 
 
 # Most of them of one shape: JAX compiles every operation anew for each.
@@ -399,17 +406,32 @@ Y = np.ones((2, 7, 3, 11))
         ((X, Y, Y), {"mask": np.ones((7, 5), bool)}, ValueError, r"mask must broadcast to .* got \(7, 5\)"),
         ((X, Y, Y), {"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
         ((X, Y, Y), {"scale": np.ones(6)}, TypeError, "scale must be a real number"),
-        ((X, Y, Y), {"local_window_size": -1}, ValueError, "local_window_size must be an int of at least 0, or two"),
+        (
+            (X, Y, Y),
+            {"local_window_size": -1},
+            ValueError,
+            "local_window_size must be at least 0 or a pair of them, got -1",
+        ),
         ((X, Y, Y), {"local_window_size": (1, 2, 3)}, ValueError, "local_window_size must be"),
-        ((X, Y, Y), {"local_window_size": True}, ValueError, "local_window_size must be"),
-        ((X, Y, Y), {"query_seq_lengths": [5, 5]}, TypeError, r"query_seq_lengths must be an array \(B,\) of integers"),
-        ((X, Y, Y), {"key_value_seq_lengths": np.ones(2)}, TypeError, "key_value_seq_lengths .* got dtype float64"),
+        (
+            (X, Y, Y),
+            {"local_window_size": True},
+            TypeError,
+            "local_window_size must be an int or a pair of them, got True",
+        ),
+        (
+            (X, Y, Y),
+            {"query_seq_lengths": [5, 5]},
+            TypeError,
+            "query_seq_lengths must be a NumPy array of integers, got list",
+        ),
+        ((X, Y, Y), {"key_value_seq_lengths": np.ones(2)}, TypeError, "key_value_seq_lengths .* got float64"),
         ((X, Y, Y), {"key_value_seq_lengths": np.ones(3, int)}, ValueError, r"must be \(B,\) with B=2 .* got \(3,\)"),
         (
             (X, Y, Y),
             {"query_seq_lengths": np.array([1, -2])},
             ValueError,
-            "query_seq_lengths must be at least 0, got -2",
+            r"query_seq_lengths must be at least 0, got \[1, -2\]",
         ),
     ],
 )

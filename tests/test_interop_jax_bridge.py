@@ -189,3 +189,10 @@ def test_forward_mode_is_refused_by_jax():
     *inputs, _ = problem()
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(as_jax_function(attention, attention_vjp), inputs, inputs)
+
+
+def test_what_is_no_function_is_refused_at_once():
+    with pytest.raises(TypeError, match="f must be a function, got NoneType"):
+        as_jax_function(None, attention_vjp)
+    with pytest.raises(TypeError, match="f_vjp must be a function, got tuple"):
+        as_jax_function(attention, ())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from funcmha import attention, attention_vjp, init, masks, merge, merge_vjp, mha, mha_vjp, seeded, tree
+from funcmha.engines import TILED
 from funcmha.interop.torch import autograd as bridge
 from funcmha.interop.torch import (
     multi_head_attention_forward,
@@ -377,7 +378,7 @@ def test_gradients_have_memory_of_their_own(share):
 def test_writing_in_place_before_the_backward_is_refused(name):
     """The cache refers to it: the gradient would be wrong, without a word."""
     q, k, v = (x * 1 for x in qkv())
-    y = as_torch_function(attention, attention_vjp)(q, k, v)
+    y = as_torch_function(attention, attention_vjp, engine=TILED)(q, k, v)  # whose cache holds o
     with torch.no_grad():
         (k if name == "an input" else y).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -452,3 +453,10 @@ def test_an_output_that_is_no_floating_array_is_refused(answer, got):
     f = as_torch_function(lambda x, /: ((x, answer), ()), identity_vjp)
     with pytest.raises(TypeError, match=f"output.1 must be a floating array, None, .* got {got}"):
         f(leaf(3))
+
+
+def test_what_is_no_function_is_refused_at_once():
+    with pytest.raises(TypeError, match="f must be a function, got NoneType"):
+        as_torch_function(None, attention_vjp)
+    with pytest.raises(TypeError, match="f_vjp must be a function, got tuple"):
+        as_torch_function(attention, ())

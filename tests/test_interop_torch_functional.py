@@ -338,7 +338,7 @@ SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
         (TypeError, "attn_mask must be an array", masked(True), {}),
         (ValueError, "attn_mask must broadcast to", masked(zeros(2, 5, 7)), {}),
         (ValueError, "keep must be given with dropout_p=0.3", sdpa_zeros(), {"dropout_p": 0.3}),
-        (ValueError, "dropout_p must be the rate of keep", sdpa_zeros(), {"keep": zeros(5, 7, dtype=bool)}),
+        (ValueError, "dropout_p must be given with keep", sdpa_zeros(), {"keep": zeros(5, 7, dtype=bool)}),
         (ValueError, "dropout_p must be at least 0", sdpa_zeros(), {"dropout_p": 1.5}),
         (ValueError, "scale must be finite", sdpa_zeros(), {"scale": float("nan")}),
     ],
@@ -639,7 +639,7 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
     [
         ("query must be .* with E=8 as embed_dim_to_check", {}, {"embed_dim_to_check": 8}),
         ("query must be .* multiple of num_heads=4", {}, {"num_heads": 4}),
-        ("num_heads must be an integer", {}, {"num_heads": 0}),
+        ("num_heads must be at least 1, got 0", {}, {"num_heads": 0}),
         ("key must be .* with .*N=2 as in query", {"key": zeros(7, 3, 6)}, {}),
         ("value must be .* with S=7 as in key", {"value": zeros(5, 2, 6)}, {}),
         ("key must be", {"key": zeros(7, 6)}, {}),
@@ -656,7 +656,7 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
         ("attn_mask must be .*N·H, L, S.", {"attn_mask": zeros(3, 5, 7, dtype=bool)}, {}),
         ("attn_mask must be .*L, S.", {"attn_mask": zeros(5, 1, dtype=bool)}, {}),
         ("keep must be given with dropout_p=0.3", {}, {"dropout_p": 0.3}),
-        ("dropout_p must be the rate of keep", {}, {"dropout_p": 0.3, "training": False, "keep": KEEP}),
+        ("keep must be None with training=False", {}, {"dropout_p": 0.3, "training": False, "keep": KEEP}),
     ],
 )  # fmt: skip
 def test_mha_refuses(message, changed, static):
@@ -674,7 +674,9 @@ def test_mha_refuses_masks_of_other_dtypes():
 
 def test_mha_vjp_refuses_cotangents_that_are_not_of_the_output():
     (y, weights), cache = multi_head_attention_forward(*Mha().inputs(), **Mha().static())
-    with pytest.raises(TypeError, match=r"dy must be \(dattn_output, dattn_output_weights\), got ndarray"):
+    with pytest.raises(
+        TypeError, match=r"dy must be \(dattn_output, dattn_output_weights\) as the output is, got ndarray"
+    ):
         multi_head_attention_forward_vjp(cache, y)
     with pytest.raises(ValueError, match="dattn_output must be"):
         multi_head_attention_forward_vjp(cache, (y[0], None))

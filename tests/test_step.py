@@ -403,7 +403,7 @@ def test_the_step_refuses(args, static, error, message):
 def test_the_vjp_refuses_cotangents_that_are_not_of_the_outputs():
     (y, after), cache = self_attention_step(PARAMS, X, PAST, Relative(BIAS), **STATIC)
     for dy_dkv, error, message in (
-        (y, TypeError, "dy_dkv must be a tuple of dy and dkv, got ndarray"),
+        (y, TypeError, r"dy_dkv must be \(dy, dkv\) as the output is, got ndarray"),
         ((None, None), TypeError, "dy_dkv must have dy or dkv, got None for both"),
         ((y[..., 1:], None), ValueError, r"dy must be \(..., T, O\) = \(2, 3, 29\) as the output is"),
         ((y, PAST), ValueError, r"dkeys must be \(..., K, N', D\) = \(2, 2, 7, 8\) as the output is"),

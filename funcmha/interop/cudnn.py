@@ -31,7 +31,6 @@ Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_k
 width.
 """
 
-from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace,
 from funcmha.biases import Relative, alibi_slopes, dense, distances
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask
-from funcmha.ops import attention_weights, log_sum_exp
+from funcmha.ops import _per_key_head, _per_query_head, log_sum_exp
 
 LOG2E = float(np.log2(np.e))
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -97,13 +96,16 @@ def sdpa(
     scale = 1.0 if attn_scale is None else _check.number("attn_scale", attn_scale)
     lengths = _check_lengths(axes, use_padding_mask, seq_len_q, seq_len_kv)
     band = _band(axes, lengths, diagonal_alignment, diagonal_band_left_bound, diagonal_band_right_bound)
+    _check.flag("use_alibi_mask", use_alibi_mask)
     if use_alibi_mask and diagonal_band_right_bound != 0:
         raise ValueError(f"diagonal_band_right_bound must be 0 with use_alibi_mask, got {diagonal_band_right_bound!r}")
     keep, rate = _check_dropout(axes, dropout)
 
     dtype = q.dtype
     mask, rows = _padding(axes, lengths, band, q)
-    q, kh, vh = _where(rows, widen(q)), *_same_heads(widen(k), widen(v))
+    q, kh, vh = _where(rows, widen(q)), widen(k), widen(v)
+    if axes["H_k"] != axes["H_v"]:
+        kh, vh = _per_query_head(kh, q), _per_query_head(vh, q)
     added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
     sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
     o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, keep=keep, rate=rate)
@@ -116,6 +118,7 @@ def sdpa_vjp(
     """dq, dk, dv, dbias, dsink_token: `sdpa` from the bottom up
     from the cotangents of o and, where given, of `stats(cache)` (B, H_q, S_q, 1), which cuDNN takes none of
     """
+    _check.cache(cache, SdpaCache, "sdpa")
     inner, k, v, bias, sink_token, rows = cache
     shape = (*inner.q.shape[:-1], v.shape[-1])
     _check.cotangent("do", do, shape, inner.q, "B H_q S_q D_v")
@@ -124,7 +127,7 @@ def sdpa_vjp(
     dq, dk, dv, dadded, dsink = attention_vjp(inner, _where(rows, widen(do)), dlse=dlse)
     dsink_token = None if sink_token is None else narrow(dsink[None, :, None, None], sink_token.dtype)
     dbias = None if bias is None else unbroadcast(dadded, bias.shape)
-    dk, dv = _sum_heads(dk, k), _sum_heads(dv, v)
+    dk, dv = _per_key_head(dk, k), _per_key_head(dv, v)
     dq, dk, dv, dbias = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dbias))
     return dq, dk, dv, dbias, dsink_token
 
@@ -138,38 +141,9 @@ def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
     return LOG2E * lse if log2 else lse
 
 
-@attention_weights.register
-def _(cache: SdpaCache, /) -> Array:
-    return attention_weights(cache.attention)
-
-
-@log_sum_exp.register
-def _(cache: SdpaCache, /) -> Array:
-    return log_sum_exp(cache.attention)
-
-
 def _where(rows: Array, x: Array) -> Array:
     """x, and 0 in the rows of no sequence, so that 0 · NaN cannot arise there"""
     return x if rows is None else namespace(x).where(rows, x, 0.0)
-
-
-def _same_heads(k: Array, v: Array) -> tuple[Array, Array]:
-    """k and v with as many heads as both can be read with, each repeated: the least common multiple"""
-    K = lcm(k.shape[1], v.shape[1])
-    return _repeat_heads(k, K), _repeat_heads(v, K)
-
-
-def _repeat_heads(x: Array, K: int) -> Array:
-    return x if x.shape[1] == K else namespace(x).repeat(x, K // x.shape[1], axis=1)
-
-
-def _sum_heads(g: Array, x: Array) -> Array:
-    """The adjoint of `_same_heads`: g (B, K, S_kv, ·)   →   as x (B, h, S_kv, ·)"""
-    B, h, S, width = x.shape
-    if g.shape[1] == h:
-        return g
-    xp = namespace(g)
-    return xp.sum(xp.reshape(g, (B, h, g.shape[1] // h, S, width)), axis=2)
 
 
 def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative:
@@ -203,8 +177,7 @@ def _padding(axes: _check.Axes, lengths: Any, band: Mask | None, like: Array) ->
         return band, None
     n_q, n_kv = lengths
     rows = np.arange(axes["S_q"])[:, None] < n_q[:, None, None, None]
-    mask = masks.lengths(n_kv) & rows
-    return mask if band is None else mask & band, from_host(rows, like)
+    return masks.intersection(masks.lengths(n_kv), rows, band), from_host(rows, like)
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,7 +190,7 @@ def _check_inputs(q: Array, k: Array, v: Array, bias: Array, sink_token: Array) 
     axes("k", k, "B H_k S_kv D_qk")
     axes("v", v, "B H_v S_kv D_v")
     for name in "k", "v":
-        _check.multiple("q", axes["H_q"], name, axes[f"H_{name}"])
+        _check.multiple("q", axes["H_q"], name, axes[f"H_{name}"], f"H_q H_{name}")
     if bias is not None:
         _check_scores(axes, "bias", bias)
     if sink_token is not None:
@@ -242,9 +215,10 @@ def _check_scores(axes: _check.Axes, name: str, x: Array) -> None:
 
 def _check_lengths(axes: _check.Axes, use: bool, n_q: Any, n_kv: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """Both lengths as (B,), or None without a padding mask."""
+    _check.flag("use_padding_mask", use)
     given = {"seq_len_q": n_q, "seq_len_kv": n_kv}
     for name, n in given.items():
-        if bool(use) is (n is None):
+        if use is (n is None):
             raise ValueError(f"{name} must be given with use_padding_mask, and only then, got {n!r}")
     if not use:
         return None
@@ -252,26 +226,20 @@ def _check_lengths(axes: _check.Axes, use: bool, n_q: Any, n_kv: Any) -> tuple[n
 
 
 def _check_length(axes: _check.Axes, name: str, n: Any, letter: str) -> np.ndarray:
-    lengths, B, S = check_integers(name, n), axes["B"], axes[letter]
+    lengths, B = check_integers(name, n, axes[letter]), axes["B"]
     if lengths.shape != (B,):
         raise ValueError(f"{name} must be (B, 1, 1, 1) or (B,) with B={B} as in q, got {lengths.shape}")
-    if B and not 0 <= lengths.min() <= lengths.max() <= S:
-        raise ValueError(f"{name} must be within 0 … {S}, which is {letter}, got {lengths}")
     return lengths
 
 
-def check_integers(name: str, n: Any) -> np.ndarray:
-    """A NumPy array (…,) or (…, 1, 1, 1) of integers, as int64 (…,)."""
-    if not isinstance(n, np.ndarray) or n.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(n, 'dtype', type(n).__name__)}")
-    flat: np.ndarray = np.reshape(n, n.shape[:1] if n.shape[1:] == (1, 1, 1) else n.shape).astype(np.int64)
-    return flat
+def check_integers(name: str, n: Any, most: int = 2**63 - 1) -> np.ndarray:
+    """A NumPy array (…,) or (…, 1, 1, 1) of integers within 0 … `most`, as int64 (…,)."""
+    checked = _check.integers(name, n, 0, most)
+    return checked.reshape(checked.shape[:1]) if checked.shape[1:] == (1, 1, 1) else checked
 
 
 def _check_bound(name: str, x: Any) -> int | None:
-    if x is None or (isinstance(x, int | np.integer) and not isinstance(x, bool)):
-        return None if x is None else int(x)
-    raise TypeError(f"{name} must be an int or None, got {x!r} of type {type(x).__name__}")
+    return None if x is None else _check.integer(name, x, or_else=" or None")
 
 
 def _check_dropout(axes: _check.Axes, dropout: Any) -> tuple[Array, float]:

@@ -52,6 +52,7 @@ def from_ragged(
 
 def from_ragged_vjp(cache: FromRaggedCache, dy: Array, /) -> tuple[Array]:
     """dx[ragged_offset[b] / stride + i, h] = dy[b, h, i], 0 in the gaps"""
+    _check.cache(cache, FromRaggedCache, "from_ragged")
     x, rows, slots = cache
     (B, S), (_, H, D) = rows.shape, x.shape
     _check.cotangent("dy", dy, (B, H, S, D), x, "B H S D")
@@ -74,13 +75,14 @@ def to_ragged(
     _check.one_dtype([("y", y)])
     axes = _check.Axes()
     axes("y", y, "B H S D")
-    axes.size["N"] = _check_count("n", n)
+    axes.size["N"] = _check.integer("n", n, 0)
     rows, slots = _places(axes, ragged_offset, seq_len, axes["S"], stride, y)
     return _pack(y, slots), ToRaggedCache(y, rows, slots)
 
 
 def to_ragged_vjp(cache: ToRaggedCache, dx: Array, /) -> tuple[Array]:
     """dy[b, h, i] = dx[ragged_offset[b] / stride + i, h], 0 beyond seq_len[b]"""
+    _check.cache(cache, ToRaggedCache, "to_ragged")
     y, rows, slots = cache
     _check.cotangent("dx", dx, (slots.shape[1], y.shape[1], y.shape[3]), y, "N H D")
     return (_scatter(namespace(y).moveaxis(dx, 0, 1), rows),)
@@ -97,7 +99,7 @@ def _places(
     axes: _check.Axes, ragged_offset: Any, seq_len: Any, s: Any, stride: Any, like: Array
 ) -> tuple[Array, Array]:
     """rows (B, S) and slots (1, N), which are each other's inverse, in the library of `like`."""
-    N, S = axes["N"], _check_count("s", s)
+    N, S = axes["N"], _check.integer("s", s, 0)
     start, n = _check_offsets(axes, ragged_offset, seq_len, stride)
     used, tokens = np.arange(S) < n[:, None], start[:, None] + np.arange(S)
     found = np.sort(tokens[used])
@@ -118,13 +120,7 @@ def _check_offsets(axes: _check.Axes, ragged_offset: Any, seq_len: Any, stride: 
         raise ValueError(f"seq_len must be (B, 1, 1, 1) or (B,) with B as in y, got {n.shape}")
     if offset.shape != (n.size + 1,):
         raise ValueError(f"ragged_offset must be (B + 1,) with B={n.size} as in seq_len, got {offset.shape}")
-    step = max(axes["H"] * axes["D"] if stride is None else _check_count("stride", stride), 1)
+    step = max(axes["H"] * axes["D"] if stride is None else _check.integer("stride", stride, 0), 1)
     if (offset[:-1] % step).any():
         raise ValueError(f"ragged_offset must count elements, {step} from a token to the next, got {offset}")
     return offset[:-1] // step, n
-
-
-def _check_count(name: str, x: Any) -> int:
-    if not isinstance(x, int | np.integer) or isinstance(x, bool) or x < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {x!r}")
-    return int(x)

@@ -18,11 +18,11 @@ Axes: H = num_heads, D = qk_size, E = vo_size, O = output_size.
 """
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from funcmha import _check
 from funcmha.params import Params
 from funcmha.tree import unflatten
 
@@ -59,9 +59,8 @@ def from_state(state: Mapping[str, Any], num_heads: int) -> Params:
     split into heads. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or
     that num_heads does not divide, TypeError for mixed dtypes; each names the leaf.
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral) or num_heads < 1:
-        raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
-    return from_leaves("state", flatten(state), TABLE, (), int(num_heads))
+    _check.mapping("state", state)
+    return from_leaves("state", flatten(state), TABLE, (), _check.integer("num_heads", num_heads, 1))
 
 
 def to_state(params: Params, /) -> dict[str, Any]:

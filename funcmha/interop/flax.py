@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from funcmha import _check
 from funcmha._xp import is_array
 from funcmha.params import Params
 from funcmha.tree import unflatten
@@ -69,6 +70,7 @@ def from_state(state: Mapping[str, Any], /) -> Params:
     where this can be differentiated. Raises KeyError for a missing or unexpected name, ValueError for a shape that does
     not fit, TypeError for mixed dtypes; each names the leaf.
     """
+    _check.mapping("state", state)
     arrays = {name: leaf[...] if is_array(leaf) else leaf for name, leaf in flatten(state).items()}  # of a variable too
     return from_leaves("state", arrays, TABLE, TOGETHER)
 

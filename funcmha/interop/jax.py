@@ -22,12 +22,12 @@ JAX is not imported. The same on JAX's own arrays, under its own `jit` and `grad
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, H width of a head.
 """
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha import _check, engines, masks
+from funcmha._qk import heads_first, heads_last
 from funcmha._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, widen
 from funcmha.masks import Mask
 from funcmha.ops import attention_weights, log_sum_exp
@@ -94,14 +94,21 @@ def dot_product_attention(
     )
 
 
-def dot_product_attention_vjp(cache: DotProductAttentionCache, dy: Array, /) -> tuple[Array, Array, Array, Array]:
-    """dquery, dkey, dvalue, dbias: a query that sees no key gives dy / S to every value, and nothing to the rest"""
+def dot_product_attention_vjp(
+    cache: DotProductAttentionCache, dy: Array, /, *, dlse: Array = None
+) -> tuple[Array, Array, Array, Array]:
+    """dquery, dkey, dvalue, dbias: a query that sees no key gives dy / S to every value, and nothing to the rest
+    from the cotangents of y and, where given, of the residual (B, T, N)
+    """
+    _check.cache(cache, DotProductAttentionCache, "dot_product_attention")
     attention, mean, blind, _, query, bias = cache
-    symbols = "B T N H" if query.ndim == 4 else "T N H"
-    _check.cotangent("dy", dy, query.shape, log_sum_exp(attention), symbols)
+    batch, computed = "B " if query.ndim == 4 else "", log_sum_exp(attention)
+    _check.cotangent("dy", dy, query.shape, computed, batch + "T N H")
+    _check.cotangent("dlse", dlse, query.shape[:-1], computed, batch + "T N", optional=True)
     do = _heads_first(widen(dy))
+    dlse = None if dlse is None else _heads_first(widen(dlse)[..., None])[..., 0]
 
-    dq, dk, dv, dbias, _ = engines.attention_vjp(attention, do)
+    dq, dk, dv, dbias, _ = engines.attention_vjp(attention, do, dlse=dlse)
     if blind is not None:
         xp = namespace(do)
         dmean = xp.sum(xp.where(blind[..., None], do, 0.0), axis=-2, keepdims=True)
@@ -134,13 +141,12 @@ def _(cache: DotProductAttentionCache, /) -> Array:
 
 def _heads_first(x: Array) -> Array:
     """(B, T, N, H) or (T, N, H)  →  (B, N, T, H)"""
-    x = x if x.ndim == 4 else x[None, ...]
-    return namespace(x).permute_dims(x, (0, 2, 1, 3))
+    return heads_first(x if x.ndim == 4 else x[None, ...])
 
 
 def _heads_last(x: Array, query: Array) -> Array:
     """(B, N, T, H)  →  (B, T, N, H), or (T, N, H) as the query is"""
-    x = namespace(x).permute_dims(x, (0, 2, 1, 3))
+    x = heads_last(x)
     return x if query.ndim == 4 else x[0, ...]
 
 
@@ -149,16 +155,13 @@ def _heads_last(x: Array, query: Array) -> Array:
 
 def _visible(mask: Array, is_causal: bool, key_lengths: Array, window: Any, B: int) -> Mask | None:
     """What the mask, causality, the lengths of the keys and the window allow together; None for everything."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
-    parts: list[Mask] = [] if mask is None else [masks.as_mask(mask)]
-    parts += [masks.causal()] if is_causal else []
-    parts += [] if window is None else [masks.window(*_window(window))]
-    parts += [] if key_lengths is None else [masks.lengths(_lengths("key_value", key_lengths, B))]
-    visible = None
-    for part in parts:
-        visible = part if visible is None else visible & part
-    return visible
+    _check.flag("is_causal", is_causal)
+    return masks.intersection(
+        mask,
+        masks.causal() if is_causal else None,
+        None if window is None else masks.window(*_window(window)),
+        None if key_lengths is None else masks.lengths(_lengths("key_value", key_lengths, B)),
+    )
 
 
 def _padding(lengths: np.ndarray, T: int) -> np.ndarray:
@@ -168,10 +171,7 @@ def _padding(lengths: np.ndarray, T: int) -> np.ndarray:
 
 def _without(visible: Mask | None, padding: np.ndarray | None) -> Mask | None:
     """`visible`, and nothing for the queries that are padding."""
-    if padding is None:
-        return visible
-    real = masks.as_mask(~padding[..., None])
-    return real if visible is None else visible & real
+    return masks.intersection(visible, None if padding is None else ~padding[..., None])
 
 
 def _blind(visible: Mask, padding: Array, T: int, S: int, like: Array) -> Array:
@@ -197,8 +197,7 @@ def _check_inputs(query: Array, key: Array, value: Array, bias: Array, mask: Arr
     axes("query", query, batch + "T N H")
     axes("key", key, batch + "S K H")
     axes("value", value, batch + "S K H")
-    if axes["N"] != axes["K"] and (axes["K"] == 0 or axes["N"] % axes["K"]):
-        raise ValueError(f"query has N={axes['N']} heads, which must be a multiple of K={axes['K']} as in key")
+    _check.multiple("query", axes["N"], "key", axes["K"], "N K")
     axes.size.setdefault("B", 1)
     axes.broadcast("bias", _check.shape_of(bias), "B N T S")
     axes.broadcast("mask", _check.shape_of(mask), "B N T S")
@@ -207,21 +206,15 @@ def _check_inputs(query: Array, key: Array, value: Array, bias: Array, mask: Arr
 
 def _lengths(name: str, n: Array, B: int) -> np.ndarray:
     """n (B,) of integers, as NumPy's"""
-    if not is_array(n) or not dtype_name(n).startswith(("int", "uint")):
-        got = f"dtype {n.dtype}" if is_array(n) else type(n).__name__
-        raise TypeError(f"{name}_seq_lengths must be an array (B,) of integers, got {got}")
-    if tuple(n.shape) != (B,):
-        raise ValueError(f"{name}_seq_lengths must be (B,) with B={B} as in query, got {tuple(n.shape)}")
-    lengths = np.asarray(n).astype(np.int64)
-    if np.any(lengths < 0):
-        raise ValueError(f"{name}_seq_lengths must be at least 0, got {lengths.min()}")
+    lengths = _check.integers(f"{name}_seq_lengths", np.asarray(n) if is_array(n) else n, 0)
+    if lengths.shape != (B,):
+        raise ValueError(f"{name}_seq_lengths must be (B,) with B={B} as in query, got {lengths.shape}")
     return lengths
 
 
 def _window(window: Any) -> tuple[int, int]:
     pair = window if isinstance(window, tuple | list) else (window, window)
-    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in pair):
-        raise ValueError(
-            f"local_window_size must be an int of at least 0, or two of them, (left, right), got {window!r}"
-        )
-    return int(pair[0]), int(pair[1])
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size must be an int or a pair of them, (left, right), got {window!r}")
+    left, right = (_check.integer("local_window_size", n, 0, or_else=" or a pair of them") for n in pair)
+    return left, right

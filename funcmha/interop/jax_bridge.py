@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from funcmha import _check
+
 
 def as_jax_function(
     f: Callable[..., Any], f_vjp: Callable[..., Any], /, *, vmap_method: str = "sequential", **static: Any
@@ -34,6 +36,8 @@ def as_jax_function(
 
     What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
     """
+    _check.function("f", f)
+    _check.function("f_vjp", f_vjp)
     import jax
 
     def host(*inputs: Any) -> Any:

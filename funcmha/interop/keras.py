@@ -20,7 +20,6 @@ Axes: B batch, T queries, S keys, H = num_heads or num_query_heads, K = num_key_
 """
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,11 @@ import numpy as np
 from funcmha import _check
 from funcmha import masks as structured
 from funcmha._xp import Array, is_array
-from funcmha.masks import Mask, as_mask
+from funcmha.masks import Mask
 from funcmha.params import Params, sizes
 
 from ._leaves import Leaf, from_leaves, to_leaves
-from .torch.module import to_array
+from ._tensors import to_array
 
 # One key/value head for each query head, with widths of its own.
 MULTI_HEAD = {
@@ -81,6 +80,7 @@ def from_weights(weights: Mapping[str, Array], /) -> Params:
     transposed as views in NumPy. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not
     fit, TypeError for mixed dtypes; each names the weight.
     """
+    _check.mapping("weights", weights)
     arrays = {"/".join(path.split("/")[-2:]): x for path, x in weights.items()}
     if len(arrays) < len(weights):
         raise KeyError(f"weights must be those of one layer, got {', '.join(weights)}")
@@ -124,13 +124,12 @@ def masks(
     for name, x in given.items():
         _check.boolean(name, x, "True = attend")
         axes(name, x, "T S" if name == "attention_mask" and x.ndim == 2 else wanted[name])
-    parts = [as_mask(_with_heads(name, x)) for name, x in given.items()]
-    parts += [structured.causal()] if use_causal_mask else []
-    parts += [] if sliding_window is None else [_sliding(sliding_window)]
-    joined = None
-    for part in parts:
-        joined = part if joined is None else joined & part
-    return joined
+    _check.flag("use_causal_mask", use_causal_mask)
+    return structured.intersection(
+        *(_with_heads(name, x) for name, x in given.items()),
+        structured.causal() if use_causal_mask else None,
+        _sliding(sliding_window),
+    )
 
 
 def _with_heads(name: str, x: Array) -> Array:
@@ -142,8 +141,9 @@ def _with_heads(name: str, x: Array) -> Array:
     return x[:, None, None, :]
 
 
-def _sliding(window: Any) -> Mask:
+def _sliding(window: Any) -> Mask | None:
     """|i − j| < window"""
-    if isinstance(window, bool) or not isinstance(window, Integral) or int(window) < 1:
-        raise ValueError(f"sliding_window must be an int of at least 1, or None, got {window!r}")
-    return structured.window(int(window) - 1, int(window) - 1)
+    if window is None:
+        return None
+    reach = _check.integer("sliding_window", window, 1, or_else=" or None") - 1
+    return structured.window(reach, reach)

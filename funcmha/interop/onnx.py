@@ -19,8 +19,7 @@ The package onnx is not imported, nor any runtime.
 Axes: B batch, H query heads, K key/value heads, T queries, L new keys, P past keys, S = P + L keys, D and E widths.
 """
 
-from functools import reduce
-from operator import and_
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from funcmha._qk import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, full, is_array, namespace, narrow, widen
 from funcmha.decode import KV, AppendCache, append, append_vjp
 from funcmha.masks import Mask
-from funcmha.ops import attention_weights, log_sum_exp
+from funcmha.ops import attention_weights
 from funcmha.scores import ScoresCache, scores, scores_vjp
 
 OPSETS = (23, 24, 25)
@@ -118,6 +117,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
 
     A boolean attn_mask has the gradient None. A score of −∞ in mode 2 is a constant: its cotangent has no effect.
     """
+    _check.cache(cache, AttentionCache, "attention of ONNX")
     Q, attn_mask, appended, heads, shown = cache
     do, dkeys, dvalues, dqk = _cotangents(cache, dy)
 
@@ -134,16 +134,6 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
         dpast, dk, dv = append_vjp(appended, (dk, dv))
     dmask = None if dbias is None else dbias[..., : attn_mask.shape[-1]]
     return _as_given(dq, Q), _as_given(dk, Q), _as_given(dv, Q), dmask, dpast.keys, dpast.values
-
-
-@attention_weights.register
-def _(cache: AttentionCache, /) -> Array:
-    return attention_weights(cache.attention)
-
-
-@log_sum_exp.register
-def _(cache: AttentionCache, /) -> Array:
-    return log_sum_exp(cache.attention)
 
 
 def _qk_matmul_output(
@@ -196,8 +186,7 @@ def _computed(x: Array, softmax_precision: int | None) -> Array:
 
 def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
     """As the engine wants them, with an axis of heads and in its dtype; that of Y is 0 where it is None."""
-    if not isinstance(dy, tuple) or len(dy) != 4:
-        raise TypeError("dy must be a tuple of four, for Y, present_key, present_value and qk_matmul_output")
+    dy = _check.parts("dy", dy, "dY, dpresent_key, dpresent_value, dqk_matmul_output")
     Q, (q, k, v, *_) = cache.Q, cache.attention
     o = (*q.shape[:-1], v.shape[-1])
     B, H, T, E = o
@@ -216,23 +205,23 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, there: Any) -> list[Mask]:
+def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, there: Any) -> Mask | None:
     """Causal and the window are one band; what is not there is seen by nobody."""
     bounds = (None if left == -1 else left), (0 if is_causal else None if right == -1 else right)
-    band = [] if bounds == (None, None) else [masks.window(*bounds, offset)]
-    return [*band, *([] if there is None else [masks.lengths(there)])]
+    band = None if bounds == (None, None) else masks.window(*bounds, offset)
+    return masks.intersection(band, None if there is None else masks.lengths(there))
 
 
-def _mask_and_bias(attn_mask: Array, parts: list[Mask], S: int, opset: int) -> tuple[Mask | None, Array]:
-    """What all parts and a boolean attn_mask allow, and a floating one; a short one forbids the keys after it."""
+def _mask_and_bias(attn_mask: Array, mask: Mask | None, S: int, opset: int) -> tuple[Mask | None, Array]:
+    """What the mask and a boolean attn_mask allow, and a floating one; a short one forbids the keys after it."""
     n = S if attn_mask is None or opset == 23 else attn_mask.shape[-1]
     if n < S:
         rest = full((*attn_mask.shape[:-1], S - n), 0, attn_mask)
         attn_mask = namespace(attn_mask).concat([attn_mask, rest], axis=-1)
-        parts = [*parts, masks.lengths(n)]
+        mask = masks.intersection(mask, masks.lengths(n))
     if attn_mask is not None and dtype_name(attn_mask) == "bool":
-        parts, attn_mask = [*parts, masks.as_mask(attn_mask)], None
-    return (reduce(and_, parts) if parts else None), attn_mask
+        return masks.intersection(mask, attn_mask), None
+    return mask, attn_mask
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,11 +233,7 @@ def check_opset(opset: int, nonpad_kv_seqlen: Any, left: int, right: int) -> Non
     if nonpad_kv_seqlen is not None and opset < 24:
         raise ValueError(f"nonpad_kv_seqlen must be left out before opset 24, got it with opset={opset}")
     for name, size in (("left_window_size", left), ("right_window_size", right)):
-        if not isinstance(size, int | np.integer) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}")
-        if size < -1:
-            raise ValueError(f"{name} must be at least 0, or -1 for no bound, got {size}")
-        if size != -1 and opset < 25:
+        if _check.integer(name, size, -1, or_else=", where -1 is no bound") != -1 and opset < 25:
             raise ValueError(f"{name} must be left out before opset 25, got {size} with opset={opset}")
 
 
@@ -279,11 +264,10 @@ def check_layout(Q: Array, K: Array, V: Array, H: Any, G: Any) -> list[Array]:
 
 
 def _cut(name: str, x: Array, heads: str, n: Any) -> Array:
-    if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"{heads} must be an integer of at least 1 where Q is (B, T, H·D), got {n!r}")
+    n = _check.integer(heads, n, 1, or_else=" where Q is (B, T, H·D)")
     if x.shape[-1] % n:
         raise ValueError(f"{name} must have a last axis that {heads}={n} divides, got {tuple(x.shape)}")
-    return _split(x, int(n))
+    return _split(x, n)
 
 
 def check_inputs(
@@ -328,9 +312,7 @@ def check_nonpad(axes: _check.Axes, nonpad: Any, attn_mask: Any, past_key: Any) 
     """How many keys are there, of those that K and V hold."""
     if past_key is not None:
         raise ValueError("nonpad_kv_seqlen must be left out with past_key: K and V are the whole cache or the new keys")
-    if not isinstance(nonpad, np.ndarray) or nonpad.dtype.kind not in "iu":
-        got = f"dtype {nonpad.dtype}" if isinstance(nonpad, np.ndarray) else type(nonpad).__name__
-        raise TypeError(f"nonpad_kv_seqlen must be a NumPy array of integers, got {got}")
+    _check.integers("nonpad_kv_seqlen", nonpad)
     axes("nonpad_kv_seqlen", nonpad, "B")
     most = axes["S"] if attn_mask is None else min(axes["S"], attn_mask.shape[-1])
     if np.any((nonpad < 0) | (nonpad > most)):
@@ -349,5 +331,5 @@ def check_precision(softmax_precision: Any, Q: Array) -> None:
 
 
 def _check_one_of(name: str, x: Any, allowed: tuple[Any, ...], why: str) -> None:
-    if x not in allowed:
+    if not (x is None or isinstance(x, Integral)) or x not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, {why}, got {x!r}")

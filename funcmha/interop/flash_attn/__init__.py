@@ -22,10 +22,10 @@ What differs among the originals, and from them:
 - FA2 refuses softcap with dropout. FA3 has no gradient with attention_chunk, FA2 and FA3 have none of lse, and nobody
   has that of alibi_slopes or of a key/value cache. Here there are all. (FA4 has those of lse and the sink since #2706.)
 
-Not spoken: qv, the descale factors of FP8, score_mod, mask_mod and block sparsity; num_heads_q of packed inputs, packed
-inputs and a block_table of `flash_attn_varlen_func`, cu_seqlens_q and rotary_seqlens of `flash_attn_with_kvcache`; and
-what changes no result, as do deterministic, num_splits, pack_gqa and sm_margin. What return_attn_probs,
-return_softmax_lse and return_lse ask for is `log_sum_exp(cache)` and `attention_weights(cache)`.
+Not spoken: qv, the descale factors of FP8, score_mod, mask_mod and block sparsity; num_heads_q of packed inputs, a
+block_table of `flash_attn_varlen_func`, cu_seqlens_q and rotary_seqlens of `flash_attn_with_kvcache`; and what changes
+no result, as do deterministic, num_splits, pack_gqa and sm_margin. What return_attn_probs, return_softmax_lse and
+return_lse ask for is `log_sum_exp(cache)` and `attention_weights(cache)`.
 
 No kernel of flash-attention runs on a CPU, so none was run: what is said of them was read. Docstrings and references in
 Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d),
@@ -33,15 +33,18 @@ hopper/test_util.py (1076c675), flash_attn/cute/interface.py (004b1a2e) and test
 csrc/flash_attn/flash_api.cpp and src/softmax.h, src/mask.h, src/flash_fwd_kernel.h, hopper/softmax.h.
 """
 
-from .dense import (
-    flash_attn_func,
-    flash_attn_func_vjp,
+from .dense import flash_attn_func, flash_attn_func_vjp
+from .kvcache import flash_attn_with_kvcache, flash_attn_with_kvcache_vjp
+from .packed import (
     flash_attn_kvpacked_func,
     flash_attn_kvpacked_func_vjp,
     flash_attn_qkvpacked_func,
     flash_attn_qkvpacked_func_vjp,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_kvpacked_func_vjp,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_varlen_qkvpacked_func_vjp,
 )
-from .kvcache import flash_attn_with_kvcache, flash_attn_with_kvcache_vjp
 from .varlen import flash_attn_varlen_func, flash_attn_varlen_func_vjp
 
 __all__ = [
@@ -53,6 +56,10 @@ __all__ = [
     "flash_attn_qkvpacked_func_vjp",
     "flash_attn_varlen_func",
     "flash_attn_varlen_func_vjp",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_kvpacked_func_vjp",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_varlen_qkvpacked_func_vjp",
     "flash_attn_with_kvcache",
     "flash_attn_with_kvcache_vjp",
 ]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import masks
+from funcmha._qk import heads_first, heads_last
 from funcmha._xp import Array, full, namespace, narrow, of_sample, unbroadcast
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
 from funcmha.dropout import Seeded
@@ -40,7 +41,7 @@ class Scores(NamedTuple):
         if self.chunk == 0:
             return band
         block = masks.segments((np.arange(T) + S - T) // self.chunk, np.arange(S) // self.chunk)
-        return block if band is None else band & block
+        return masks.intersection(band, block)
 
 
 # ── one sequence, or a batch of equal lengths ────────────────────────────────────────────────────────────────────
@@ -125,9 +126,9 @@ def ragged(
     parts, caches = [], []
     for b, (rows, cols) in enumerate(zip(_slices(queries), _slices(keys), strict=True)):
         of_b = _of_sequence(keep, b, rows.stop - rows.start, cols.stop - cols.start)
-        inputs = swapped(q[rows, ...]), swapped(k[cols, ...]), swapped(v[cols, ...]), of_sample(slopes, (b,), 1), sink
+        inputs = *(heads_first(x) for x in (q[rows, ...], k[cols, ...], v[cols, ...])), of_sample(slopes, (b,), 1), sink
         o, cache = aligned(*inputs, scores=scores, keep=of_b, rate=rate)
-        parts.append(swapped(o))
+        parts.append(heads_last(o))
         caches.append(cache)
     (N, H, _), E = q.shape, v.shape[-1]
     shapes = ((N, H), k.shape, v.shape, weights)
@@ -148,21 +149,16 @@ def ragged_vjp(
         T, S = rows.stop - rows.start, cols.stop - cols.start
         of_weights = None if dweights is None else dweights[b, :, :T, :S]
         of_lse = None if dlse is None else dlse[:, rows]
-        grads.append(aligned_vjp(sequences[b], swapped(do[rows, ...]), dweights=of_weights, dlse=of_lse))
+        grads.append(aligned_vjp(sequences[b], heads_first(do[rows, ...]), dweights=of_weights, dlse=of_lse))
     dq, dk, dv, dslopes, dsink = zip(*grads, strict=True) if grads else ((),) * 5
     like = full((*q.shape[:-1], k.shape[-2], 0), 0.0, q)
     return (
-        _placed([swapped(g) for g in dq], queries, like),
-        _placed([swapped(g) for g in dk], keys, k),
-        _placed([swapped(g) for g in dv], keys, v),
+        _placed([heads_last(g) for g in dq], queries, like),
+        _placed([heads_last(g) for g in dk], keys, k),
+        _placed([heads_last(g) for g in dv], keys, v),
         _summed(dslopes, slopes),
         _summed(dsink, sink),
     )
-
-
-def swapped(x: Array) -> Array:
-    """(..., T, H, ·)   ↔   (..., H, T, ·)        flash-attention has the tokens before the heads"""
-    return namespace(x).moveaxis(x, -2, -3)
 
 
 def rounded(dx: Array, x: Array) -> Array:
@@ -202,20 +198,10 @@ def _summed(parts: Any, x: Array) -> Array:
 
 
 @log_sum_exp.register
-def _(cache: AlignedCache, /) -> Array:
-    return log_sum_exp(cache.attention)
-
-
-@log_sum_exp.register
 def _(cache: RaggedCache, /) -> Array:
     transpose = namespace(cache.q).matrix_transpose
     parts = [transpose(log_sum_exp(of_b)) for of_b in cache.sequences]
     return transpose(_placed(parts, cache.queries, cache.q, -INF))  # a token of no sequence sees no key
-
-
-@attention_weights.register
-def _(cache: AlignedCache, /) -> Array:
-    return attention_weights(cache.attention)
 
 
 @attention_weights.register

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, from_host, full, namespace, narrow, widen
+from funcmha._qk import heads_first, heads_last
+from funcmha._xp import Array, from_host, full, namespace, narrow, or_zeros, widen
 from funcmha.ops import attention_weights, log_sum_exp
 from funcmha.rotary import PAIRS, RotateCache, rotate, rotate_vjp
 
-from .aligned import RaggedCache, Scores, ragged, ragged_vjp, rounded, swapped
-from .doors import asked, check_per_head, check_tokens, cotangent
+from .aligned import RaggedCache, Scores, ragged, ragged_vjp, rounded
+from .doors import asked, check_per_head, check_tokens
 from .rows import PickedCache, WrittenCache, picked, picked_vjp, written, written_vjp
 from .slots import Slots, slots
 
@@ -23,6 +24,7 @@ from .slots import Slots, slots
 
 class FlashAttnWithKvcacheCache(NamedTuple):
     alibi_slopes: Array  # (H,) or (B, H), or None
+    learnable_sink: Array  # (H,) or None
     q: RotateCache | None  # how it was turned
     k: RotateCache | None
     appended: "tuple[AppendedCache, AppendedCache] | None"  # k and v
@@ -36,6 +38,7 @@ def flash_attn_with_kvcache(
     k: Array = None,
     v: Array = None,
     alibi_slopes: Array = None,
+    learnable_sink: Array = None,
     /,
     *,
     rotary_cos: Array = None,
@@ -74,9 +77,10 @@ def flash_attn_with_kvcache(
     """
     scores, axes = asked(softmax_scale, causal, window_size, attention_chunk, softcap), _check.Axes()
     _check_arrays(axes, q, k_cache, v_cache, k, v)
-    check_per_head(axes, q, alibi_slopes)
+    check_per_head(axes, q, alibi_slopes, learnable_sink)
     at = slots(axes, k, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     _check_rotary(axes, k, rotary_cos, rotary_sin, at.taken, scores)
+    _check.flag("rotary_interleaved", rotary_interleaved)
 
     of_q = of_k = appended = None
     if rotary_cos is not None:
@@ -87,8 +91,9 @@ def flash_attn_with_kvcache(
         k_cache, of_keys = _appended(k_cache, k, at)
         v_cache, of_values = _appended(v_cache, v, at)
         appended = of_keys, of_values
-    out, attended = _attended(q, k_cache, v_cache, alibi_slopes, at, scores)
-    return (out, k_cache, v_cache), FlashAttnWithKvcacheCache(alibi_slopes, of_q, of_k, appended, attended)
+    out, attended = _attended(q, k_cache, v_cache, alibi_slopes, learnable_sink, at, scores)
+    cache = FlashAttnWithKvcacheCache(alibi_slopes, learnable_sink, of_q, of_k, appended, attended)
+    return (out, k_cache, v_cache), cache
 
 
 def flash_attn_with_kvcache_vjp(
@@ -98,16 +103,17 @@ def flash_attn_with_kvcache_vjp(
     *,
     dweights: Array = None,
     dlse: Array = None,
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """dq, dk_cache, dv_cache, dk, dv, dalibi_slopes: `flash_attn_with_kvcache` from the bottom up
+) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+    """dq, dk_cache, dv_cache, dk, dv, dalibi_slopes, dlearnable_sink: `flash_attn_with_kvcache` from the bottom up
     from the cotangents of out, k_cache' and v_cache', of which None is 0, and, where given, of the weights (B, H, T, S)
     and lse (B, H, T)
     """
-    slopes, of_q, of_k, appended, attended = cache
+    _check.cache(cache, FlashAttnWithKvcacheCache, "flash_attn_with_kvcache")
+    slopes, sink, of_q, of_k, appended, attended = cache
     dout, dk_cache, dv_cache = _cotangents(attended, dy, dweights, dlse)
     dtype = next((dx.dtype for dx in dy if dx is not None), dout.dtype)
 
-    dq, dkeys, dvalues, dslopes = _attended_vjp(attended, dout, widen(dweights), widen(dlse))
+    dq, dkeys, dvalues, dslopes, dsink = _attended_vjp(attended, dout, widen(dweights), widen(dlse))
     dk_cache, dv_cache, dk, dv = dk_cache + dkeys, dv_cache + dvalues, None, None
     if appended is not None:
         of_keys, of_values = appended
@@ -116,7 +122,8 @@ def flash_attn_with_kvcache_vjp(
     if of_q is not None and of_k is not None:
         dk = _turned_vjp(of_k, dk)
         dq = _turned_vjp(of_q, dq)
-    return (*(narrow(dx, dtype) for dx in (dq, dk_cache, dv_cache, dk, dv)), rounded(dslopes, slopes))
+    dq, dk_cache, dv_cache, dk, dv = (narrow(dx, dtype) for dx in (dq, dk_cache, dv_cache, dk, dv))
+    return dq, dk_cache, dv_cache, dk, dv, rounded(dslopes, slopes), rounded(dsink, sink)
 
 
 # ── to turn ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,14 +141,14 @@ def _turned(
         return xp.reshape(xp.take(table, index, axis=0), (B, 1, T, table.shape[1]))
 
     turn = PAIRS["interleaved" if interleaved else "half"](at(cos), at(sin))
-    y, cache = rotate(swapped(x), rotary=turn)
-    return swapped(y), cache
+    y, cache = rotate(heads_first(x), rotary=turn)
+    return heads_last(y), cache
 
 
 def _turned_vjp(cache: RotateCache, dy: Array) -> Array:
     """dx"""
-    (dx,) = rotate_vjp(cache, swapped(dy))
-    return swapped(dx)
+    (dx,) = rotate_vjp(cache, heads_first(dy))
+    return heads_last(dx)
 
 
 # ── to write ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,16 +186,17 @@ class AttendedCache(NamedTuple):
 
 
 def _attended(
-    q: Array, k_cache: Array, v_cache: Array, slopes: Array, at: Slots, scores: Scores
+    q: Array, k_cache: Array, v_cache: Array, slopes: Array, sink: Array, at: Slots, scores: Scores
 ) -> tuple[Array, AttendedCache]:
     """out = attention of each sequence over the slots that it sees
-    q (B, T, H, D)   k_cache (P, N, K, D)   v_cache (P, N, K, E)   slopes (H,) or (B, H)   →   out (B, T, H, E)
+    q (B, T, H, D)   k_cache (P, N, K, D)   v_cache (P, N, K, E)   slopes (H,) or (B, H)   sink (H,)
+      →   out (B, T, H, E)
     """
     (B, T, *_), (rows, spans), xp = q.shape, at.read(), namespace(q)
     (keys, of_keys), (values, of_values) = (picked(_flat(x), rows=rows) for x in (k_cache, v_cache))
     starts = T * np.arange(B)
     queries = np.stack([starts, starts + T], axis=-1)
-    wide = (widen(x) for x in (_flat(q), keys, values, slopes))
+    wide = (widen(x) for x in (_flat(q), keys, values, slopes, sink))
     weights = B, q.shape[2], T, int((spans[:, 1] - spans[:, 0]).max(initial=0))
     o, cache = ragged(*wide, queries=queries, keys=spans, weights=weights, scores=scores)
     out = xp.reshape(narrow(o, q.dtype), (*q.shape[:-1], v_cache.shape[-1]))
@@ -196,15 +204,15 @@ def _attended(
     return out, AttendedCache(of_q, of_k, of_v, of_keys, of_values, cache)
 
 
-def _attended_vjp(cache: AttendedCache, dout: Array, dweights: Array, dlse: Array) -> tuple[Array, Array, Array, Array]:
-    """dq, dk_cache, dv_cache, dslopes"""
+def _attended_vjp(cache: AttendedCache, dout: Array, dweights: Array, dlse: Array) -> tuple[Array, ...]:
+    """dq, dk_cache, dv_cache, dslopes, dsink"""
     q, k_cache, v_cache, of_keys, of_values, attention = cache
     xp, (B, T, H, *_) = namespace(dout), q.shape
     dlse = None if dlse is None else xp.reshape(xp.moveaxis(dlse, 0, 1), (H, B * T))
-    dq, dkeys, dvalues, dslopes, _ = ragged_vjp(attention, _flat(dout), dweights=dweights, dlse=dlse)
+    dq, dkeys, dvalues, dslopes, dsink = ragged_vjp(attention, _flat(dout), dweights=dweights, dlse=dlse)
     (dv_rows,), (dk_rows,) = picked_vjp(of_values, dvalues), picked_vjp(of_keys, dkeys)
     shaped = (xp.reshape(dx, x.shape[:-1]) for dx, x in ((dq, q), (dk_rows, k_cache), (dv_rows, v_cache)))
-    return (*shaped, dslopes)
+    return (*shaped, dslopes, dsink)
 
 
 @attention_weights.register
@@ -256,14 +264,13 @@ def _check_rotary(axes: _check.Axes, k: Array, cos: Any, sin: Any, taken: np.nda
 
 
 def _cotangents(cache: AttendedCache, dy: Any, dweights: Array, dlse: Array) -> tuple[Array, Array, Array]:
-    if not isinstance(dy, tuple | list) or len(dy) != 3:
-        raise TypeError(f"dy must be (dout, dk_cache, dv_cache) as the output is, got {type(dy).__name__}")
+    dout, dk_cache, dv_cache = _check.parts("dy", dy, "dout, dk_cache, dv_cache")
     q, k_cache, v_cache, *_, attention = cache
     (B, T, H, *_), (P, N, K, D, _), E = q.shape, k_cache.shape, v_cache.shape[-2]
     _check.cotangent("dweights", dweights, attention.weights.shape[:-1], q, "B H T S", optional=True)
     _check.cotangent("dlse", dlse, (B, H, T), q, "B H T", optional=True)
-    return (
-        cotangent("dout", dy[0], (B, T, H, E), q, "B T H E"),
-        cotangent("dk_cache", dy[1], (P, N, K, D), q, "P N K D"),
-        cotangent("dv_cache", dy[2], (P, N, K, E), q, "P N K E"),
-    )
+    of_out, of_keys, of_values = (B, T, H, E), (P, N, K, D), (P, N, K, E)
+    _check.cotangent("dout", dout, of_out, q, "B T H E", optional=True)
+    _check.cotangent("dk_cache", dk_cache, of_keys, q, "P N K D", optional=True)
+    _check.cotangent("dv_cache", dv_cache, of_values, q, "P N K E", optional=True)
+    return or_zeros(dout, of_out, q), or_zeros(dk_cache, of_keys, q), or_zeros(dv_cache, of_values, q)

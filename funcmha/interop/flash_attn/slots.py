@@ -13,7 +13,7 @@ from funcmha import _check
 from funcmha._xp import Array
 from funcmha.packing import cumulative, positions
 
-from .doors import integer, integers
+from .doors import per_sequence
 
 
 class Slots(NamedTuple):
@@ -53,10 +53,10 @@ def slots(
         raise ValueError("cache_seqlens must be given with k, which is written behind them")
     pages = _single(cache_batch_idx, B, P) if block_table is None else _table(block_table, B)
     room = pages.shape[1] * N
-    taken = integers("cache_seqlens", _filled(cache_seqlens, B, room), B)
+    taken = per_sequence("cache_seqlens", _filled(cache_seqlens, B, room), B)
     if np.any(taken + U > room):
         raise ValueError(f"cache_seqlens must leave room for U={U} in {room} slots, got {taken.tolist()}")
-    first = np.zeros(B, np.int64) if cache_leftpad is None else integers("cache_leftpad", cache_leftpad, B)
+    first = np.zeros(B, np.int64) if cache_leftpad is None else per_sequence("cache_leftpad", cache_leftpad, B)
     if np.any(first > taken):
         raise ValueError(f"cache_leftpad must be at most cache_seqlens={taken.tolist()}, got {first.tolist()}")
     found = Slots(pages, N, first, taken, U)
@@ -66,25 +66,23 @@ def slots(
 
 def _single(cache_batch_idx: Any, B: int, P: int) -> np.ndarray:
     if cache_batch_idx is not None:
-        return integers("cache_batch_idx", cache_batch_idx, B, P)[:, None]
+        return per_sequence("cache_batch_idx", cache_batch_idx, B, P - 1)[:, None]
     if B > P:
         raise ValueError(f"k_cache must have a sequence for each of B={B} as in q, got {P}")
     return np.arange(B)[:, None]
 
 
 def _table(block_table: Any, B: int) -> np.ndarray:
-    if not isinstance(block_table, np.ndarray) or block_table.dtype.kind not in "iu":
-        got = getattr(block_table, "dtype", type(block_table).__name__)
-        raise TypeError(f"block_table must be a NumPy array (B, …) of integers, got {got}")
-    if block_table.ndim != 2 or len(block_table) != B:
-        raise ValueError(f"block_table must be (B, …) with B={B} as in q, got {block_table.shape}")
-    return block_table.astype(np.int64)
+    pages = _check.integers("block_table", block_table)
+    if pages.ndim != 2 or len(pages) != B:
+        raise ValueError(f"block_table must be (B, …) with B={B} as in q, got {pages.shape}")
+    return pages
 
 
 def _filled(cache_seqlens: Any, B: int, room: int) -> np.ndarray:
     if isinstance(cache_seqlens, np.ndarray):
         return cache_seqlens
-    return np.full(B, room if cache_seqlens is None else integer("cache_seqlens", cache_seqlens))
+    return np.full(B, room if cache_seqlens is None else _check.integer("cache_seqlens", cache_seqlens, 0))
 
 
 def _check_pages(name: str, found: Slots, P: int) -> None:

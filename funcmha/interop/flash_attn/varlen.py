@@ -11,7 +11,6 @@ import numpy as np
 from funcmha import _check
 from funcmha._xp import Array, narrow, widen
 from funcmha.dropout import Seeded
-from funcmha.ops import attention_weights, log_sum_exp
 
 from .aligned import RaggedCache, ragged, ragged_vjp, rounded
 from .doors import asked, check_dropout, check_per_head, check_tokens, longest, spans
@@ -68,7 +67,7 @@ def flash_attn_varlen_func(
     axes.size["T"] = longest("max_seqlen_q", max_seqlen_q, queries, "cu_seqlens_q")
     axes.size["S"] = longest("max_seqlen_k", max_seqlen_k, keys, "cu_seqlens_k")
     check_per_head(axes, q, alibi_slopes, learnable_sink)
-    rate = check_dropout(axes, keep, dropout_p, "B H T S")
+    rate = check_dropout(axes, keep, dropout_p)
     wide = tuple(widen(x) for x in (q, k, v, alibi_slopes, learnable_sink))
     weights = (axes["B"], axes["H"], axes["T"], axes["S"])
     o, cache = ragged(*wide, queries=queries, keys=keys, weights=weights, scores=scores, keep=keep, rate=rate)
@@ -81,6 +80,7 @@ def flash_attn_varlen_func_vjp(
     """dq, dk, dv, dalibi_slopes, dlearnable_sink: `flash_attn_varlen_func` from the bottom up
     from the cotangents of out (N, H, E) and, where given, of the weights (B, H, T, S) and lse (H, N)
     """
+    _check.cache(cache, FlashAttnVarlenFuncCache, "flash_attn_varlen_func")
     slopes, sink, attention = cache
     (N, H, _), E = attention.q.shape, attention.v.shape[-2]
     _check.cotangent("dout", dout, (N, H, E), attention.q, "N H E")
@@ -89,13 +89,3 @@ def flash_attn_varlen_func_vjp(
     *grads, dslopes, dsink = ragged_vjp(attention, widen(dout), dweights=widen(dweights), dlse=widen(dlse))
     dq, dk, dv = (narrow(dx, dout.dtype) for dx in grads)
     return dq, dk, dv, rounded(dslopes, slopes), rounded(dsink, sink)
-
-
-@attention_weights.register
-def _(cache: FlashAttnVarlenFuncCache, /) -> Array:
-    return attention_weights(cache.attention)
-
-
-@log_sum_exp.register
-def _(cache: FlashAttnVarlenFuncCache, /) -> Array:
-    return log_sum_exp(cache.attention)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from funcmha import _check
 from funcmha.norms import Rms
 
 # What the config classes of transformers put where config.json has nothing; None is nothing there too.
@@ -114,7 +115,7 @@ def read(config: Any, n: int) -> dict[str, Any]:
         raise TypeError(f"config must be a config of transformers or a dict, got {type(config).__name__}")
     given = config.get("text_config") or config
     kind = given.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"config must have a model_type of {', '.join(DEFAULTS)}, got {kind!r}")
     c = SHARED | DEFAULTS[kind] | dict(given)
     _check_layer(c, n)
@@ -124,11 +125,14 @@ def read(config: Any, n: int) -> dict[str, Any]:
 
 def sizes(c: dict[str, Any]) -> Sizes:
     """H, K, D, C"""
-    if c["model_type"] == "gpt2":
-        H, C = c["n_head"], c["n_embd"]
+    fused = c["model_type"] == "gpt2"
+    names = ("n_head", "n_embd") if fused else ("num_attention_heads", "hidden_size")
+    H, C = (_check.integer(name, c[name], 1) for name in names)
+    if fused:
         return Sizes(H, H, C // H, C)
-    H, C = c["num_attention_heads"], c["hidden_size"]
-    return Sizes(H, c["num_key_value_heads"] or H, c["head_dim"] or C // H, C)
+    given = ((name, c[name]) for name in ("num_key_value_heads", "head_dim"))
+    K, D = (None if n is None else _check.integer(name, n, 1) for name, n in given)
+    return Sizes(H, K or H, D or C // H, C)
 
 
 def scale(c: dict[str, Any], n: int) -> float:
@@ -210,6 +214,7 @@ def _check_layer(c: dict[str, Any], n: Any) -> None:
         raise TypeError(f"n must be the number of a layer, got {n!r}")
     layers: Any = c.get("n_layer" if c["model_type"] == "gpt2" else "num_hidden_layers")
     layers = layers if c["layer_types"] is None else len(c["layer_types"])
+    layers = None if layers is None else _check.integer("num_hidden_layers", layers, 0)
     if int(n) < 0 or (layers is not None and int(n) >= layers):
         upto = "or more" if layers is None else f"… {layers - 1}, as the config says"
         raise IndexError(f"n must be in 0 {upto}, got {n}")

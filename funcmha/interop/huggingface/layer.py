@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from funcmha import _check
 from funcmha._xp import Array
-from funcmha.interop.torch.module import to_array
-from funcmha.masks import Mask, padding, window
+from funcmha.interop._tensors import to_array
+from funcmha.masks import Mask, intersection, padding, window
 from funcmha.norms import Rms
 from funcmha.params import Params
 from funcmha.rotary import Rotary, rotary
@@ -43,6 +44,8 @@ class Layer(NamedTuple):
                          **layer.options(T, S - T, S=S))`; without it they are the tokens of the queries
         attention_mask   (N, S), 1 for text and 0 for padding, as tokenizers make it
         """
+        T, offset = _check.integer("T", T, 0), _check.integer("offset", offset, 0)
+        S = None if S is None else _check.integer("S", S, 0)
         turn: Any = self.rotary(offset + np.arange(T))
         return {
             "scale": self.scale,
@@ -59,10 +62,7 @@ class Layer(NamedTuple):
     def mask(self, offset: int = 0, *, attention_mask: Array = None) -> Mask | None:
         """Which keys a query may see that stands at key position i + offset; None: all of them."""
         seen = None if self.left is None and self.right is None else window(self.left, self.right, offset)
-        if attention_mask is None:
-            return seen
-        keep = padding(_kept(attention_mask))
-        return keep if seen is None else seen & keep
+        return intersection(seen, None if attention_mask is None else padding(_kept(attention_mask)))
 
 
 def static(c: dict[str, Any], n: int, prefix: str) -> Layer:

@@ -5,7 +5,7 @@ from typing import Any
 
 from funcmha import _check, tree
 from funcmha._xp import Array, namespace
-from funcmha.interop.torch.module import to_array
+from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params
 
 from . import families
@@ -44,9 +44,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: Any, n: int, *, prefi
     Nothing is copied: the parameters are views. Raises KeyError for a missing or unexpected name, ValueError for a
     shape that is not the config's or a config that is not understood, TypeError for mixed dtypes or a tensor on a GPU.
     """
-    if not isinstance(state_dict, Mapping):
-        got = type(state_dict).__name__
-        raise TypeError(f"state_dict must be a dict of tensors, as a module's state_dict() is, got {got}")
+    _check.mapping("state_dict", state_dict)
     c = families.read(config, n)
     fused = c["model_type"] == "gpt2"
     layer = static(c, n, _prefix(state_dict, n, fused) if prefix is None else prefix)
@@ -71,6 +69,8 @@ def to_state_dict(params: Params, layer: Layer) -> dict[str, Array]:
     `from_state_dict` made, but GPT-2's c_attn, where three become one. Raises KeyError and ValueError for a tree that
     is not like that of `layer`.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer must be a Layer, as from_state_dict gives it, got {type(layer).__name__}")
     form = layer.form
     leaves = tree.flatten(params)
     _check.keys("params", leaves, form.leaves, form.leaves)

@@ -24,9 +24,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from funcmha import _check
 from funcmha._xp import Array, dtype_name
-
-from .module import bfloat16, to_array
+from funcmha.interop._tensors import bfloat16, to_array
 
 Tensor = Any  # torch.Tensor
 Structure = Any  # nested tuples and dicts of numbers, places in a list of tensors, and of None
@@ -47,6 +47,8 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
     Under `torch.compile`, f is run on zeros while the compiler asks for the shape of y: it must take them. Raises
     TypeError for what is no tensor, or one that is not on the CPU.
     """
+    _check.function("f", f)
+    _check.function("f_vjp", f_vjp)
     pair = _Pair(f, f_vjp, {name: _given_once(name, x) for name, x in static.items()})
 
     def g(*inputs: Any, **options: Any) -> Any:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
+from funcmha._doors import check_rate
 from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.dropout import Seeded
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
-from funcmha.ops import _per_key_head, _per_query_head, attention_weights, log_sum_exp
+from funcmha.ops import _per_key_head, _per_query_head
 
 
 class ScaledDotProductAttentionCache(NamedTuple):
@@ -68,6 +69,7 @@ def scaled_dot_product_attention_vjp(
     cache: ScaledDotProductAttentionCache, dy: Array, /
 ) -> tuple[Array, Array, Array, Array]:
     """dquery, dkey, dvalue, dattn_mask: each summed over what was repeated of it"""
+    _check.cache(cache, ScaledDotProductAttentionCache, "scaled_dot_product_attention")
     q, v, attn_mask = cache.attention.q, cache.attention.v, cache.inputs[3]
     _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
     *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
@@ -93,19 +95,17 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
 
 def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> tuple[Array | Seeded, float]:
     """`keep` and `rate` of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
-    if _check.number("dropout_p", dropout_p, 0.0) == 1:
+    if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
         return from_host(np.zeros((1, 1), dtype=bool), like), 0.0
-    if _check.number("dropout_p", dropout_p, 0.0, 1.0) > 0 and keep is None:
-        raise ValueError(f"keep must be given with dropout_p={dropout_p}: PyTorch's own mask cannot be drawn again")
-    if keep is not None and dropout_p == 0:
-        raise ValueError("dropout_p must be the rate of keep, got 0")
-    return keep, dropout_p
+    return keep, check_rate("dropout_p", p if p > 0 else None, keep)
 
 
 def _check_sdpa(
     query: Array, key: Array, value: Array, attn_mask: Array, is_causal: bool, scale: Any, enable_gqa: bool
 ) -> tuple[int, ...]:
     """The door of `scaled_dot_product_attention`; the axes of the output before L."""
+    _check.flag("is_causal", is_causal)
+    _check.flag("enable_gqa", enable_gqa)
     given = {"query": query, "key": key, "value": value}
     _check.one_dtype(given.items())
     shapes = {name: tuple(x.shape) for name, x in given.items()}
@@ -155,13 +155,3 @@ def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tupl
     axes = _check.Axes()
     axes.size |= {"...": scores[:-2], "L": scores[-2], "S": scores[-1]}
     axes.broadcast("attn_mask", tuple(attn_mask.shape), "... L S")
-
-
-@attention_weights.register
-def _(cache: ScaledDotProductAttentionCache, /) -> Array:
-    return attention_weights(cache.attention)
-
-
-@log_sum_exp.register
-def _(cache: ScaledDotProductAttentionCache, /) -> Array:
-    return log_sum_exp(cache.attention)

@@ -17,17 +17,16 @@ PyTorch is not imported: whoever has a tensor has imported it, and state dicts o
 Axes: L = T queries, S keys, N batch, H heads, C = embed_dim = H·D, Ck = kdim, Cv = vdim.
 """
 
-import sys
 from collections.abc import Mapping
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._xp import Array, dtype_name, is_array, namespace
+from funcmha._xp import Array, dtype_name, namespace
+from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params, check
 
 PACKED = {"in_proj_weight": "3C C"}
@@ -62,6 +61,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for what is no array, lies on a GPU, or has another dtype than the rest.
     """
+    _check.mapping("state_dict", state_dict)
     arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]
@@ -140,30 +140,6 @@ def _follows(b: Array, a: Array) -> bool:
     )
 
 
-def to_array(name: str, x: Any) -> Array:
-    """A tensor as the NumPy array of the same memory, and an array as it is."""
-    if not is_array(x):
-        raise TypeError(f"{name} must be a tensor or an array, got {type(x).__name__}")
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.Tensor):
-        return x
-    if x.device.type != "cpu":
-        raise TypeError(f"{name} must be on the CPU, got a tensor on {x.device}: use .cpu()")
-    x = x.detach()
-    return x.view(torch.int16).numpy().view(bfloat16(name)) if dtype_name(x) == "bfloat16" else x.numpy()
-
-
-def bfloat16(name: str) -> np.dtype[Any]:
-    """The dtype of NumPy's that `name` wants."""
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise TypeError(
-            f"{name} is bfloat16, which NumPy knows through ml_dtypes only: install it, or use .float()"
-        ) from None
-    return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
-
-
 def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
     """The door of `from_state_dict`: names, dtypes, shapes, heads."""
     weights = SEPARATE if SEPARATE.keys() & arrays.keys() and "in_proj_weight" not in arrays else PACKED
@@ -171,7 +147,7 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
     names = [*weights, *OUT, *biases, *bias_kv]
     _check.keys("state_dict", arrays, names, names)
     _check.one_dtype(arrays.items())
-    check_heads(num_heads)
+    _check.integer("num_heads", num_heads, 1)
 
     C = arrays["out_proj.weight"].shape[-1] if arrays["out_proj.weight"].ndim else 0
     size = {"1": 1, "C": C, "3C": 3 * C}
@@ -183,12 +159,6 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
             raise ValueError(f"{name} must be ({spelt}) with C={C} as in out_proj.weight, got {tuple(x.shape)}")
     if C % num_heads:
         raise ValueError(f"out_proj.weight must be (C, C) with C a multiple of num_heads={num_heads}, got C={C}")
-
-
-def check_heads(num_heads: Any) -> None:
-    """Raise ValueError unless it is a number of heads."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral) or num_heads < 1:
-        raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
 
 
 def _check_expressible(params: Params) -> dict[str, Array]:
@@ -263,7 +233,7 @@ def _mask_array(name: str, x: Any) -> Array:
 
 
 def _check_masks(attn: Array, padding: Array, num_heads: int) -> None:
-    check_heads(num_heads)
+    _check.integer("num_heads", num_heads, 1)
     if attn is not None and (attn.ndim not in (2, 3) or (attn.ndim == 3 and attn.shape[0] % num_heads)):
         raise ValueError(f"attn_mask must be (L, S) or (N·H, L, S) with H={num_heads}, got {tuple(attn.shape)}")
     if padding is None:

@@ -29,7 +29,16 @@ from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
 from funcmha.params import Params
 
 from .functional import kept
-from .module import BIAS_KV, PROJECTIONS, SEPARATE, check_heads, joined, per_head, per_query
+from .module import BIAS_KV, PROJECTIONS, SEPARATE, joined, per_head, per_query
+
+FLAGS = (
+    "add_zero_attn",
+    "training",
+    "need_weights",
+    "use_separate_proj_weight",
+    "average_attn_weights",
+    "is_causal",
+)
 
 
 class Inputs(NamedTuple):
@@ -111,7 +120,12 @@ def multi_head_attention_forward(
         query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
         key_padding_mask, attn_mask, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v,
     )  # fmt: skip
+    flags = add_zero_attn, training, need_weights, use_separate_proj_weight, average_attn_weights, is_causal
+    for name, flag in zip(FLAGS, flags, strict=True):
+        _check.flag(name, flag)
     _check_mha(x, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal)
+    if keep is not None and not training:
+        raise ValueError("keep must be None with training=False, where nothing is dropped")
     keep, rate = kept(dropout_p if training else 0.0, keep, query)
     mask, bias = joined(attn_mask, key_padding_mask, num_heads)
     inputs = _batch_first(query), _keys(key, static_k, query), _keys(value, static_v, query)
@@ -128,6 +142,7 @@ def multi_head_attention_forward_vjp(
 
     Either of the two may be None, for 0. None for an input that was None, and for a boolean mask.
     """
+    _check.cache(cache, MultiHeadAttentionForwardCache, "multi_head_attention_forward")
     x = cache.inputs
     g, dweights = _check_cotangents(cache, dy)
     dparams, dquery, dkey, dvalue, dbias = mha_vjp(cache.mha, _batch_first(g), dweights=_weights_vjp(cache, dweights))
@@ -236,9 +251,8 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
 
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
     """The cotangent of the output, zeros for None, and that of the weights, or None."""
-    if not isinstance(dy, tuple | list) or len(dy) != 2:
-        raise TypeError(f"dy must be (dattn_output, dattn_output_weights), got {type(dy).__name__}")
-    (g, dweights), x, computed = dy, cache.inputs, widen(cache.inputs.query)
+    g, dweights = _check.parts("dy", dy, "dattn_output, dattn_output_weights")
+    x, computed = cache.inputs, widen(cache.inputs.query)
     shape = (*x.query.shape[:-1], x.out_proj_weight.shape[0])
     g = full(shape, 0.0, x.query) if g is None else g
     _check.cotangent("dattn_output", g, shape, computed, "L N O" if len(shape) == 3 else "L O")
@@ -259,7 +273,8 @@ def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: boo
         [(name, a) for name, a in given if name in ("query", "key", "value", "out_proj_weight")],
         [(name, a) for name, a in given if not (is_array(a) and name in masks and dtype_name(a) == "bool")],
     )
-    check_heads(num_heads)
+    _check.integer("num_heads", num_heads, 1)
+    _check.integer("embed_dim_to_check", embed_dim_to_check, 0)
     if x.query.ndim not in (2, 3) or x.query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise ValueError(
             f"query must be (L, N, E) or (L, E) with E={embed_dim_to_check} as embed_dim_to_check is, a multiple of "

@@ -1,0 +1,146 @@
+"""Queries, keys and values in one array, or keys and values in one: the calls of `dense` and `varlen` on their parts.
+
+Axes: B batch, T queries, S keys, N and M the tokens of all sequences, H query heads, K key/value heads, D width.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._xp import Array, namespace
+from funcmha.packing import check_cumulative
+
+from .dense import FlashAttnFuncCache, flash_attn_func, flash_attn_func_vjp
+from .varlen import FlashAttnVarlenFuncCache, flash_attn_varlen_func, flash_attn_varlen_func_vjp
+
+# ── batches of equal lengths ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class FlashAttnQkvpackedFuncCache(NamedTuple):
+    attention: FlashAttnFuncCache
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+) -> tuple[Array, FlashAttnQkvpackedFuncCache]:
+    """out = flash_attn_func(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])      qkv (B, T, 3, H, D)   →   out (B, T, H, D)
+
+    Takes the keyword arguments of `flash_attn_func`.
+    """
+    q, k, v = _parts("qkv", qkv, "B, T, 3, H, D")
+    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **static)
+    return out, FlashAttnQkvpackedFuncCache(cache)
+
+
+def flash_attn_qkvpacked_func_vjp(
+    cache: FlashAttnQkvpackedFuncCache, dout: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, Array, Array]:
+    """dqkv, dalibi_slopes, dlearnable_sink"""
+    _check.cache(cache, FlashAttnQkvpackedFuncCache, "flash_attn_qkvpacked_func")
+    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return _packed(dq, dk, dv), dslopes, dsink
+
+
+class FlashAttnKvpackedFuncCache(NamedTuple):
+    attention: FlashAttnFuncCache
+
+
+def flash_attn_kvpacked_func(
+    q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+) -> tuple[Array, FlashAttnKvpackedFuncCache]:
+    """out = flash_attn_func(q, kv[:, :, 0], kv[:, :, 1])    q (B, T, H, D)   kv (B, S, 2, K, D)   →   out (B, T, H, D)
+
+    Takes the keyword arguments of `flash_attn_func`.
+    """
+    k, v = _parts("kv", kv, "B, S, 2, K, D")
+    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **static)
+    return out, FlashAttnKvpackedFuncCache(cache)
+
+
+def flash_attn_kvpacked_func_vjp(
+    cache: FlashAttnKvpackedFuncCache, dout: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, Array, Array, Array]:
+    """dq, dkv, dalibi_slopes, dlearnable_sink"""
+    _check.cache(cache, FlashAttnKvpackedFuncCache, "flash_attn_kvpacked_func")
+    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return dq, _packed(dk, dv), dslopes, dsink
+
+
+# ── sequences of different lengths ───────────────────────────────────────────────────────────────────────────────
+
+
+class FlashAttnVarlenQkvpackedFuncCache(NamedTuple):
+    attention: FlashAttnVarlenFuncCache
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array,
+    alibi_slopes: Array = None,
+    learnable_sink: Array = None,
+    /,
+    *,
+    cu_seqlens: np.ndarray,
+    max_seqlen: int | None = None,
+    **static: Any,
+) -> tuple[Array, FlashAttnVarlenQkvpackedFuncCache]:
+    """out = flash_attn_varlen_func(qkv[:, 0], qkv[:, 1], qkv[:, 2])      qkv (N, 3, H, D)   →   out (N, H, D)
+
+    cu_seqlens (B + 1,) and max_seqlen are those of queries and keys. Takes the other keyword arguments of
+    `flash_attn_varlen_func`.
+    """
+    q, k, v = _parts("qkv", qkv, "N, 3, H, D")
+    check_cumulative("cu_seqlens", cu_seqlens, qkv.shape[0], "qkv")
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    lengths |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **static)
+    return out, FlashAttnVarlenQkvpackedFuncCache(cache)
+
+
+def flash_attn_varlen_qkvpacked_func_vjp(
+    cache: FlashAttnVarlenQkvpackedFuncCache, dout: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, Array, Array]:
+    """dqkv, dalibi_slopes, dlearnable_sink"""
+    _check.cache(cache, FlashAttnVarlenQkvpackedFuncCache, "flash_attn_varlen_qkvpacked_func")
+    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return _packed(dq, dk, dv), dslopes, dsink
+
+
+class FlashAttnVarlenKvpackedFuncCache(NamedTuple):
+    attention: FlashAttnVarlenFuncCache
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+) -> tuple[Array, FlashAttnVarlenKvpackedFuncCache]:
+    """out = flash_attn_varlen_func(q, kv[:, 0], kv[:, 1])      q (N, H, D)   kv (M, 2, K, D)   →   out (N, H, D)
+
+    Takes the keyword arguments of `flash_attn_varlen_func`.
+    """
+    k, v = _parts("kv", kv, "M, 2, K, D")
+    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **static)
+    return out, FlashAttnVarlenKvpackedFuncCache(cache)
+
+
+def flash_attn_varlen_kvpacked_func_vjp(
+    cache: FlashAttnVarlenKvpackedFuncCache, dout: Array, /, *, dweights: Array = None, dlse: Array = None
+) -> tuple[Array, Array, Array, Array]:
+    """dq, dkv, dalibi_slopes, dlearnable_sink"""
+    _check.cache(cache, FlashAttnVarlenKvpackedFuncCache, "flash_attn_varlen_kvpacked_func")
+    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return dq, _packed(dk, dv), dslopes, dsink
+
+
+def _parts(name: str, x: Array, symbols: str) -> list[Array]:
+    """(..., n, H, D)   →   n of (..., H, D), as views; ValueError unless x has the axes of `symbols`"""
+    _check.one_dtype([(name, x)])
+    letters = symbols.split(", ")
+    n = int(letters[-3])
+    if x.ndim != len(letters) or x.shape[-3] != n:
+        raise ValueError(f"{name} must be ({symbols}), got {tuple(x.shape)}")
+    return [x[..., i, :, :] for i in range(n)]
+
+
+def _packed(*parts: Array) -> Array:
+    """`_parts` from the bottom up"""
+    return namespace(parts[0]).stack(parts, axis=-3)
