@@ -56,14 +56,14 @@ def number(name: str, x: Any, low: float = -float("inf"), below: float = float("
     return value
 
 
-def integer(name: str, x: Any, low: int | None = None, below: int = 2**63, or_else: str = "") -> int:
+def integer(name: str, x: Any, low: int | None = None, below: int | None = 2**63, or_else: str = "") -> int:
     """`x` as a Python int; TypeError unless it is one, and not a boolean, ValueError unless low ≤ x < below."""
     if not isinstance(x, Integral) or isinstance(x, bool):
         raise TypeError(f"{name} must be an int{or_else}, got {x!r} of type {type(x).__name__}")
     n = int(x)
     if low is not None and n < low:
         raise ValueError(f"{name} must be at least {low}{or_else}, got {n}")
-    if n >= below:
+    if below is not None and n >= below:
         raise ValueError(f"{name} must be below 2**{below.bit_length() - 1}, got {n}")
     return n
 

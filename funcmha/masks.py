@@ -376,7 +376,7 @@ def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) ->
     left, right = _reach("left", left), _reach("right", right)
     if isinstance(offset, np.ndarray):
         return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
-    return Band(left, right, _check.integer("offset", offset, or_else=" or a NumPy array of integers"))
+    return Band(left, right, _check.integer("offset", offset, below=None, or_else=" or a NumPy array of integers"))
 
 
 def lengths(n: int | np.ndarray) -> Lengths:
@@ -485,7 +485,7 @@ def _span(seen: np.ndarray) -> Range:
 def _reach(name: str, x: Any) -> int | None:
     if x is None:
         return None
-    reach = _check.integer(name, x, or_else=" or None")
+    reach = _check.integer(name, x, below=None, or_else=" or None")
     if reach < 0:
         raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
     return reach
