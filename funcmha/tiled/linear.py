@@ -15,9 +15,7 @@ from .products import TERMS, product
 
 FEW = 16  # rows for which w is not laid out anew: of 512 × 512 in float32 that takes 336 µs, the product of 8 rows 66
 ROWS = 256  # of x in one task: a fixed number, so that the result does not depend on how many threads there are
-# Rows and columns of dw in one task, if there are more columns than rows, and else of its transpose: a product with
-# many columns is faster than one with many rows.
-BLOCK = 192, 384
+BLOCK = 192  # rows and columns of dw in one task: larger ones are faster, but then one thread waits for the other
 
 
 def linear(x: Array, w: Array, b: Array = None, /, *, onto: Array = None) -> tuple[Array, LinearCache]:
@@ -64,7 +62,7 @@ def linear_vjp(
         product(_beside(parts, i, ROWS), w, out=dx[i : i + ROWS], add=onto is not None)
 
     def of_w(i: int, j: int) -> None:
-        at = slice(i, i + BLOCK[0]), slice(j, j + BLOCK[1])
+        at = slice(i, i + BLOCK), slice(j, j + BLOCK)
         for k in range(0, len(rows), TERMS):
             g, block = _beside(parts, k, TERMS), rows[k : k + TERMS]
             left, right = (g, block) if wide else (block, g)
@@ -75,7 +73,7 @@ def linear_vjp(
         sums = [_sum(_beside(parts, k, n)) for k in range(0, len(rows), n)]
         db[:] = _sum(np.stack(sums)) if sums else 0.0
 
-    tasks: list[Any] = [(of_w, i, j) for i in range(0, len(out), BLOCK[0]) for j in range(0, len(out.T), BLOCK[1])]
+    tasks: list[Any] = [(of_w, i, j) for i in range(0, len(out), BLOCK) for j in range(0, len(out.T), BLOCK)]
     tasks += [(of_x, i, 0) for i in range(0, len(rows), ROWS)] + [(of_b, 0, 0)] * (b is not None)
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](*task[1:]), tasks, flops=4 * rows.size * len(w))

@@ -1,7 +1,7 @@
 """Products in partial sums: a long sum of float32 numbers loses more digits than several short ones.
 
-OpenBLAS adds up to 448 terms one after another, MKL 192. With 128 the output and the gradients at the seed and GPT-2's
-sizes are as close to float64 as PyTorch's, for a tenth of the time of these products (docs/performance.md).
+OpenBLAS adds up to 448 terms one after another, MKL 192. With 192 too the output and the gradients at the seed and
+GPT-2's sizes are as close to float64 as PyTorch's (docs/decisions/0027-digits-and-memory.md).
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from funcmha._xp import Array
 
 from . import threads
 
-TERMS = 128  # of a sum before it is added to the others
+TERMS = 192  # of a sum before it is added to the others
 
 
 def product(a: Array, b: Array, /, *, out: Array, add: bool = False) -> Array:
