@@ -23,6 +23,7 @@ from .params import Params
 from .rotary import Rotary, cut_turned, cut_turned_sample
 
 SMALL = 2**18  # numbers of o, 1 MiB of float32: with fewer, queries and keys are kept, whose memory is worth no time
+WIDE = 256  # of a projection: a product this wide gains nothing from being a part of one that is wider
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
 
@@ -58,7 +59,13 @@ def _back_to_each(
 def _back_to_one(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
 ) -> tuple[list[Params], tuple[Array, ...]]:
-    """The vjp of several projections of one input: as one product, whose rows of w are those of all"""
+    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product of all their rows"""
+    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) >= WIDE:
+        dparams, dx = [], onto[0]
+        for cache, dy in zip(caches, dys, strict=True):
+            of_one, dx = project_vjp(cache, dy, onto=dx)
+            dparams.append(of_one)
+        return dparams, (dx,)
     xp, engine, parts = namespace(dys[0]), _engine(caches[0]), [_stacked(cache) for cache in caches]
     w = xp.concat([part.w for part in parts])
     b = None

@@ -133,6 +133,8 @@ def group_params(params: Params, start: int, stop: int) -> Params:
 
 def join_groups(groups: list[Params]) -> Params:
     """The gradient of all parameters from those of all groups: side by side, or summed where groups share a leaf."""
+    if len(groups) == 1:
+        return groups[0]
     leaves = [tree.flatten(group) for group in groups]
     joined = {}
     for leaf in list(leaves[0]):

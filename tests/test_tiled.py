@@ -25,8 +25,10 @@ from funcmha import (
     log_sum_exp,
     masks,
     mha,
+    mha_vjp,
     self_attention,
     self_attention_vjp,
+    tree,
 )
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
@@ -381,7 +383,7 @@ def test_a_product_of_no_terms_is_zero_or_what_it_is_added_to():
     assert (product(a, b, out=np.full((3, 5), 7.0), add=True) == 7).all()
 
 
-@pytest.mark.parametrize("rows", [(2, 263), (7,), ()])
+@pytest.mark.parametrize("rows", [(3, 701), (2, 263), (101,), (7,), ()])
 @pytest.mark.parametrize(("n_in", "n_out"), [(389, 197), (197, 389)])
 def test_linear_in_many_blocks(n_in, n_out, rows):
     """Rows, columns and terms of each product come in blocks, the last of which are not whole. And of few rows."""
@@ -393,6 +395,35 @@ def test_linear_in_many_blocks(n_in, n_out, rows):
         results.append([y, *engine.linear_vjp(cache, dy)])
     for got, want in zip(*results, strict=True):
         close(got, want)
+
+
+@pytest.mark.parametrize("rows", [(2, 263), (7,)])
+@pytest.mark.parametrize("widths", [(64, 64, 64), (197, 83, 211)])
+def test_linear_of_dy_in_parts(widths, rows):
+    """dy may come in arrays that stand side by side, whose borders are not those of the blocks; dx is added on."""
+    rng = np.random.default_rng(0)
+    x, w, onto, *parts = (
+        rng.standard_normal(s) for s in ((*rows, 23), (sum(widths), 23), (*rows, 23), *((*rows, n) for n in widths))
+    )
+    cache = TILED.linear(x, w)[1]
+    dx, dw, _ = TILED.linear_vjp(cache, tuple(parts), onto=onto.copy())
+    dy = np.concatenate(parts, axis=-1)
+    close(dx, onto + dy @ w)
+    close(dw, dy.reshape(-1, sum(widths)).T @ x.reshape(-1, 23))
+
+
+@pytest.mark.parametrize("head_dim", [5, 53])
+@pytest.mark.parametrize("engine", [TILED, REFERENCE])
+def test_the_three_gradients_of_one_input_are_added_up(engine, head_dim):
+    """Narrow projections are one product, wide ones come in turn."""
+    params = init(0, 11, 5, head_dim=head_dim, dtype="float64")
+    x = np.random.default_rng(0).standard_normal((2, 13, 11))
+    y, cache = self_attention(params, x, engine=engine)
+    dparams, dx, _ = self_attention_vjp(cache, y)
+    want_dparams, *want_dx, _ = mha_vjp(mha(params, x, x, x, engine=engine)[1], y)
+    close(dx, sum(want_dx))
+    for leaf, want in tree.flatten(want_dparams).items():
+        close(tree.flatten(dparams)[leaf], want)
 
 
 def test_weights_are_made_from_the_cache():

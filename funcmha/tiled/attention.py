@@ -337,14 +337,20 @@ def _backward(y: _Backward) -> None:
     K, S, E = y.dv.shape[-3:]
     samples = list(np.ndindex(*batch)) if H else []
     flops = 6.0 * prod(batch) * T * S * (D + E)
-    if y.dbias is None and len(samples) >= threads.num_threads():  # samples share nothing: each has a thread to itself
-        threads.run(lambda task: _one_sample(y, *task), [(kv, b) for kv in range(K) for b in samples], flops * H)
+    alone = [(kv, b) for kv in range(K) for b in samples]  # these share nothing: each has a thread to itself
+    if y.dbias is None and _shared_out(len(alone)):
+        threads.run(lambda task: _one_sample(y, *task), alone, flops * H)
         return
 
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
     schedule = [step for group in together for step in steps(y.x.head, group, T, S, height(len(samples), T))]
     for h in range(H):
         _all_samples(y, h, samples, schedule, flops)
+
+
+def _shared_out(tasks: int) -> bool:
+    """Whether so many tasks keep all threads busy to the end, or nearly."""
+    return tasks >= 4 * threads.num_threads() or (tasks > 0 and tasks % threads.num_threads() == 0)
 
 
 def _one_sample(y: _Backward, kv: int, b: Any) -> None:
