@@ -120,7 +120,7 @@ def head_vjp(
     *grads, dbias = (
         _each_sample("do", tuple(batch), heads.bias, back, *cotangents) if per_sample else _one_head(heads, *cotangents)
     )
-    return _narrow((*grads, bias_as_head_vjp(dbias)), do)
+    return narrow_all((*grads, bias_as_head_vjp(dbias)), do)
 
 
 def _one_head(heads: AttendCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
@@ -229,8 +229,8 @@ def _backward(
 
     cotangents = widen(dy), widen(dweights), widen(dlse)
     if per_sample:
-        return _narrow(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
-    return _narrow(_all_groups(cache, *cotangents, inputs), dy)
+        return narrow_all(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
+    return narrow_all(_all_groups(cache, *cotangents, inputs), dy)
 
 
 def _each_sample(
@@ -374,7 +374,7 @@ def _blank(x: Array, mask: Mask | None, T: int) -> Array:
     return blank(x[..., None, :, :], mask.seen(T, x.shape[-2], x))[..., 0, :, :]
 
 
-def _narrow(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+def narrow_all(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     """Every gradient in the dtype of the cotangent: of the parameters, the inputs, and the bias."""
 
     def rounded(g: Array) -> Array:
