@@ -59,27 +59,36 @@ def project_each_vjp(
 def project_shared_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
 ) -> tuple[list[Params], tuple[Array, ...]]:
-    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product of all their rows"""
-    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) >= WIDE:
-        dparams, dx = [], onto[0]
-        for cache, dy in zip(caches, dys, strict=True):
-            of_one, dx = project_vjp(cache, dy, onto=dx)
-            dparams.append(of_one)
+    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product"""
+    (dx,) = onto
+    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) < WIDE:
+        dparams, dx = _as_one_product_vjp(caches, dys, onto=dx)
         return dparams, (dx,)
+    dparams = []
+    for cache, dy in zip(caches, dys, strict=True):
+        of_one, dx = project_vjp(cache, dy, onto=dx)
+        dparams.append(of_one)
+    return dparams, (dx,)
+
+
+def _as_one_product_vjp(
+    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: Array
+) -> tuple[list[Params], Array]:
+    """dparams of each, onto + dx: of the projection whose rows are those of all"""
     xp, engine, parts = namespace(dys[0]), engine_of(caches[0]), [stacked(cache) for cache in caches]
     w = xp.concat([part.w for part in parts])
     b = None
     if any(part.b is not None for part in parts):
         b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
     flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
-    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), flat, onto=onto[0])
+    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), flat, onto=onto)
     dparams, stop = [], 0
     for cache, part in zip(caches, parts, strict=True):
         rows = slice(stop, stop + part.w.shape[0])
         dbias = None if part.b is None else xp.reshape(db[rows], cache.b.shape)
         dparams.append(w_and_b(xp.reshape(dw[rows, :], cache.w.shape), dbias))
         stop = rows.stop
-    return dparams, (dx,)
+    return dparams, dx
 
 
 def _projected(cache: ProjectCache) -> Array:
