@@ -32,7 +32,7 @@ from funcmha import (
 )
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
-from funcmha.engines import REFERENCE, TILED
+from funcmha.engines import BATCHED, REFERENCE, TILED
 from funcmha.forward import attention_jvp
 from funcmha.second import attention_vjp_jvp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
@@ -154,15 +154,25 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
             assert a is b is None or np.array_equal(a, b)
 
 
-@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, REFERENCE), (97, 2, TILED), (1, 97, TILED), (0, 0, REFERENCE)])
-def test_short_sequences_are_left_to_the_reference(T, S, engine):
-    """The cache tells which engine it was."""
+@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, BATCHED), (97, 2, TILED), (1, 97, TILED), (0, 0, BATCHED)])
+def test_short_sequences_have_all_heads_at_once(T, S, engine):
+    """The caches tell which engine it was."""
     q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
     want = type(engine.attention(q, k, k)[1])
     assert type(attention(q, k, k)[1]) is want
     x, memory = np.zeros((2, T, 4), np.float32), np.zeros((2, S, 4), np.float32)
     _, cache = mha(init(0, 4, 2), x, memory, memory)
     assert type(cache.groups[0].heads.attention) is want
+    assert cache.groups[0].heads.engine == engine
+
+
+@pytest.mark.parametrize("T", [7, 97])
+def test_complex_arrays_are_the_reference_s(T):
+    x = np.zeros((2, T, 4), complex)
+    _, cache = self_attention(init(0, 4, 2, dtype="float64"), x.real)
+    assert cache.mha.groups[0].heads.engine in (BATCHED, TILED)
+    params = tree.map(lambda a: a.astype(complex), init(0, 4, 2, dtype="float64"))
+    assert self_attention(params, x)[1].mha.groups[0].heads.engine is None
 
 
 @pytest.mark.parametrize("given_", ["0", "-1", "two", ""])
