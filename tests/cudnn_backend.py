@@ -1,0 +1,288 @@
+"""cuDNN's own definition of attention, run on a CPU in float64.
+
+cuDNN is two libraries. The front end, `nvidia-cudnn-frontend`, takes `graph.sdpa(...)` apart into products, pointwise
+operations and reductions, and hands these to the back end, libcudnn, whose engines fuse them into a kernel. Below
+version 9.20 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all of
+the gradient, come as operations of a few words each. So here is a back end that has no kernels: it says that it is
+version 9.19, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
+PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
+
+What it cannot show is where the engines differ from the operations that they are given. Two such differences are
+known, and `test_interop_cudnn_graph.py` tells of them.
+
+Axes: B batch, H heads, T queries, S keys, D width; a matrix product is (M, K) by (K, N).
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+VERSION = 91900  # the last at which softmax and the diagonal band are expanded
+
+# Numbers of cudnn_graph_v9.h: kinds of descriptors, of attributes, and the types of their values
+POINTWISE, GRAPH, VARIANT_PACK, MATMUL, REDUCTION, RESHAPE, RNG = 13, 15, 16, 19, 22, 31, 33
+TYPES = {2: ctypes.c_bool, 3: ctypes.c_int64, 4: ctypes.c_float, 5: ctypes.c_double, 6: ctypes.c_void_p}
+DESCRIPTOR = 15
+POINTERS = {0, 6, DESCRIPTOR}
+MODE, AXIS, MATMUL_PADDING, REDUCTION_MODE, BERNOULLI = 0, 9, 1503, 1600, 2305
+DTYPE, DIMS, STRIDES, UID, VIRTUAL, BY_VALUE, RAGGED = 901, 902, 903, 906, 907, 908, 913
+IDS, ADDRESSES = 1000, 1001
+DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 4: np.int32, 10: np.int64, 11: np.bool_}
+
+BINARY = {
+    0: torch.add,
+    1: torch.mul,
+    2: torch.minimum,
+    3: torch.maximum,
+    6: torch.div,
+    9: torch.sub,
+    300: torch.eq,
+    301: torch.ne,
+    302: torch.gt,
+    303: torch.ge,
+    304: torch.lt,
+    305: torch.le,
+    400: torch.logical_and,
+    401: torch.logical_or,
+}
+UNARY = {13: torch.exp, 15: torch.log, 16: torch.neg, 21: torch.clone, 22: torch.reciprocal, 101: torch.tanh}
+TANH_BACKWARD, INDEX, SELECT = 201, 501, 601
+
+
+# ── the operations ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pointwise(op, read):
+    """y = f(x, b), where sizes of 1 broadcast"""
+    config = op.of(750)
+    mode = config.one(MODE)
+    if mode == INDEX:
+        x, axis = op.of(751), config.one(AXIS)
+        return torch.arange(x[DIMS][axis]).reshape([-1 if a == axis else 1 for a in range(4)]).expand(x[DIMS])
+    if mode == SELECT:
+        return torch.where(read(op.of(758)), read(op.of(751)), read(op.of(752)))
+    if mode == TANH_BACKWARD:
+        return read(op.of(757)) * (1 - torch.tanh(read(op.of(751))) ** 2)
+    return BINARY[mode](read(op.of(751)), read(op.of(752))) if mode in BINARY else UNARY[mode](read(op.of(751)))
+
+
+def matmul(op, read):
+    """c = a b, with heads of b repeated, of the first m rows, k terms and n columns of each sample"""
+    a, b = read(op.of(1520)), read(op.of(1521))
+    b = b.repeat_interleave(a.shape[1] // b.shape[1], dim=1)
+    m, n, k = (op.sizes(name, read) for name in (1525, 1526, 1527))
+    if k is not None:
+        terms = torch.arange(a.shape[3]) < k
+        a, b = torch.where(terms, a, 0.0), torch.where(terms.mT, b, 0.0)
+    c, padding = a @ b, op.of(1523).get(MATMUL_PADDING, [0.0])[0]
+    c = c if m is None else torch.where((torch.arange(c.shape[2]) < m).mT, c, padding)
+    return c if n is None else torch.where(torch.arange(c.shape[3]) < n, c, padding)
+
+
+def reduction(op, read):
+    """y = Σ x or max x over the axes that y has 1 of; where it has m of n, over groups of n / m neighbours"""
+    x, dims, mode = read(op.of(1610)), op.of(1611)[DIMS], op.of(1612).one(REDUCTION_MODE)
+    if dims == op.of(1610)[DIMS]:  # the row maximum beside a sink: the front end forgets to say that it has one column
+        dims = [*dims[:3], 1]
+    groups = x.reshape([size for n, m in zip(x.shape, dims, strict=True) for size in (m, n // m)])
+    reduce = {0: torch.sum, 3: torch.amax}[mode]
+    return reduce(groups, dim=(1, 3, 5, 7))
+
+
+def reshape(op, read):
+    """The same memory with the last two axes exchanged, the only use that attention has for it"""
+    x, y = op.of(2200), op.of(2201)
+    assert y[DIMS] == [*x[DIMS][:2], x[DIMS][3], x[DIMS][2]]
+    assert y[STRIDES] == [*x[STRIDES][:2], x[STRIDES][3], x[STRIDES][2]]
+    return read(x).mT
+
+
+def rng(op, read):
+    """1 with the probability p, else 0: cuDNN's own stream is unknown, so this one starts at seed + offset"""
+    seed = int(read(op.of(2311))) + int(read(op.of(2313)))
+    drawn = np.random.default_rng(seed).random(op.of(2310)[DIMS]) < op.of(2312).one(BERNOULLI)
+    return torch.tensor(drawn.astype(float))
+
+
+OPERATIONS = {
+    POINTWISE: (pointwise, 753),
+    MATMUL: (matmul, 1522),
+    REDUCTION: (reduction, 1611),
+    RESHAPE: (reshape, 2201),
+    RNG: (rng, 2310),
+}
+
+
+# ── descriptors, and the memory that they tell of ────────────────────────────────────────────────────────────────
+
+
+class Descriptor(dict):
+    """A descriptor of the back end: lists of values by the numbers of their attributes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def of(self, name):
+        return self[name][0]
+
+    one = of
+
+    def sizes(self, name, read):
+        """The override of a product's size, (B, 1, 1, 1), if there is one"""
+        return read(self.of(name)) if name in self else None
+
+
+class Memory:
+    """Storages of float64 by the ids of the tensors that the caller bound, and addresses of the front end's own."""
+
+    def __init__(self, bound, pack):
+        self.bound = bound
+        self.addresses = dict(zip(pack[IDS], pack[ADDRESSES], strict=True))
+        self.values = {}
+
+    def read(self, tensor):
+        uid, dims, strides = tensor.of(UID), tensor[DIMS], tensor[STRIDES]
+        if uid in self.values:
+            return self.values[uid]
+        if uid not in self.bound:
+            return self._own(tensor)
+        if RAGGED not in tensor:
+            return self.bound[uid].as_strided(dims, strides)
+        flat = torch.cat([self.bound[uid], torch.full((dims[2] * max(strides),), torch.nan, dtype=torch.float64)])
+        starts = self.read(tensor.of(RAGGED)).flatten().tolist()
+        return torch.stack([flat.as_strided(dims[1:], strides[1:], start) for start in starts[: dims[0]]])
+
+    def _own(self, tensor):
+        """A scalar by value, or a table in the workspace: in float32 or int32, as NVIDIA's code left it"""
+        dtype = np.dtype(DTYPES[tensor.of(DTYPE)])
+        n = 1 if tensor.get(BY_VALUE) == [True] else prod(tensor[DIMS])
+        raw = ctypes.string_at(self.addresses[tensor.of(UID)], n * dtype.itemsize)
+        found = np.frombuffer(raw, dtype).reshape(tensor[DIMS])
+        return torch.tensor(found.astype(np.float64 if dtype.kind == "f" else np.int64))
+
+    def write(self, tensor, value, rows):
+        """Where the tensor is bound, the first `rows` of each sample if it is ragged"""
+        uid, dims, strides = tensor.of(UID), tensor[DIMS], tensor[STRIDES]
+        self.values[uid] = value
+        if uid not in self.bound:
+            return
+        assert list(value.shape) == dims, (value.shape, dims)
+        if RAGGED not in tensor:
+            self.bound[uid].as_strided(dims, strides).copy_(value.detach())
+            return
+        starts = self.read(tensor.of(RAGGED)).flatten().tolist()
+        for x, start, n in zip(value, starts, rows.flatten().tolist(), strict=False):
+            self.bound[uid].as_strided([dims[1], n, dims[3]], strides[1:], start).copy_(x[:, :n].detach())
+
+
+def compute(operations, memory):
+    """Each operation in turn. In a ragged tensor rows are written that the last product had."""
+    rows = None
+    for op in operations:
+        f, output = OPERATIONS[op.kind]
+        if op.kind == MATMUL:
+            rows = op.sizes(1525, memory.read)
+        memory.write(op.of(output), f(op, memory.read), rows)
+
+
+# ── the back end ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+ENGINE, CONFIG, PLAN_CONFIG, PLAN_WORKSPACE, CONFIG_WORKSPACE = 1301, 300, 401, 402, 303
+HEURISTIC_GRAPH, HEURISTIC_RESULTS, ENGINE_COUNT, SHARED_MEMORY, OPS = 201, 202, 802, 304, 801
+GRAPH_OF = "graph"
+
+
+class Backend:
+    """One engine, which takes every graph."""
+
+    def __init__(self):
+        self.descriptors, self.bound, self.error, self.operations, self.memory = {}, {}, None, None, None
+
+    def create(self, kind, out, *_):
+        number = 16 * (len(self.descriptors) + 1)
+        self.descriptors[number] = Descriptor(kind or 0)
+        ctypes.c_void_p.from_address(out).value = number
+
+    def set(self, number, name, kind, count, values, _):
+        kind = kind or 0
+        c_type = ctypes.c_void_p if kind in POINTERS else TYPES.get(kind, ctypes.c_int32)
+        found = list((c_type * (count or 0)).from_address(values)) if count else []
+        self.descriptors[number][name or 0] = [self.descriptors[x] for x in found] if kind == DESCRIPTOR else found
+
+    def get(self, number, name, _, requested, count, out):
+        me, n = self.descriptors[number], 1
+        if name in (HEURISTIC_RESULTS, CONFIG):
+            if out and requested:
+                graph = me.of(HEURISTIC_GRAPH) if name == HEURISTIC_RESULTS else me[GRAPH_OF]
+                self.descriptors[ctypes.c_void_p.from_address(out).value][GRAPH_OF] = graph
+        elif name in (ENGINE, PLAN_WORKSPACE, CONFIG_WORKSPACE, ENGINE_COUNT):
+            ctypes.c_int64.from_address(out).value = name == ENGINE_COUNT
+        elif name == SHARED_MEMORY:
+            ctypes.c_int32.from_address(out).value = 0
+        else:  # notes and knobs, of which there are none
+            n = 0
+        if count:
+            ctypes.c_int64.from_address(count).value = n
+
+    def execute(self, _, plan, pack, *__):
+        self.operations = self.descriptors[plan].of(PLAN_CONFIG)[GRAPH_OF][OPS]
+        self.memory = Memory(self.bound, self.descriptors[pack])
+        compute(self.operations, self.memory)
+
+    def safely(self, f):
+        def status(*arguments):
+            try:
+                f(*arguments)
+            except BaseException as error:  # noqa: BLE001 — must not cross C, and is raised again in `run`
+                self.error = error
+                return 5000  # CUDNN_STATUS_EXECUTION_FAILED
+            return 0
+
+        return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)(status)
+
+
+def install(folder):
+    """(cudnn, run): the front end over the back end above, for the rest of the process."""
+    library = Path(folder) / "libcudnn_backend.so"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, Path(__file__).with_suffix(".c")], check=True)
+    os.environ["CUDNN_FRONTEND_CUDART_LIB_NAME"] = str(library)
+
+    import cudnn
+
+    backend, loaded = Backend(), ctypes.CDLL(library)
+    calls = [backend.safely(f) for f in (backend.create, backend.set, backend.get, backend.execute)]
+    for i, f in enumerate(calls):
+        (ctypes.c_void_p * 4).in_dll(loaded, "python")[i] = ctypes.cast(f, ctypes.c_void_p).value
+    ctypes.c_longlong.in_dll(loaded, "version").value = VERSION
+    cudnn._pybind_module._set_dlhandle_cudnn(loaded._handle)
+    handle = cudnn.create_handle()
+
+    def run(graph, bound):
+        """The graph, with a storage of float64 or integers for each of its tensors that are not virtual."""
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+        workspace = ctypes.create_string_buffer(max(graph.get_workspace_size(), 1))
+        address = ctypes.addressof(workspace)
+        backend.bound, backend.error = {t.get_uid(): x for t, x in bound.items()}, None
+        try:
+            graph.execute(dict.fromkeys(backend.bound, address), address, handle)
+        finally:
+            if backend.error is not None:
+                raise backend.error
+            memory, backend.bound, backend.memory = backend.memory, {}, None
+            backend.descriptors.clear()
+        return memory
+
+    return SimpleNamespace(cudnn=cudnn, handle=handle, run=run, calls=calls, backend=backend)
