@@ -32,6 +32,7 @@ TYPES = {2: ctypes.c_bool, 3: ctypes.c_int64, 4: ctypes.c_float, 5: ctypes.c_dou
 DESCRIPTOR = 15
 POINTERS = {0, 6, DESCRIPTOR}
 MODE, AXIS, MATMUL_PADDING, REDUCTION_MODE, BERNOULLI = 0, 9, 1503, 1600, 2305
+ADD, MAX = 0, 3
 DTYPE, DIMS, STRIDES, UID, VIRTUAL, BY_VALUE, RAGGED = 901, 902, 903, 906, 907, 908, 913
 IDS, ADDRESSES = 1000, 1001
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 4: np.int32, 10: np.int64, 11: np.bool_}
@@ -89,10 +90,10 @@ def matmul(op, read):
 def reduction(op, read):
     """y = Σ x or max x over the axes that y has 1 of; where it has m of n, over groups of n / m neighbours"""
     x, dims, mode = read(op.of(1610)), op.of(1611)[DIMS], op.of(1612).one(REDUCTION_MODE)
-    if dims == op.of(1610)[DIMS]:  # the row maximum beside a sink: the front end forgets to say that it has one column
+    if mode == MAX and dims == list(x.shape):  # the row maximum beside a sink: the front end forgets to say that it has one column
         dims = [*dims[:3], 1]
     groups = x.reshape([size for n, m in zip(x.shape, dims, strict=True) for size in (m, n // m)])
-    reduce = {0: torch.sum, 3: torch.amax}[mode]
+    reduce = {ADD: torch.sum, MAX: torch.amax}[mode]
     return reduce(groups, dim=(1, 3, 5, 7))
 
 
