@@ -2,8 +2,8 @@
 
 cuDNN is two libraries. The front end, `nvidia-cudnn-frontend`, takes `graph.sdpa(...)` apart into products, pointwise
 operations and reductions, and hands these to the back end, libcudnn, whose engines fuse them into a kernel. Below
-version 9.20 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all of
-the gradient, come as operations of a few words each. So here is a back end that has no kernels: it says that it is
+version 9.20 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all
+of the gradient, come as operations of a few words each. So here is a back end that has no kernels: it says that it is
 version 9.19, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
 PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
 
@@ -19,10 +19,10 @@ import shutil
 import subprocess
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from cudnn_graphs import Library
 
 VERSION = 91900  # the last at which softmax and the diagonal band are expanded
 
@@ -90,7 +90,9 @@ def matmul(op, read):
 def reduction(op, read):
     """y = Σ x or max x over the axes that y has 1 of; where it has m of n, over groups of n / m neighbours"""
     x, dims, mode = read(op.of(1610)), op.of(1611)[DIMS], op.of(1612).one(REDUCTION_MODE)
-    if mode == MAX and dims == list(x.shape):  # the row maximum beside a sink: the front end forgets to say that it has one column
+    if mode == MAX and dims == list(
+        x.shape
+    ):  # the row maximum beside a sink: the front end forgets to say that it has one column
         dims = [*dims[:3], 1]
     groups = x.reshape([size for n, m in zip(x.shape, dims, strict=True) for size in (m, n // m)])
     reduce = {ADD: torch.sum, MAX: torch.amax}[mode]
@@ -113,7 +115,7 @@ def rng(op, read):
 
 
 OPERATIONS = {
-    POINTWISE: (pointwise, 753),
+    POINTWISE: (pointwise, 753, 756),
     MATMUL: (matmul, 1522),
     REDUCTION: (reduction, 1611),
     RESHAPE: (reshape, 2201),
@@ -147,7 +149,8 @@ class Memory:
     def __init__(self, bound, pack):
         self.bound = bound
         self.addresses = dict(zip(pack[IDS], pack[ADDRESSES], strict=True))
-        self.values = {}
+        self.values = {}  # all that was computed, with its history for autograd
+        self.given = []  # what the front end brought itself
 
     def read(self, tensor):
         uid, dims, strides = tensor.of(UID), tensor[DIMS], tensor[STRIDES]
@@ -167,6 +170,7 @@ class Memory:
         n = 1 if tensor.get(BY_VALUE) == [True] else prod(tensor[DIMS])
         raw = ctypes.string_at(self.addresses[tensor.of(UID)], n * dtype.itemsize)
         found = np.frombuffer(raw, dtype).reshape(tensor[DIMS])
+        self.given.append(found)
         return torch.tensor(found.astype(np.float64 if dtype.kind == "f" else np.int64))
 
     def write(self, tensor, value, rows):
@@ -188,7 +192,8 @@ def compute(operations, memory):
     """Each operation in turn. In a ragged tensor rows are written that the last product had."""
     rows = None
     for op in operations:
-        f, output = OPERATIONS[op.kind]
+        f, *outputs = OPERATIONS[op.kind]
+        (output,) = (name for name in outputs if name in op)
         if op.kind == MATMUL:
             rows = op.sizes(1525, memory.read)
         memory.write(op.of(output), f(op, memory.read), rows)
@@ -205,10 +210,32 @@ class Backend:
     """One engine, which takes every graph."""
 
     def __init__(self):
-        self.descriptors, self.bound, self.error, self.operations, self.memory = {}, {}, None, None, None
+        self.descriptors, self.bound, self.memory, self.error, self.created = {}, {}, None, None, 0
+        self.calls = [self._safely(f) for f in (self.create, self.set, self.get, self.execute)]
+
+    def run(self, cudnn, handle, graph, bound):
+        """The graph, with a storage for each of its tensors that are not virtual. Returns the memory of what it did."""
+        self.bound, self.error = {t.get_uid(): x for t, x in bound.items()}, None
+        try:
+            graph.validate()
+            graph.build_operation_graph()
+            graph.create_execution_plans([cudnn.heur_mode.A])
+            graph.check_support()
+            graph.build_plans()
+            workspace = ctypes.create_string_buffer(max(graph.get_workspace_size(), 1))
+            address = ctypes.addressof(workspace)
+            graph.execute(dict.fromkeys(self.bound, address), address, handle)
+            return self.memory
+        except RuntimeError:
+            if self.error is not None:
+                raise self.error from None
+            raise
+        finally:
+            self.descriptors.clear()
 
     def create(self, kind, out, *_):
-        number = 16 * (len(self.descriptors) + 1)
+        self.created += 1
+        number = 16 * self.created
         self.descriptors[number] = Descriptor(kind or 0)
         ctypes.c_void_p.from_address(out).value = number
 
@@ -234,15 +261,14 @@ class Backend:
             ctypes.c_int64.from_address(count).value = n
 
     def execute(self, _, plan, pack, *__):
-        self.operations = self.descriptors[plan].of(PLAN_CONFIG)[GRAPH_OF][OPS]
         self.memory = Memory(self.bound, self.descriptors[pack])
-        compute(self.operations, self.memory)
+        compute(self.descriptors[plan].of(PLAN_CONFIG)[GRAPH_OF][OPS], self.memory)
 
-    def safely(self, f):
+    def _safely(self, f):
         def status(*arguments):
             try:
                 f(*arguments)
-            except BaseException as error:  # noqa: BLE001 — must not cross C, and is raised again in `run`
+            except BaseException as error:  # which must not cross C, and is raised again in `run`
                 self.error = error
                 return 5000  # CUDNN_STATUS_EXECUTION_FAILED
             return 0
@@ -251,39 +277,25 @@ class Backend:
 
 
 def install(folder):
-    """(cudnn, run): the front end over the back end above, for the rest of the process."""
+    """The front end over the back end above, for the rest of the process."""
     library = Path(folder) / "libcudnn_backend.so"
-    compiler = shutil.which("cc") or shutil.which("gcc")
+    compiler = shutil.which("cc")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, Path(__file__).with_suffix(".c")], check=True)
     os.environ["CUDNN_FRONTEND_CUDART_LIB_NAME"] = str(library)
 
     import cudnn
 
     backend, loaded = Backend(), ctypes.CDLL(library)
-    calls = [backend.safely(f) for f in (backend.create, backend.set, backend.get, backend.execute)]
-    for i, f in enumerate(calls):
+    for i, f in enumerate(backend.calls):
         (ctypes.c_void_p * 4).in_dll(loaded, "python")[i] = ctypes.cast(f, ctypes.c_void_p).value
     ctypes.c_longlong.in_dll(loaded, "version").value = VERSION
     cudnn._pybind_module._set_dlhandle_cudnn(loaded._handle)
     handle = cudnn.create_handle()
-
-    def run(graph, bound):
-        """The graph, with a storage of float64 or integers for each of its tensors that are not virtual."""
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A])
-        graph.check_support()
-        graph.build_plans()
-        workspace = ctypes.create_string_buffer(max(graph.get_workspace_size(), 1))
-        address = ctypes.addressof(workspace)
-        backend.bound, backend.error = {t.get_uid(): x for t, x in bound.items()}, None
-        try:
-            graph.execute(dict.fromkeys(backend.bound, address), address, handle)
-        finally:
-            if backend.error is not None:
-                raise backend.error
-            memory, backend.bound, backend.memory = backend.memory, {}, None
-            backend.descriptors.clear()
-        return memory
-
-    return SimpleNamespace(cudnn=cudnn, handle=handle, run=run, calls=calls, backend=backend)
+    return Library(
+        cudnn=cudnn,
+        handle=handle,
+        run=lambda graph, bound: backend.run(cudnn, handle, graph, bound),
+        place=lambda name: {"dtype": torch.int64 if name == "INT32" else torch.float64},
+        options={"sm_version": 90},
+        forward={"implementation": cudnn.attention_implementation.COMPOSITE},  # the other is one operation
+    )
