@@ -7,16 +7,21 @@ of the gradient, come as operations of a few words each. So here is a back end t
 version 9.19, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
 PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
 
-What it cannot show is where the engines differ from the operations that they are given. Two such differences are
-known, and `test_interop_cudnn_graph.py` tells of them.
+What it cannot show is where the engines differ from the operations that they are given. Three such differences are
+known. Of a query that sees no key the operations make NaN, and the engines 0. The gradient of a sink has the wrong
+sign: `test_interop_cudnn_graph.py`. And the row maximum beside a sink is declared as wide as the scores: `reduction`.
 
 Axes: B batch, H heads, T queries, S keys, D width; a matrix product is (M, K) by (K, N).
 """
 
+import atexit
 import ctypes
+import functools
+import importlib.util
 import os
 import shutil
 import subprocess
+import tempfile
 from math import prod
 from pathlib import Path
 
@@ -36,6 +41,7 @@ ADD, MAX = 0, 3
 DTYPE, DIMS, STRIDES, UID, VIRTUAL, BY_VALUE, RAGGED = 901, 902, 903, 906, 907, 908, 913
 IDS, ADDRESSES = 1000, 1001
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 4: np.int32, 10: np.int64, 11: np.bool_}
+STORED = {0: torch.float32, 2: torch.float16, 9: torch.bfloat16}
 
 BINARY = {
     0: torch.add,
@@ -144,10 +150,13 @@ class Descriptor(dict):
 
 
 class Memory:
-    """Storages of float64 by the ids of the tensors that the caller bound, and addresses of the front end's own."""
+    """Storages by the ids of the tensors that the caller bound, and addresses of the front end's own.
 
-    def __init__(self, bound, pack):
-        self.bound = bound
+    With `rounds` each result is rounded to the type that the graph gives it: once for each tensor that a kernel has.
+    """
+
+    def __init__(self, bound, pack, rounds):
+        self.bound, self.rounds = bound, rounds
         self.addresses = dict(zip(pack[IDS], pack[ADDRESSES], strict=True))
         self.values = {}  # all that was computed, with its history for autograd
         self.given = []  # what the front end brought itself
@@ -159,7 +168,8 @@ class Memory:
         if uid not in self.bound:
             return self._own(tensor)
         if RAGGED not in tensor:
-            return self.bound[uid].as_strided(dims, strides)
+            x = self.bound[uid].as_strided(dims, strides)
+            return x.double() if x.is_floating_point() else x
         flat = torch.cat([self.bound[uid], torch.full((dims[2] * max(strides),), torch.nan, dtype=torch.float64)])
         starts = self.read(tensor.of(RAGGED)).flatten().tolist()
         return torch.stack([flat.as_strided(dims[1:], strides[1:], start) for start in starts[: dims[0]]])
@@ -176,6 +186,8 @@ class Memory:
     def write(self, tensor, value, rows):
         """Where the tensor is bound, the first `rows` of each sample if it is ragged"""
         uid, dims, strides = tensor.of(UID), tensor[DIMS], tensor[STRIDES]
+        if self.rounds and value.is_floating_point():
+            value = value.to(STORED[tensor.of(DTYPE)]).double()
         self.values[uid] = value
         if uid not in self.bound:
             return
@@ -210,11 +222,12 @@ class Backend:
     """One engine, which takes every graph."""
 
     def __init__(self):
-        self.descriptors, self.bound, self.memory, self.error, self.created = {}, {}, None, None, 0
+        self.descriptors, self.bound, self.rounds, self.memory, self.error, self.created = {}, {}, False, None, None, 0
         self.calls = [self._safely(f) for f in (self.create, self.set, self.get, self.execute)]
 
-    def run(self, cudnn, handle, graph, bound):
+    def run(self, cudnn, handle, graph, bound, rounds=False):
         """The graph, with a storage for each of its tensors that are not virtual. Returns the memory of what it did."""
+        self.rounds = rounds
         self.bound, self.error = {t.get_uid(): x for t, x in bound.items()}, None
         try:
             graph.validate()
@@ -261,7 +274,7 @@ class Backend:
             ctypes.c_int64.from_address(count).value = n
 
     def execute(self, _, plan, pack, *__):
-        self.memory = Memory(self.bound, self.descriptors[pack])
+        self.memory = Memory(self.bound, self.descriptors[pack], self.rounds)
         compute(self.descriptors[plan].of(PLAN_CONFIG)[GRAPH_OF][OPS], self.memory)
 
     def _safely(self, f):
@@ -276,26 +289,45 @@ class Backend:
         return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)(status)
 
 
-def install(folder):
-    """The front end over the back end above, for the rest of the process."""
-    library = Path(folder) / "libcudnn_backend.so"
-    compiler = shutil.which("cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, Path(__file__).with_suffix(".c")], check=True)
-    os.environ["CUDNN_FRONTEND_CUDART_LIB_NAME"] = str(library)
+STORAGES = {"HALF": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.float32, "INT32": torch.int32}
+
+
+def missing():
+    """Why `install` cannot work here, or None."""
+    if importlib.util.find_spec("cudnn") is None:
+        return "nvidia-cudnn-frontend is not installed"
+    return "there is no C compiler for cudnn_backend.c" if shutil.which("cc") is None else None
+
+
+@functools.cache
+def install():
+    """The front end over the back end above, for the rest of the process. Its tensors are float64."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "libcudnn_backend.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, Path(__file__).with_suffix(".c")], check=True)
+    os.environ["CUDNN_FRONTEND_CUDART_LIB_NAME"] = str(path)
+    library, backend = ctypes.CDLL(path), Backend()
+    ctypes.c_longlong.in_dll(library, "version").value = VERSION
+    for i, f in enumerate(backend.calls):
+        (ctypes.c_void_p * 4).in_dll(library, "python")[i] = ctypes.cast(f, ctypes.c_void_p).value
 
     import cudnn
 
-    backend, loaded = Backend(), ctypes.CDLL(library)
-    for i, f in enumerate(backend.calls):
-        (ctypes.c_void_p * 4).in_dll(loaded, "python")[i] = ctypes.cast(f, ctypes.c_void_p).value
-    ctypes.c_longlong.in_dll(loaded, "version").value = VERSION
-    cudnn._pybind_module._set_dlhandle_cudnn(loaded._handle)
+    cudnn._pybind_module._set_dlhandle_cudnn(library._handle)
     handle = cudnn.create_handle()
     return Library(
         cudnn=cudnn,
         handle=handle,
-        run=lambda graph, bound: backend.run(cudnn, handle, graph, bound),
+        run=functools.partial(backend.run, cudnn, handle),
         place=lambda name: {"dtype": torch.int64 if name == "INT32" else torch.float64},
         options={"sm_version": 90},
         forward={"implementation": cudnn.attention_implementation.COMPOSITE},  # the other is one operation
+    )
+
+
+def rounding(library, io):
+    """The same with tensors of the type `io`, and each result rounded to the type that the graph gives it."""
+    return library._replace(
+        io=io, run=functools.partial(library.run, rounds=True), place=lambda name: {"dtype": STORAGES[name]}
     )

@@ -7,7 +7,6 @@ held to by `test_interop_cudnn_gpu.py`.
 
 import inspect
 import re
-import shutil
 
 import cudnn_backend
 import numpy as np
@@ -27,11 +26,10 @@ BIASES = ("none", "B H T S", "1 H T S", "B 1 T S", "1 1 T S")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler for cudnn_backend.c")
-    return cudnn_backend.install(tmp_path_factory.mktemp("cudnn"))
+def library():
+    if why := cudnn_backend.missing():
+        pytest.skip(why)
+    return cudnn_backend.install()
 
 
 # ── problems that the front end takes ────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ What differs from funcmha:
   * H_k may differ from H_v. Both divide H_q, and query head h reads key head h // (H_q // H_k).
   * The left bound is exclusive: query i sees keys from i − left + 1 on, so 1 is the query's own key and none before
     it. The right bound is inclusive. With "bottom_right" the diagonal ends in the last query and key: of each sequence,
-    where there are lengths.
+    where there are lengths. The older words for both are spoken too, but not beside the newer: one would win unseen.
   * Queries, keys and values beyond `seq_len_q` and `seq_len_kv` count as 0, and so does `do`: even a NaN there has no
     effect. Such a query has o = 0 and stats −∞ (or its sink), as any query that sees no key, and gradient 0.
   * ALiBi is + slope · (j − i) and not − slope · |j − i|: the same under a top-left causal mask, the only one with which
@@ -19,13 +19,14 @@ What differs from funcmha:
   * Packed tensors, which have a ragged offset, go through `from_ragged` and `to_ragged` of `interop.cudnn_ragged`.
 
 The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has in a `score_mod`, and no
-block masks and paged keys, of which it has no gradient. What cuDNN refuses for want of a kernel is done: any width and
-dtype, and left bounds and the bottom-right diagonal beside bias, ALiBi, dropout, and more queries than keys. What it
-refuses as a contradiction is refused.
+block masks and paged keys, of which it has no gradient. Where there are `cu_seq_len_q`, the lengths are differences.
+What cuDNN refuses for want of a kernel is done: any width and dtype, and left bounds and the bottom-right diagonal
+beside bias, ALiBi, dropout, and more queries than keys. What it refuses as a contradiction is refused.
 
 Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
 0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
-`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca; not run beside cuDNN, which needs a GPU.
+`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca. Held in float64 to the operations that
+cudnn-frontend 1.28 and 1.32 take both nodes apart into for cuDNN 9.19; not run beside its kernels, which need a GPU.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
 width.
