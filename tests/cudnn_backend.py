@@ -2,9 +2,9 @@
 
 cuDNN is two libraries. The front end, `nvidia-cudnn-frontend`, takes `graph.sdpa(...)` apart into products, pointwise
 operations and reductions, and hands these to the back end, libcudnn, whose engines fuse them into a kernel. Below
-version 9.20 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all
+version 9.21 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all
 of the gradient, come as operations of a few words each. So here is a back end that has no kernels: it says that it is
-version 9.19, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
+version 9.20, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
 PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
 
 What it cannot show is where the engines differ from the operations that they are given. Three such differences are
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from cudnn_graphs import Library
 
-VERSION = 91900  # the last at which softmax and the diagonal band are expanded
+VERSION = 92000  # at 92100 softmax and the diagonal band become operations of their own, for the engines to know
 
 # Numbers of cudnn_graph_v9.h: kinds of descriptors, of attributes, and the types of their values
 POINTWISE, GRAPH, VARIANT_PACK, MATMUL, REDUCTION, RESHAPE, RNG = 13, 15, 16, 19, 22, 31, 33

@@ -26,7 +26,7 @@ beside bias, ALiBi, dropout, and more queries than keys. What it refuses as a co
 Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
 0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
 `include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca. Held in float64 to the operations that
-cudnn-frontend 1.28 and 1.32 take both nodes apart into for cuDNN 9.19; not run beside its kernels, which need a GPU.
+cudnn-frontend 1.28 and 1.32 take both nodes apart into for cuDNN 9.20; not run beside its kernels, which need a GPU.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
 width.
