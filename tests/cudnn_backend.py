@@ -7,9 +7,10 @@ of the gradient, come as operations of a few words each. So here is a back end t
 version 9.20, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
 PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
 
-What it cannot show is where the engines differ from the operations that they are given. Three such differences are
-known. Of a query that sees no key the operations make NaN, and the engines 0. The gradient of a sink has the wrong
-sign: `test_interop_cudnn_graph.py`. And the row maximum beside a sink is declared as wide as the scores: `reduction`.
+What it cannot show is where the engines differ from the operations that they are given, as they must in three places:
+of a query that sees no key the operations make NaN, where the documentation has 0, and the gradient of a sink has the
+wrong sign (`test_interop_cudnn_graph.py` has both); and the row maximum beside a sink is declared as wide as the scores
+(`reduction`).
 
 Axes: B batch, H heads, T queries, S keys, D width; a matrix product is (M, K) by (K, N).
 """
@@ -31,15 +32,24 @@ from cudnn_graphs import Library
 
 VERSION = 92000  # at 92100 softmax and the diagonal band become operations of their own, for the engines to know
 
-# Numbers of cudnn_graph_v9.h: kinds of descriptors, of attributes, and the types of their values
-POINTWISE, GRAPH, VARIANT_PACK, MATMUL, REDUCTION, RESHAPE, RNG = 13, 15, 16, 19, 22, 31, 33
+# Numbers of cudnn_graph_v9.h. Of the kinds of descriptors, with the attributes that hold their operands:
+POINTWISE, MATMUL, REDUCTION, RESHAPE, RNG = 13, 19, 22, 31, 33
+POINTWISE_CONFIG, POINTWISE_X, POINTWISE_B, POINTWISE_Y = 750, 751, 752, 753
+POINTWISE_DX, POINTWISE_DY, POINTWISE_PREDICATE = 756, 757, 758
+MATMUL_A, MATMUL_B, MATMUL_C, MATMUL_CONFIG, MATMUL_M, MATMUL_N, MATMUL_K = 1520, 1521, 1522, 1523, 1525, 1526, 1527
+REDUCTION_X, REDUCTION_Y, REDUCTION_CONFIG = 1610, 1611, 1612
+RESHAPE_X, RESHAPE_Y = 2200, 2201
+RNG_Y, RNG_SEED, RNG_CONFIG, RNG_OFFSET = 2310, 2311, 2312, 2313
+# of their options,
+MODE, AXIS, MATMUL_PADDING, REDUCTION_MODE, BERNOULLI = 0, 9, 1503, 1600, 2305
+ADD, MAX = 0, 3
+# of tensors and of what they are bound to,
+DTYPE, DIMS, STRIDES, UID, BY_VALUE, RAGGED = 901, 902, 903, 906, 908, 913
+IDS, ADDRESSES = 1000, 1001
+# and of the types of values.
 TYPES = {2: ctypes.c_bool, 3: ctypes.c_int64, 4: ctypes.c_float, 5: ctypes.c_double, 6: ctypes.c_void_p}
 DESCRIPTOR = 15
 POINTERS = {0, 6, DESCRIPTOR}
-MODE, AXIS, MATMUL_PADDING, REDUCTION_MODE, BERNOULLI = 0, 9, 1503, 1600, 2305
-ADD, MAX = 0, 3
-DTYPE, DIMS, STRIDES, UID, VIRTUAL, BY_VALUE, RAGGED = 901, 902, 903, 906, 907, 908, 913
-IDS, ADDRESSES = 1000, 1001
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 4: np.int32, 10: np.int64, 11: np.bool_}
 STORED = {0: torch.float32, 2: torch.float16, 9: torch.bfloat16}
 
@@ -68,38 +78,40 @@ TANH_BACKWARD, INDEX, SELECT = 201, 501, 601
 
 def pointwise(op, read):
     """y = f(x, b), where sizes of 1 broadcast"""
-    config = op.of(750)
+    config = op.of(POINTWISE_CONFIG)
     mode = config.one(MODE)
     if mode == INDEX:
-        x, axis = op.of(751), config.one(AXIS)
+        x, axis = op.of(POINTWISE_X), config.one(AXIS)
         return torch.arange(x[DIMS][axis]).reshape([-1 if a == axis else 1 for a in range(4)]).expand(x[DIMS])
     if mode == SELECT:
-        return torch.where(read(op.of(758)), read(op.of(751)), read(op.of(752)))
+        return torch.where(read(op.of(POINTWISE_PREDICATE)), read(op.of(POINTWISE_X)), read(op.of(POINTWISE_B)))
     if mode == TANH_BACKWARD:
-        return read(op.of(757)) * (1 - torch.tanh(read(op.of(751))) ** 2)
-    return BINARY[mode](read(op.of(751)), read(op.of(752))) if mode in BINARY else UNARY[mode](read(op.of(751)))
+        return read(op.of(POINTWISE_DY)) * (1 - torch.tanh(read(op.of(POINTWISE_X))) ** 2)
+    return (
+        BINARY[mode](read(op.of(POINTWISE_X)), read(op.of(POINTWISE_B)))
+        if mode in BINARY
+        else UNARY[mode](read(op.of(POINTWISE_X)))
+    )
 
 
 def matmul(op, read):
     """c = a b, with heads of b repeated, of the first m rows, k terms and n columns of each sample"""
-    a, b = read(op.of(1520)), read(op.of(1521))
+    a, b = read(op.of(MATMUL_A)), read(op.of(MATMUL_B))
     b = b.repeat_interleave(a.shape[1] // b.shape[1], dim=1)
-    m, n, k = (op.sizes(name, read) for name in (1525, 1526, 1527))
+    m, n, k = (op.sizes(name, read) for name in (MATMUL_M, MATMUL_N, MATMUL_K))
     if k is not None:
         terms = torch.arange(a.shape[3]) < k
         a, b = torch.where(terms, a, 0.0), torch.where(terms.mT, b, 0.0)
-    c, padding = a @ b, op.of(1523).get(MATMUL_PADDING, [0.0])[0]
+    c, padding = a @ b, op.of(MATMUL_CONFIG).get(MATMUL_PADDING, [0.0])[0]
     c = c if m is None else torch.where((torch.arange(c.shape[2]) < m).mT, c, padding)
     return c if n is None else torch.where(torch.arange(c.shape[3]) < n, c, padding)
 
 
 def reduction(op, read):
     """y = Σ x or max x over the axes that y has 1 of; where it has m of n, over groups of n / m neighbours"""
-    x, dims, mode = read(op.of(1610)), op.of(1611)[DIMS], op.of(1612).one(REDUCTION_MODE)
-    if mode == MAX and dims == list(
-        x.shape
-    ):  # the row maximum beside a sink: the front end forgets to say that it has one column
-        dims = [*dims[:3], 1]
+    x, dims, mode = read(op.of(REDUCTION_X)), op.of(REDUCTION_Y)[DIMS], op.of(REDUCTION_CONFIG).one(REDUCTION_MODE)
+    if mode == MAX and dims == list(x.shape):
+        dims = [*dims[:3], 1]  # of the row maximum beside a sink, of which the front end forgets to say so
     groups = x.reshape([size for n, m in zip(x.shape, dims, strict=True) for size in (m, n // m)])
     reduce = {ADD: torch.sum, MAX: torch.amax}[mode]
     return reduce(groups, dim=(1, 3, 5, 7))
@@ -107,7 +119,7 @@ def reduction(op, read):
 
 def reshape(op, read):
     """The same memory with the last two axes exchanged, the only use that attention has for it"""
-    x, y = op.of(2200), op.of(2201)
+    x, y = op.of(RESHAPE_X), op.of(RESHAPE_Y)
     assert y[DIMS] == [*x[DIMS][:2], x[DIMS][3], x[DIMS][2]]
     assert y[STRIDES] == [*x[STRIDES][:2], x[STRIDES][3], x[STRIDES][2]]
     return read(x).mT
@@ -115,17 +127,17 @@ def reshape(op, read):
 
 def rng(op, read):
     """1 with the probability p, else 0: cuDNN's own stream is unknown, so this one starts at seed + offset"""
-    seed = int(read(op.of(2311))) + int(read(op.of(2313)))
-    drawn = np.random.default_rng(seed).random(op.of(2310)[DIMS]) < op.of(2312).one(BERNOULLI)
+    seed = int(read(op.of(RNG_SEED))) + int(read(op.of(RNG_OFFSET)))
+    drawn = np.random.default_rng(seed).random(op.of(RNG_Y)[DIMS]) < op.of(RNG_CONFIG).one(BERNOULLI)
     return torch.tensor(drawn.astype(float))
 
 
 OPERATIONS = {
-    POINTWISE: (pointwise, 753, 756),
-    MATMUL: (matmul, 1522),
-    REDUCTION: (reduction, 1611),
-    RESHAPE: (reshape, 2201),
-    RNG: (rng, 2310),
+    POINTWISE: (pointwise, POINTWISE_Y, POINTWISE_DX),
+    MATMUL: (matmul, MATMUL_C),
+    REDUCTION: (reduction, REDUCTION_Y),
+    RESHAPE: (reshape, RESHAPE_Y),
+    RNG: (rng, RNG_Y),
 }
 
 
@@ -207,7 +219,7 @@ def compute(operations, memory):
         f, *outputs = OPERATIONS[op.kind]
         (output,) = (name for name in outputs if name in op)
         if op.kind == MATMUL:
-            rows = op.sizes(1525, memory.read)
+            rows = op.sizes(MATMUL_M, memory.read)
         memory.write(op.of(output), f(op, memory.read), rows)
 
 
