@@ -23,10 +23,10 @@ import torch
 
 from funcmha import mha, self_attention, self_attention_vjp, tree
 from funcmha.interop.huggingface import from_state_dict, to_state_dict
-from funcmha.interop.huggingface.families import DEFAULTS, read
+from funcmha.interop.huggingface.defaults import DEFAULTS
+from funcmha.interop.huggingface.families import ALL_LAYERS, read
 from funcmha.interop.huggingface.layer import static
 from funcmha.masks import dense
-from funcmha.params import SPEC
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -40,9 +40,25 @@ FAMILIES = {  # model_type: the folder and the class names of its modeling file
     "gemma2": ("gemma2", "Gemma2", "Gemma2Model"),
     "gemma3_text": ("gemma3", "Gemma3", "Gemma3TextModel"),
     "qwen2": ("qwen2", "Qwen2", "Qwen2Model"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2Moe", "Qwen2MoeModel"),
     "qwen3": ("qwen3", "Qwen3", "Qwen3Model"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3Moe", "Qwen3MoeModel"),
     "gpt_oss": ("gpt_oss", "GptOss", "GptOssModel"),
+    "mistral": ("mistral", "Mistral", "MistralModel"),
+    "mixtral": ("mixtral", "Mixtral", "MixtralModel"),
+    "phi3": ("phi3", "Phi3", "Phi3Model"),
+    "smollm3": ("smollm3", "SmolLM3", "SmolLM3Model"),
+    "granite": ("granite", "Granite", "GraniteModel"),
+    "olmo": ("olmo", "Olmo", "OlmoModel"),
+    "starcoder2": ("starcoder2", "Starcoder2", "Starcoder2Model"),
+    "cohere": ("cohere", "Cohere", "CohereModel"),
+    "cohere2": ("cohere2", "Cohere2", "Cohere2Model"),
+    "glm4": ("glm4", "Glm4", "Glm4Model"),
+    "stablelm": ("stablelm", "StableLm", "StableLmModel"),
 }
+WIDTH_OF_A_HEAD = (  # is hidden_size // num_attention_heads: these have no field for it
+    *("qwen2", "qwen2_moe", "phi3", "smollm3", "granite", "olmo", "starcoder2", "cohere", "cohere2", "stablelm"),
+)
 SMALL = {
     "hidden_size": 30,
     "num_attention_heads": 6,
@@ -60,6 +76,8 @@ GPT2 = {"n_embd": 30, "n_head": 5, "n_layer": 2, "n_inner": 7, "vocab_size": 5, 
 SLIDES = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 GEMMA_3 = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 23}
 OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW}
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 7}
+FACTORS = {"short_factor": [1.0 + i / 8 for i in range(7)], "long_factor": [2.0 + i**2 for i in range(7)]}
 
 
 def rope(**parameters):
@@ -79,6 +97,7 @@ CASES = {
     "GPT-2, scaled by its layer": Case(
         "gpt2", 1, {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}
     ),
+    "GPT-2, reordered and upcast": Case("gpt2", 1, {"reorder_and_upcast_attn": True}),
     "Llama": Case("llama", 1, {}),
     "Llama with biases, linear": Case("llama", 0, {"attention_bias": True} | rope(rope_type="linear", factor=4.0)),
     "Llama 3.1": Case(
@@ -95,7 +114,18 @@ CASES = {
     "Llama, yarn": Case(
         "llama", 0, rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=6.0)
     ),
-    "Gemma": Case("gemma", 0, {"head_dim": 16}),
+    "Llama, dynamic, in its context": Case("llama", 0, rope(rope_type="dynamic", factor=3.0)),
+    "Llama, dynamic, beyond its context": Case(
+        "llama", 0, rope(rope_type="dynamic", factor=3.0) | {"max_position_embeddings": 29}
+    ),
+    "Llama, longrope, short": Case(
+        "llama", 0, rope(rope_type="longrope", factor=8.0, original_max_position_embeddings=48, **FACTORS)
+    ),
+    "Llama, longrope, long": Case(
+        "llama", 0, rope(rope_type="longrope", original_max_position_embeddings=47, **FACTORS)
+    ),
+    "Llama, proportional": Case("llama", 0, rope(rope_type="proportional", partial_rotary_factor=0.45, factor=2.0)),
+    "Gemma": Case("gemma", 0, {"head_dim": 16, "attention_bias": True}),
     "Gemma 2, sliding": Case(
         "gemma2", 0, {"sliding_window": WINDOW, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 23}
     ),
@@ -114,6 +144,40 @@ CASES = {
         1,
         OSS | rope(rope_type="yarn", factor=32.0, beta_fast=6.0, truncate=False, original_max_position_embeddings=64),
     ),
+    "Qwen 2 MoE, sliding": Case("qwen2_moe", 0, MOE | SLIDES),
+    "Qwen 2 MoE, full, without biases": Case("qwen2_moe", 1, MOE | SLIDES | {"qkv_bias": False}),
+    "Qwen 3 MoE": Case("qwen3_moe", 0, MOE),
+    "Qwen 3 MoE, sliding": Case("qwen3_moe", 1, MOE | SLIDES),
+    "Mistral": Case("mistral", 0, {"sliding_window": WINDOW}),
+    "Mistral without a window": Case("mistral", 1, {"sliding_window": None}),
+    "Mixtral": Case("mixtral", 0, OSS),
+    "Phi-3": Case("phi3", 0, {"sliding_window": WINDOW}),
+    "Phi-4, a part of the features, long": Case(
+        "phi3",
+        1,
+        {"original_max_position_embeddings": 47}
+        | rope(
+            rope_type="longrope",
+            partial_rotary_factor=0.43,
+            **{key: factors[:3] for key, factors in FACTORS.items()},
+        ),
+    ),
+    "SmolLM 3": Case("smollm3", 0, {"no_rope_layer_interval": 2}),
+    "SmolLM 3, without positions": Case(
+        "smollm3", 1, {"no_rope_layer_interval": 2, "sliding_window": WINDOW, "use_sliding_window": True}
+    ),
+    "Granite": Case("granite", 0, {"attention_multiplier": 0.37}),
+    "OLMo": Case("olmo", 0, {"attention_bias": True}),
+    "StarCoder 2": Case("starcoder2", 0, {"sliding_window": WINDOW}),
+    "StarCoder 2 without biases": Case("starcoder2", 1, {"use_bias": False}),
+    "Cohere": Case("cohere", 0, {}),
+    "Cohere 2, sliding": Case("cohere2", 0, {"sliding_window": WINDOW, "sliding_window_pattern": 2}),
+    "Cohere 2, full": Case("cohere2", 1, {"sliding_window": WINDOW, "sliding_window_pattern": 2}),
+    "GLM-4": Case("glm4", 0, {"head_dim": 12}),
+    "GLM-4, linear": Case(
+        "glm4", 1, {"head_dim": 16} | rope(rope_type="linear", factor=4.0, partial_rotary_factor=0.25)
+    ),
+    "StableLM": Case("stablelm", 0, {"hidden_size": 6 * 16, "use_qkv_bias": True}),
 }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -123,13 +187,19 @@ every = pytest.mark.parametrize("name", CASES)
 
 @contextmanager
 def in_float64():
-    """What transformers does in float32 whatever the dtype, it does in float64."""
+    """What transformers does in float32 whatever the dtype, it does in float64; also what a tensor of integers gives
+    when it is divided, as the length of a text is for "dynamic" positions."""
+    usual = torch.get_default_dtype()
     with (
         patch.object(torch, "float32", torch.float64),
         patch.object(torch, "float", torch.float64),
         patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
-        yield
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def modeling(kind):
@@ -147,7 +217,7 @@ def config_of(name):
     kind, _, more = CASES[name]
     _, make, _ = modeling(kind)
     small = GPT2 if kind == "gpt2" else SMALL
-    if kind == "qwen2":  # which has no field for it, and reads it all the same
+    if kind in WIDTH_OF_A_HEAD:
         small = small | {"hidden_size": 6 * 14}
         small.pop("head_dim")
     config = make(**(small | more))
@@ -251,9 +321,11 @@ def test_output_and_gradients_are_those_of_transformers(name, padded, each_engin
 def test_the_last_queries_over_all_keys_are_the_end_of_the_whole(name):
     seen = oracle(name, padded=True)
     layer = layer_of(name, seen)
+    past = [(0, 0), (OFFSET, 0)]  # tokens at the positions before, which are padding
+    x, keep = np.pad(seen.x, [*past, (0, 0)]), np.pad(PADDED, past)
     last = slice(T - 3, T)
-    options = layer.options(3, T - 3, S=T, attention_mask=PADDED)
-    y, _ = mha(layer.params, seen.x[:, last], seen.x, seen.x, **options)
+    options = layer.options(3, OFFSET + T - 3, S=OFFSET + T, attention_mask=keep)
+    y, _ = mha(layer.params, seen.x[:, last], x, x, **options)
     close(y, seen.y[:, last])
 
 
@@ -401,6 +473,74 @@ HUB = {  # the parts of real config.json files that matter here, as they are on 
             "truncate": False,
         },
     },
+    "Mistral 7B": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+    "Phi-3 mini 128k, of old": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "su",
+            "original_max_position_embeddings": 4096,  # without which 5.24 refuses "su", though it stands beside it
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+        "sliding_window": 262144,
+    },
+    "Phi-4 mini": {
+        "model_type": "phi3",
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+    },
+    "Qwen 3 MoE": {
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 48,
+        "max_window_layers": 48,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "SmolLM 3": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 36,
+        "no_rope_layers": [1, 0, 1, 1, 1, 1],
+        "rope_theta": 5000000.0,
+        "layer_types": ["full_attention"] * 36,
+    },
+    "dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "longrope with a gain of its own": {
+        "model_type": "llama",
+        "head_dim": 6,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1, 2, 3],
+            "long_factor": [4, 5, 6],
+            "attention_factor": 1.25,
+        },
+    },
     "yarn with a gain of its own": {
         "model_type": "llama",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
@@ -418,8 +558,12 @@ def statics(config, n):
 
 
 def same_static(a, b):
-    assert a._replace(frequencies=None) == b._replace(frequencies=None)
-    assert np.array_equal(a.frequencies, b.frequencies) or a.frequencies is b.frequencies is None
+    assert a._replace(rope=None) == b._replace(rope=None)
+    assert (a.rope is None) == (b.rope is None)
+    for length in (1, 10**5, 10**6) if a.rope else ():
+        (ours, gain), (theirs, same_gain) = a.rope.turns(length), b.rope.turns(length)
+        assert np.array_equal(ours, theirs)
+        assert (gain, a.rope.pairs) == (same_gain, b.rope.pairs)
 
 
 @pytest.mark.parametrize("config", HUB.values(), ids=HUB)
@@ -439,27 +583,24 @@ def test_frequencies_and_gain_are_those_of_transformers(name):
     turns = getattr(module, FAMILIES[kind][1] + "RotaryEmbedding")(made)
     for n in (0, 1, 5):
         ours = statics(config, n)
-        prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
-        want = getattr(turns, prefix + "inv_freq").numpy()
-        np.testing.assert_allclose(ours.frequencies, want, rtol=2e-6)
-        assert ours.gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
         with torch.device("meta"):
             theirs = getattr(module, FAMILIES[kind][1] + "Attention")(made, layer_idx=n)
+        if ours.rope is not None:
+            frequencies, gain = ours.rope.turns()
+            prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
+            np.testing.assert_allclose(frequencies, getattr(turns, prefix + "inv_freq").numpy(), rtol=2e-6)
+            assert gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
         assert ours.scale == theirs.scaling
-        window = getattr(theirs, "sliding_window", None)
+        window = getattr(
+            theirs, "sliding_window", getattr(made, "sliding_window", None) if kind in ALL_LAYERS else None
+        )
         assert ours.left == (None if window is None else window - 1)
         assert {ours.form.prefix + key for key in dict(theirs.named_parameters())} == set(_names(ours))
 
 
 def _names(layer):
-    empty = {leaf: np.zeros(_shape(leaf, layer)) for leaf in layer.form.leaves}
+    empty = {leaf: np.zeros(layer.form.shape(leaf)) for leaf in layer.form.leaves}
     return to_state_dict(tree.unflatten(empty), layer)
-
-
-def _shape(leaf, layer):
-    H, K, D, C = layer.form.sizes
-    size = {"H": H, "K": K, "D": D, "E": D, "Cq": C, "Ck": C, "Cv": C, "O": C}
-    return tuple(size[axis] for axis in SPEC[leaf].split())
 
 
 def test_a_model_of_text_and_images_has_its_text_config():
@@ -495,9 +636,61 @@ TINY = {"model_type": "llama", **SMALL}
         (TINY, -1, IndexError, "n must be in 0 … 1"),
         ({"model_type": "gemma2"}, -1, IndexError, "n must be in 0 or more, got -1"),
         (TINY, True, TypeError, "n must be the number of a layer, got True"),
-        (TINY | {"layer_types": ["full_attention", "chunked_attention"]}, 1, ValueError, "layer_types .* 'chunked_att"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"]}, 0, ValueError, "layer_types .* 'chunked_att"),
         ({"model_type": "gemma2", "sliding_window": None}, 0, ValueError, "sliding_window must be 1 or more, as layer"),
-        (TINY | rope(rope_type="dynamic", factor=2.0), 0, ValueError, "rope_type must be default, .*, got 'dynamic'"),
+        (TINY | rope(rope_type="axial", factor=2.0), 0, ValueError, "rope_type must be default, .*, got 'axial'"),
+        (TINY | rope(rope_type="dynamic"), 0, KeyError, "must have factor where rope_type is dynamic"),
+        (
+            TINY | rope(rope_type="longrope", **FACTORS | {"long_factor": [1.0]}),
+            0,
+            ValueError,
+            r"long_factor must be 7 num.*, got \(1,\)",
+        ),
+        (
+            {"model_type": "phi3"} | rope(rope_type="linear", factor=2.0),
+            0,
+            ValueError,
+            "rope_type must be default, longrope, .* for phi3, got 'linear'",
+        ),
+        (
+            {"model_type": "phi3"} | rope(partial_rotary_factor=0.41),
+            0,
+            ValueError,
+            "partial_rotary_factor must make an even part of head_dim=96, got 0.41",
+        ),
+        (
+            {"model_type": "glm4", "partial_rotary_factor": 1.5},
+            0,
+            ValueError,
+            "partial_rotary_factor must make an even part",
+        ),
+        (
+            TINY | {"layer_types": ["full_attention", "sliding_attention"]},
+            1,
+            ValueError,
+            "layer_types must have full_attention for layer 1, as llama does not read it, got 'sliding_attention'",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"]},
+            0,
+            ValueError,
+            "layer_types must have sliding_attention for layer 0",
+        ),
+        ({"model_type": "olmo", "clip_qkv": 8.0}, 0, ValueError, "clip_qkv must be None, as .*, got 8.0"),
+        ({"model_type": "cohere", "use_qk_norm": True}, 0, ValueError, "use_qk_norm must be off"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, 0, ValueError, "qk_layernorm must be off"),
+        (
+            {"model_type": "gpt2", "n_embd": 31, "n_head": 5},
+            0,
+            ValueError,
+            "n_embd must be a multiple of n_head=5, got 31",
+        ),
+        (
+            {"model_type": "granite", "attention_multiplier": None},
+            0,
+            TypeError,
+            "attention_multiplier must be a real number",
+        ),
         (TINY | rope(rope_type="linear"), 0, KeyError, "must have factor where rope_type is linear"),
         (TINY | rope(partial_rotary_factor=0.5), 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
         (TINY | {"partial_rotary_factor": 0.5}, 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
@@ -526,7 +719,7 @@ def test_a_config_that_is_not_understood_is_refused(config, n, error, message):
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_state_dict_comes_back_as_it_was(name, dtype):
-    """Bit for bit, and without a copy, but for GPT-2's c_attn, which is put together."""
+    """Bit for bit, and without a copy, but for GPT-2's c_attn and Phi-3's qkv_proj, which are put together."""
     model, attention = model_of(name, dtype)
     state, n = model.state_dict(), CASES[name].n
     layer = from_state_dict(state, model.config, n)
@@ -537,7 +730,7 @@ def test_a_state_dict_comes_back_as_it_was(name, dtype):
         assert x.shape == tuple(want.shape)
         assert x.dtype == {torch.bfloat16: ml_dtypes.bfloat16, torch.float32: "f4", torch.float64: "f8"}[dtype]
         assert np.ascontiguousarray(x).tobytes() == want.tobytes()
-        assert np.shares_memory(x, want) or "c_attn" in key
+        assert np.shares_memory(x, want) or "c_attn" in key or "qkv_proj" in key
     buffers = [x.view(torch.uint8).numpy() for x in state.values()]
     for leaf, x in tree.flatten(layer.params).items():
         assert any(np.shares_memory(x, buffer) for buffer in buffers), leaf

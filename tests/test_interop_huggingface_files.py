@@ -18,7 +18,6 @@ from funcmha.interop.huggingface import load_layer, save_layer, to_state_dict
 from funcmha.interop.huggingface.families import read
 from funcmha.interop.huggingface.files import Tensors
 from funcmha.interop.huggingface.layer import static
-from funcmha.interop.huggingface.state import _shape, _tensors
 
 SIZES = {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14, "num_hidden_layers": 2}
 CONFIGS = {
@@ -33,7 +32,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def checkpoint(where, kind="llama", dtype=np.float64, shards=1):
     """A checkpoint of layer 0 and of what else a model has; all its tensors."""
     form, rng = static(read(CONFIGS[kind], 0), 0, PREFIX[kind]).form, np.random.default_rng(0)
-    state = {PREFIX[kind] + name: rng.standard_normal(_shape(axes, form)) for name, axes in _tensors(form).items()}
+    state = {PREFIX[kind] + name: rng.standard_normal(form.tensor(name)[1]) for name in form.tensors}
     state = {name: x.astype(dtype) for name, x in state.items()}
     state |= {"lm_head.weight": np.arange(15.0).reshape(5, 3), "norm.weight": np.arange(3, dtype=np.int64)}
     (where / "config.json").write_text(json.dumps(CONFIGS[kind]))
