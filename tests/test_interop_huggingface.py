@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from funcmha import mha, self_attention, self_attention_vjp, tree
-from funcmha.interop.huggingface import from_state_dict, to_state_dict
+from funcmha import mha, mha_vjp, self_attention, self_attention_vjp, tree
+from funcmha.interop.huggingface import from_state_dict, load_layer, to_state_dict
 from funcmha.interop.huggingface.defaults import DEFAULTS
 from funcmha.interop.huggingface.families import ALL_LAYERS, read
 from funcmha.interop.huggingface.layer import static
@@ -213,27 +214,27 @@ def modeling(kind):
     )
 
 
-def config_of(name):
+def config_of(name, **other):
     kind, _, more = CASES[name]
     _, make, _ = modeling(kind)
     small = GPT2 if kind == "gpt2" else SMALL
     if kind in WIDTH_OF_A_HEAD:
         small = small | {"hidden_size": 6 * 14}
         small.pop("head_dim")
-    config = make(**(small | more))
+    config = make(**(small | more | other))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # of GPT-OSS; beside the attention, and with widths that kernels refuse
     return config
 
 
-def model_of(name, dtype=torch.float64):
+def model_of(name, dtype=torch.float64, half=None, **other):
     """The model, its attention modules filled with random numbers, and the module of the layer."""
     kind, n, _ = CASES[name]
-    model = modeling(kind)[2](config_of(name)).to(dtype).eval()
+    model = modeling(kind)[2](config_of(name, **other)).to(dtype).eval()
     attention = model.h[n].attn if kind == "gpt2" else model.layers[n].self_attn
     rng = np.random.default_rng(0)
     for p in attention.parameters():
-        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)), dtype=dtype)
+        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape))).to(half or dtype).to(dtype)
     return model, attention
 
 
@@ -250,14 +251,18 @@ class Seen(NamedTuple):
     grads: dict  # of the attention module, under its own names
 
 
-def run(name, attention_mask, dtype=torch.float64, dy=None):
-    """The layer as the model calls it: its input, its output, and what autograd says of both for a random cotangent."""
-    model, attention = model_of(name, dtype)
+def run(name, attention_mask, dtype=torch.float64, dy=None, half=None, **other):
+    """The layer as the model calls it: its input, its output, and what autograd says of both for a random cotangent.
+
+    half    a dtype that has all numbers which go in: weights, x and dy
+    other   what else its config says
+    """
+    model, attention = model_of(name, dtype, half, **other)
     seen = {}
 
     def before(module, args, kwargs):
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        seen["x"] = given.detach().clone().requires_grad_()
+        seen["x"] = given.detach().to(half or dtype).to(dtype, copy=True).requires_grad_()
         return ((), kwargs | {"hidden_states": seen["x"]}) if not args else ((seen["x"], *args[1:]), kwargs)
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
@@ -268,13 +273,13 @@ def run(name, attention_mask, dtype=torch.float64, dy=None):
     keep = None if attention_mask is None else torch.tensor(attention_mask)
     model(inputs_embeds=embedded, attention_mask=keep, position_ids=positions)
     y = seen["y"]
-    dy = rng.standard_normal(tuple(y.shape)) if dy is None else dy
+    dy = torch.tensor(rng.standard_normal(tuple(y.shape)) if dy is None else dy).to(half or dtype).to(dtype)
     named = dict(attention.named_parameters())
-    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], torch.tensor(dy, dtype=dtype))
+    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], dy)
     grads = {key: g.numpy() for key, g in zip(named, grads, strict=True)}
     prefix = next(key for key, module in model.named_modules() if module is attention) + "."
     x, y = seen["x"].detach().numpy(), y.detach().numpy()
-    return Seen(model.config, model.state_dict(), prefix, x, y, dy, dx.numpy(), grads)
+    return Seen(model.config, model.state_dict(), prefix, x, y, dy.numpy(), dx.numpy(), grads)
 
 
 PADDED = np.array([[1] * T, [1] * (T - 2) + [0] * 2])  # text first: every query sees a key
@@ -366,6 +371,55 @@ def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name
     assert np.abs(seen.y[~text] - y[~text]).max() > 0.1
 
 
+LONG = [OFFSET + T - 1, OFFSET + T, OFFSET + T + 1]  # contexts one shorter than the text, as long, one longer
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("context", LONG)
+def test_positions_that_depend_on_the_length_change_after_the_context(kind, context):
+    """modeling_rope_utils.dynamic_rope_update: the length is that of the largest position, of queries and keys."""
+    said = {"dynamic": {"factor": 3.0}, "longrope": {**FACTORS, "original_max_position_embeddings": context}}[kind]
+    other = {"max_position_embeddings": context} | rope(rope_type=kind, **said)
+    with in_float64():
+        seen = run("Llama", None, **other)
+    layer = layer_of("Llama", seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET))
+    close(y, seen.y)
+    close(self_attention_vjp(cache, seen.dy)[1], seen.dx)
+    short, long = layer.rope.turns(context)[0], layer.rope.turns(context + 1)[0]
+    assert np.array_equal(layer.rope.turns(1)[0], short)
+    assert not np.array_equal(short, long)
+
+
+MASKS = {
+    "no padding": None,
+    "padding on the right": np.array([[1] * T, [1] * (T - 2) + [0] * 2]),
+    "padding on the left": np.array([[1] * T, [0] * 2 + [1] * (T - 2)]),
+    "text with a hole": np.array([[1] * T, [1] * 5 + [0] * 3 + [1] * (T - 8)]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("W", [1, 2, T - 1, T, T + 1, 3 * T])
+@pytest.mark.parametrize(
+    "name", ["Mistral", "Gemma 2, sliding", "Gemma 3, local, both ways", "Qwen 3, sliding", "GPT-OSS, sliding"]
+)
+def test_windows_of_any_size_with_padding_on_either_side(name, W, mask):
+    """`attention_mask` (N, S) as a tokenizer makes it. Of rows that are padding nothing is asked: see the next test."""
+    keep = MASKS[mask]
+    text = np.ones((N, T), bool) if keep is None else keep.astype(bool)
+    dy = np.random.default_rng(2).standard_normal((N, T, 30)) * text[..., None]
+    with in_float64():
+        seen = run(name, keep, dy=dy, sliding_window=W)
+    layer = layer_of(name, seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=keep))
+    close(y[text], seen.y[text])
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    close(dx, seen.dx)
+    for key, grad in to_state_dict(dparams, layer).items():
+        close(grad, seen.grads[key.removeprefix(seen.prefix)])
+
+
 @every
 def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
     """The library as it is. In float32 a sum of n terms is off by n U32 of their size, and a result is a chain of sums:
@@ -381,6 +435,33 @@ def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
     pairs = [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]
     for got, want in pairs:
         assert np.abs(got - want).max() <= bar * max(1.0, np.abs(want).max())
+
+
+HALF = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16, 2.0**-8), "float16": (torch.float16, np.float16, 2.0**-11)}
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize(
+    "name", ["Llama 3.1", "GPT-2", "Gemma 2, sliding", "Gemma 3, local", "Qwen 3", "GPT-OSS, full", "Phi-3", "Cohere"]
+)
+def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half, tmp_path):
+    """A checkpoint of half precision, from a safetensors file, against transformers' float64 layer of the same numbers:
+    what is computed in float32 is off by the roundings of its sums, as above, and then by U of the result, rounded."""
+    theirs, ours, U = HALF[half]
+    with in_float64():
+        seen = run(name, PADDED, half=theirs)
+    save_file({key: x.to(theirs) for key, x in seen.state.items() if seen.prefix in key}, tmp_path / "one.safetensors")
+    layer = load_layer(tmp_path / "one.safetensors", CASES[name].n, seen.config)
+    x, dy = seen.x.astype(ours), seen.dy.astype(ours)
+    y, cache = self_attention(layer.params, x, **layer.options(T, OFFSET, attention_mask=PADDED))
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    grads = to_state_dict(dparams, layer)
+    H, _, D, C = layer.form.sizes
+    bar = 2 * (C + D + T + H * D) * U32
+    for got, want in [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]:
+        assert got.dtype == ours
+        error = np.abs(got.astype(np.float64) - want)
+        assert np.all(error <= U * np.abs(want) + bar * max(1.0, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3, local"])
@@ -611,6 +692,19 @@ def test_a_model_of_text_and_images_has_its_text_config():
         same_static(statics({"model_type": "gemma3", "text_config": HUB["Gemma 3 4B"]}, n), statics(whole, n))
 
 
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("Llama, longrope, short", ["sliding_attention"] * 2), ("Mistral", ["full_attention"] * 2)],
+)
+def test_transformers_takes_layer_types_and_does_not_obey_them(name, types):
+    """5.24: LlamaModel and MistralModel have one mask for all layers. Theirs is the answer without; ours is to refuse."""
+    with in_float64():
+        plain, seen = run(name, None), run(name, None, layer_types=types, sliding_window=WINDOW)
+    assert np.array_equal(seen.y, plain.y)
+    with pytest.raises(ValueError, match=r"layer_types must have .*, as .* does not read it"):
+        layer_of(name, seen)
+
+
 def test_transformers_reads_a_cap_for_gemma_3_and_does_not_apply_it():
     """5.24: `Gemma3Attention.forward` passes no softcap on. Their answer is that without; ours is to refuse."""
     with in_float64():
@@ -711,6 +805,78 @@ TINY = {"model_type": "llama", **SMALL}
 def test_a_config_that_is_not_understood_is_refused(config, n, error, message):
     with pytest.raises(error, match=message):
         statics(config, n)
+
+
+# ── over an encoder ──────────────────────────────────────────────────────────────────────────────────────────────
+
+S = 7
+CROSS = {"add_cross_attention": True, "scale_attn_by_inverse_layer_idx": True}
+
+
+def cross_run(keep):
+    """Layer 1 of a GPT-2 over an encoder: state, x, what the encoder gave, y, dy, dx, d of the encoder's, gradients."""
+    model, _ = model_of("GPT-2", **CROSS)
+    attention, seen = model.h[1].crossattention, {}
+    rng = np.random.default_rng(3)
+    for p in attention.parameters():
+        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)))
+
+    def before(module, args, kwargs):
+        seen["x"] = args[0].detach().clone().requires_grad_()
+        return (seen["x"], *args[1:]), kwargs
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0]))
+    encoder = torch.tensor(rng.standard_normal((N, S, 30)), requires_grad=True)
+    embedded = torch.tensor(rng.standard_normal((N, T, 30)))
+    keep = None if keep is None else torch.tensor(keep)
+    model(inputs_embeds=embedded, encoder_hidden_states=encoder, encoder_attention_mask=keep)
+    dy = torch.tensor(rng.standard_normal((N, T, 30)))
+    named = {f"h.1.crossattention.{key}": p for key, p in attention.named_parameters()}
+    found = torch.autograd.grad(seen["y"], [seen["x"], encoder, *named.values()], dy)
+    dx, dencoder, *grads = (g.numpy() for g in found)
+    arrays = (a.detach().numpy() for a in (seen["x"], encoder, seen["y"], dy))
+    return model, *arrays, dx, dencoder, dict(zip(named, grads, strict=True))
+
+
+@pytest.mark.parametrize("keep", [None, np.array([[1] * S, [0] * 2 + [1] * (S - 3) + [0]])], ids=["all", "padded"])
+def test_gpt_2_over_an_encoder(keep):
+    """modeling_gpt2, is_cross_attention: queries of q_attn, keys and values of a c_attn of two."""
+    model, x, encoder, y, dy, dx, dencoder, grads = cross_run(keep)
+    layer = from_state_dict(model.state_dict(), model.config, 1, cross=True)
+    got, cache = mha(layer.params, x, encoder, encoder, **layer.options(T, S=S, attention_mask=keep))
+    close(got, y)
+    dparams, dquery, dkey, dvalue, _ = mha_vjp(cache, dy)
+    close(dquery, dx)
+    close(dkey + dvalue, dencoder)
+    found = to_state_dict(dparams, layer)
+    assert found.keys() == grads.keys()
+    for key, want in grads.items():
+        assert np.abs(want).max() > 1e-4 or "bias" in key  # nothing comes to a bias of the keys
+        close(found[key], want, what=key)
+    assert layer_of_both(model) == {"h.1.attn.", "h.1.crossattention."}
+
+
+def layer_of_both(model):
+    """The prefixes of both attentions of layer 1, whose tensors come back as they were."""
+    layers = [from_state_dict(model.state_dict(), model.config, 1, cross=cross) for cross in (False, True)]
+    for layer in layers:
+        for key, x in to_state_dict(layer.params, layer).items():
+            assert np.array_equal(x, model.state_dict()[key].numpy())
+    return {layer.form.prefix for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("config", "cross", "error", "message"),
+    [
+        ({"model_type": "gpt2"}, True, ValueError, "cross must be False but for gpt2 with add_cross_attention"),
+        (TINY, True, ValueError, "cross must be False but for gpt2 .*, got llama"),
+        (TINY, 1, TypeError, "cross must be True or False, got 1"),
+    ],
+)
+def test_attention_over_an_encoder_is_refused_where_there_is_none(config, cross, error, message):
+    with pytest.raises(error, match=message):
+        from_state_dict({}, config, 0, cross=cross)
 
 
 # ── state dicts ──────────────────────────────────────────────────────────────────────────────────────────────────

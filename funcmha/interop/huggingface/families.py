@@ -143,8 +143,9 @@ def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
     if not slides(c, n):
         return None, None if both else 0
     W = c["sliding_window"] if c["use_sliding_window"] else None
-    if isinstance(W, bool) or not isinstance(W, Integral) or W < 1:
-        raise ValueError(f"sliding_window must be 1 or more, as layer {n} is of sliding_attention, got {W!r}")
+    least = 0 if both else 1
+    if isinstance(W, bool) or not isinstance(W, Integral) or W < least:
+        raise ValueError(f"sliding_window must be {least} or more, as layer {n} is of sliding_attention, got {W!r}")
     W = int(W)
     return (W // 2, W // 2) if both else (W - 1, 0)  # Gemma 3 has its W // 2 + 1 nearest on either side
 
