@@ -697,7 +697,7 @@ def test_a_model_of_text_and_images_has_its_text_config():
     [("Llama, longrope, short", ["sliding_attention"] * 2), ("Mistral", ["full_attention"] * 2)],
 )
 def test_transformers_takes_layer_types_and_does_not_obey_them(name, types):
-    """5.24: LlamaModel and MistralModel have one mask for all layers. Theirs is the answer without; ours is to refuse."""
+    """5.24: LlamaModel and MistralModel have one mask for all layers. Theirs is the answer without, ours to refuse."""
     with in_float64():
         plain, seen = run(name, None), run(name, None, layer_types=types, sliding_window=WINDOW)
     assert np.array_equal(seen.y, plain.y)

@@ -142,12 +142,11 @@ def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
     both = c["use_bidirectional_attention"]
     if not slides(c, n):
         return None, None if both else 0
-    W = c["sliding_window"] if c["use_sliding_window"] else None
-    least = 0 if both else 1
-    if isinstance(W, bool) or not isinstance(W, Integral) or W < least:
-        raise ValueError(f"sliding_window must be {least} or more, as layer {n} is of sliding_attention, got {W!r}")
-    W = int(W)
-    return (W // 2, W // 2) if both else (W - 1, 0)  # Gemma 3 has its W // 2 + 1 nearest on either side
+    keys, least = c["sliding_window"] if c["use_sliding_window"] else None, 0 if both else 1
+    if isinstance(keys, bool) or not isinstance(keys, Integral) or keys < least:
+        raise ValueError(f"sliding_window must be {least} or more, as layer {n} is of sliding_attention, got {keys!r}")
+    keys = int(keys)
+    return (keys // 2, keys // 2) if both else (keys - 1, 0)  # Gemma 3 has its keys // 2 + 1 nearest on either side
 
 
 # ── rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────
