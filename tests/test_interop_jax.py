@@ -18,8 +18,9 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from funcmha import attention_weights, log_sum_exp
-from funcmha.interop import jax as adapter
-from funcmha.interop.jax import FILL, dot_product_attention, dot_product_attention_vjp
+from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
+from funcmha.interop.jax import functional as adapter
+from funcmha.interop.jax.functional import FILL
 from funcmha.testing import check_vjp
 
 each = pytest.mark.usefixtures("each_engine")
@@ -445,7 +446,7 @@ from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
 x = np.ones((2, 3, 5))
 y, cache = dot_product_attention(x, x, x, is_causal=True, query_seq_lengths=np.array([1]))
 dot_product_attention_vjp(cache, y)
-import funcmha.interop.jax_bridge
+import funcmha.interop.jax.bridge
 assert "jax" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
