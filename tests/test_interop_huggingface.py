@@ -611,6 +611,28 @@ HUB = {  # the parts of real config.json files that matter here, as they are on 
         "rope_theta": 5000000.0,
         "layer_types": ["full_attention"] * 36,
     },
+    "SmolLM 3, sliding": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 6,
+        "no_rope_layer_interval": 2,
+        "sliding_window": 512,
+        "use_sliding_window": True,
+    },
+    "Qwen 2 MoE, sliding": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 24,
+        "max_window_layers": 3,
+        "use_sliding_window": True,
+    },
+    "Phi-3, silent of its context": {
+        "model_type": "phi3",
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+    },
     "dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "longrope with a gain of its own": {
         "model_type": "llama",
