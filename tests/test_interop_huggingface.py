@@ -391,6 +391,18 @@ def test_positions_that_depend_on_the_length_change_after_the_context(kind, cont
     assert not np.array_equal(short, long)
 
 
+def test_dynamic_positions_of_transformers_remember_the_longest_text_and_here_do_not():
+    """5.24, dynamic_frequency_update: a shorter text after a longer one has the frequencies of the longer, until one is
+    shorter than the context."""
+    module, make, _ = modeling("llama")
+    config = make(**(SMALL | {"max_position_embeddings": 29} | rope(rope_type="dynamic", factor=3.0)))
+    turns, ours = module.LlamaRotaryEmbedding(config), statics(config, 0).rope
+    for length, remembered in ((53, 53), (41, 53), (28, 28), (41, 41)):
+        turns(torch.zeros(1), torch.arange(length)[None])
+        np.testing.assert_allclose(turns.inv_freq.numpy(), ours.turns(remembered)[0], rtol=2e-6)
+    assert not np.allclose(ours.turns(41)[0], ours.turns(53)[0], rtol=1e-3)
+
+
 MASKS = {
     "no padding": None,
     "padding on the right": np.array([[1] * T, [1] * (T - 2) + [0] * 2]),

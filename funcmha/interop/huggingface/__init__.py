@@ -23,9 +23,9 @@ Two kinds of rope depend on the length of the text, "dynamic" and "longrope". He
 told, and all keys are turned for it; there, keys in a cache stay turned for the length that they came at, and "dynamic"
 remembers the longest text that it saw.
 
-What funcmha has no place for is refused by name, as are norms over all heads together (use_qk_norm, qk_layernorm) and
-clip_qkv; and so is what transformers reads and does not obey: a soft cap in Gemma 3, bidirectional attention in Gemma 1
-and 2, layer_types of Llama. Why it is made like this: docs/decisions/0024-layers-of-transformers.md.
+What funcmha has no place for is refused by name: a norm for each head (use_qk_norm of Cohere, qk_layernorm of StableLM)
+and clip_qkv of OLMo. So is what transformers reads and does not obey: a soft cap in Gemma 3, bidirectional attention in
+Gemma 1 and 2, layer_types of Llama. Why it is made like this: docs/decisions/0024-layers-of-transformers.md.
 
 No foreign library is imported, but `safetensors` by `load_layer` and `save_layer`. Read from transformers 5.24.
 """
