@@ -140,6 +140,27 @@ def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
             assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("first", [-14.0, 14.0])
+def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
+    """They have the least scores of a row, or the largest, seen by it or not; other rows need no shift."""
+    rng = np.random.default_rng(0)
+    q, k = np.repeat([14.0, 0.1, -14.0, 0.2, 14.0], 5)[:, None], np.full((101, 1), -first)
+    k[:41] = first
+    k += 0.1 * rng.random(k.shape)
+    v, do, mask = rng.standard_normal((101, 5)), rng.standard_normal((25, 5)), np.arange(101) >= 41 * hidden
+    arrays = [a.astype("float32") for a in (q, k, v)]
+    bounds = attention_bounds(*arrays, None, do.astype("float32"), mask=mask, dtype="float32")
+    want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+    o, cache = attention(*arrays, mask=mask, engine=TILED)
+    grads, want_grads = attention_vjp(cache, do.astype("float32")), attention_vjp(want, do)
+    assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
+    for got, ref, bound in zip(
+        (o, *grads), (want_o, *want_grads), (bounds.o, bounds.dq, bounds.dk, bounds.dv), strict=False
+    ):
+        assert_within(got, ref, bound, factor=2)
+
+
 @pytest.mark.parametrize(("batch", "T"), [(2, 700), (1, 500)])
 @pytest.mark.parametrize("bias", ["none", "T S", "1 S", "T 1", "... 1 1 S"])
 def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
