@@ -22,10 +22,11 @@ bench: .venv/ready ## forward and backward against PyTorch, timed
 mutants: .venv/ready ## plant every fault of tests/faults, and see the suite catch it
 	$(BIN)/python tests/mutants.py
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/side_by_side.txt
 	@touch $@
 
 clean: ## remove the environment and every cache
