@@ -113,6 +113,15 @@ def logits(draw, B):
     return None if slopes is None else normal(*slopes, seed=3), draw(st.sampled_from([None, normal(H, seed=4)]))
 
 
+@st.composite
+def dropout(draw, *shape):
+    """The words of ours and of theirs for some dropout, or for none."""
+    if draw(st.booleans()):
+        return {}, {}
+    keep = np.random.default_rng(5).random(shape) > 0.4
+    return {"keep": keep, "dropout_p": 0.4}, {"dropout_mask": torch.tensor(keep), "dropout_p": 0.4}
+
+
 def tensor(a):
     return torch.tensor(np.array(a))
 
@@ -128,12 +137,10 @@ def masked(n, N):
 @given(st.data(), st.sampled_from([1, 2]), size, size, options())
 def test_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, B, T, S, static):
     inputs = [normal(B, T, H, D), normal(B, S, K, D, seed=1), normal(B, S, K, E, seed=2), *data.draw(logits(B))]
-    keep = np.random.default_rng(5).random((B, H, T, S)) > 0.4 if data.draw(st.booleans()) else None
-    p = 0.0 if keep is None else 0.4
-    out, cache = flash_attn_func(*inputs, **static, keep=keep, dropout_p=p)
+    drop, of_theirs = data.draw(dropout(B, H, T, S))
+    out, cache = flash_attn_func(*inputs, **static, **drop)
     leaves = [leaf(x) for x in inputs]
-    drop = {"dropout_p": p, "dropout_mask": None if keep is None else tensor(keep)}
-    want = theirs(*leaves, **static, **drop)
+    want = theirs(*leaves, **static, **of_theirs)
     all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
 
     dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
@@ -180,34 +187,36 @@ def packed_by(mask, x):
 
 
 @given(st.data(), padded(), options())
-def test_varlen_out_lse_and_gradients_are_the_reference_s(each_engine, data, problem, static):
+def test_varlen_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, problem, static):
     (T, S), used, there = problem
     B, (uq, uk), (nq, nk) = len(used), zip(*used, strict=True), zip(*there, strict=True)
     batch = [normal(B, T, H, D), normal(B, S, K, D, seed=1), normal(B, S, K, E, seed=2)]
     slopes, sink = data.draw(logits(B))
+    drop, of_theirs = data.draw(dropout(B, H, T, S))
     q_mask, k_mask = masked(uq, T), masked(uk, S)
     unused = {"query_unused_mask": masked(nq, T) ^ q_mask, "key_unused_mask": masked(nk, S) ^ k_mask}
     packing = library().generate_qkv(*map(tensor, batch), q_mask, k_mask, **unused)
-    q, k, v, _, cu_q, cu_k, used_q, used_k, max_q, max_k, *leaves, _, pad_out, pad_dq, pad_dk = packing
+    q, k, v, _, cu_q, cu_k, used_q, used_k, _, _, *leaves, _, pad_out, pad_dq, pad_dk = packing
 
-    at = {"cu_seqlens_q": cu_q.numpy(), "cu_seqlens_k": cu_k.numpy(), "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    at = {"cu_seqlens_q": cu_q.numpy(), "cu_seqlens_k": cu_k.numpy(), "max_seqlen_q": T, "max_seqlen_k": S}
     at |= {"seqused_q": used_q.numpy(), "seqused_k": used_k.numpy()}
     packed = [x.detach().numpy() for x in (q, k, v)]
-    out, cache = flash_attn_varlen_func(*packed, slopes, sink, **at, **static)
+    out, cache = flash_attn_varlen_func(*packed, slopes, sink, **at, **static, **drop)
 
     leaves += [leaf(slopes), leaf(sink)]
     sq, sk = (torch.tensor(n)[:, None, None, None] for n in (uq, uk))
-    alibi = functools.partial(distances, T, S, sq, sk)
-    want, _, lse = theirs(*leaves, query_padding_mask=q_mask, key_padding_mask=k_mask, alibi=alibi, **static)
+    static |= {"query_padding_mask": q_mask, "key_padding_mask": k_mask} | of_theirs
+    want, weights, lse = theirs(*leaves, alibi=functools.partial(distances, T, S, sq, sk), **static)
     lse = lse.masked_fill(~q_mask[:, None], -math.inf)  # theirs of a query that does not count is of no use
     close(pad_out(tensor(out)).numpy(), want, "out")
+    close(attention_weights(cache), weights, "weights")
     close(log_sum_exp(cache).T, packed_by(masked(nq, T), lse.detach().mT.numpy()), "lse")
 
-    dout, dlse = (normal(*x.shape, seed=5) for x in (want, lse))
+    dout, dweights, dlse = (normal(*x.shape, seed=5) for x in (want, weights, lse))
     of_packed, of_lse = (packed_by(masked(nq, T), x) for x in (dout, dlse.swapaxes(1, 2)))
-    dq, dk, dv, *of_heads = flash_attn_varlen_func_vjp(cache, of_packed, dlse=of_lse.T)
+    dq, dk, dv, *of_heads = flash_attn_varlen_func_vjp(cache, of_packed, dweights=dweights, dlse=of_lse.T)
     got = *(pad(tensor(dx)).numpy() for pad, dx in ((pad_dq, dq), (pad_dk, dk), (pad_dk, dv))), *of_heads
-    all_close(GRADIENTS, got, gradients([want, lse], [dout, dlse], leaves))
+    all_close(GRADIENTS, got, gradients([want, weights, lse], [dout, dweights, dlse], leaves))
 
 
 def test_packed_sequences_and_their_gradients_are_the_reference_s(each_engine):
