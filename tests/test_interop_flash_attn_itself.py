@@ -219,31 +219,39 @@ def test_varlen_out_weights_lse_and_gradients_are_the_reference_s(each_engine, d
     all_close(GRADIENTS, got, gradients([want, weights, lse], [dout, dweights, dlse], leaves))
 
 
+PACKED = {"causal": True, "window_size": (1, None)}
+
+
 def test_packed_sequences_and_their_gradients_are_the_reference_s(each_engine):
-    n, T = [3, 5], 5
-    mask, static = masked(n, T), {"causal": True, "window_size": (1, None)}
-    q, k, v = (tensor(normal(2, T, H, D, seed=seed)) for seed in range(3))
-    dout = normal(2, T, H, D, seed=3)
-
-    qkv, lengths, longest, leaf_of, pad_out, pad_grad = library().generate_qkv(q, k, v, mask, mask, qkvpacked=True)
+    mask, sink, dout = masked([3, 5], 5), normal(H), normal(2, 5, H, D, seed=3)
+    batch = (tensor(normal(2, 5, H, D, seed=seed)) for seed in range(3))
+    qkv, lengths, longest, leaf_of, pad_out, pad_grad = library().generate_qkv(*batch, mask, mask, qkvpacked=True)
     at = {"cu_seqlens": lengths.numpy(), "max_seqlen": longest}
-    out, cache = flash_attn_varlen_qkvpacked_func(qkv.detach().numpy(), **at, **static)
-    want, *_ = theirs(*leaf_of.unbind(2), query_padding_mask=mask, key_padding_mask=mask, **static)
-    close(pad_out(tensor(out)).numpy(), want)
-    dqkv, *_ = flash_attn_varlen_qkvpacked_func_vjp(cache, packed_by(mask, dout))
-    close(pad_grad(tensor(dqkv)).numpy(), *gradients([want], [dout], [leaf_of]))
+    out, cache = flash_attn_varlen_qkvpacked_func(qkv.detach().numpy(), None, sink, **at, **PACKED)
 
-    of_keys, k, v = masked([7, 2], 7), *(tensor(normal(2, 7, K, D, seed=seed)) for seed in (4, 5))
-    q, kv, *lengths, q_leaf, kv_leaf, pad_out, pad_dq, pad_dkv = library().generate_qkv(
-        q, k, v, mask, of_keys, kvpacked=True
-    )
-    at = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), (x.numpy() for x in lengths[:2]), strict=True))
-    out, cache = flash_attn_varlen_kvpacked_func(q.detach().numpy(), kv.detach().numpy(), **at, **static)
-    want, *_ = theirs(q_leaf, *kv_leaf.unbind(2), query_padding_mask=mask, key_padding_mask=of_keys, **static)
+    leaves = leaf_of, leaf(sink)
+    want, *_ = theirs(*leaf_of.unbind(2), None, leaves[1], query_padding_mask=mask, key_padding_mask=mask, **PACKED)
     close(pad_out(tensor(out)).numpy(), want)
-    dq, dkv, *_ = flash_attn_varlen_kvpacked_func_vjp(cache, packed_by(mask, dout))
-    got = pad_dq(tensor(dq)).numpy(), pad_dkv(tensor(dkv)).numpy()
-    all_close("dq dkv", got, gradients([want], [dout], [q_leaf, kv_leaf]))
+    dqkv, _, dsink = flash_attn_varlen_qkvpacked_func_vjp(cache, packed_by(mask, dout))
+    all_close("dqkv dsink", (pad_grad(tensor(dqkv)).numpy(), dsink), gradients([want], [dout], leaves))
+
+
+def test_packed_keys_of_sequences_and_their_gradients_are_the_reference_s(each_engine):
+    mask, of_keys, sink, dout = masked([3, 5], 5), masked([7, 2], 7), normal(H), normal(2, 5, H, D, seed=3)
+    batch = (tensor(normal(2, n, heads, D, seed=seed)) for seed, (n, heads) in enumerate([(5, H), (7, K), (7, K)]))
+    packing = library().generate_qkv(*batch, mask, of_keys, kvpacked=True)
+    q, kv, cu_q, cu_k, _, _, *leaves, pad_out, pad_dq, pad_dkv = packing
+    at = {"cu_seqlens_q": cu_q.numpy(), "cu_seqlens_k": cu_k.numpy()}
+    packed = (x.detach().numpy() for x in (q, kv))
+    out, cache = flash_attn_varlen_kvpacked_func(*packed, None, sink, **at, **PACKED)
+
+    leaves += [leaf(sink)]
+    q, kv, of_sink = leaves
+    want, *_ = theirs(q, *kv.unbind(2), None, of_sink, query_padding_mask=mask, key_padding_mask=of_keys, **PACKED)
+    close(pad_out(tensor(out)).numpy(), want)
+    dq, dkv, _, dsink = flash_attn_varlen_kvpacked_func_vjp(cache, packed_by(mask, dout))
+    got = pad_dq(tensor(dq)).numpy(), pad_dkv(tensor(dkv)).numpy(), dsink
+    all_close("dq dkv dsink", got, gradients([want], [dout], leaves))
 
 
 # ── flash_attn_with_kvcache, as their tests of it are written ────────────────────────────────────────────────────
