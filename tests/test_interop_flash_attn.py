@@ -1,5 +1,6 @@
-"""flash-attention's calls. Its kernels need a GPU, so the oracle is what their docstrings say, in loops over torch.
+"""flash-attention's calls, of which the oracle is what their docstrings say, in loops over torch.
 
+Beside flash-attention itself they are in tests/test_interop_flash_attn_itself.py and in `make kernels`.
 Loops over samples, heads, queries and keys in float64, differentiated by torch's autograd, without funcmha.
 """
 

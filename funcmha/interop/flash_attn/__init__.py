@@ -14,7 +14,7 @@ a window, and softcap = 0.0 is none. lse is (B, H, T), of packed sequences (H, N
 What differs among the originals, and from them:
 
 - A query that sees no key has lse −∞ here, as in their tests' reference and in FA3's source; FA2's source writes +∞,
-  unless it splits the keys.
+  unless it splits the keys, and its Triton backend 0 if causal.
 - ALiBi is −slope · |i + S − T − j| here, as documented. FA2's source adds slope · j instead if causal without a window:
   the same weights, and an lse that is larger by slope · (i + S − T).
 - FA2's source takes a reach of S or more for no bound. Where T > S that is not the documented window; here it is.
@@ -27,9 +27,10 @@ block_table of `flash_attn_varlen_func`, cu_seqlens_q and rotary_seqlens of `fla
 no result, as do deterministic, num_splits, pack_gqa and sm_margin. What return_attn_probs, return_softmax_lse and
 return_lse ask for is `log_sum_exp(cache)` and `attention_weights(cache)`.
 
-No kernel of flash-attention runs on a CPU, so none was run: what is said of them was read. Docstrings and references in
-Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d),
-hopper/test_util.py (1076c675), flash_attn/cute/interface.py (004b1a2e) and testing.py (03146294). "Source" is
+FA2's Triton kernels and the references of all three were run beside this, on a CPU: docs/decisions/0028. No CUDA kernel
+was: what is said of them was read. Docstrings and references in Dao-AILab/flash-attention:
+flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d), hopper/test_util.py
+(1076c675), flash_attn/cute/interface.py (004b1a2e) and testing.py (03146294). "Source" is
 csrc/flash_attn/flash_api.cpp and src/softmax.h, src/mask.h, src/flash_fwd_kernel.h, hopper/softmax.h.
 """
 
