@@ -33,6 +33,7 @@ hopper/test_util.py (1076c675), flash_attn/cute/interface.py (004b1a2e) and test
 csrc/flash_attn/flash_api.cpp and src/softmax.h, src/mask.h, src/flash_fwd_kernel.h, hopper/softmax.h.
 """
 
+from .combine import flash_attn_combine, flash_attn_combine_vjp
 from .dense import flash_attn_func, flash_attn_func_vjp
 from .kvcache import flash_attn_with_kvcache, flash_attn_with_kvcache_vjp
 from .packed import (
@@ -48,6 +49,8 @@ from .packed import (
 from .varlen import flash_attn_varlen_func, flash_attn_varlen_func_vjp
 
 __all__ = [
+    "flash_attn_combine",
+    "flash_attn_combine_vjp",
     "flash_attn_func",
     "flash_attn_func_vjp",
     "flash_attn_kvpacked_func",

@@ -38,7 +38,7 @@ def flash_attn_qkvpacked_func_vjp(
 ) -> tuple[Array, Array, Array]:
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnQkvpackedFuncCache, "flash_attn_qkvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return _packed(dq, dk, dv), dslopes, dsink
 
 
@@ -63,7 +63,7 @@ def flash_attn_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnKvpackedFuncCache, "flash_attn_kvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return dq, _packed(dk, dv), dslopes, dsink
 
 
@@ -102,7 +102,7 @@ def flash_attn_varlen_qkvpacked_func_vjp(
 ) -> tuple[Array, Array, Array]:
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenQkvpackedFuncCache, "flash_attn_varlen_qkvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return _packed(dq, dk, dv), dslopes, dsink
 
 
@@ -127,7 +127,7 @@ def flash_attn_varlen_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenKvpackedFuncCache, "flash_attn_varlen_kvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return dq, _packed(dk, dv), dslopes, dsink
 
 
