@@ -3,6 +3,9 @@
 The oracle is that of test_interop_flash_attn.py: loops over torch in float64, differentiated by autograd.
 """
 
+import inspect
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from test_interop_flash_attn import (
 )
 
 from funcmha import attention_weights, log_sum_exp
+from funcmha.interop import flash_attn
 from funcmha.interop.flash_attn import (
     flash_attn_combine,
     flash_attn_combine_vjp,
@@ -39,6 +43,7 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_vjp,
 )
+from funcmha.interop.flash_attn.packed import Options
 from funcmha.testing import check_vjp
 
 lengths = st.sampled_from([0, 1, 2, 3, 5])
@@ -46,6 +51,49 @@ lengths = st.sampled_from([0, 1, 2, 3, 5])
 
 def tokens_of(start, used):
     return [list(range(a, a + n)) for a, n in zip(start, used, strict=True)]
+
+
+# ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
+
+OF_SCORES = "softmax_scale causal window_size softcap"
+FA2 = f"dropout_p {OF_SCORES} alibi_slopes deterministic return_attn_probs"
+FA3 = f"{OF_SCORES} attention_chunk q_descale k_descale v_descale sm_margin"
+OF_PAST = "q k_cache v_cache k v rotary_cos rotary_sin rotary_interleaved cache_seqlens cache_batch_idx cache_leftpad"
+OF_PACKED = "cu_seqlens_q cu_seqlens_k_new max_seqlen_q rotary_seqlens"
+OF_MODS = "score_mod score_mod_bwd mask_mod aux_tensors aux_scalars block_sparse_tensors"
+FA4 = f"q k v qv gather_kv_indices {OF_SCORES} learnable_sink num_splits pack_gqa deterministic {OF_MODS} return_lse"
+FA4 += " gather_bwd_recompute_p gather_bwd_token_chunk"
+CU = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+PARAMETERS = [  # of 2.8.3 and 4.0.0b36
+    ("flash_attn_func", f"q k v {FA2}"),
+    ("flash_attn_func", f"q k v qv num_splits pack_gqa deterministic {FA3}"),
+    ("flash_attn_func", f"{FA4} block_sparse_tensors_bwd"),
+    ("flash_attn_qkvpacked_func", f"qkv {FA2}"),
+    ("flash_attn_qkvpacked_func", f"qkv num_heads_q deterministic {FA3}"),
+    ("flash_attn_kvpacked_func", f"q kv {FA2}"),
+    ("flash_attn_varlen_func", f"q k v {CU} block_table {FA2}"),
+    ("flash_attn_varlen_func", f"q k v qv {CU} seqused_q seqused_k num_splits pack_gqa deterministic {FA3}"),
+    ("flash_attn_varlen_func", f"{CU} min_seqlen_k seqused_q seqused_k page_table scheduler_metadata {FA4}"),
+    ("flash_attn_varlen_func", "seqlen_k_per_split disable_scheduler_metadata"),
+    ("flash_attn_varlen_qkvpacked_func", f"qkv cu_seqlens max_seqlen {FA2}"),
+    ("flash_attn_varlen_kvpacked_func", f"q kv {CU} {FA2}"),
+    ("flash_attn_with_kvcache", f"{OF_PAST} block_table {OF_SCORES} alibi_slopes num_splits return_softmax_lse"),
+    (
+        "flash_attn_with_kvcache",
+        f"{OF_PAST} page_table qv {OF_PACKED} {FA3}",
+    ),
+    ("flash_attn_with_kvcache", "scheduler_metadata num_splits pack_gqa return_softmax_lse"),
+    ("flash_attn_combine", "out_partial lse_partial out out_dtype cu_seqlens seqused virtual_batch_idx return_lse"),
+]
+
+
+@pytest.mark.parametrize(("name", "theirs"), PARAMETERS)
+def test_every_parameter_of_the_originals_is_taken_or_said_not_to_be(name, theirs):
+    taken = set(inspect.signature(getattr(flash_attn, name)).parameters)
+    if "options" in taken:
+        taken |= set(Options.__annotations__)
+    unspoken = flash_attn.__doc__.partition("Not spoken:")[2].partition("No kernel")[0]
+    assert set(theirs.split()) <= taken | set(re.findall(r"\w+", unspoken))
 
 
 # ── qv and listed keys ───────────────────────────────────────────────────────────────────────────────────────────
@@ -241,6 +289,49 @@ def test_packed_tokens_beside_a_cache_and_their_gradients_are_torch(each_engine,
     grads = flash_attn_with_kvcache_vjp(cache, tuple(dy), dweights=dweights, dlse=dlse)
     names = "dq dk_cache dv_cache dk dv dalibi_slopes dlearnable_sink dqv"
     all_close(names, grads, gradients(want, [*dy, dweights, dlse], leaves))
+
+
+def test_every_library_gives_the_same(xp):
+    qv, pages = normal(5, H, E, seed=9), (normal(4, 3, K, D, seed=1), normal(4, 3, K, E, seed=2))
+    new = normal(3, K, D, seed=3), normal(3, K, E, seed=4)
+    packed = {"cu_seqlens_q": cu([2, 3]), "causal": True}
+    of_pages = packed | {"seqused_k": np.array([2, 5]), "page_table": TABLE, "gather_kv_indices": np.ones((5, 2), int)}
+    of_cache = packed | {"cu_seqlens_k_new": cu([1, 2]), "cache_seqlens": np.array([2, 0])}
+    table = {"rotary_cos": normal(9, 2), "rotary_sin": normal(9, 2, seed=1)}
+    out, lse = normal(3, 5, H, E), normal(3, 5, H)
+    for f, f_vjp, inputs, static, arrays in (
+        (flash_attn_varlen_func, flash_attn_varlen_func_vjp, (normal(5, H, D), *pages, None, None, qv), of_pages, {}),
+        (
+            flash_attn_with_kvcache,
+            flash_attn_with_kvcache_vjp,
+            (normal(5, H, D), *pages, *new, None, None, qv),
+            of_cache,
+            table,
+        ),
+        (flash_attn_combine, flash_attn_combine_vjp, (out, lse), {}, {}),
+    ):
+        want, cache = f(*inputs, **static, **arrays)
+        theirs = {name: xp.to(a) for name, a in arrays.items()}
+        got, cache_of_theirs = f(*(None if x is None else xp.to(x) for x in inputs), **static, **theirs)
+        for a, b in zip(f_vjp(cache_of_theirs, got), f_vjp(cache, want), strict=True):
+            close(None if a is None else xp.back(a), b)
+        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
+            close(xp.back(a), b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=str)
+def test_values_with_two_parts_are_rounded_once(each_engine, dtype):
+    """dv is the sum of what v has as values and as keys of qv."""
+    shapes = (2, 3, H, D), (2, 5, K, D), (2, 5, K, E), (2, 3, H, E)
+    q, k, v, qv = (np.array(normal(*shape)).astype(dtype) for shape in shapes)
+    wide = [x.astype(np.float32) for x in (q, k, v, qv)]
+    want, of_wide = flash_attn_func(*wide[:3], None, None, wide[3])
+    out, cache = flash_attn_func(q, k, v, None, None, qv)
+    assert np.array_equal(out, want.astype(dtype))
+    grads = flash_attn_func_vjp(of_wide, out.astype(np.float32))
+    for got, g in zip(flash_attn_func_vjp(cache, out), grads, strict=True):
+        assert (got is None) == (g is None)
+        assert got is None or (got.dtype == dtype and np.array_equal(got, g.astype(dtype)))
 
 
 # ── flash_attn_qkvpacked_func(num_heads_q=…) ─────────────────────────────────────────────────────────────────────
