@@ -77,7 +77,8 @@ def attended_vjp(
 @log_sum_exp.register
 def _(cache: AttendedCache, /) -> Array:
     lse, tokens = log_sum_exp(cache.attention), cache.q.shape[:-3]
-    return lse if len(tokens) == 1 else namespace(lse).moveaxis(_split(lse, tokens), 0, 1)
+    xp = namespace(lse)
+    return lse if len(tokens) == 1 else xp.moveaxis(xp.reshape(lse, (lse.shape[0], *tokens)), 0, 1)
 
 
 def check_cotangents(
@@ -102,8 +103,3 @@ def _packed(dlse: Array) -> Array:
         return dlse
     (B, H, T), xp = dlse.shape, namespace(dlse)
     return xp.reshape(xp.moveaxis(dlse, 0, 1), (H, B * T))
-
-
-def _split(lse: Array, tokens: tuple[int, ...]) -> Array:
-    """(H, N)   →   (H, B, T)"""
-    return namespace(lse).reshape(lse, (lse.shape[0], *tokens))
