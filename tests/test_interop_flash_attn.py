@@ -513,6 +513,14 @@ def test_varlen_out_lse_and_gradients_are_torch(each_engine, data, problem, stat
     all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
 
 
+def test_a_seed_drops_of_each_sequence_its_own(each_engine):
+    q, k, v, drop = normal(5, H, D), normal(7, K, D, seed=1), normal(7, K, E, seed=2), seeded(7, 0.4)
+    at = {"cu_seqlens_q": cu([3, 2]), "cu_seqlens_k": cu([2, 5])}
+    got, _ = flash_attn_varlen_func(q, k, v, **at, keep=drop)
+    want, _ = flash_attn_varlen_func(q, k, v, **at, keep=drop.dense((2, H, 3, 5)), dropout_p=0.4)
+    close(got, want)
+
+
 def test_varlen_without_sequences(each_engine):
     none = np.zeros(1, np.int32)
     q, k, v, slopes, sink = normal(0, H, D), normal(0, K, D), normal(0, K, E), normal(H), normal(H)
