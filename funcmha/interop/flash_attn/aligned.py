@@ -72,9 +72,10 @@ def aligned(
     (T, D), S = q.shape[-2:], k.shape[-2]
     bias, of_slopes = (None, None) if slopes is None else alibi(slopes, T=T, S=S, offset=S - T)
     mask = masks.intersection(scores.mask(T, S), None if listed is None else _among(listed, S))
+    scale, cap = scores.scale, scores.cap
     if qv is not None:
         q, k = (namespace(q).concat(pair, axis=-1) for pair in ((q, qv), (k, v)))
-    o, of_scores = attention(q, k, v, bias, sink, mask=mask, scale=scores.scale, cap=scores.cap, keep=keep, rate=rate)
+    o, of_scores = attention(q, k, v, bias, sink, mask=mask, scale=scale, cap=cap, keep=keep, rate=rate)
     return o, AlignedCache(of_slopes, of_scores, None if qv is None else D)
 
 
