@@ -2,7 +2,8 @@
 
 The wheel of flash-attn-4 has it in flash_attn/cute/testing.py, with the functions that pack and unpack sequences:
 PyTorch alone, so that it runs in float64. What is said of it here is said of 4.0.0b36. Of its options sink_token_length
-is not one of any kernel's call, and qv, descale factors and gather_kv_indices are not spoken by the adapter.
+is not one of any kernel's call, and descale factors are not spoken by the adapter. qv and gather_kv_indices are beside it
+in tests/test_interop_flash_attn_options.py.
 
 Its kernels are run by tests/test_flash_attn_kernels.py.
 """
@@ -144,7 +145,7 @@ def test_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, B,
     all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
 
     dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
-    grads = flash_attn_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
+    *grads, _ = flash_attn_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
     all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
 
 
@@ -214,7 +215,7 @@ def test_varlen_out_weights_lse_and_gradients_are_the_reference_s(each_engine, d
 
     dout, dweights, dlse = (normal(*x.shape, seed=5) for x in (want, weights, lse))
     of_packed, of_lse = (packed_by(masked(nq, T), x) for x in (dout, dlse.swapaxes(1, 2)))
-    dq, dk, dv, *of_heads = flash_attn_varlen_func_vjp(cache, of_packed, dweights=dweights, dlse=of_lse.T)
+    dq, dk, dv, *of_heads, _ = flash_attn_varlen_func_vjp(cache, of_packed, dweights=dweights, dlse=of_lse.T)
     got = *(pad(tensor(dx)).numpy() for pad, dx in ((pad_dq, dq), (pad_dk, dk), (pad_dk, dv))), *of_heads
     all_close(GRADIENTS, got, gradients([want, weights, lse], [dout, dweights, dlse], leaves))
 
@@ -312,7 +313,7 @@ def test_kvcache_and_its_gradients_are_the_reference_s(each_engine, data, proble
     outputs = *y, log_sum_exp(cache)
     all_close("out k_cache v_cache lse", outputs, want)
     *dy, dlse = (normal(*x.shape, seed=5) for x in outputs)
-    grads = flash_attn_with_kvcache_vjp(cache, tuple(dy), dlse=dlse)
+    *grads, _ = flash_attn_with_kvcache_vjp(cache, tuple(dy), dlse=dlse)
     all_close("dq dk_cache dv_cache dk dv dalibi_slopes dlearnable_sink", grads, gradients(want, [*dy, dlse], leaves))
 
 
@@ -356,7 +357,7 @@ def test_the_reference_s_gradient_of_a_bias_is_nan_where_a_query_sees_no_key(eac
 
     got, cache = flash_attn_func(*inputs, causal=True)
     close(got, out)
-    _, _, _, dslopes, _ = flash_attn_func_vjp(cache, dout)
+    _, _, _, dslopes, *_ = flash_attn_func_vjp(cache, dout)
     close(dslopes, -(bias.grad * distances(3, 2))[:, :, 1:].sum((-2, -1)))
 
 
