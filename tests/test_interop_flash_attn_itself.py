@@ -2,7 +2,7 @@
 
 The wheel of flash-attn-4 has it in flash_attn/cute/testing.py, with the functions that pack and unpack sequences:
 PyTorch alone, so that it runs in float64. What is said of it here is said of 4.0.0b36. Of its options sink_token_length
-is not one of any kernel's call, and descale factors are not spoken by the adapter. qv and gather_kv_indices are beside it
+is not one of any kernel's call, and descale factors are not spoken by the adapter. qv and gather_kv_indices are tested
 in tests/test_interop_flash_attn_options.py.
 
 Its kernels are run by tests/test_flash_attn_kernels.py.

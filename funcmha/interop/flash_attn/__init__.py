@@ -51,10 +51,10 @@ Not spoken:
 
 FA2's Triton kernels and the references of all three were run beside this, on a CPU: docs/decisions/0028. No CUDA kernel
 was: what is said of them was read. Signatures are those of 2.8.3 (FA2, FA3) and 4.0.0b36 (FA4). Docstrings and
-references in Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d), hopper/test_util.py
-(1076c675), flash_attn/cute/interface.py (004b1a2e) and testing.py (03146294). "Source" is
-csrc/flash_attn/flash_api.cpp and src/softmax.h, src/mask.h, src/flash_fwd_kernel.h, hopper/flash_api.cpp and softmax.h,
-flash_attn/cute/interface.py and topk_gather_kv.py.
+references in Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py
+(01afd16d), hopper/test_util.py (1076c675), flash_attn/cute/interface.py (004b1a2e) and testing.py (03146294). "Source"
+is csrc/flash_attn/flash_api.cpp and src/softmax.h, src/mask.h, src/flash_fwd_kernel.h, hopper/flash_api.cpp and
+softmax.h, flash_attn/cute/interface.py and topk_gather_kv.py.
 """
 
 from .combine import flash_attn_combine, flash_attn_combine_vjp
