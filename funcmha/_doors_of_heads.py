@@ -14,27 +14,13 @@ from .biases import Relative
 from .dropout import Seeded
 from .engines import pick
 from .heads import Options
-from .masks import Mask, as_mask
+from .masks import Dense, Mask, as_mask
 from .norms import Norm
 from .rotary import HalfPairs, InterleavedPairs, check_table
 
 
 def check_inputs(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    zero_attn: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: Any,
-    engine: Any,
+    axes: _check.Axes, leaves: dict[str, Array], query: Array, key: Array, value: Array, bias: Any, given: Options
 ) -> Options:
     """The door of `head` and `mha`."""
     inputs = [("query", query), ("key", key), ("value", value)]
@@ -42,25 +28,12 @@ def check_inputs(
     axes("query", query, "... T Cq")
     axes("key", key, "... S Ck")
     axes("value", value, "... S Cv")
-    return check_options(axes, leaves, query, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+    return check_options(axes, leaves, query, bias, given)
 
 
-def check_options(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    like: Array,
-    bias: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    zero_attn: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: Any,
-    engine: Any,
-) -> Options:
+def check_options(axes: _check.Axes, leaves: dict[str, Array], like: Array, bias: Any, given: Options) -> Options:
     """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
+    mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine = given
     one_head = "H" not in axes.size
     lead = "... " if one_head else "... H "
     check_bias(axes, bias, lead + "T S")
@@ -69,7 +42,7 @@ def check_options(
         mask = check_mask(axes, mask, "... 1 T S")
     else:
         mask = check_mask(axes, mask, lead + "T S")
-        mask = as_mask(as_head(mask.array)) if one_head and mask is not None else mask
+        mask = as_mask(as_head(mask.array)) if one_head and isinstance(mask, Dense) else mask
     _check.flag("zero_attn", zero_attn)
     extra = ("bias_kv.k" in leaves) + zero_attn
     if extra and isinstance(bias, Relative):

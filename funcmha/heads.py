@@ -16,11 +16,11 @@ from ._xp import Array, full, namespace, unbroadcast
 from .biases import Relative
 from .dropout import Seeded
 from .engines import REFERENCE, Engine
-from .masks import Mask, as_mask, dense
+from .masks import as_mask, dense
 from .norms import Norm
 from .ops import LinearCache, cut_heads, cut_sample
 from .params import Params
-from .rotary import Rotary, cut_turned, cut_turned_sample
+from .rotary import cut_turned, cut_turned_sample
 
 SMALL = 2**18  # numbers of o, 1 MiB of float32: with fewer, queries and keys are kept, whose memory is worth no time
 WIDE = 256  # of a projection: a product this wide gains nothing from being a part of one that is wider
@@ -190,17 +190,17 @@ def concatenated(cache: CombineCache) -> LinearCache:
 
 
 class Options(NamedTuple):
-    """What is not differentiable of an attention of several heads, checked."""
+    """What is not differentiable of an attention of several heads: here as the doors leave it, who take it as given."""
 
-    mask: Mask | None
+    mask: Any  # a Mask, or None
     scale: Any  # of every head, or (H,), or None
     cap: Any  # of every head, or (H,), or None
     zero_attn: bool
     norm: Norm | None
-    rotary: tuple[Rotary | None, Rotary | None]  # of queries and of keys
+    rotary: Any  # two tables, of queries and of keys, each of them or None
     keep: Array | Seeded
-    rate: float
-    engine: Engine
+    rate: Any  # a float
+    engine: Any  # an Engine
 
 
 class AttendCache(NamedTuple):

@@ -87,9 +87,8 @@ def head(
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    options = check_inputs(
-        axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
-    )
+    given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+    options = check_inputs(axes, leaves, query, key, value, bias, given)
     stack = tree.map(widen, stack_head(params))
     key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
     o, heads = attend(stack, widen(query), key, value, bias_as_head(on_bias(widen, bias)), options)
@@ -186,9 +185,8 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    options = check_inputs(
-        axes, leaves, query, key, value, bias, mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine
-    )
+    given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+    options = check_inputs(axes, leaves, query, key, value, bias, given)
     dtype, params, query, bias = query.dtype, tree.map(widen, params), widen(query), on_bias(widen, bias)
     key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
     y, groups, per_key_head = None, [], axes["H"] // max(axes["K"], 1)

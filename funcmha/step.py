@@ -80,7 +80,8 @@ def self_attention_step(
     All else is as in `mha`, and so is what it raises; also ValueError for a context that is too short, and for
     `bias_kv`, whose key comes from no token. In float16 and bfloat16 the new keys are rounded in kv', and not for y.
     """
-    left, own, o = _door(params, x, kv, bias, left, mask, scale, cap, norm, rotary, keep, rate, engine)
+    given = Options(mask, scale, cap, False, norm, rotary, keep, rate, engine)
+    left, own, o = _door(params, x, kv, bias, left, given)
     dtype, params = x.dtype, tree.map(widen, params)
     (q, q_cache), (k, k_cache), (v, v_cache) = (
         project(params[name], widen(x), engine=o.engine) for name in ("q_proj", "k_proj", "v_proj")
@@ -199,21 +200,7 @@ def _differences_vjp(bias: Any, T: int, dbias: Any) -> Any:
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _door(
-    params: Params,
-    x: Array,
-    kv: Any,
-    bias: Any,
-    left: Any,
-    mask: Any,
-    scale: Any,
-    cap: Any,
-    norm: Any,
-    rotary: Any,
-    keep: Any,
-    rate: Any,
-    engine: Any,
-) -> tuple[int | None, Any, Options]:
+def _door(params: Params, x: Array, kv: Any, bias: Any, left: Any, given: Options) -> tuple[int | None, Any, Options]:
     """`left`, the bias of this step, and its options: its mask, its rows of the table, its part of what is dropped."""
     axes, leaves = check(params, SPEC)
     if "bias_kv.k" in leaves:
@@ -225,11 +212,11 @@ def _door(
     T, (N, seen) = axes["T"], _check_past(axes, x, kv, left)
     held = T + (N if left is None else min(N, left))
     axes.size["S"] = held
-    own, turns = _differences(bias, T, held), _turns_from(rotary, seen, T)
+    own, turns, keep = _differences(bias, T, held), _turns_from(given.rotary, seen, T), given.keep
     if isinstance(keep, Seeded):
         first = seen + T - held  # of the keys held
         keep = replace(keep, first_query=keep.first_query + seen, first_key=keep.first_key + first)
-    o = check_options(axes, leaves, x, own, mask, scale, cap, False, norm, (turns, None), keep, rate, engine)
+    o = check_options(axes, leaves, x, own, given._replace(rotary=(turns, None), keep=keep))
     mask = intersection(window(left, 0, held - T), o.mask)
     return left, own, o._replace(mask=mask, rotary=(turns, turns))
 
