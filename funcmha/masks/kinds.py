@@ -52,6 +52,10 @@ class Band(Mask):
         keys = np.arange(S)
         return to_library(((start <= keys) & (keys < stop))[None], like)
 
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        i, (least, greatest) = np.arange(T), self.diagonals
+        return to_library(((i >= -greatest) & (i < S - least) & (S > 0))[:, None], like)
+
     def _at(self, index: tuple[int, ...]) -> Mask:
         return self
 
@@ -87,6 +91,10 @@ class Bands(Mask):
     def _seen(self, T: int, S: int, like: Array) -> Array:
         seen = [self.at(index).seen(T, S) for index in np.ndindex(self.offset.shape)]
         return to_library(np.array(seen, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        seeing = [self.at(index).seeing(T, S) for index in np.ndindex(self.offset.shape)]
+        return to_library(np.array(seeing, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Band(self.left, self.right, int(of_sample(self.offset, index, 0)))
@@ -169,6 +177,10 @@ class Segments(Mask):
         shape = self._shape(T, S)
         return to_library(np.array(seen).reshape(*shape[:-2], 1, S), like)
 
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        seeing = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
+        return to_library(np.array(seeing, bool).reshape(*self._shape(T, S)[:-1], 1), like)
+
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Segments(of_sample(self.q_ids, index, 1), of_sample(self.k_ids, index, 1))
 
@@ -215,6 +227,9 @@ class Spans(Mask):
         opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
         seen = (np.cumsum(opened - closed) > 0)[None, :S]
         return to_library(seen, like)
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        return to_library((self.start < self.stop)[:, None], like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return self

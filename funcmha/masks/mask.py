@@ -1,6 +1,7 @@
 """What a mask is: the questions that it answers; an array as one; and what several allow."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -12,6 +13,8 @@ from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, of_sa
 
 Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
 Block = Literal["empty", "full", "mixed"]
+
+ROWS, COLS = 256, 32  # of the tiles in which an intersection looks for a key of each query: most find one in the first
 
 
 class Mask(ABC):
@@ -64,6 +67,14 @@ class Mask(ABC):
         """
         return self._seen(T, S, like)
 
+    def seeing(self, T: int, S: int, like: Array = None) -> Array:
+        """The queries that see any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
+
+        Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
+        array costs all its columns, and an intersection with one outside NumPy is made whole.
+        """
+        return self._seeing(T, S, like)
+
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
 
@@ -98,6 +109,9 @@ class Mask(ABC):
     def _seen(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
         return self._tile((0, 1), (0, S), like)
 
+    def _seeing(self, T: int, S: int, like: Array) -> Array:  # of the same
+        return to_library(self._tile((0, 1), (0, S), None).any(axis=-1, keepdims=True), like)
+
     @abstractmethod
     def _at(self, index: tuple[int, ...]) -> "Mask": ...
 
@@ -131,8 +145,14 @@ class Dense(Mask):
         return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
 
     def _seen(self, T: int, S: int, like: Array) -> Array:
+        return self._any(-2, T, S, like)
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        return self._any(-1, T, S, like)
+
+    def _any(self, axis: int, T: int, S: int, like: Array) -> Array:
         whole = self._tile((0, T), (0, S), like)
-        return namespace(whole).any(whole, axis=-2, keepdims=True)
+        return namespace(whole).any(whole, axis=axis, keepdims=True)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
@@ -170,6 +190,25 @@ class Intersection(Mask):
     def _seen(self, T: int, S: int, like: Array) -> Array:
         return reduce(and_, (part.seen(T, S, like) for part in self.parts))
 
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
+            whole = self._tile((0, T), (0, S), like)
+            return namespace(whole).any(whole, axis=-1, keepdims=True)
+        may = reduce(and_, (part.seeing(T, S) for part in self.parts))
+        return to_library(self._found(np.broadcast_to(may, (*self._shape(T, S)[:-1], 1)), S), like)
+
+    def _found(self, may: np.ndarray, S: int) -> np.ndarray:
+        """Of the queries that may see a key, as each part has one for them, those that do     (..., H, T or 1, 1)"""
+        found = np.zeros(may.shape, dtype=bool)
+        for start in range(0, may.shape[-2], ROWS):
+            rows = start, min(start + ROWS, may.shape[-2])
+            wanted, some = may[..., slice(*rows), :], found[..., slice(*rows), :]  # a view, written to
+            for cols in _widening(self.columns(rows, S)):
+                if np.array_equal(some, wanted):
+                    break
+                some |= self.tile(rows, cols).any(axis=-1, keepdims=True)
+        return found
+
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Intersection(tuple(part.at(index) for part in self.parts))
 
@@ -189,6 +228,14 @@ def as_mask(mask: Any, name: str = "mask") -> Mask:
 
 def _parts(mask: Mask) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, Intersection) else (mask,)
+
+
+def _widening(cols: Range) -> Iterator[Range]:
+    """Columns from left to right, few at first, then twice as many each time."""
+    (start, stop), width = cols, COLS
+    while start < stop:
+        yield start, min(start + width, stop)
+        start, width = start + width, 2 * width
 
 
 def to_library(tile: np.ndarray, like: Array) -> Array:

@@ -263,7 +263,7 @@ def backward(
     else:
         dp = head.drop(x.d[:, :E] @ v1[:, :E].T, tile) + x.d[:, E:]
     if dweights is not None:
-        dp += dweights * x.inverse
+        dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype))
@@ -275,7 +275,12 @@ def backward(
 def mean_cotangent(head: Head, tile: Tile, x: Rows, dweights: Array) -> Array:
     """Σ p dweights over one tile (R)"""
     e = head.exponentials(x.q, tile, x.shift)
-    return np.einsum("ts,ts->t", e, dweights) * x.inverse[:, 0]
+    return np.einsum("ts,ts->t", e, _of_some(e, dweights)) * x.inverse[:, 0]
+
+
+def _of_some(e: Array, dweights: Array) -> Array:
+    """The cotangents of weights that are not 0, whatever the others are: the derivative of an entropy is −∞ there"""
+    return np.where(e == 0, 0.0, dweights)
 
 
 def columns(T: int) -> int:
