@@ -161,7 +161,7 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
         m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
     shift = _guess(head, rows, tiles, m)
     total, acc = _sums(head, q, rows, tiles, shift)
-    if not np.all(total >= FLOOR):
+    if not np.all((total >= FLOOR) & (total < np.inf)):  # or NaN, as that of `_guess` makes it
         shift = _maximum(head, q, rows, tiles)
         total, acc = _sums(head, q, rows, tiles, shift)
     if head.sink is not None:
@@ -172,13 +172,14 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
 def _guess(head: Head, rows: Range, tiles: list[Tile], m: Array) -> Array:
     """A whole shift c with s − c ≤ BOUND for certain, and not far below it in all likelihood; None for none.
 
-    None where it can be, for s − c loses as many digits as c has.
+    None where it can be, for s − c loses as many digits as c has. NaN for a row with a bias of +∞, whether it is hidden
+    or not: then `_maximum` tells.
     """
     top = np.zeros(rows[1] - rows[0], head.q.dtype)
     if head.bias is not None and tiles:
         seen = Tile(rows, (min(tile.cols[0] for tile in tiles), max(tile.cols[1] for tile in tiles)), mixed=True)
         largest = LOG2E * head.bias_of(seen).max(axis=-1)
-        top = np.where(np.isfinite(largest), largest, top)
+        top = np.where(largest == -np.inf, top, np.where(largest == np.inf, np.nan, largest))
     c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
     if head.sink is not None:
         c = np.maximum(c, LOG2E * head.sink - BOUND)
