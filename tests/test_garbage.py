@@ -30,6 +30,8 @@ from funcmha import (
     scores,
     scores_vjp,
     self_attention,
+    self_attention_step,
+    self_attention_step_vjp,
     self_attention_vjp,
     tree,
 )
@@ -246,6 +248,27 @@ def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_
     want, *dxs, _ = mha_vjp(apart, dy)
     tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), dparams, want)
     np.testing.assert_allclose(dx, sum(dxs), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(norm):
+    problem = replace(SQUARE, norm=norm)
+    (params, x, *_), (dy, *_), static = problem.inputs("float64"), problem.cotangents("float64"), problem.static()
+    padded = np.arange(T) < 2  # on the left
+
+    def run(value):
+        tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
+        for t in (slice(0, 3), slice(3, 5)):
+            mask = masks.padding(~padded[: t.stop])
+            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, norm=static.get("norm"))
+            ys.append(y)
+            caches.append(cache)
+        for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
+            dparams, dx, dkv, _ = self_attention_step_vjp(cache, (dy[:, t], dkv))
+            grads += [dparams, dx]
+        return *ys, *grads
+
+    same(run(np.nan), run(0.5))
 
 
 @each_mask
