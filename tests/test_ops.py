@@ -236,7 +236,7 @@ def test_minus_infinity_in_the_bias_is_a_mask():
         close(a, b)
 
 
-@pytest.mark.parametrize("gain", [1.0, 1e3])  # where the tiled engine shifts the scores, and where not
+@pytest.mark.parametrize("gain", [1.0, 15.0, 1e3])  # where the tiled engine shifts no scores, some, and by the maximum
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.usefixtures("few_queries")
 def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(gain, sink):

@@ -161,7 +161,7 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
         m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
     shift = _guess(head, rows, tiles, m)
     total, acc = _sums(head, q, rows, tiles, shift)
-    if not np.all((total >= FLOOR) & (total < np.inf)):  # or NaN, as that of `_guess` makes it
+    if not np.all(total >= FLOOR):  # or NaN, as the guess may be
         shift = _maximum(head, q, rows, tiles)
         total, acc = _sums(head, q, rows, tiles, shift)
     if head.sink is not None:
