@@ -316,6 +316,26 @@ def test_seeing_is_the_loop_over_queries_and_keys(problem):
     np.testing.assert_array_equal(np.broadcast_to(seeing, (*shape[:-1], 1)), sees(mask, shape))
 
 
+@pytest.mark.parametrize(
+    ("mask", "sees"),
+    [
+        (causal(-2), "..xx"),
+        (window(0, None, offset=3), "xx.."),
+        (window(1, 0, offset=3), "xxx."),
+        (causal(np.array([-2, -1])), "..xx .xxx"),
+        (window(0, None, np.array([3, 1])), "xx.. xxxx"),
+        (segments(np.array([[4, 2, 7, 9], [1, 4, 4, 1]]), np.array([2, 4, 4, 2, 9])), "xx.x .xx."),
+        (lengths(np.array([0, 3])), ".... xxxx"),
+        (padding(np.array([[False, True, False, False, False], [False] * 5])), "xxxx ...."),
+        (as_mask(np.arange(20).reshape(4, 5) == 13), "..x."),
+        (causal(-1) & padding(np.array([False, True, True, True, True])), "..xx"),
+    ],
+)
+def test_small_masks_are_seen_by(mask, sees):
+    rows = np.broadcast_to(mask.seeing(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
+    assert " ".join("".join("x" if some else "." for some in row) for row in rows) == sees
+
+
 @pytest.fixture(scope="module")
 def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
