@@ -117,6 +117,17 @@ def test_weights_of_a_few_queries_sum_to_one_however_large_the_scores(which, lay
     np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
 
 
+def test_a_query_without_keys_costs_no_second_pass(monkeypatch):
+    """Its sum is 0 as one that vanished is, but no maximum is looked for."""
+    problem = AttentionProblem(T=19, S=19)
+    q, k, v, *_ = problem.inputs("float64")
+    monkeypatch.setattr(few, "ROWS", 0)
+    monkeypatch.setattr(tiles, "_maximum", None)
+    mask = masks.causal() & masks.padding(np.arange(19) >= 3)
+    o, _ = attention(q, k, v, mask=mask, engine=TILED)
+    assert np.allclose(o, attention(q, k, v, mask=mask, engine=REFERENCE)[0], rtol=1e-13, atol=1e-15)
+
+
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])

@@ -119,10 +119,13 @@ class Head(NamedTuple):
 
     def hide(self, a: Array, tile: Tile, value: float) -> None:
         """a = value where not mask"""
+        np.copyto(a, value, where=~self.allowed(tile))
+
+    def allowed(self, tile: Tile) -> Array:
+        """The mask of a tile (R or 1, N or 1)"""
         assert self.mask is not None
         allowed = self.mask.tile(tile.rows, tile.cols)
-        allowed = allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
-        np.copyto(a, value, where=~allowed)
+        return allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
 
     def drop(self, a: Array, tile: Tile) -> Array:
         """a ⊙ keep / (1 − rate)"""
@@ -161,7 +164,7 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
         m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
     shift = _guess(head, rows, tiles, m)
     total, acc = _sums(head, q, rows, tiles, shift)
-    if not np.all(total >= FLOOR):  # or NaN, as the guess may be
+    if _is_lost(head, rows, tiles, total, shift):
         shift = _maximum(head, q, rows, tiles)
         total, acc = _sums(head, q, rows, tiles, shift)
     if head.sink is not None:
@@ -196,6 +199,17 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
         total[i] += e @ np.ones(len(e.T), e.dtype)
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True)
     return total, acc
+
+
+def _is_lost(head: Head, rows: Range, tiles: list[Tile], total: Array, shift: Array) -> bool:
+    """Whether keys of some row went under, or the guess was NaN. A sum of 0 is right for a row that sees no key."""
+    small = ~(total >= FLOOR)  # or NaN
+    if not small.any() or (shift is not None and np.isnan(shift).any()):
+        return bool(small.any())
+    sees = np.zeros(len(total), bool)
+    for tile in tiles:
+        sees[_within(rows, tile)] |= head.allowed(tile).any(axis=-1) if tile.mixed else True
+    return bool((small & sees).any())
 
 
 def sums(head: Head, shift: Array) -> Array:
