@@ -117,6 +117,14 @@ def test_weights_of_a_few_queries_sum_to_one_however_large_the_scores(which, lay
     np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
 
 
+def test_scores_that_the_mask_hides_may_be_far_above_the_others(monkeypatch):
+    """2 to the power of what they are above the maximum of the others would overflow, with a warning."""
+    monkeypatch.setattr(few, "ROWS", 0)
+    q, k, v = np.ones((3, 1)), np.array([[-2000.0], [0.0], [2000.0]]), np.eye(3)
+    o, _ = attention(q, k, v, mask=masks.causal(), engine=TILED)
+    np.testing.assert_array_equal(o, np.eye(3))
+
+
 def test_a_query_without_keys_costs_no_second_pass(monkeypatch):
     """Its sum is 0 as one that vanished is, but no maximum is looked for."""
     problem = AttentionProblem(T=19, S=19)
@@ -131,16 +139,17 @@ def test_a_query_without_keys_costs_no_second_pass(monkeypatch):
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
-def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
+@pytest.mark.parametrize("mask", [None, masks.causal(-1)], ids=["none", "causal"])
+def test_scores_of_any_size_are_shifted_as_they_must(mask, sign, size):
     """All near the bound |q| max |k|, where a shift is needed, or near its opposite, where the guess is too much."""
     rng = np.random.default_rng(0)
     q, k = size + 0.1 * rng.random((2, 3, 7, 1)), sign * (size + 0.1 * rng.random((2, 3, 11, 1)))
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     for dtype in ("float32", "float64"):
         arrays = [a.astype(dtype) for a in (q, k, v)]
-        want_o, want = attention(*(a.astype("float64") for a in arrays), engine=REFERENCE)
-        o, cache = attention(*arrays, engine=TILED)
-        bounds = attention_bounds(*arrays, None, do.astype(dtype), dtype=dtype)
+        want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+        o, cache = attention(*arrays, mask=mask, engine=TILED)
+        bounds = attention_bounds(*arrays, None, do.astype(dtype), mask=mask, dtype=dtype)
         assert_within(o, want_o, bounds.o, factor=2)
         assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
         for i, name in enumerate(("dq", "dk", "dv")):
