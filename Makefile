@@ -1,6 +1,7 @@
 # Every verb sets up what it needs: each works as the first command in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+FLASH := 2.8.3.post2
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,13 +23,27 @@ bench: .venv/ready ## forward and backward against PyTorch, timed
 mutants: .venv/ready ## plant every fault of tests/faults, and see the suite catch it
 	$(BIN)/python tests/mutants.py
 
-.venv/ready: pyproject.toml constraints.txt
+kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside funcmha; fetches 0.3 GB
+	TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PYTHONPATH=.kernels/flash_attn-$(FLASH):.kernels \
+		$(BIN)/python -m pytest tests/test_flash_attn_*.py
+
+.venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/side_by_side.txt
+	@touch $@
+
+# Beside .venv, not in it: Triton would change what torch does there. The source is unpacked, and nothing is built.
+.kernels/ready: .venv/ready tests/kernels.txt
+	rm -rf .kernels
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .kernels -r tests/kernels.txt
+	PYTHONPATH=.kernels FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download --quiet --no-deps \
+		--disable-pip-version-check --no-binary flash-attn --no-build-isolation --dest .kernels flash-attn==$(FLASH)
+	tar -xzf .kernels/flash_attn-$(FLASH).tar.gz -C .kernels
 	@touch $@
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .kernels .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help verify test check bench mutants clean
+.PHONY: help verify test check bench mutants kernels clean

@@ -52,21 +52,24 @@ def _linear_vjp(
 
 REFERENCE = Engine("reference", _linear, _linear_vjp, ops.attention, ops.attention_vjp)
 TILED = Engine("tiled", tiled.linear, tiled.linear_vjp, tiled.attention, tiled.attention_vjp)
-ENGINES = (REFERENCE, TILED)
-# Queries and keys up to which the reference is faster for NumPy arrays too: for 256 samples of 8 tokens 23 times, there
-# and back, and at 96 between as fast and twice as fast (docs/performance.md).
+BATCHED = Engine("batched", tiled.linear, tiled.linear_vjp, ops.attention, ops.attention_vjp)
+ENGINES = (REFERENCE, TILED)  # each op once: BATCHED has those of both
+# Queries and keys up to which attention takes all heads of all samples at once, rather than tile by tile: for 256
+# samples of 8 tokens it is 20 times faster, there and back, and at 96 as fast (docs/performance.md).
 SHORT = 96
 
 
 def pick(engine: Engine | None, x: Array, longest: int) -> Engine:
-    """The engine given, else the fastest for so many queries and keys at most, in arrays like `x`: TILED for real NumPy
-    arrays, but of short sequences, whose scores are no larger than they are, REFERENCE, as for all others
+    """The engine given, else the fastest for so many queries and keys at most, in arrays like `x`: for real NumPy
+    arrays TILED, or BATCHED where sequences are short, whose scores are no larger than they are; REFERENCE for others
     """
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine must be one of funcmha.engines or None, got {engine!r}")
     if engine is not None:
         return engine
-    return TILED if isinstance(x, np.ndarray) and x.dtype.kind != "c" and longest > SHORT else REFERENCE
+    if not isinstance(x, np.ndarray) or x.dtype.kind == "c":
+        return REFERENCE
+    return TILED if longest > SHORT else BATCHED
 
 
 def attention(
@@ -87,8 +90,8 @@ def attention(
     """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
-    What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: TILED in linear memory, for NumPy arrays,
-    REFERENCE for all; None picks the faster. The results are the same, to rounding.
+    What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: REFERENCE for all arrays; for NumPy's TILED in
+    linear memory, and BATCHED for short sequences; None picks the fastest. The results are the same, to rounding.
     """
     longest = max((x.shape[-2] for x in (q, k) if getattr(x, "ndim", 0) > 1), default=0)
     chosen = pick(engine, q, longest)

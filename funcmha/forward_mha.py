@@ -19,12 +19,12 @@ from .heads import (
     AttendCache,
     CombineCache,
     ProjectCache,
-    _concatenated,
-    _engine,
-    _stacked,
+    concatenated,
+    engine_of,
     extend,
     extend_scores,
     recall,
+    stacked,
 )
 from .mha import GroupCache, HeadCache, MhaCache
 from .ops import AttentionCache, seeing_queries
@@ -123,14 +123,12 @@ def project_jvp(cache: ProjectCache, params_dot: Params | None, x_dot: Array) ->
     """ẏₕ = ẋ wₕᵀ + x ẇₕᵀ + ḃₕ   (..., T, H, D), or None where it is zero"""
     if params_dot is None and x_dot is None:
         return None
-    stack = _stacked(
-        cache._replace(w=cache.w if params_dot is None else params_dot["w"], b=(params_dot or {}).get("b"))
-    )
-    y_dot, linear = None, _engine(cache).linear
+    stack = stacked(cache._replace(w=cache.w if params_dot is None else params_dot["w"], b=(params_dot or {}).get("b")))
+    y_dot, linear = None, engine_of(cache).linear
     if params_dot is not None:
         y_dot, _ = linear(*stack)
     if x_dot is not None:
-        y_dot, _ = linear(x_dot, _stacked(cache).w, onto=y_dot)
+        y_dot, _ = linear(x_dot, stacked(cache).w, onto=y_dot)
     return namespace(y_dot).reshape(y_dot, (*cache.x.shape[:-1], *cache.w.shape[:-1]))
 
 
@@ -159,7 +157,7 @@ def _extend_jvp(cache: AttendCache, leaf: str, x_dot: Array, row_dot: Array) -> 
 
 def combine_jvp(cache: CombineCache, params_dot: Params | None, o_dot: Array, *, onto: Array) -> Array:
     """ẏ = onto + Σₕ (ȯₕ wₕᵀ + oₕ ẇₕᵀ) + ḃ   (..., T, O)"""
-    linear, (o, w, _) = _engine(cache).linear, _concatenated(cache)
+    linear, (o, w, _) = engine_of(cache).linear, concatenated(cache)
     y_dot, _ = linear(namespace(o).reshape(o_dot, o.shape), w, onto=onto)
     if params_dot is not None:
         w_dot = namespace(o).reshape(params_dot["w"], w.shape)

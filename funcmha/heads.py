@@ -44,11 +44,11 @@ def project(params: Params, x: Array, /, *, engine: Engine) -> tuple[Array, Proj
 def project_vjp(cache: ProjectCache, dy: Array, /, *, onto: Array) -> tuple[Params, Array]:
     """dparams, onto + dx"""
     reshape, (*batch, H, D) = namespace(dy).reshape, dy.shape
-    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy, (*batch, H * D)), onto=onto)
-    return _group(reshape(dw, cache.w.shape), None if db is None else reshape(db, (H, D))), dx
+    dx, dw, db = engine_of(cache).linear_vjp(stacked(cache), reshape(dy, (*batch, H * D)), onto=onto)
+    return w_and_b(reshape(dw, cache.w.shape), None if db is None else reshape(db, (H, D))), dx
 
 
-def _back_to_each(
+def project_each_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
 ) -> tuple[list[Params], tuple[Array, ...]]:
     """The vjp of several projections, each of an input of its own"""
@@ -56,38 +56,47 @@ def _back_to_each(
     return [dparams for dparams, _ in grads], tuple(dx for _, dx in grads)
 
 
-def _back_to_one(
+def project_shared_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
 ) -> tuple[list[Params], tuple[Array, ...]]:
-    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product of all their rows"""
-    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) >= WIDE:
-        dparams, dx = [], onto[0]
-        for cache, dy in zip(caches, dys, strict=True):
-            of_one, dx = project_vjp(cache, dy, onto=dx)
-            dparams.append(of_one)
+    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product"""
+    (dx,) = onto
+    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) < WIDE:
+        dparams, dx = _as_one_product_vjp(caches, dys, onto=dx)
         return dparams, (dx,)
-    xp, engine, parts = namespace(dys[0]), _engine(caches[0]), [_stacked(cache) for cache in caches]
+    dparams = []
+    for cache, dy in zip(caches, dys, strict=True):
+        of_one, dx = project_vjp(cache, dy, onto=dx)
+        dparams.append(of_one)
+    return dparams, (dx,)
+
+
+def _as_one_product_vjp(
+    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: Array
+) -> tuple[list[Params], Array]:
+    """dparams of each, onto + dx: of the projection whose rows are those of all"""
+    xp, engine, parts = namespace(dys[0]), engine_of(caches[0]), [stacked(cache) for cache in caches]
     w = xp.concat([part.w for part in parts])
     b = None
     if any(part.b is not None for part in parts):
         b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
     flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
-    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), flat, onto=onto[0])
+    dx, dw, db = engine.linear_vjp(LinearCache(parts[0].x, w, b), flat, onto=onto)
     dparams, stop = [], 0
     for cache, part in zip(caches, parts, strict=True):
         rows = slice(stop, stop + part.w.shape[0])
         dbias = None if part.b is None else xp.reshape(db[rows], cache.b.shape)
-        dparams.append(_group(xp.reshape(dw[rows, :], cache.w.shape), dbias))
+        dparams.append(w_and_b(xp.reshape(dw[rows, :], cache.w.shape), dbias))
         stop = rows.stop
-    return dparams, (dx,)
+    return dparams, dx
 
 
 def _projected(cache: ProjectCache) -> Array:
-    y, _ = _engine(cache).linear(*_stacked(cache))
+    y, _ = engine_of(cache).linear(*stacked(cache))
     return namespace(y).reshape(y, (*cache.x.shape[:-1], *cache.w.shape[:-1]))
 
 
-def _stacked(cache: ProjectCache) -> LinearCache:
+def stacked(cache: ProjectCache) -> LinearCache:
     """The heads as the rows of one matrix (H·D, C)."""
     x, w, b, _ = cache
     H, D, C = w.shape
@@ -95,7 +104,8 @@ def _stacked(cache: ProjectCache) -> LinearCache:
     return LinearCache(x, reshape(w, (H * D, C)), None if b is None else reshape(b, (H * D,)))
 
 
-def _group(w: Array, b: Array) -> Params:
+def w_and_b(w: Array, b: Array) -> Params:
+    """The group of one projection, without what is None."""
     return {"w": w} if b is None else {"w": w, "b": b}
 
 
@@ -103,7 +113,8 @@ def _remembered(engine: Engine) -> Engine | None:
     return None if engine is REFERENCE else engine
 
 
-def _engine(cache: Any) -> Engine:
+def engine_of(cache: Any) -> Engine:
+    """The engine that a cache remembers."""
     return REFERENCE if cache.engine is None else cache.engine
 
 
@@ -150,15 +161,15 @@ class CombineCache(NamedTuple):
 def combine(params: Params, o: Array, /, *, engine: Engine, onto: Array) -> tuple[Array, CombineCache]:
     """y = onto + Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
     cache = CombineCache(o, params["w"], params.get("b"), _remembered(engine))
-    y, _ = engine.linear(*_concatenated(cache), onto=onto)
+    y, _ = engine.linear(*concatenated(cache), onto=onto)
     return y, cache
 
 
 def combine_vjp(cache: CombineCache, dy: Array, /) -> tuple[Params, Array]:
     """dparams, do"""
     reshape = namespace(dy).reshape
-    do, dw, db = _engine(cache).linear_vjp(_concatenated(cache), dy)
-    return _group(reshape(dw, cache.w.shape), db), reshape(do, cache.o.shape)
+    do, dw, db = engine_of(cache).linear_vjp(concatenated(cache), dy)
+    return w_and_b(reshape(dw, cache.w.shape), db), reshape(do, cache.o.shape)
 
 
 def cut_combined(cache: CombineCache, h: slice) -> CombineCache:
@@ -167,7 +178,7 @@ def cut_combined(cache: CombineCache, h: slice) -> CombineCache:
     return CombineCache(o[..., h, :], w[:, h, :], b if h.start == 0 else None, engine)
 
 
-def _concatenated(cache: CombineCache) -> LinearCache:
+def concatenated(cache: CombineCache) -> LinearCache:
     """The heads side by side, as the columns of one matrix (O, H·E)."""
     o, w, b, _ = cache
     O, H, E = w.shape
@@ -242,14 +253,14 @@ def attend_vjp(
 
     Where `onto` is one array, query, key and value are one input, and their gradients are added up.
     """
-    S, engine, cache = cache.k.x.shape[-2], _engine(cache), recall(cache)
+    S, engine, cache = cache.k.x.shape[-2], engine_of(cache), recall(cache)
     dq, dk, dv, dbias, dsink = engine.attention_vjp(cache.attention, heads_first(do), dweights=dweights, dlse=dlse)
     dbias = extend_scores_vjp(S, dk.shape[-2] - S, cache.bias, dbias)
     dk, drow_k = extend_vjp(S, cache.bias_kv["k"], heads_last(dk))
     dv, drow_v = extend_vjp(S, cache.bias_kv["v"], heads_last(dv))
     dk, dk_norm = ready_vjp(cache.k_ready, dk)
     dq, dq_norm = ready_vjp(cache.q_ready, heads_last(dq))
-    back = _back_to_one if len(onto) == 1 else _back_to_each
+    back = project_shared_vjp if len(onto) == 1 else project_each_vjp
     dprojections, dxs = back((cache.q, cache.k, cache.v), (dq, dk, dv), onto=onto)
     dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True))
     if drow_k is not None:

@@ -25,7 +25,7 @@ from ._doors_of_heads import check_inputs, visible
 from ._xp import Array, namespace, narrow, of_heads, widen
 from .biases import Relative
 from .dropout import Seeded
-from .engines import REFERENCE, Engine
+from .engines import BATCHED, REFERENCE, Engine
 from .heads import (
     AttendCache,
     CombineCache,
@@ -38,6 +38,7 @@ from .heads import (
     cut,
     cut_attended,
     cut_combined,
+    engine_of,
     num_keys,
     recall,
 )
@@ -48,7 +49,8 @@ from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, s
 from .rotary import Rotary
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
-# many heads at a time, and holds what it needs between projection and attention for these alone.
+# many heads at a time, and holds what it needs between projection and attention for these alone. Of short sequences,
+# where projections take longest and want to be wide, eight times as many.
 GROUP = 2**18
 
 # ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +122,7 @@ def head_vjp(
     *grads, dbias = (
         _each_sample("do", tuple(batch), heads.bias, back, *cotangents) if per_sample else _one_head(heads, *cotangents)
     )
-    return _narrow((*grads, bias_as_head_vjp(dbias)), do)
+    return narrow_all((*grads, bias_as_head_vjp(dbias)), do)
 
 
 def _one_head(heads: AttendCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
@@ -175,8 +177,8 @@ def mha(
     zero_attn  append a key and value of zeros that every query may see, after those of params["bias_kv"]
     keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S'); or a `Seeded` of
                `funcmha.dropout`, which has a rate of its own
-    engine     the way to do it, of `funcmha.engines`: TILED in linear memory, for NumPy arrays, REFERENCE for all; None
-               picks the faster. The results are the same, to rounding
+    engine     the way to do it, of `funcmha.engines`: REFERENCE for all arrays; for NumPy's TILED in linear memory, and
+               BATCHED for short sequences; None picks the fastest. The results are the same, to rounding
 
     The dtype of the result is that of the inputs; float16 and bfloat16 are computed with in float32 and rounded once. A
     query that may see no key gives out_proj's bias, and gradients 0. It has no effect, even if it is NaN; nor has a key
@@ -233,8 +235,8 @@ def _backward(
 
     cotangents = widen(dy), widen(dweights), widen(dlse)
     if per_sample:
-        return _narrow(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
-    return _narrow(_all_groups(cache, *cotangents, inputs), dy)
+        return narrow_all(_each_sample("dy", tuple(batch), cache.bias, back, *cotangents), dy)
+    return narrow_all(_all_groups(cache, *cotangents, inputs), dy)
 
 
 def _each_sample(
@@ -292,7 +294,7 @@ def _pieces(cache: MhaCache) -> list[tuple[slice, GroupCache]]:
     for heads, out in cache.groups:
         (H, D, _), (K, E, _) = heads.q.w.shape, heads.v.w.shape
         numbers = prod(out.o.shape[:-3]) * max(H // max(K, 1) * out.o.shape[-3], num_keys(heads)) * (D + E)
-        for kv in _few(K, numbers):
+        for kv in _few(K, numbers // 8 if engine_of(heads.q) == BATCHED else numbers):
             h = slice(kv[0] * (H // max(K, 1)), kv[1] * (H // max(K, 1)))
             piece = GroupCache(heads, out) if h == slice(0, H) else GroupCache(cut(heads, *kv), cut_combined(out, h))
             pieces.append((slice(stop + h.start, stop + h.stop), piece))
@@ -371,7 +373,7 @@ def _(cache: SelfAttentionCache, /) -> Array:
     return log_sum_exp(cache.mha)
 
 
-def _narrow(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+def narrow_all(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     """Every gradient in the dtype of the cotangent: of the parameters, the inputs, and the bias."""
 
     def rounded(g: Array) -> Array:

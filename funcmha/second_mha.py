@@ -20,16 +20,16 @@ from .heads import (
     AttendCache,
     CombineCache,
     ProjectCache,
-    _engine,
-    _group,
-    _stacked,
     combine_vjp,
+    engine_of,
     extend_scores,
     extend_scores_vjp,
     extend_vjp,
     recall,
+    stacked,
+    w_and_b,
 )
-from .mha import MhaCache, _narrow
+from .mha import MhaCache, narrow_all
 from .norms import L2NormCache, LayerNormCache, RmsNormCache, _mean, _row_sum, l2_norm_vjp, layer_norm_vjp, rms_norm_vjp
 from .params import Params, group_params, join_groups
 from .rotary import rotate_vjp
@@ -72,7 +72,7 @@ def mha_vjp_jvp(
         inputs.append(dxs_dot)
         biases.append(dbias_dot)
     dxs = (sum(parts[1:], parts[0]) for parts in zip(*inputs, strict=True))
-    return _narrow((join_groups(groups), *dxs, join_biases(cache.bias, biases)), dy)
+    return narrow_all((join_groups(groups), *dxs, join_biases(cache.bias, biases)), dy)
 
 
 class _Moves(NamedTuple):
@@ -119,14 +119,14 @@ def combine_vjp_jvp(
     o_dot, _ = attention_jvp(x.cache.attention, *x.inner)
     w_dot = namespace(dy).zeros_like(cache.w) if params_dot is None else params_dot["w"]
     more, do_more = combine_vjp(cache._replace(o=heads_last(o_dot), w=w_dot, b=None), dy)  # it is linear in o and in w
-    return _group(dparams["w"] + more["w"], dparams.get("b")), do, do_dot + do_more
+    return w_and_b(dparams["w"] + more["w"], dparams.get("b")), do, do_dot + do_more
 
 
 def attend_vjp_jvp(x: _Moves, do: Array, do_dot: Array) -> tuple[Params, tuple[Array, ...], Bias]:
     """ḋparams, (ḋquery, ḋkey, ḋvalue), ḋbias: `attend_vjp` and its tangents side by side"""
     cache, S = x.cache, x.cache.k.x.shape[-2]
     do, do_dot = heads_first(do), heads_first(do_dot)
-    dq, dk, dv, _, _ = _engine(cache).attention_vjp(cache.attention, do, dlse=x.dlse)
+    dq, dk, dv, _, _ = engine_of(cache).attention_vjp(cache.attention, do, dlse=x.dlse)
     *dots, dbias_dot, dsink_dot = attention_vjp_jvp(
         cache.attention, do, do_dot, *x.inner, dlse=x.dlse, dlse_dot=x.dlse_dot
     )
@@ -157,10 +157,10 @@ def project_vjp_jvp(
     flat = (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])
     w_dot = zeros(cache.w) if params_dot is None else params_dot["w"]
     moved = cache._replace(x=zeros(cache.x) if x_dot is None else x_dot, w=w_dot, b=None)
-    dx, dw, db = _engine(cache).linear_vjp(_stacked(cache), reshape(dy_dot, flat))
-    dx_more, dw_more, _ = _engine(cache).linear_vjp(_stacked(moved), reshape(dy, flat))
+    dx, dw, db = engine_of(cache).linear_vjp(stacked(cache), reshape(dy_dot, flat))
+    dx_more, dw_more, _ = engine_of(cache).linear_vjp(stacked(moved), reshape(dy, flat))
     db = None if db is None else reshape(db, cache.b.shape)
-    return _group(reshape(dw + dw_more, cache.w.shape), db), dx + dx_more
+    return w_and_b(reshape(dw + dw_more, cache.w.shape), db), dx + dx_more
 
 
 def _ready(

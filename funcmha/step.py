@@ -30,7 +30,7 @@ from .biases import Relative
 from .decode import KV, AppendCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents
 from .dropout import Seeded
 from .engines import Engine
-from .heads import CombineCache, Options, ProjectCache, _back_to_one, _engine, combine, combine_vjp, project
+from .heads import CombineCache, Options, ProjectCache, combine, combine_vjp, engine_of, project, project_shared_vjp
 from .masks import Mask, intersection, window
 from .norms import Norm
 from .params import SPEC, Params, check
@@ -127,7 +127,7 @@ def self_attention_step_vjp(
     _check.cache(cache, SelfAttentionStepCache, "self_attention_step")
     dtype, dy, dheld = _check_cotangents(cache, dy_dkv, dweights, dlse)
     dout, do = combine_vjp(cache.out, dy)
-    dq, dkeys, dvalues, dbias, dsink = _engine(cache.out).attention_vjp(
+    dq, dkeys, dvalues, dbias, dsink = engine_of(cache.out).attention_vjp(
         cache.attention, heads_first(do), dweights=widen(dweights), dlse=widen(dlse)
     )
     dkeys, dvalues = (dkeys, dvalues) if dheld is None else (dkeys + widen(dheld[0]), dvalues + widen(dheld[1]))
@@ -136,7 +136,7 @@ def self_attention_step_vjp(
     cache = _with_share(cache, dq, dk, dv)
     dk, dk_norm = ready_vjp(cache.k_ready, dk)
     dq, dq_norm = ready_vjp(cache.q_ready, dq)
-    dprojections, (dx,) = _back_to_one((cache.q, cache.k, cache.v), (dq, dk, dv), onto=(None,))
+    dprojections, (dx,) = project_shared_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), onto=(None,))
     dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True)) | {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}

@@ -37,6 +37,7 @@ CALLS = {  # name: module, inputs, options
     "flash_attn_varlen_qkvpacked_func": (flash_attn, (normal(T, 3, H, D),), {"cu_seqlens": CU["cu_seqlens_q"]}),
     "flash_attn_varlen_kvpacked_func": (flash_attn, (TOKENS_FIRST[0][0], normal(S, 2, K, D)), CU),
     "flash_attn_with_kvcache": (flash_attn, TOKENS_FIRST, {}),
+    "flash_attn_combine": (flash_attn, (normal(S, B, T, H, D), normal(S, B, T, H)), {}),
     "sdpa": (cudnn, HEADS_FIRST, {}),
     "attention": (onnx, HEADS_FIRST, {}),
     "from_ragged": (
@@ -50,8 +51,13 @@ CALLS = {  # name: module, inputs, options
         {"ragged_offset": np.array([0, 72]), "seq_len": np.array([3]), "n": 5},
     ),
 }
-TUPLES = ["multi_head_attention_forward", "flash_attn_with_kvcache", "attention"]  # whose output is several arrays
-MOVES = ["from_ragged", "to_ragged"]  # which attend to nothing
+TUPLES = [  # whose output is several arrays
+    "multi_head_attention_forward",
+    "flash_attn_with_kvcache",
+    "flash_attn_combine",
+    "attention",
+]
+MOVES = ["from_ragged", "to_ragged", "flash_attn_combine"]  # which attend to nothing
 FLAGS = [
     ("scaled_dot_product_attention", "is_causal"),
     ("scaled_dot_product_attention", "enable_gqa"),

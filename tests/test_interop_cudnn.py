@@ -1,6 +1,7 @@
 """cuDNN's `sdpa` against its documentation and Python reference, written out densely in float64 PyTorch.
 
-cuDNN runs on NVIDIA GPUs alone, so the library itself is no oracle here.
+The oracle here has all that `sdpa` does, also what cuDNN refuses for want of a kernel. The definition in cuDNN's own
+front end is that of `test_interop_cudnn_graph.py`, and its kernels that of `test_interop_cudnn_gpu.py`.
 """
 
 import enum
@@ -285,6 +286,19 @@ def test_bands_of_more_queries_than_keys():
 
 
 @pytest.mark.parametrize(
+    ("older", "drawn"),
+    [
+        ({"use_causal_mask": True}, "x..../xx.../xxx.."),
+        ({"use_causal_mask_bottom_right": True}, "xxx../xxxx./xxxxx"),
+        ({"sliding_window_length": 2}, "xxxxx/xxxxx/.xxxx"),
+        ({"sliding_window_length": 2, "use_causal_mask_bottom_right": True}, ".xx../..xx./...xx"),
+    ],
+)
+def test_bands_in_the_older_words(older, drawn):
+    assert pictures(3, 5, **older) == [drawn]
+
+
+@pytest.mark.parametrize(
     ("alignment", "drawn"),
     [
         ("top_left", ["x..../xx.../xxx../.....", "x..../xx.../...../....."]),
@@ -499,6 +513,43 @@ LENGTHS = {"seq_len_q": np.array([3, 1]), "seq_len_kv": np.array([7, 0])}
             {"diagonal_band_left_bound": 1.0},
             TypeError,
             "diagonal_band_left_bound must be an int or None, got 1.0",
+        ),
+        (
+            (Q, K, K),
+            {"use_causal_mask": True, "use_causal_mask_bottom_right": True},
+            ValueError,
+            "use_causal_mask and use_causal_mask_bottom_right must be given without the other one, diagonal_alignment ",
+        ),
+        (
+            (Q, K, K),
+            {"use_causal_mask": True, "diagonal_band_right_bound": 0},
+            ValueError,
+            "use_causal_mask and use_causal_mask_bottom_right must be given without",
+        ),
+        (
+            (Q, K, K),
+            {"use_causal_mask": True, "diagonal_alignment": "bottom_right"},
+            ValueError,
+            "use_causal_mask and use_causal_mask_bottom_right must be given without",
+        ),
+        ((Q, K, K), {"use_causal_mask": 1}, TypeError, "use_causal_mask must be True or False, got 1"),
+        (
+            (Q, K, K),
+            {"use_causal_mask_bottom_right": None},
+            TypeError,
+            "use_causal_mask_bottom_right must be True or False, got None",
+        ),
+        (
+            (Q, K, K),
+            {"sliding_window_length": 2, "diagonal_band_left_bound": 2},
+            ValueError,
+            "sliding_window_length must be None with diagonal_band_left_bound, got 2",
+        ),
+        (
+            (Q, K, K),
+            {"sliding_window_length": 0},
+            ValueError,
+            "sliding_window_length must be at least 1 or None, got 0",
         ),
         ((Q, K, K), {"diagonal_band_right_bound": True}, TypeError, "diagonal_band_right_bound must be an int or None"),
         ((Q, K, K), {"diagonal_band_right_bound": -1}, ValueError, "diagonal_band_right_bound must be at least 0"),

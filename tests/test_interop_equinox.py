@@ -1,5 +1,6 @@
 """`equinox.nn.MultiheadAttention` is the oracle, in float64, which it keeps."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcmha import init, mha, mha_vjp, tree
+from funcmha import init, mha, mha_vjp, rotary, tree
 from funcmha.interop.equinox import from_module, from_state, to_module, to_state
 
 BIASES = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
@@ -89,6 +90,54 @@ def test_a_query_that_sees_no_key_is_the_mean_in_equinox_and_the_bias_here():
     close(np.einsum("hd,ohd->o", value.mean(0), params["out_proj"]["w"]) + params["out_proj"]["b"], want[2])
     close(y[2], params["out_proj"]["b"])
     close(y[[0, 1, 3, 4]], want[np.array([0, 1, 3, 4])])
+
+
+def test_dropout_is_a_keep_of_its_draw():
+    """One key for each head; `bernoulli(key, 1 - p, (T, S))`."""
+    module = module_of({"dropout_p": 0.25})
+    inputs, key = inputs_of(module), jax.random.key(5)
+    want = eqx.filter_jit(module)(*map(jnp.asarray, inputs), key=key)
+    keep = np.stack([np.asarray(jax.random.bernoulli(k, 0.75, (5, 7))) for k in jax.random.split(key, 3)])
+    close(mha(from_module(module), *inputs, keep=keep, rate=0.25)[0], np.asarray(want))
+    assert not keep.all()
+
+
+def test_heads_processed_by_rotary_positions_are_rotary():
+    module = module_of({"qk_size": 4})
+    x = np.random.default_rng(2).standard_normal((5, 9))
+    embedding = eqx.nn.RotaryPositionalEmbedding(4, 1009.0)
+    turn = jax.vmap(embedding, in_axes=1, out_axes=1)
+    want = module(*[jnp.asarray(x)] * 3, process_heads=lambda q, k, v: (turn(q), turn(k), v))
+    table = rotary.rotary(np.arange(5), rotary.frequencies(4, base=1009.0))
+    close(mha(from_module(module), x, x, x, rotary=table)[0], np.asarray(want))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_types_come_back_bit_for_bit(dtype):
+    module = jax.tree.map(lambda a: a.astype(dtype) if eqx.is_array(a) else a, module_of(FLAGS["all"]))
+    params = from_module(module)
+    assert params["out_proj"]["b"].dtype == np.dtype(dtype)
+    arrays = eqx.filter(to_module(params, module), lambda x: isinstance(x, np.ndarray))
+    jax.tree.map(np.testing.assert_array_equal, arrays, eqx.filter(module, eqx.is_array))
+
+
+def test_every_option_of_equinox_is_spoken():
+    """equinox 0.13.8: what there are tests for, by hand, so that a new one is seen."""
+    spoken = [
+        "num_heads",
+        "query_size",
+        "key_size",
+        "value_size",
+        "output_size",
+        "qk_size",
+        "vo_size",
+        "dropout_p",
+        "dtype",
+    ]
+    options = inspect.signature(eqx.nn.MultiheadAttention.__init__).parameters.keys()
+    assert options - {"self", "key", "inference"} == {*spoken, *BIASES}
+    options = inspect.signature(eqx.nn.MultiheadAttention.__call__).parameters.keys() - {"self"}
+    assert options == {"query", "key_", "value", "mask", "key", "inference", "deterministic", "process_heads"}
 
 
 # ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────

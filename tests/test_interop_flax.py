@@ -1,5 +1,6 @@
 """`flax.nnx.MultiHeadAttention` is the oracle, in float64, on the way that keeps float64: with `sow_weights=True`."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from funcmha import init, masks, mha, mha_vjp, norms, tree
+from funcmha import init, masks, mha, mha_vjp, norms, self_attention_step, tree
 from funcmha.interop.flax import from_module, from_state, to_state
 
 # flax asks for another way to see the weights; here sow_weights is what keeps float64, and nobody looks at them.
@@ -115,6 +116,67 @@ def test_a_query_that_sees_no_key_is_the_mean_in_flax_and_the_bias_here():
     close(y[:, 2], np.broadcast_to(params["out_proj"]["b"], (2, 9)))
     rest = [0, 1, 3, 4]
     close(y[:, rest], want[:, rest])
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_dropout_is_a_keep_of_its_draw(broadcast):
+    """`bernoulli(rngs.dropout(), 1 - rate, …)` of (1, 1, T, S), or with broadcast_dropout=False of (B, H, T, S)."""
+    module = module_of({"dropout_rate": 0.25, "broadcast_dropout": broadcast, "keep_rngs": False})
+    inputs = inputs_of(module)
+
+    @nnx.jit
+    def dropped(module, *inputs):
+        return module(*inputs, deterministic=False, rngs=nnx.Rngs(dropout=5), sow_weights=True)
+
+    want = dropped(module, *inputs)
+    shape = (1, 1, 5, 7) if broadcast else (2, 3, 5, 7)
+    keep = np.asarray(jax.random.bernoulli(nnx.Rngs(dropout=5).dropout(), 0.75, shape))
+    y, _ = mha(from_module(module), *inputs, keep=keep, rate=0.25)
+    close(y, np.asarray(want))
+    assert not keep.all()
+
+
+def test_decoding_is_a_step_after_another():
+    module, x = module_of({"num_kv_heads": 1}), np.random.default_rng(2).standard_normal((2, 4, 9))
+    module.init_cache((2, 4, 9), dtype=jnp.float64)
+    params, kv = from_module(module), None
+    for t in range(3):
+        want = module(x[:, t : t + 1], decode=True, sow_weights=True)
+        (y, kv), _ = self_attention_step(params, x[:, t : t + 1], kv)
+        close(y, np.asarray(want))
+
+
+OPTIONS = {
+    "spoken": "num_heads num_kv_heads in_features in_kv_features qkv_features out_features use_bias normalize_qk",
+    "read off the arrays": "param_dtype",
+    "of the call": "broadcast_dropout dropout_rate deterministic decode rngs keep_rngs",
+    "refused": "attention_fn qkv_dot_general out_dot_general qkv_dot_general_cls out_dot_general_cls",
+    "the dtype computed with": "dtype precision qkv_promote_dtype out_promote_dtype ln_promote_dtype",
+    "of the beginning": "kernel_init out_kernel_init bias_init out_bias_init",
+}
+
+
+def test_every_option_of_flax_is_spoken_or_refused():
+    """flax 0.12.8. What is left are metadata, which no number depends on."""
+    options = inspect.signature(nnx.MultiHeadAttention.__init__).parameters.keys() - {"self"}
+    known = {name for names in OPTIONS.values() for name in names.split()}
+    assert known <= options
+    assert {name for name in options - known if not name.endswith("_metadata")} == set()
+
+
+@pytest.mark.parametrize("option", OPTIONS["refused"].split())
+def test_from_module_refuses_arithmetic_that_is_not_flax_s(option):
+    module = module_of({})
+    setattr(module, option, jax.lax.dot_general)
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        from_module(module)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_types_come_back_bit_for_bit(dtype):
+    state = jax.tree.map(lambda a: a.astype(dtype), pure(nnx.state(module_of(FLAGS["grouped, all"]), nnx.Param)))
+    jax.tree.map(np.testing.assert_array_equal, to_state(from_state(state)), state)
+    assert {a.dtype for a in jax.tree.leaves(to_state(from_state(state)))} == {np.dtype(dtype)}
 
 
 def test_flax_has_float32_s_digits_without_sow_weights():

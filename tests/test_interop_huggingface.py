@@ -20,13 +20,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from funcmha import mha, self_attention, self_attention_vjp, tree
-from funcmha.interop.huggingface import from_state_dict, to_state_dict
-from funcmha.interop.huggingface.families import DEFAULTS, read
+from funcmha import mha, mha_vjp, self_attention, self_attention_vjp, tree
+from funcmha.interop.huggingface import from_state_dict, load_layer, to_state_dict
+from funcmha.interop.huggingface.defaults import DEFAULTS
+from funcmha.interop.huggingface.families import ALL_LAYERS, read
 from funcmha.interop.huggingface.layer import static
 from funcmha.masks import dense
-from funcmha.params import SPEC
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -40,9 +41,25 @@ FAMILIES = {  # model_type: the folder and the class names of its modeling file
     "gemma2": ("gemma2", "Gemma2", "Gemma2Model"),
     "gemma3_text": ("gemma3", "Gemma3", "Gemma3TextModel"),
     "qwen2": ("qwen2", "Qwen2", "Qwen2Model"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2Moe", "Qwen2MoeModel"),
     "qwen3": ("qwen3", "Qwen3", "Qwen3Model"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3Moe", "Qwen3MoeModel"),
     "gpt_oss": ("gpt_oss", "GptOss", "GptOssModel"),
+    "mistral": ("mistral", "Mistral", "MistralModel"),
+    "mixtral": ("mixtral", "Mixtral", "MixtralModel"),
+    "phi3": ("phi3", "Phi3", "Phi3Model"),
+    "smollm3": ("smollm3", "SmolLM3", "SmolLM3Model"),
+    "granite": ("granite", "Granite", "GraniteModel"),
+    "olmo": ("olmo", "Olmo", "OlmoModel"),
+    "starcoder2": ("starcoder2", "Starcoder2", "Starcoder2Model"),
+    "cohere": ("cohere", "Cohere", "CohereModel"),
+    "cohere2": ("cohere2", "Cohere2", "Cohere2Model"),
+    "glm4": ("glm4", "Glm4", "Glm4Model"),
+    "stablelm": ("stablelm", "StableLm", "StableLmModel"),
 }
+WIDTH_OF_A_HEAD = (  # is hidden_size // num_attention_heads: these have no field for it
+    *("qwen2", "qwen2_moe", "phi3", "smollm3", "granite", "olmo", "starcoder2", "cohere", "cohere2", "stablelm"),
+)
 SMALL = {
     "hidden_size": 30,
     "num_attention_heads": 6,
@@ -60,6 +77,8 @@ GPT2 = {"n_embd": 30, "n_head": 5, "n_layer": 2, "n_inner": 7, "vocab_size": 5, 
 SLIDES = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 GEMMA_3 = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 23}
 OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW}
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 7}
+FACTORS = {"short_factor": [1.0 + i / 8 for i in range(7)], "long_factor": [2.0 + i**2 for i in range(7)]}
 
 
 def rope(**parameters):
@@ -79,6 +98,7 @@ CASES = {
     "GPT-2, scaled by its layer": Case(
         "gpt2", 1, {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}
     ),
+    "GPT-2, reordered and upcast": Case("gpt2", 1, {"reorder_and_upcast_attn": True}),
     "Llama": Case("llama", 1, {}),
     "Llama with biases, linear": Case("llama", 0, {"attention_bias": True} | rope(rope_type="linear", factor=4.0)),
     "Llama 3.1": Case(
@@ -95,7 +115,18 @@ CASES = {
     "Llama, yarn": Case(
         "llama", 0, rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=6.0)
     ),
-    "Gemma": Case("gemma", 0, {"head_dim": 16}),
+    "Llama, dynamic, in its context": Case("llama", 0, rope(rope_type="dynamic", factor=3.0)),
+    "Llama, dynamic, beyond its context": Case(
+        "llama", 0, rope(rope_type="dynamic", factor=3.0) | {"max_position_embeddings": 29}
+    ),
+    "Llama, longrope, short": Case(
+        "llama", 0, rope(rope_type="longrope", factor=8.0, original_max_position_embeddings=48, **FACTORS)
+    ),
+    "Llama, longrope, long": Case(
+        "llama", 0, rope(rope_type="longrope", original_max_position_embeddings=47, **FACTORS)
+    ),
+    "Llama, proportional": Case("llama", 0, rope(rope_type="proportional", partial_rotary_factor=0.45, factor=2.0)),
+    "Gemma": Case("gemma", 0, {"head_dim": 16, "attention_bias": True}),
     "Gemma 2, sliding": Case(
         "gemma2", 0, {"sliding_window": WINDOW, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 23}
     ),
@@ -114,6 +145,40 @@ CASES = {
         1,
         OSS | rope(rope_type="yarn", factor=32.0, beta_fast=6.0, truncate=False, original_max_position_embeddings=64),
     ),
+    "Qwen 2 MoE, sliding": Case("qwen2_moe", 0, MOE | SLIDES),
+    "Qwen 2 MoE, full, without biases": Case("qwen2_moe", 1, MOE | SLIDES | {"qkv_bias": False}),
+    "Qwen 3 MoE": Case("qwen3_moe", 0, MOE),
+    "Qwen 3 MoE, sliding": Case("qwen3_moe", 1, MOE | SLIDES),
+    "Mistral": Case("mistral", 0, {"sliding_window": WINDOW}),
+    "Mistral without a window": Case("mistral", 1, {"sliding_window": None}),
+    "Mixtral": Case("mixtral", 0, OSS),
+    "Phi-3": Case("phi3", 0, {"sliding_window": WINDOW}),
+    "Phi-4, a part of the features, long": Case(
+        "phi3",
+        1,
+        {"original_max_position_embeddings": 47}
+        | rope(
+            rope_type="longrope",
+            partial_rotary_factor=0.43,
+            **{key: factors[:3] for key, factors in FACTORS.items()},
+        ),
+    ),
+    "SmolLM 3": Case("smollm3", 0, {"no_rope_layer_interval": 2}),
+    "SmolLM 3, without positions": Case(
+        "smollm3", 1, {"no_rope_layer_interval": 2, "sliding_window": WINDOW, "use_sliding_window": True}
+    ),
+    "Granite": Case("granite", 0, {"attention_multiplier": 0.37}),
+    "OLMo": Case("olmo", 0, {"attention_bias": True}),
+    "StarCoder 2": Case("starcoder2", 0, {"sliding_window": WINDOW}),
+    "StarCoder 2 without biases": Case("starcoder2", 1, {"use_bias": False}),
+    "Cohere": Case("cohere", 0, {}),
+    "Cohere 2, sliding": Case("cohere2", 0, {"sliding_window": WINDOW, "sliding_window_pattern": 2}),
+    "Cohere 2, full": Case("cohere2", 1, {"sliding_window": WINDOW, "sliding_window_pattern": 2}),
+    "GLM-4": Case("glm4", 0, {"head_dim": 12}),
+    "GLM-4, linear": Case(
+        "glm4", 1, {"head_dim": 16} | rope(rope_type="linear", factor=4.0, partial_rotary_factor=0.25)
+    ),
+    "StableLM": Case("stablelm", 0, {"hidden_size": 6 * 16, "use_qkv_bias": True}),
 }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -123,13 +188,19 @@ every = pytest.mark.parametrize("name", CASES)
 
 @contextmanager
 def in_float64():
-    """What transformers does in float32 whatever the dtype, it does in float64."""
+    """What transformers does in float32 whatever the dtype, it does in float64; also what a tensor of integers gives
+    when it is divided, as the length of a text is for "dynamic" positions."""
+    usual = torch.get_default_dtype()
     with (
         patch.object(torch, "float32", torch.float64),
         patch.object(torch, "float", torch.float64),
         patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
-        yield
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def modeling(kind):
@@ -143,27 +214,27 @@ def modeling(kind):
     )
 
 
-def config_of(name):
+def config_of(name, **other):
     kind, _, more = CASES[name]
     _, make, _ = modeling(kind)
     small = GPT2 if kind == "gpt2" else SMALL
-    if kind == "qwen2":  # which has no field for it, and reads it all the same
+    if kind in WIDTH_OF_A_HEAD:
         small = small | {"hidden_size": 6 * 14}
         small.pop("head_dim")
-    config = make(**(small | more))
+    config = make(**(small | more | other))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # of GPT-OSS; beside the attention, and with widths that kernels refuse
     return config
 
 
-def model_of(name, dtype=torch.float64):
+def model_of(name, dtype=torch.float64, half=None, **other):
     """The model, its attention modules filled with random numbers, and the module of the layer."""
     kind, n, _ = CASES[name]
-    model = modeling(kind)[2](config_of(name)).to(dtype).eval()
+    model = modeling(kind)[2](config_of(name, **other)).to(dtype).eval()
     attention = model.h[n].attn if kind == "gpt2" else model.layers[n].self_attn
     rng = np.random.default_rng(0)
     for p in attention.parameters():
-        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)), dtype=dtype)
+        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape))).to(half or dtype).to(dtype)
     return model, attention
 
 
@@ -180,14 +251,18 @@ class Seen(NamedTuple):
     grads: dict  # of the attention module, under its own names
 
 
-def run(name, attention_mask, dtype=torch.float64, dy=None):
-    """The layer as the model calls it: its input, its output, and what autograd says of both for a random cotangent."""
-    model, attention = model_of(name, dtype)
+def run(name, attention_mask, dtype=torch.float64, dy=None, half=None, **other):
+    """The layer as the model calls it: its input, its output, and what autograd says of both for a random cotangent.
+
+    half    a dtype that has all numbers which go in: weights, x and dy
+    other   what else its config says
+    """
+    model, attention = model_of(name, dtype, half, **other)
     seen = {}
 
     def before(module, args, kwargs):
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        seen["x"] = given.detach().clone().requires_grad_()
+        seen["x"] = given.detach().to(half or dtype).to(dtype, copy=True).requires_grad_()
         return ((), kwargs | {"hidden_states": seen["x"]}) if not args else ((seen["x"], *args[1:]), kwargs)
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
@@ -198,13 +273,13 @@ def run(name, attention_mask, dtype=torch.float64, dy=None):
     keep = None if attention_mask is None else torch.tensor(attention_mask)
     model(inputs_embeds=embedded, attention_mask=keep, position_ids=positions)
     y = seen["y"]
-    dy = rng.standard_normal(tuple(y.shape)) if dy is None else dy
+    dy = torch.tensor(rng.standard_normal(tuple(y.shape)) if dy is None else dy).to(half or dtype).to(dtype)
     named = dict(attention.named_parameters())
-    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], torch.tensor(dy, dtype=dtype))
+    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], dy)
     grads = {key: g.numpy() for key, g in zip(named, grads, strict=True)}
     prefix = next(key for key, module in model.named_modules() if module is attention) + "."
     x, y = seen["x"].detach().numpy(), y.detach().numpy()
-    return Seen(model.config, model.state_dict(), prefix, x, y, dy, dx.numpy(), grads)
+    return Seen(model.config, model.state_dict(), prefix, x, y, dy.numpy(), dx.numpy(), grads)
 
 
 PADDED = np.array([[1] * T, [1] * (T - 2) + [0] * 2])  # text first: every query sees a key
@@ -251,9 +326,11 @@ def test_output_and_gradients_are_those_of_transformers(name, padded, each_engin
 def test_the_last_queries_over_all_keys_are_the_end_of_the_whole(name):
     seen = oracle(name, padded=True)
     layer = layer_of(name, seen)
+    past = [(0, 0), (OFFSET, 0)]  # tokens at the positions before, which are padding
+    x, keep = np.pad(seen.x, [*past, (0, 0)]), np.pad(PADDED, past)
     last = slice(T - 3, T)
-    options = layer.options(3, T - 3, S=T, attention_mask=PADDED)
-    y, _ = mha(layer.params, seen.x[:, last], seen.x, seen.x, **options)
+    options = layer.options(3, OFFSET + T - 3, S=OFFSET + T, attention_mask=keep)
+    y, _ = mha(layer.params, seen.x[:, last], x, x, **options)
     close(y, seen.y[:, last])
 
 
@@ -294,6 +371,67 @@ def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name
     assert np.abs(seen.y[~text] - y[~text]).max() > 0.1
 
 
+LONG = [OFFSET + T - 1, OFFSET + T, OFFSET + T + 1]  # contexts one shorter than the text, as long, one longer
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("context", LONG)
+def test_positions_that_depend_on_the_length_change_after_the_context(kind, context):
+    """modeling_rope_utils.dynamic_rope_update: the length is that of the largest position, of queries and keys."""
+    said = {"dynamic": {"factor": 3.0}, "longrope": {**FACTORS, "original_max_position_embeddings": context}}[kind]
+    other = {"max_position_embeddings": context} | rope(rope_type=kind, **said)
+    with in_float64():
+        seen = run("Llama", None, **other)
+    layer = layer_of("Llama", seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET))
+    close(y, seen.y)
+    close(self_attention_vjp(cache, seen.dy)[1], seen.dx)
+    short, long = layer.rope.turns(context)[0], layer.rope.turns(context + 1)[0]
+    assert np.array_equal(layer.rope.turns(1)[0], short)
+    assert not np.array_equal(short, long)
+
+
+def test_dynamic_positions_of_transformers_remember_the_longest_text_and_here_do_not():
+    """5.24, dynamic_frequency_update: a shorter text after a longer one has the frequencies of the longer, until one is
+    shorter than the context."""
+    module, make, _ = modeling("llama")
+    config = make(**(SMALL | {"max_position_embeddings": 29} | rope(rope_type="dynamic", factor=3.0)))
+    turns, ours = module.LlamaRotaryEmbedding(config), statics(config, 0).rope
+    for length, remembered in ((53, 53), (41, 53), (28, 28), (41, 41)):
+        turns(torch.zeros(1), torch.arange(length)[None])
+        np.testing.assert_allclose(turns.inv_freq.numpy(), ours.turns(remembered)[0], rtol=2e-6)
+    assert not np.allclose(ours.turns(41)[0], ours.turns(53)[0], rtol=1e-3)
+
+
+MASKS = {
+    "no padding": None,
+    "padding on the right": np.array([[1] * T, [1] * (T - 2) + [0] * 2]),
+    "padding on the left": np.array([[1] * T, [0] * 2 + [1] * (T - 2)]),
+    "text with a hole": np.array([[1] * T, [1] * 5 + [0] * 3 + [1] * (T - 8)]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("W", [1, 2, T - 1, T, T + 1, 3 * T])
+@pytest.mark.parametrize(
+    "name", ["Mistral", "Gemma 2, sliding", "Gemma 3, local, both ways", "Qwen 3, sliding", "GPT-OSS, sliding"]
+)
+def test_windows_of_any_size_with_padding_on_either_side(name, W, mask):
+    """`attention_mask` (N, S) as a tokenizer makes it. Of rows that are padding nothing is asked: see the next test."""
+    keep = MASKS[mask]
+    text = np.ones((N, T), bool) if keep is None else keep.astype(bool)
+    dy = np.random.default_rng(2).standard_normal((N, T, 30)) * text[..., None]
+    with in_float64():
+        seen = run(name, keep, dy=dy, sliding_window=W)
+    layer = layer_of(name, seen)
+    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=keep))
+    close(y[text], seen.y[text])
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    close(dx, seen.dx)
+    for key, grad in to_state_dict(dparams, layer).items():
+        close(grad, seen.grads[key.removeprefix(seen.prefix)])
+
+
 @every
 def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
     """The library as it is. In float32 a sum of n terms is off by n U32 of their size, and a result is a chain of sums:
@@ -309,6 +447,33 @@ def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
     pairs = [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]
     for got, want in pairs:
         assert np.abs(got - want).max() <= bar * max(1.0, np.abs(want).max())
+
+
+HALF = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16, 2.0**-8), "float16": (torch.float16, np.float16, 2.0**-11)}
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize(
+    "name", ["Llama 3.1", "GPT-2", "Gemma 2, sliding", "Gemma 3, local", "Qwen 3", "GPT-OSS, full", "Phi-3", "Cohere"]
+)
+def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half, tmp_path):
+    """A checkpoint of half precision, from a safetensors file, against transformers' float64 layer of the same numbers:
+    what is computed in float32 is off by the roundings of its sums, as above, and then by U of the result, rounded."""
+    theirs, ours, U = HALF[half]
+    with in_float64():
+        seen = run(name, PADDED, half=theirs)
+    save_file({key: x.to(theirs) for key, x in seen.state.items() if seen.prefix in key}, tmp_path / "one.safetensors")
+    layer = load_layer(tmp_path / "one.safetensors", CASES[name].n, seen.config)
+    x, dy = seen.x.astype(ours), seen.dy.astype(ours)
+    y, cache = self_attention(layer.params, x, **layer.options(T, OFFSET, attention_mask=PADDED))
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    grads = to_state_dict(dparams, layer)
+    H, _, D, C = layer.form.sizes
+    bar = 2 * (C + D + T + H * D) * U32
+    for got, want in [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]:
+        assert got.dtype == ours
+        error = np.abs(got.astype(np.float64) - want)
+        assert np.all(error <= U * np.abs(want) + bar * max(1.0, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3, local"])
@@ -401,6 +566,96 @@ HUB = {  # the parts of real config.json files that matter here, as they are on 
             "truncate": False,
         },
     },
+    "Mistral 7B": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+    "Phi-3 mini 128k, of old": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "su",
+            "original_max_position_embeddings": 4096,  # without which 5.24 refuses "su", though it stands beside it
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+        "sliding_window": 262144,
+    },
+    "Phi-4 mini": {
+        "model_type": "phi3",
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+    },
+    "Qwen 3 MoE": {
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 48,
+        "max_window_layers": 48,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "SmolLM 3": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 36,
+        "no_rope_layers": [1, 0, 1, 1, 1, 1],
+        "rope_theta": 5000000.0,
+        "layer_types": ["full_attention"] * 36,
+    },
+    "SmolLM 3, sliding": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 6,
+        "no_rope_layer_interval": 2,
+        "sliding_window": 512,
+        "use_sliding_window": True,
+    },
+    "Qwen 2 MoE, sliding": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 24,
+        "max_window_layers": 3,
+        "use_sliding_window": True,
+    },
+    "Phi-3, silent of its context": {
+        "model_type": "phi3",
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+    },
+    "dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "longrope with a gain of its own": {
+        "model_type": "llama",
+        "head_dim": 6,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1, 2, 3],
+            "long_factor": [4, 5, 6],
+            "attention_factor": 1.25,
+        },
+    },
     "yarn with a gain of its own": {
         "model_type": "llama",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
@@ -418,8 +673,12 @@ def statics(config, n):
 
 
 def same_static(a, b):
-    assert a._replace(frequencies=None) == b._replace(frequencies=None)
-    assert np.array_equal(a.frequencies, b.frequencies) or a.frequencies is b.frequencies is None
+    assert a._replace(rope=None) == b._replace(rope=None)
+    assert (a.rope is None) == (b.rope is None)
+    for length in (1, 10**5, 10**6) if a.rope else ():
+        (ours, gain), (theirs, same_gain) = a.rope.turns(length), b.rope.turns(length)
+        assert np.array_equal(ours, theirs)
+        assert (gain, a.rope.pairs) == (same_gain, b.rope.pairs)
 
 
 @pytest.mark.parametrize("config", HUB.values(), ids=HUB)
@@ -439,27 +698,24 @@ def test_frequencies_and_gain_are_those_of_transformers(name):
     turns = getattr(module, FAMILIES[kind][1] + "RotaryEmbedding")(made)
     for n in (0, 1, 5):
         ours = statics(config, n)
-        prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
-        want = getattr(turns, prefix + "inv_freq").numpy()
-        np.testing.assert_allclose(ours.frequencies, want, rtol=2e-6)
-        assert ours.gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
         with torch.device("meta"):
             theirs = getattr(module, FAMILIES[kind][1] + "Attention")(made, layer_idx=n)
+        if ours.rope is not None:
+            frequencies, gain = ours.rope.turns()
+            prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
+            np.testing.assert_allclose(frequencies, getattr(turns, prefix + "inv_freq").numpy(), rtol=2e-6)
+            assert gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
         assert ours.scale == theirs.scaling
-        window = getattr(theirs, "sliding_window", None)
+        window = getattr(
+            theirs, "sliding_window", getattr(made, "sliding_window", None) if kind in ALL_LAYERS else None
+        )
         assert ours.left == (None if window is None else window - 1)
         assert {ours.form.prefix + key for key in dict(theirs.named_parameters())} == set(_names(ours))
 
 
 def _names(layer):
-    empty = {leaf: np.zeros(_shape(leaf, layer)) for leaf in layer.form.leaves}
+    empty = {leaf: np.zeros(layer.form.shape(leaf)) for leaf in layer.form.leaves}
     return to_state_dict(tree.unflatten(empty), layer)
-
-
-def _shape(leaf, layer):
-    H, K, D, C = layer.form.sizes
-    size = {"H": H, "K": K, "D": D, "E": D, "Cq": C, "Ck": C, "Cv": C, "O": C}
-    return tuple(size[axis] for axis in SPEC[leaf].split())
 
 
 def test_a_model_of_text_and_images_has_its_text_config():
@@ -468,6 +724,19 @@ def test_a_model_of_text_and_images_has_its_text_config():
     for n in (0, 5):
         same_static(statics(whole, n), statics(HUB["Gemma 3 4B"], n))
         same_static(statics({"model_type": "gemma3", "text_config": HUB["Gemma 3 4B"]}, n), statics(whole, n))
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("Llama, longrope, short", ["sliding_attention"] * 2), ("Mistral", ["full_attention"] * 2)],
+)
+def test_transformers_takes_layer_types_and_does_not_obey_them(name, types):
+    """5.24: LlamaModel and MistralModel have one mask for all layers. Theirs is the answer without, ours to refuse."""
+    with in_float64():
+        plain, seen = run(name, None), run(name, None, layer_types=types, sliding_window=WINDOW)
+    assert np.array_equal(seen.y, plain.y)
+    with pytest.raises(ValueError, match=r"layer_types must have .*, as .* does not read it"):
+        layer_of(name, seen)
 
 
 def test_transformers_reads_a_cap_for_gemma_3_and_does_not_apply_it():
@@ -495,9 +764,61 @@ TINY = {"model_type": "llama", **SMALL}
         (TINY, -1, IndexError, "n must be in 0 … 1"),
         ({"model_type": "gemma2"}, -1, IndexError, "n must be in 0 or more, got -1"),
         (TINY, True, TypeError, "n must be the number of a layer, got True"),
-        (TINY | {"layer_types": ["full_attention", "chunked_attention"]}, 1, ValueError, "layer_types .* 'chunked_att"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"]}, 0, ValueError, "layer_types .* 'chunked_att"),
         ({"model_type": "gemma2", "sliding_window": None}, 0, ValueError, "sliding_window must be 1 or more, as layer"),
-        (TINY | rope(rope_type="dynamic", factor=2.0), 0, ValueError, "rope_type must be default, .*, got 'dynamic'"),
+        (TINY | rope(rope_type="axial", factor=2.0), 0, ValueError, "rope_type must be default, .*, got 'axial'"),
+        (TINY | rope(rope_type="dynamic"), 0, KeyError, "must have factor where rope_type is dynamic"),
+        (
+            TINY | rope(rope_type="longrope", **FACTORS | {"long_factor": [1.0]}),
+            0,
+            ValueError,
+            r"long_factor must be 7 num.*, got \(1,\)",
+        ),
+        (
+            {"model_type": "phi3"} | rope(rope_type="linear", factor=2.0),
+            0,
+            ValueError,
+            "rope_type must be default, longrope, .* for phi3, got 'linear'",
+        ),
+        (
+            {"model_type": "phi3"} | rope(partial_rotary_factor=0.41),
+            0,
+            ValueError,
+            "partial_rotary_factor must make an even part of head_dim=96, got 0.41",
+        ),
+        (
+            {"model_type": "glm4", "partial_rotary_factor": 1.5},
+            0,
+            ValueError,
+            "partial_rotary_factor must make an even part",
+        ),
+        (
+            TINY | {"layer_types": ["full_attention", "sliding_attention"]},
+            1,
+            ValueError,
+            "layer_types must have full_attention for layer 1, as llama does not read it, got 'sliding_attention'",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"]},
+            0,
+            ValueError,
+            "layer_types must have sliding_attention for layer 0",
+        ),
+        ({"model_type": "olmo", "clip_qkv": 8.0}, 0, ValueError, "clip_qkv must be None, as .*, got 8.0"),
+        ({"model_type": "cohere", "use_qk_norm": True}, 0, ValueError, "use_qk_norm must be off"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, 0, ValueError, "qk_layernorm must be off"),
+        (
+            {"model_type": "gpt2", "n_embd": 31, "n_head": 5},
+            0,
+            ValueError,
+            "n_embd must be a multiple of n_head=5, got 31",
+        ),
+        (
+            {"model_type": "granite", "attention_multiplier": None},
+            0,
+            TypeError,
+            "attention_multiplier must be a real number",
+        ),
         (TINY | rope(rope_type="linear"), 0, KeyError, "must have factor where rope_type is linear"),
         (TINY | rope(partial_rotary_factor=0.5), 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
         (TINY | {"partial_rotary_factor": 0.5}, 0, ValueError, "partial_rotary_factor must be 1, .*, got 0.5"),
@@ -520,13 +841,85 @@ def test_a_config_that_is_not_understood_is_refused(config, n, error, message):
         statics(config, n)
 
 
+# ── over an encoder ──────────────────────────────────────────────────────────────────────────────────────────────
+
+S = 7
+CROSS = {"add_cross_attention": True, "scale_attn_by_inverse_layer_idx": True}
+
+
+def cross_run(keep):
+    """Layer 1 of a GPT-2 over an encoder: state, x, what the encoder gave, y, dy, dx, d of the encoder's, gradients."""
+    model, _ = model_of("GPT-2", **CROSS)
+    attention, seen = model.h[1].crossattention, {}
+    rng = np.random.default_rng(3)
+    for p in attention.parameters():
+        p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)))
+
+    def before(module, args, kwargs):
+        seen["x"] = args[0].detach().clone().requires_grad_()
+        return (seen["x"], *args[1:]), kwargs
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0]))
+    encoder = torch.tensor(rng.standard_normal((N, S, 30)), requires_grad=True)
+    embedded = torch.tensor(rng.standard_normal((N, T, 30)))
+    keep = None if keep is None else torch.tensor(keep)
+    model(inputs_embeds=embedded, encoder_hidden_states=encoder, encoder_attention_mask=keep)
+    dy = torch.tensor(rng.standard_normal((N, T, 30)))
+    named = {f"h.1.crossattention.{key}": p for key, p in attention.named_parameters()}
+    found = torch.autograd.grad(seen["y"], [seen["x"], encoder, *named.values()], dy)
+    dx, dencoder, *grads = (g.numpy() for g in found)
+    arrays = (a.detach().numpy() for a in (seen["x"], encoder, seen["y"], dy))
+    return model, *arrays, dx, dencoder, dict(zip(named, grads, strict=True))
+
+
+@pytest.mark.parametrize("keep", [None, np.array([[1] * S, [0] * 2 + [1] * (S - 3) + [0]])], ids=["all", "padded"])
+def test_gpt_2_over_an_encoder(keep):
+    """modeling_gpt2, is_cross_attention: queries of q_attn, keys and values of a c_attn of two."""
+    model, x, encoder, y, dy, dx, dencoder, grads = cross_run(keep)
+    layer = from_state_dict(model.state_dict(), model.config, 1, cross=True)
+    got, cache = mha(layer.params, x, encoder, encoder, **layer.options(T, S=S, attention_mask=keep))
+    close(got, y)
+    dparams, dquery, dkey, dvalue, _ = mha_vjp(cache, dy)
+    close(dquery, dx)
+    close(dkey + dvalue, dencoder)
+    found = to_state_dict(dparams, layer)
+    assert found.keys() == grads.keys()
+    for key, want in grads.items():
+        assert np.abs(want).max() > 1e-4 or "bias" in key  # nothing comes to a bias of the keys
+        close(found[key], want, what=key)
+    assert layer_of_both(model) == {"h.1.attn.", "h.1.crossattention."}
+
+
+def layer_of_both(model):
+    """The prefixes of both attentions of layer 1, whose tensors come back as they were."""
+    layers = [from_state_dict(model.state_dict(), model.config, 1, cross=cross) for cross in (False, True)]
+    for layer in layers:
+        for key, x in to_state_dict(layer.params, layer).items():
+            assert np.array_equal(x, model.state_dict()[key].numpy())
+    return {layer.form.prefix for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("config", "cross", "error", "message"),
+    [
+        ({"model_type": "gpt2"}, True, ValueError, "cross must be False but for gpt2 with add_cross_attention"),
+        (TINY, True, ValueError, "cross must be False but for gpt2 .*, got llama"),
+        (TINY, 1, TypeError, "cross must be True or False, got 1"),
+    ],
+)
+def test_attention_over_an_encoder_is_refused_where_there_is_none(config, cross, error, message):
+    with pytest.raises(error, match=message):
+        from_state_dict({}, config, 0, cross=cross)
+
+
 # ── state dicts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_state_dict_comes_back_as_it_was(name, dtype):
-    """Bit for bit, and without a copy, but for GPT-2's c_attn, which is put together."""
+    """Bit for bit, and without a copy, but for GPT-2's c_attn and Phi-3's qkv_proj, which are put together."""
     model, attention = model_of(name, dtype)
     state, n = model.state_dict(), CASES[name].n
     layer = from_state_dict(state, model.config, n)
@@ -537,7 +930,7 @@ def test_a_state_dict_comes_back_as_it_was(name, dtype):
         assert x.shape == tuple(want.shape)
         assert x.dtype == {torch.bfloat16: ml_dtypes.bfloat16, torch.float32: "f4", torch.float64: "f8"}[dtype]
         assert np.ascontiguousarray(x).tobytes() == want.tobytes()
-        assert np.shares_memory(x, want) or "c_attn" in key
+        assert np.shares_memory(x, want) or "c_attn" in key or "qkv_proj" in key
     buffers = [x.view(torch.uint8).numpy() for x in state.values()]
     for leaf, x in tree.flatten(layer.params).items():
         assert any(np.shares_memory(x, buffer) for buffer in buffers), leaf

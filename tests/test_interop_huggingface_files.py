@@ -18,22 +18,22 @@ from funcmha.interop.huggingface import load_layer, save_layer, to_state_dict
 from funcmha.interop.huggingface.families import read
 from funcmha.interop.huggingface.files import Tensors
 from funcmha.interop.huggingface.layer import static
-from funcmha.interop.huggingface.state import _shape, _tensors
 
 SIZES = {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14, "num_hidden_layers": 2}
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "n_embd": 30, "n_head": 5, "n_layer": 2},
     "llama": {"model_type": "llama", **SIZES},
     "gpt_oss": {"model_type": "gpt_oss", **SIZES},
+    "phi3": {"model_type": "phi3", **SIZES},
 }
-PREFIX = {"gpt2": "h.0.attn.", "llama": "model.layers.0.self_attn.", "gpt_oss": "model.layers.0.self_attn."}
+PREFIX = {kind: "h.0.attn." if kind == "gpt2" else "model.layers.0.self_attn." for kind in CONFIGS}
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def checkpoint(where, kind="llama", dtype=np.float64, shards=1):
     """A checkpoint of layer 0 and of what else a model has; all its tensors."""
     form, rng = static(read(CONFIGS[kind], 0), 0, PREFIX[kind]).form, np.random.default_rng(0)
-    state = {PREFIX[kind] + name: rng.standard_normal(_shape(axes, form)) for name, axes in _tensors(form).items()}
+    state = {PREFIX[kind] + name: rng.standard_normal(form.tensor(name)[1]) for name in form.tensors}
     state = {name: x.astype(dtype) for name, x in state.items()}
     state |= {"lm_head.weight": np.arange(15.0).reshape(5, 3), "norm.weight": np.arange(3, dtype=np.int64)}
     (where / "config.json").write_text(json.dumps(CONFIGS[kind]))
@@ -82,7 +82,7 @@ def test_a_file_of_tensors_takes_its_config_from_the_caller(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
 def test_saving_into_a_checkpoint_changes_the_layer_and_no_other_byte(tmp_path, kind, shards):
     state = checkpoint(tmp_path, kind, ml_dtypes.bfloat16, shards)
     layer = load_layer(tmp_path, 0)
@@ -102,7 +102,7 @@ def test_saving_into_a_checkpoint_changes_the_layer_and_no_other_byte(tmp_path, 
         assert opened.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
 def test_a_new_file_holds_the_layer_and_is_written_in_order(tmp_path, kind):
     """What is a transposed view in memory is not one in the file: safetensors alone would write it wrongly."""
     checkpoint(tmp_path, kind, np.float32)

@@ -3,6 +3,7 @@
 In float64 the oracle is the same formula with the same fill, written out and differentiated by torch.
 """
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from funcmha import attention_weights, log_sum_exp
-from funcmha.interop import jax as adapter
-from funcmha.interop.jax import FILL, dot_product_attention, dot_product_attention_vjp
+from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
+from funcmha.interop.jax import functional as adapter
+from funcmha.interop.jax.functional import FILL
 from funcmha.testing import check_vjp
 
 each = pytest.mark.usefixtures("each_engine")
@@ -137,11 +139,14 @@ def run_jax(problem, dtype="float64"):
         filled = [args[given.index(i)] if i in given else None for i in range(4)]
         return jax.nn.dot_product_attention(*filled, return_residual=True, **static)
 
-    @jax.jit
     def back_and_forth(dy, *args):
         y, pull, lse = jax.vjp(attend, *args, has_aux=True)
         return y, pull(dy), lse
 
+    if (
+        dtype != np.float16
+    ):  # a product of which jax 0.10.2 does not compile on a CPU, and does without when not compiled
+        back_and_forth = jax.jit(back_and_forth)
     with jax.enable_x64(dtype == "float64"):
         y, grads, lse = back_and_forth(dy, *(inputs[i] for i in given))
         grads = dict(zip(given, grads, strict=True))
@@ -221,14 +226,88 @@ def test_jax_has_float32_s_digits_in_float64_too():
     assert np.abs(got[0] - want[0]).max() > 1e-9
 
 
+HALF = {"float16": (np.float16, 2.0**-11), "bfloat16": (ml_dtypes.bfloat16, 2.0**-8)}
+U32 = 2.0**-24
+HALF_CASES = ["one key/value head, S > T, without a batch", "all"]
+
+
+def sizes_of_the_terms(problem, dtype):
+    """Of y and of each gradient the exact numbers, and the sizes of what JAX rounds to the half type on the way there.
+
+    JAX (0.10.2, jax/_src/nn/functions.py) multiplies half types with float32 sums, and rounds: the weights; y; dp, as a
+    gradient of the weights; ds, as it goes into a product with half types; and each result.
+    """
+    wide = [None if x is None else x.astype("f8") for x in problem.inputs(dtype)]
+    *inputs, dy = [x if x is None or problem.B or i == 3 else x[None] for i, x in enumerate(wide)]
+    query, key, value, bias = inputs
+    y, cache = dot_product_attention(*inputs, **problem.static())
+    exact = (y, *dot_product_attention_vjp(cache, dy))
+    group, scale = problem.N // problem.K, problem.H**-0.5 if problem.scale is None else abs(problem.scale)
+    p = attention_weights(cache)
+    q, k, v, d = (abs(x) for x in (query, key.repeat(group, axis=2), value.repeat(group, axis=2), dy))
+    dp = np.einsum("btnh,bsnh->bnts", d, v)
+    ds = p * (dp + (p * dp).sum(-1, keepdims=True))
+    if cache.blind is not None:
+        ds = np.where(cache.blind[..., None], 0.0, ds)
+    grouped = [
+        np.einsum("bnts,btnh->bsnh", w, x).reshape(*key.shape[:3], group, -1).sum(3) for w, x in ((ds, q), (p, d))
+    ]
+    terms = [
+        np.einsum("bnts,bsnh->btnh", p, v),
+        scale * np.einsum("bnts,bsnh->btnh", ds, k),
+        scale * grouped[0],
+        grouped[1],
+    ]
+    if bias is not None:
+        terms.append(
+            ds.sum(tuple(i for i, n in enumerate((1,) * (4 - bias.ndim) + bias.shape) if n == 1), keepdims=True)
+        )
+    return exact, terms
+
+
 @each
-def test_half_types_are_jax_s_within_their_roundings():
-    """JAX rounds the weights, and every product, to the dtype of the key: here there is one rounding, at the end."""
-    problem, dtype = CASES["one key/value head, S > T, without a batch"], ml_dtypes.bfloat16
+@pytest.mark.parametrize(("name", "half"), [("all", "float16"), *((name, "bfloat16") for name in HALF_CASES)])
+def test_half_types_are_jax_s_within_the_roundings_of_both(name, half):
+    """Here there is one rounding, at the end; there, up to three of U on the way of each term, and that of float32."""
+    problem, (dtype, U) = CASES[name], HALF[half]
     *got, lse = run(problem, dtype)
     *want, rounded = run_jax(problem, dtype)
+    exact, terms = sizes_of_the_terms(problem, dtype)
+    for what, ours, theirs, y, of in zip(
+        ("y", "dquery", "dkey", "dvalue", "dbias"), got, want, exact, terms, strict=True
+    ):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), what
+        ours, theirs, y, of = (x.astype("f8").reshape(y.shape) for x in (ours, theirs, y, of))
+        slack = 8 * (problem.H + problem.S + problem.T) * U32 * of + (2.0**-24 if half == "float16" else 0.0)
+        assert np.all(np.abs(ours - y) <= U * np.abs(y) + slack), what
+        assert np.all(np.abs(ours - theirs) <= 3 * U * of + 2 * U * np.abs(y) + slack), what
     assert lse.dtype == np.float32
-    check([*got, lse.astype(dtype)], [*want, rounded], 8 * float(ml_dtypes.finfo(dtype).eps))
+    lse = np.where(lse == FILL, -np.inf if half == "float16" else FILL, lse)  # the fill in float16, there
+    np.testing.assert_allclose(rounded.astype("f8"), lse.astype("f8"), rtol=2 * U, atol=U)
+
+
+def test_jax_compiles_no_float16_on_a_cpu():
+    """jax 0.10.2, where F16_F16_F32 is asked for and refused only once it is compiled. Here there is an answer."""
+    query, key, value, *_ = Problem().inputs("float16")
+    there = jax.device_put((query, key, value), jax.devices("cpu")[0])
+    with pytest.raises(ValueError, match="F16_F16_F32"):
+        jax.jit(jax.nn.dot_product_attention)(*there)
+    assert dot_product_attention(query, key, value)[0].dtype == np.float16
+
+
+def test_every_argument_of_jax_s_function_is_taken_but_two():
+    """Which implementation runs is not asked, and the residual is read from the cache."""
+    theirs = inspect.signature(jax.nn.dot_product_attention).parameters
+    ours = inspect.signature(dot_product_attention).parameters
+    assert [name for name in theirs if name not in ours] == ["implementation", "return_residual"]
+    assert {name: x.default for name, x in ours.items()} == {name: theirs[name].default for name in ours}
+
+
+@each
+@pytest.mark.parametrize(("bias", "mask"), [("N11", "BN11"), ("B1T1", "NTS"), ("S", "B1T1"), ("1", "111S")])
+def test_bias_and_mask_broadcast_as_in_jax(bias, mask):
+    problem = Problem(bias=bias, mask=mask, N=4, K=2)
+    check(run(problem, "float32"), run_jax(problem, "float32"), 5e-6)
 
 
 @each
@@ -376,7 +455,7 @@ from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
 x = np.ones((2, 3, 5))
 y, cache = dot_product_attention(x, x, x, is_causal=True, query_seq_lengths=np.array([1]))
 dot_product_attention_vjp(cache, y)
-import funcmha.interop.jax_bridge
+import funcmha.interop.jax.bridge
 assert "jax" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,8 +8,8 @@ import pytest
 
 from funcmha import attention, attention_vjp, engines, init, masks, mha, mha_vjp, tree
 from funcmha.biases import Relative, alibi, alibi_vjp
-from funcmha.interop.jax import dot_product_attention, dot_product_attention_vjp
-from funcmha.interop.jax_bridge import _numpy, as_jax_function
+from funcmha.interop.jax import as_jax_function, dot_product_attention, dot_product_attention_vjp
+from funcmha.interop.jax.bridge import _numpy
 
 MASK = masks.causal() & masks.lengths(np.array([3, 7]))
 

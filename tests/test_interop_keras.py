@@ -3,6 +3,7 @@
 Without, they take the fused way, which is float32.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -104,6 +105,115 @@ def test_the_fused_way_of_keras_is_float32():
     fused = layer(query, value, key).detach().numpy()
     assert fused.dtype == np.float64
     assert 1e-9 < np.abs(fused - y).max() < 1e-4
+
+
+def test_inputs_of_more_axes_are_one_sequence_unless_attention_axes_says_otherwise():
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((B, 3, T, 9))
+    for axes, shape in ((None, (B, 3 * T, 9)), ((1, 2), (B, 3 * T, 9)), (2, (B, 3, T, 9))):
+        layer = keras.layers.MultiHeadAttention(3, 2, attention_axes=axes, dtype="float64")
+        layer.build(x.shape, x.shape)
+        layer.set_weights([rng.standard_normal(w.shape) for w in layer.weights])
+        flat = x.reshape(shape)
+        close(mha(from_layer(layer), flat, flat, flat)[0].reshape(x.shape), call(layer, x, x, x))
+
+
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention"])
+def test_dropout_is_a_keep_of_its_draw(kind):
+    """A layer of the same seed draws the same: what its dropout leaves of ones is the mask."""
+    sizes = (6, 2) if kind == "MultiHeadAttention" else (2, 6, 3)
+    layer, twin = (getattr(keras.layers, kind)(*sizes, dropout=0.25, seed=7, dtype="float64") for _ in range(2))
+    inputs = [np.random.default_rng(8).standard_normal((B, n, 9)) for n in (T, S, S)]
+    for one in (layer, twin):
+        one.build(inputs[0].shape, inputs[2].shape, inputs[1].shape)
+    keep = twin._dropout_layer(torch.ones((B, 6, T, S), dtype=torch.float64), training=True).numpy() > 0
+    want = call(layer, *inputs, training=True)
+    close(mha(from_layer(layer), *inputs, keep=keep, rate=0.25)[0], want)
+    assert not keep.all()
+
+
+OPTIONS = {
+    "MultiHeadAttention": "num_heads key_dim value_dim output_shape attention_axes",
+    "GroupQueryAttention": "head_dim num_query_heads num_key_value_heads",
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_every_option_of_keras_is_spoken_or_refused(kind):
+    """keras 3.15.1. What is left says how a layer begins and what holds it in training."""
+    both = "dropout use_bias sliding_window flash_attention use_gate seed"
+    options = inspect.signature(getattr(keras.layers, kind).__init__).parameters.keys() - {"self", "kwargs"}
+    known = {*OPTIONS[kind].split(), *both.split()}
+    assert known <= options
+    training = ("_initializer", "_regularizer", "_constraint")
+    assert {name for name in options - known if not name.endswith(training)} == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"use_gate": True}, KeyError, "weights may have .* and has gate/kernel"),
+        ({"output_shape": (3, 5)}, ValueError, r"attention_output/kernel must be \(H, E, O\) .* got \(3, 2, 3, 5\)"),
+    ],
+)
+def test_a_layer_that_funcmha_cannot_be_is_refused(options, error, message):
+    layer = keras.layers.MultiHeadAttention(3, 2, **options)
+    layer.build((B, T, 9), (B, S, 9))
+    with pytest.raises(error, match=message):
+        from_layer(layer)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_come_back_bit_for_bit(dtype):
+    layer = keras.layers.GroupQueryAttention(2, 6, 3, dtype=dtype)
+    layer.build((B, T, 9), (B, S, 9))
+    for x, weight in zip(to_weights(from_layer(layer)).values(), layer.weights, strict=True):
+        assert x.dtype.name == dtype
+        assert np.array_equal(x.view(np.int16), weight.value.detach().view(torch.int16).numpy())
+
+
+JAX = """
+import os
+os.environ["KERAS_BACKEND"] = "jax"
+import warnings
+warnings.simplefilter("ignore")
+import jax, keras, numpy as np
+from funcmha import mha, mha_vjp
+from funcmha.interop.keras import from_layer, masks, to_weights
+
+jax.config.update("jax_enable_x64", True)
+assert keras.backend.backend() == "jax"
+rng = np.random.default_rng(0)
+query, key, value = (rng.standard_normal((2, *shape)) for shape in ((5, 9), (7, 17), (7, 19)))
+mask = rng.random((2, 5, 7)) < 0.5
+mask[..., 0] = True
+layers = [
+    keras.layers.MultiHeadAttention(3, 2, value_dim=11, output_shape=13, dtype="float64"),
+    keras.layers.GroupQueryAttention(2, 6, 3, dtype="float64"),
+]
+for layer, width in zip(layers, (13, 9)):
+    layer.build(query.shape, value.shape, key.shape)
+    layer.set_weights([rng.standard_normal(w.shape) for w in layer.weights])
+    params, dy = from_layer(layer), rng.standard_normal((2, 5, width))
+
+    def f(query, key, value, *weights):
+        options = dict(attention_mask=mask, use_causal_mask=True, return_attention_scores=True)
+        return layer.stateless_call(weights, [], query, value, key, **options)[0][0]
+
+    arrays = query, key, value, *(w.value for w in layer.trainable_variables)
+    want, grads = jax.jit(lambda dy, *arrays: (f(*arrays), jax.vjp(f, *arrays)[1](dy)))(dy, *arrays)
+    y, cache = mha(params, query, key, value, mask=masks(attention_mask=mask, use_causal_mask=True))
+    dparams, *dxs, _ = mha_vjp(cache, dy)
+    for got, x in zip([y, *dxs, *to_weights(dparams).values()], [want, *grads], strict=True):
+        np.testing.assert_allclose(got, x, rtol=1e-11, atol=1e-11)
+    assert all(np.shares_memory(a, w.value) for a, w in zip(to_weights(params).values(), layer.weights))
+"""
+
+
+def test_values_and_gradients_with_the_jax_backend():
+    """In a process of its own: a backend is chosen before Keras is imported."""
+    out = subprocess.run([sys.executable, "-c", JAX], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
 
 
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -222,7 +222,7 @@ def test_an_empty_row_is_zero_with_zero_gradients():
         assert np.array_equal(got, want)
 
 
-def test_minus_infinity_in_the_bias_is_a_mask():
+def test_minus_infinity_in_the_bias_is_a_mask(each_engine):
     q, k, v, bias, _ = AttentionProblem(bias="... H T S").inputs("float64")
     mask = AttentionProblem(mask="heads").static()["mask"]
     do, *_ = AttentionProblem().cotangents("float64")

@@ -32,7 +32,7 @@ from funcmha import (
 )
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
-from funcmha.engines import REFERENCE, TILED
+from funcmha.engines import BATCHED, REFERENCE, TILED
 from funcmha.forward import attention_jvp
 from funcmha.second import attention_vjp_jvp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
@@ -125,17 +125,6 @@ def test_scores_that_the_mask_hides_may_be_far_above_the_others(monkeypatch):
     np.testing.assert_array_equal(o, np.eye(3))
 
 
-def test_a_query_without_keys_costs_no_second_pass(monkeypatch):
-    """Its sum is 0 as one that vanished is, but no maximum is looked for."""
-    problem = AttentionProblem(T=19, S=19)
-    q, k, v, *_ = problem.inputs("float64")
-    monkeypatch.setattr(few, "ROWS", 0)
-    monkeypatch.setattr(tiles, "_maximum", None)
-    mask = masks.causal() & masks.padding(np.arange(19) >= 3)
-    o, _ = attention(q, k, v, mask=mask, engine=TILED)
-    assert np.allclose(o, attention(q, k, v, mask=mask, engine=REFERENCE)[0], rtol=1e-13, atol=1e-15)
-
-
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
@@ -160,6 +149,27 @@ def test_scores_of_any_size_are_shifted_as_they_must(mask, sign, size):
             assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("first", [-14.0, 14.0])
+def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
+    """They have the least scores of a row, or the largest, seen by it or not; other rows need no shift."""
+    rng = np.random.default_rng(0)
+    q, k = np.repeat([14.0, 0.1, -14.0, 0.2, 14.0], 5)[:, None], np.full((101, 1), -first)
+    k[:41] = first
+    k += 0.1 * rng.random(k.shape)
+    v, do, mask = rng.standard_normal((101, 5)), rng.standard_normal((25, 5)), np.arange(101) >= 41 * hidden
+    arrays = [a.astype("float32") for a in (q, k, v)]
+    bounds = attention_bounds(*arrays, None, do.astype("float32"), mask=mask, dtype="float32")
+    want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+    o, cache = attention(*arrays, mask=mask, engine=TILED)
+    grads, want_grads = attention_vjp(cache, do.astype("float32")), attention_vjp(want, do)
+    assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
+    for got, ref, bound in zip(
+        (o, *grads), (want_o, *want_grads), (bounds.o, bounds.dq, bounds.dk, bounds.dv), strict=False
+    ):
+        assert_within(got, ref, bound, factor=2)
+
+
 @pytest.mark.parametrize(("batch", "T"), [(2, 700), (1, 500)])
 @pytest.mark.parametrize("bias", ["none", "T S", "1 S", "T 1", "... 1 1 S"])
 def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
@@ -174,15 +184,25 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
             assert a is b is None or np.array_equal(a, b)
 
 
-@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, REFERENCE), (97, 2, TILED), (1, 97, TILED), (0, 0, REFERENCE)])
-def test_short_sequences_are_left_to_the_reference(T, S, engine):
-    """The cache tells which engine it was."""
+@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, BATCHED), (97, 2, TILED), (1, 97, TILED), (0, 0, BATCHED)])
+def test_short_sequences_have_all_heads_at_once(T, S, engine):
+    """The caches tell which engine it was."""
     q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
     want = type(engine.attention(q, k, k)[1])
     assert type(attention(q, k, k)[1]) is want
     x, memory = np.zeros((2, T, 4), np.float32), np.zeros((2, S, 4), np.float32)
     _, cache = mha(init(0, 4, 2), x, memory, memory)
     assert type(cache.groups[0].heads.attention) is want
+    assert cache.groups[0].heads.engine == engine
+
+
+@pytest.mark.parametrize("T", [7, 97])
+def test_complex_arrays_are_the_reference_s(T):
+    x = np.zeros((2, T, 4), complex)
+    _, cache = self_attention(init(0, 4, 2, dtype="float64"), x.real)
+    assert cache.mha.groups[0].heads.engine in (BATCHED, TILED)
+    params = tree.map(lambda a: a.astype(complex), init(0, 4, 2, dtype="float64"))
+    assert self_attention(params, x)[1].mha.groups[0].heads.engine is None
 
 
 @pytest.mark.parametrize("given_", ["0", "-1", "two", ""])

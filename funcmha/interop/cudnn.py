@@ -10,7 +10,7 @@ What differs from funcmha:
   * H_k may differ from H_v. Both divide H_q, and query head h reads key head h // (H_q // H_k).
   * The left bound is exclusive: query i sees keys from i − left + 1 on, so 1 is the query's own key and none before
     it. The right bound is inclusive. With "bottom_right" the diagonal ends in the last query and key: of each sequence,
-    where there are lengths.
+    where there are lengths. The older words for both are spoken too, but not beside the newer: one would win unseen.
   * Queries, keys and values beyond `seq_len_q` and `seq_len_kv` count as 0, and so does `do`: even a NaN there has no
     effect. Such a query has o = 0 and stats −∞ (or its sink), as any query that sees no key, and gradient 0.
   * ALiBi is + slope · (j − i) and not − slope · |j − i|: the same under a top-left causal mask, the only one with which
@@ -19,13 +19,14 @@ What differs from funcmha:
   * Packed tensors, which have a ragged offset, go through `from_ragged` and `to_ragged` of `interop.cudnn_ragged`.
 
 The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has in a `score_mod`, and no
-block masks and paged keys, of which it has no gradient. What cuDNN refuses for want of a kernel is done: any width and
-dtype, and left bounds and the bottom-right diagonal beside bias, ALiBi, dropout, and more queries than keys. What it
-refuses as a contradiction is refused.
+block masks and paged keys, of which it has no gradient. Where there are `cu_seq_len_q`, the lengths are differences.
+What cuDNN refuses for want of a kernel is done: any width and dtype, and left bounds and the bottom-right diagonal
+beside bias, ALiBi, dropout, and more queries than keys. What it refuses as a contradiction is refused.
 
 Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
 0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
-`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca; not run beside cuDNN, which needs a GPU.
+`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca. Held in float64 to the operations that
+cudnn-frontend 1.28 and 1.32 take both nodes apart into for cuDNN 9.20; not run beside its kernels, which need a GPU.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
 width.
@@ -73,6 +74,9 @@ def sdpa(
     diagonal_alignment: Any = "top_left",
     diagonal_band_left_bound: int | None = None,
     diagonal_band_right_bound: int | None = None,
+    use_causal_mask: bool = False,
+    use_causal_mask_bottom_right: bool = False,
+    sliding_window_length: int | None = None,
     dropout: tuple[Array, float] | None = None,
 ) -> tuple[Array, SdpaCache]:
     """o = dropout(softmax(attn_scale · q kᵀ + bias + slope · (j − i), sink_token)) v
@@ -85,19 +89,24 @@ def sdpa(
     diagonal_alignment  "top_left" or "bottom_right", or the member of `cudnn.diagonal_alignment`
     diagonal_band_left_bound    forbids j ≤ i + offset − left, where None is no bound
     diagonal_band_right_bound   forbids j > i + offset + right, where None is no bound
+    use_causal_mask, use_causal_mask_bottom_right, sliding_window_length
+                the older words for a right bound of 0, top-left or bottom-right, and for a left bound
     dropout     (mask, scale): booleans, or numbers 0 and 1, that broadcast as bias does, and 1 / (1 − p), by which the
                 weights are multiplied that are kept
 
-    The deprecated use_causal_mask is a right bound of 0, and sliding_window_length a left bound. Raises TypeError and
-    ValueError before any arithmetic.
+    Raises TypeError and ValueError before any arithmetic.
     """
     axes = _check_inputs(q, k, v, bias, sink_token)
     scale = 1.0 if attn_scale is None else _check.number("attn_scale", attn_scale)
     lengths = _check_lengths(axes, use_padding_mask, seq_len_q, seq_len_kv)
-    band = _band(axes, lengths, diagonal_alignment, diagonal_band_left_bound, diagonal_band_right_bound)
+    alignment, right = _causal(
+        use_causal_mask, use_causal_mask_bottom_right, diagonal_alignment, diagonal_band_right_bound
+    )
+    left = _left(diagonal_band_left_bound, sliding_window_length)
+    band = _band(axes, lengths, alignment, left, right)
     _check.flag("use_alibi_mask", use_alibi_mask)
-    if use_alibi_mask and diagonal_band_right_bound != 0:
-        raise ValueError(f"diagonal_band_right_bound must be 0 with use_alibi_mask, got {diagonal_band_right_bound!r}")
+    if use_alibi_mask and right != 0:
+        raise ValueError(f"diagonal_band_right_bound must be 0 with use_alibi_mask, got {right!r}")
     keep, rate = _check_dropout(axes, dropout)
 
     dtype = q.dtype
@@ -147,18 +156,41 @@ def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative
     return relative if bias is None else bias + dense(relative, T, S)
 
 
-def _band(axes: _check.Axes, lengths: Any, alignment: Any, left: int | None, right: int | None) -> Mask | None:
-    """i + offset − left < j ≤ i + offset + right, with the offset of each sequence where there are lengths"""
+def _causal(top_left: bool, bottom_right: bool, alignment: Any, right: int | None) -> tuple[str, int | None]:
+    """The alignment and the right bound, which may be said by one of the older flags instead."""
+    _check.flag("use_causal_mask", top_left)
+    _check.flag("use_causal_mask_bottom_right", bottom_right)
     name = str(getattr(alignment, "name", alignment)).lower()
     if name not in ALIGNMENTS:
         raise ValueError(f"diagonal_alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
+    if not (top_left or bottom_right):
+        return name, right
+    if (top_left and bottom_right) or right is not None or name != "top_left":
+        raise ValueError(
+            "use_causal_mask and use_causal_mask_bottom_right must be given without the other one, diagonal_alignment "
+            f"and diagonal_band_right_bound, got {top_left}, {bottom_right}, {alignment!r} and {right!r}"
+        )
+    return ALIGNMENTS[bottom_right], 0
+
+
+def _left(bound: int | None, length: int | None) -> int | None:
+    """The left bound, by its newer or its older name."""
+    if length is None:
+        return bound
+    if bound is not None:
+        raise ValueError(f"sliding_window_length must be None with diagonal_band_left_bound, got {length!r}")
+    return _check.integer("sliding_window_length", length, 1, or_else=" or None")
+
+
+def _band(axes: _check.Axes, lengths: Any, alignment: str, left: int | None, right: int | None) -> Mask | None:
+    """i + offset − left < j ≤ i + offset + right, with the offset of each sequence where there are lengths"""
     left, right = _check_bound("diagonal_band_left_bound", left), _check_bound("diagonal_band_right_bound", right)
     if right is not None and right < 0:
         raise ValueError(f"diagonal_band_right_bound must be at least 0, or None for no bound, got {right}")
     if left is not None and right is not None and left + right < 1:
         raise ValueError(f"diagonal_band_left_bound must be above {-right}, else no query sees a key, got {left}")
     ends = (axes["S_q"], axes["S_kv"]) if lengths is None else lengths
-    offset = 0 if name == "top_left" else ends[1] - ends[0]
+    offset = 0 if alignment == "top_left" else ends[1] - ends[0]
     if right is not None:
         return masks.window(None if left is None else left + right - 1, 0, offset + right)
     return None if left is None else masks.window(0, None, offset - left + 1)

@@ -9,16 +9,18 @@
 What differs. A kernel of flax is (C, H, D), and that of the output (H, D, O): transposes, which are views in NumPy.
 With `normalize_qk` there are q_norm.w and k_norm.w, and `norm=Layer(1e-6)` is to be passed, as funcmha's own eps is
 another; without it, neither. What `decode` and dropout keep in the module are no parameters, so the state is to be
-`nnx.state(module, nnx.Param)`. The parameters of `flax.linen` have the same names.
+`nnx.state(module, nnx.Param)`; a call with `decode=True` is `self_attention_step`, of one token. `dtype`, which flax
+computes with whatever the parameters are, is theirs here. The parameters of `flax.linen` have the same names.
 
 Masks are True = attend and broadcast to (..., H, T, S), as here; `is_causal=True` is `masks.causal()`. A query that may
 see no key has the mean of the values in flax, and here out's bias. flax's default path has a softmax of float32 even in
 float64; with `sow_weights=True` it keeps the dtype. Its dropout has one mask for all of the batch and heads, and so
-takes `keep` (T, S) here.
+takes `keep` (T, S) here; with `broadcast_dropout=False`, (B, H, T, S).
 
 flax is not imported.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,11 +51,12 @@ TOGETHER = ("q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"), ("q_norm.w", "k_n
 def from_module(module: Any, /) -> Params:
     """The parameters of a `flax.nnx.MultiHeadAttention`, as NumPy arrays
 
-    Read-only, and of the same memory where it is the CPU's. Raises TypeError for another kind of module, and what
-    `from_state` raises.
+    Read-only, and of the same memory where it is the CPU's. Raises TypeError for another kind of module, ValueError for
+    one whose products or attention are a function of yours, and what `from_state` raises.
     """
     if not all(hasattr(module, name) for name in ("query", "key", "value", "out")):
         raise TypeError(f"module must be a flax.nnx.MultiHeadAttention, got {type(module).__name__}")
+    _check_own(module)
     arrays = {}
     for name, _, _ in TABLE.values():
         layer, _, leaf = name.partition(".")
@@ -82,3 +85,15 @@ def to_state(params: Params, /) -> dict[str, Any]:
     KeyError for leaves that it does not know, and for biases, or norms, on some only.
     """
     return unflatten(to_leaves(params, TABLE, TOGETHER))
+
+
+def _check_own(module: Any) -> None:
+    """What the caller puts in the place of flax's own attention or products may be anything."""
+    flax = sys.modules.get("flax.nnx.nn.attention")  # of which a module is; not imported here
+    attend = getattr(module, "attention_fn", None)
+    if attend is not None and attend is not getattr(flax, "dot_product_attention", attend):
+        raise ValueError(f"attention_fn must be flax's own dot_product_attention, got {attend}")
+    for part in ("qkv", "out"):
+        for name in (f"{part}_dot_general", f"{part}_dot_general_cls"):
+            if getattr(module, name, None) is not None:
+                raise ValueError(f"{name} must be None, as funcmha multiplies itself, got {getattr(module, name)}")

@@ -305,7 +305,7 @@ class _Backward(NamedTuple):
         at, head = (*b, h), self.x.head(b, h)
         delta = np.einsum("te,te->t", self.do[at], self.x.o[at])
         for rows in blocks(len(delta), tiles.ROWS) if self.dweights is not None else ():
-            for tile in (tile for block in head.tiles(rows) for tile in block):
+            for tile in head.all_tiles(rows):
                 i, j = slice(*tile.rows), slice(*tile.cols)
                 delta[i] += mean_cotangent(head, tile, self.rows(at, head, delta, tile.rows), self.dweights[at][i, j])
         r = -delta if self.dlse is None else np.where(self.x.total[at] == 0, 0.0, self.dlse[at]) - delta
@@ -398,7 +398,7 @@ def _(cache: AttentionCache, /) -> Array:
     for *b, h in np.ndindex(*p.shape[:-2]):
         head = x.head(tuple(b), h)
         for rows in blocks(p.shape[-2], tiles.ROWS):
-            for tile in (tile for block in head.tiles(rows) for tile in block):
+            for tile in head.all_tiles(rows):
                 at = (*b, h, slice(*tile.rows))
                 q, shift = head.unit * head.q[at[-1]], None if x.shift is None else x.shift[at]
                 p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, shift) / total[at]

@@ -10,7 +10,7 @@ import numpy as np
 
 from funcmha._xp import Array
 
-from .tiles import LOG2E, Head, Tile, of_sink
+from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
 ROWS = 16  # G·T up to which this is faster than tiles
 # Rows of k and v in one product of a few. OpenBLAS has faster kernels for small products than for long ones, and NumPy
@@ -33,7 +33,7 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
     sinks = np.array([-np.inf if head.sink is None else LOG2E * head.sink for head in heads], s.dtype)[:, None]
     top = np.maximum(s.max(axis=-1, initial=-np.inf), sinks)
     shift = np.where(top == -np.inf, 0.0, np.ceil(top))
-    e = np.exp2(np.subtract(s, shift[..., None], out=s), out=s)
+    e = powers_of_two(np.subtract(s, shift[..., None], out=s))
     total = e.sum(axis=-1)
     if heads[0].sink is not None:
         total += np.stack([of_sink(head, c) for head, c in zip(heads, shift, strict=True)])

@@ -87,7 +87,7 @@ class _Forward(NamedTuple):
         """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)"""
         q, (left, right) = head.unit * head.q[slice(*rows)], self.factors(head, head_dot, rows)
         acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
-        for tile in (tile for block in head.tiles(rows) for tile in block):
+        for tile in head.all_tiles(rows):
             i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
             slope = None if head.cap is None else scratch("slope", tile.shape, q.dtype)
             e = head.exponentials(q[i], tile, None if shift is None else shift[i], slope)

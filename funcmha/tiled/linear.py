@@ -70,8 +70,8 @@ def linear_vjp(
         sums = [_sum(_beside(parts, slice(k, k + n))) for k in range(0, len(rows), n)]
         db[:] = _sum(np.stack(sums)) if sums else 0.0
 
-    tasks: list[Any] = [(of_x, at) for at in _pieces(dx)]
-    tasks += [(of_w, at) for at in _blocks(w, BLOCK, BLOCK)] + [(of_b, None)] * (b is not None)
+    tasks: list[Any] = [(of_w, at) for at in _blocks(w, BLOCK, BLOCK)] + [(of_b, None)] * (b is not None)
+    tasks += [(of_x, at) for at in _pieces(dx)]  # the shortest last, for the threads to end together
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](task[1]), tasks, flops=4 * rows.size * len(w))
     dtype = given[0].dtype

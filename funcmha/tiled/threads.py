@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from funcmha._xp import Array
 
-ALONE = 1e7  # flops that one thread has done before another has woken up
+ALONE = 5e7  # flops that one thread has done before another has woken up and taken over
 
 
 def num_threads() -> int:

@@ -3,8 +3,9 @@
 Exponentials are powers of two, which NumPy computes faster and more accurately than powers of e: the scores here are
 s = log₂e · z. Before the exponential a shift c is subtracted from each row. By Cauchy and Schwarz no score exceeds
 m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is shifted; else c is
-m − BOUND, and only where the sum then comes out small is the true maximum of the row looked for. Shifts are whole
-numbers, so that the log-sum-exp has the digits of the sum. The backward uses the same shift, and so has the same
+m − BOUND, or the largest score of some keys where that is less, and only where the sum then comes out too small or too
+large is the true maximum of the row looked for. Shifts are whole numbers, so that the log-sum-exp has the digits of the
+sum. The backward uses the same shift, and so has the same
 exponentials, from the same q and k to the bit; made from the log-sum-exp they would lose |s| ulps.
 
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
@@ -26,6 +27,8 @@ from .threads import scratch
 LOG2E, LN2 = log2(e), log(2)
 BOUND = 60.0  # |s| up to which 2^s can be summed in float32 without a shift: 65536 terms stay below 2^76
 FLOOR = 2.0**-40  # a sum of 2^(s − c) below this may have lost keys to underflow
+CEILING = 2.0**80  # and one above this was cut off: the scores are far above c
+SOME = 32  # keys to guess the largest score from
 # Of a tile, at most: smaller ones fit a level 2 cache better, but then threads meet more often in the interpreter.
 ROWS, COLS = 512, 512
 
@@ -69,10 +72,17 @@ class Head(NamedTuple):
             return self.cap
         return LN2 if self.bias is None else 1.0
 
+    def columns(self, rows: Range) -> Range:
+        """The columns outside which these rows see nothing."""
+        return (0, len(self.k)) if self.mask is None else self.mask.columns(rows, len(self.k))
+
+    def all_tiles(self, rows: Range) -> list[Tile]:
+        """The tiles of these rows, from left to right."""
+        return [tile for block in self.tiles(rows) for tile in block]
+
     def tiles(self, rows: Range) -> list[list[Tile]]:
-        """The tiles of these rows, in blocks of columns from left to right."""
-        S = len(self.k)
-        start, stop = (0, S) if self.mask is None else self.mask.columns(rows, S)
+        """The same in blocks of columns."""
+        start, stop = self.columns(rows)
         found, width = [], columns(len(self.q))
         for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
             cols = (max(j, start), min(j + width, stop))
@@ -110,22 +120,22 @@ class Head(NamedTuple):
     def exponentials(self, q: Array, tile: Tile, shift: Array, slope: Array = None) -> Array:
         """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
         s = self.scores(q, tile, slope)
-        if shift is not None:  # above the shift by more than BOUND are only scores that the mask hides
-            np.minimum(np.subtract(s, shift[:, None], out=s), 2 * BOUND, out=s)
-        np.exp2(s, out=s)
+        if shift is not None:
+            np.subtract(s, shift[:, None], out=s)
+        if shift is None and self.bias is None:
+            np.exp2(s, out=s)
+        else:
+            powers_of_two(s)
         if tile.mixed:
             self.hide(s, tile, 0.0)
         return s
 
     def hide(self, a: Array, tile: Tile, value: float) -> None:
         """a = value where not mask"""
-        np.copyto(a, value, where=~self.allowed(tile))
-
-    def allowed(self, tile: Tile) -> Array:
-        """The mask of a tile (R or 1, N or 1)"""
         assert self.mask is not None
         allowed = self.mask.tile(tile.rows, tile.cols)
-        return allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
+        allowed = allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
+        np.copyto(a, value, where=~allowed)
 
     def drop(self, a: Array, tile: Tile) -> Array:
         """a ⊙ keep / (1 − rate)"""
@@ -136,6 +146,16 @@ class Head(NamedTuple):
         else:
             keep = self.keep[slice(*tile.rows), slice(*tile.cols)]
         return np.where(keep, a / (1 - self.rate), 0.0)
+
+
+def powers_of_two(s: Array) -> Array:
+    """2^s in its place, 0 where that would be subnormal: NumPy takes 20 times longer for a tile that has such a number.
+
+    So far above the shift as to be cut off are only scores that the mask hides, once `forward` is done.
+    """
+    least = np.finfo(s.dtype).minexp
+    np.exp2(np.clip(s, least, 2 * BOUND, out=s), out=s)
+    return np.subtract(s, 2.0**least, out=s)
 
 
 def _parts(mask: Mask, rows: Range, cols: Range) -> list[Tile]:
@@ -158,42 +178,50 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
     """o (R, E), the sums of exponentials, the sink's included (R), and the shift of the rows (R) or None"""
-    q, tiles = head.unit * head.q[slice(*rows)], [tile for block in head.tiles(rows) for tile in block]
+    q = head.unit * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
     if head.cap is not None or head.bias is not None:
         m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
-    shift = _guess(head, rows, tiles, m)
-    total, acc = _sums(head, q, rows, tiles, shift)
-    if _is_lost(head, rows, tiles, total, shift):
-        shift = _maximum(head, q, rows, tiles)
-        total, acc = _sums(head, q, rows, tiles, shift)
+    shift = _guess(head, q, rows, m)
+    total, acc = _sums(head, q, rows, shift)
+    wrong = np.flatnonzero(~((total >= FLOOR) & (total <= CEILING)))
+    if wrong.size:
+        i = slice(wrong[0], wrong[-1] + 1)
+        part = rows[0] + i.start, rows[0] + i.stop
+        shift = np.zeros_like(total) if shift is None else shift
+        shift[i] = _maximum(head, q[i], part)
+        total[i], acc[i] = _sums(head, q[i], part, shift[i])
+        shift = shift if shift.any() else None
     if head.sink is not None:
         total += of_sink(head, shift)
     return acc / np.where(total == 0, 1.0, total)[:, None], total, shift
 
 
-def _guess(head: Head, rows: Range, tiles: list[Tile], m: Array) -> Array:
-    """A whole shift c with s − c ≤ BOUND for certain, and not far below it in all likelihood; None for none.
+def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
+    """A whole shift c with the largest s − c near 0 in all likelihood; None for none.
 
-    None where it can be, for s − c loses as many digits as c has. NaN for a row with a bias of +∞, whether it is hidden
-    or not: then `_maximum` tells.
+    None where it can be, for s − c loses as many digits as c has; else what some keys have, if it is less than the
+    bound on all of them, which may be far too high.
     """
-    top = np.zeros(rows[1] - rows[0], head.q.dtype)
-    if head.bias is not None and tiles:
-        seen = Tile(rows, (min(tile.cols[0] for tile in tiles), max(tile.cols[1] for tile in tiles)), mixed=True)
+    top, (start, stop) = np.zeros(len(q), q.dtype), head.columns(rows)
+    if head.bias is not None and start < stop:
+        seen = Tile(rows, (start, stop), mixed=True)
         largest = LOG2E * head.bias_of(seen).max(axis=-1)
-        top = np.where(largest == -np.inf, top, np.where(largest == np.inf, np.nan, largest))
+        top = np.where(np.isfinite(largest), largest, top)
     c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
+    if c.any() and start < stop:
+        likely = _largest(head, q, Tile(rows, (start, min(start + SOME, stop)), mixed=head.mask is not None))
+        c = np.where(likely > -np.inf, np.fmin(c, np.fmax(likely, 0.0)), c)
     if head.sink is not None:
         c = np.maximum(c, LOG2E * head.sink - BOUND)
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) -> tuple[Array, Array]:
+def _sums(head: Head, q: Array, rows: Range, shift: Array) -> tuple[Array, Array]:
     """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E)"""
     E = head.v.shape[-1]
     total, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
-    for tile in tiles:
+    for tile in head.all_tiles(rows):
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
@@ -201,21 +229,10 @@ def _sums(head: Head, q: Array, rows: Range, tiles: list[Tile], shift: Array) ->
     return total, acc
 
 
-def _is_lost(head: Head, rows: Range, tiles: list[Tile], total: Array, shift: Array) -> bool:
-    """Whether keys of some row went under, or the guess was NaN. A sum of 0 is right for a row that sees no key."""
-    small = ~(total >= FLOOR)  # or NaN
-    if not small.any() or (shift is not None and np.isnan(shift).any()):
-        return bool(small.any())
-    sees = np.zeros(len(total), bool)
-    for tile in tiles:
-        sees[_within(rows, tile)] |= head.allowed(tile).any(axis=-1) if tile.mixed else True
-    return bool((small & sees).any())
-
-
 def sums(head: Head, shift: Array) -> Array:
     """The sums of exponentials of all rows, the sink's included (T)"""
     q, total = head.unit * head.q, np.zeros(len(head.q), head.q.dtype)
-    for tile in (tile for block in head.tiles((0, len(q))) for tile in block):
+    for tile in head.all_tiles((0, len(q))):
         i = slice(*tile.rows)
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
@@ -229,16 +246,21 @@ def of_sink(head: Head, shift: Array) -> Array:
     return np.exp2(sink if shift is None else sink - shift)
 
 
-def _maximum(head: Head, q: Array, rows: Range, tiles: list[Tile]) -> Array:
+def _maximum(head: Head, q: Array, rows: Range) -> Array:
     """The largest score of each row, rounded up, 0 where there is none"""
     top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
-    for tile in tiles:
+    for tile in head.all_tiles(rows):
         i = _within(rows, tile)
-        s = head.scores(q[i], tile)
-        if tile.mixed:
-            head.hide(s, tile, -np.inf)
-        top[i] = np.maximum(top[i], s.max(axis=-1))
+        top[i] = np.maximum(top[i], _largest(head, q[i], tile))
     return np.where(top == -np.inf, 0.0, np.ceil(top))
+
+
+def _largest(head: Head, q: Array, tile: Tile) -> Array:
+    """The largest score of each row of a tile (R), −∞ where the mask hides all"""
+    s = head.scores(q, tile)
+    if tile.mixed:
+        head.hide(s, tile, -np.inf)
+    return s.max(axis=-1)
 
 
 def _within(rows: Range, tile: Tile) -> slice:

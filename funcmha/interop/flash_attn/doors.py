@@ -1,7 +1,7 @@
 """What the calls of flash-attention take: checked once, under its names, before any arithmetic.
 
 Axes: B sequences, T queries, S keys, N tokens and M keys of all sequences, H query heads, K key/value heads, D
-query/key width, E value width.
+query/key width, E value width, R keys in a list.
 """
 
 from typing import Any
@@ -30,9 +30,10 @@ def asked(softmax_scale: Any, causal: Any, window_size: Any, attention_chunk: An
 
 
 def check_tokens(axes: _check.Axes, **arrays: tuple[Array, str]) -> None:
-    """Queries, keys and all else of one dtype and of these shapes, with heads that divide."""
-    _check.one_dtype((name, x) for name, (x, _) in arrays.items())
-    for name, (x, symbols) in arrays.items():
+    """All of one dtype and of these shapes, with heads that divide; only qv may be None."""
+    given = {name: x for name, x in arrays.items() if name != "qv" or x[0] is not None}
+    _check.one_dtype((name, x) for name, (x, _) in given.items())
+    for name, (x, symbols) in given.items():
         axes(name, x, symbols)
     _check.multiple(axes.owner["H"], axes["H"], axes.owner["K"], axes["K"])
 
@@ -62,22 +63,44 @@ def check_dropout(axes: _check.Axes, keep: Any, dropout_p: Any) -> float:
     return check_rate("dropout_p", p if p > 0 else None, keep)
 
 
-def spans(name: str, cu_seqlens: Any, used_name: str, seqused: Any, total: int, owner: str) -> np.ndarray:
-    """Start and stop of each sequence (B, 2), of which only the first `seqused` tokens count."""
-    cu = check_cumulative(name, cu_seqlens, total, owner)
+def check_listed(axes: _check.Axes, gather_kv_indices: Any, symbols: str) -> np.ndarray | None:
+    """The keys that each query sees, as int64; any number of them, and any number in place of none."""
+    if gather_kv_indices is None:
+        return None
+    listed = _check.integers("gather_kv_indices", gather_kv_indices)
+    axes("gather_kv_indices", listed, f"{symbols} R")
+    return listed
+
+
+def spans(
+    axes: _check.Axes, side: str, cu_seqlens: Any, seqused: Any = None, *, total: int | None, each: int
+) -> np.ndarray:
+    """Start and stop of each sequence (B, 2), of which only the first `seqused` tokens count.
+
+    side    "q", "k" or "k_new", as in cu_seqlens_q, which ends with `total`
+    each    the tokens of each sequence, if there is no cu_seqlens
+    """
+    name, owner = f"cu_seqlens_{side}", side[0]
+    if cu_seqlens is None:
+        name, cu = owner, each * np.arange(axes["B"] + 1)
+    else:
+        cu = check_cumulative(name, cu_seqlens, total, owner)
+        _check_count(axes, name, cu.size - 1)
     n = np.diff(cu)
-    used = n if seqused is None else per_sequence(used_name, seqused, n.size)
+    used = n if seqused is None else per_sequence(f"seqused_{side}", seqused, n.size)
     if np.any(used > n):
-        raise ValueError(f"{used_name} must be at most the lengths {n.tolist()} of {name}, got {used.tolist()}")
+        raise ValueError(f"seqused_{side} must be at most the lengths {n.tolist()} of {name}, got {used.tolist()}")
     return np.stack([cu[:-1], cu[:-1] + used], axis=-1)
 
 
-def longest(name: str, given: Any, of: np.ndarray, owner: str) -> int:
-    """The length of the longest sequence, or what was given, which must be no less."""
+def longest(side: str, given: Any, of: np.ndarray, each: int) -> int:
+    """How long a sequence may be: as was given, else as a padded one is, else as the longest."""
     n = int((of[:, 1] - of[:, 0]).max(initial=0))
-    if given is not None and _check.integer(name, given) < n:
-        raise ValueError(f"{name} must be at least {n} as in {owner}, got {given}")
-    return n if given is None else int(given)
+    if given is None:
+        return max(n, each)
+    if _check.integer(f"max_seqlen_{side}", given) < n:
+        raise ValueError(f"max_seqlen_{side} must be at least {n}, as the longest sequence is, got {given}")
+    return int(given)
 
 
 def per_sequence(name: str, x: Any, B: int, most: int = 2**63 - 1) -> np.ndarray:
@@ -86,6 +109,12 @@ def per_sequence(name: str, x: Any, B: int, most: int = 2**63 - 1) -> np.ndarray
     if checked.shape != (B,):
         raise ValueError(f"{name} must be (B,) with B={B}, got {checked.shape}")
     return checked
+
+
+def _check_count(axes: _check.Axes, name: str, B: int) -> None:
+    if axes.size.setdefault("B", B) != B:
+        raise ValueError(f"{name} must be (B + 1,) with B={axes['B']} as in {axes.owner['B']}, got B={B}")
+    axes.owner.setdefault("B", name)
 
 
 def _reach(x: Any) -> int | None:

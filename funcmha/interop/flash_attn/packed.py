@@ -3,34 +3,55 @@
 Axes: B batch, T queries, S keys, N and M the tokens of all sequences, H query heads, K key/value heads, D width.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
 from funcmha import _check
 from funcmha._xp import Array, namespace
+from funcmha.dropout import Seeded
 from funcmha.packing import check_cumulative
 
 from .dense import FlashAttnFuncCache, flash_attn_func, flash_attn_func_vjp
 from .varlen import FlashAttnVarlenFuncCache, flash_attn_varlen_func, flash_attn_varlen_func_vjp
+
+
+class Options(TypedDict, total=False):
+    """What every packed call takes by keyword, as `flash_attn_func` does."""
+
+    dropout_p: float
+    keep: Array | Seeded
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    attention_chunk: int
+    softcap: float
+
 
 # ── batches of equal lengths ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class FlashAttnQkvpackedFuncCache(NamedTuple):
     attention: FlashAttnFuncCache
+    num_heads_q: int | None
 
 
 def flash_attn_qkvpacked_func(
-    qkv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+    qkv: Array,
+    alibi_slopes: Array = None,
+    learnable_sink: Array = None,
+    /,
+    *,
+    num_heads_q: int | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Array, FlashAttnQkvpackedFuncCache]:
     """out = flash_attn_func(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])      qkv (B, T, 3, H, D)   →   out (B, T, H, D)
 
-    Takes the keyword arguments of `flash_attn_func`.
+    num_heads_q   H, where qkv is (B, T, H + K + K, D): the heads of q, then those of k, then those of v. FA3's
     """
-    q, k, v = _parts("qkv", qkv, "B, T, 3, H, D")
-    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **static)
-    return out, FlashAttnQkvpackedFuncCache(cache)
+    q, k, v = _parts("qkv", qkv, "B, T, 3, H, D") if num_heads_q is None else _side_by_side(qkv, num_heads_q)
+    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **options)
+    return out, FlashAttnQkvpackedFuncCache(cache, num_heads_q)
 
 
 def flash_attn_qkvpacked_func_vjp(
@@ -38,8 +59,9 @@ def flash_attn_qkvpacked_func_vjp(
 ) -> tuple[Array, Array, Array]:
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnQkvpackedFuncCache, "flash_attn_qkvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    return _packed(dq, dk, dv), dslopes, dsink
+    *parts, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dqkv = _packed(*parts) if cache.num_heads_q is None else namespace(dout).concat(parts, axis=-2)
+    return dqkv, dslopes, dsink
 
 
 class FlashAttnKvpackedFuncCache(NamedTuple):
@@ -47,14 +69,11 @@ class FlashAttnKvpackedFuncCache(NamedTuple):
 
 
 def flash_attn_kvpacked_func(
-    q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+    q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **options: Unpack[Options]
 ) -> tuple[Array, FlashAttnKvpackedFuncCache]:
-    """out = flash_attn_func(q, kv[:, :, 0], kv[:, :, 1])    q (B, T, H, D)   kv (B, S, 2, K, D)   →   out (B, T, H, D)
-
-    Takes the keyword arguments of `flash_attn_func`.
-    """
+    """out = flash_attn_func(q, kv[:, :, 0], kv[:, :, 1])   q (B, T, H, D)   kv (B, S, 2, K, D)  →  out (B, T, H, D)"""
     k, v = _parts("kv", kv, "B, S, 2, K, D")
-    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **static)
+    out, cache = flash_attn_func(q, k, v, alibi_slopes, learnable_sink, **options)
     return out, FlashAttnKvpackedFuncCache(cache)
 
 
@@ -63,7 +82,7 @@ def flash_attn_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnKvpackedFuncCache, "flash_attn_kvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return dq, _packed(dk, dv), dslopes, dsink
 
 
@@ -82,18 +101,17 @@ def flash_attn_varlen_qkvpacked_func(
     *,
     cu_seqlens: np.ndarray,
     max_seqlen: int | None = None,
-    **static: Any,
+    **options: Unpack[Options],
 ) -> tuple[Array, FlashAttnVarlenQkvpackedFuncCache]:
     """out = flash_attn_varlen_func(qkv[:, 0], qkv[:, 1], qkv[:, 2])      qkv (N, 3, H, D)   →   out (N, H, D)
 
-    cu_seqlens (B + 1,) and max_seqlen are those of queries and keys. Takes the other keyword arguments of
-    `flash_attn_varlen_func`.
+    cu_seqlens (B + 1,) and max_seqlen are those of queries and keys.
     """
     q, k, v = _parts("qkv", qkv, "N, 3, H, D")
     check_cumulative("cu_seqlens", cu_seqlens, qkv.shape[0], "qkv")
     lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     lengths |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **static)
+    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **options)
     return out, FlashAttnVarlenQkvpackedFuncCache(cache)
 
 
@@ -102,8 +120,8 @@ def flash_attn_varlen_qkvpacked_func_vjp(
 ) -> tuple[Array, Array, Array]:
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenQkvpackedFuncCache, "flash_attn_varlen_qkvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    return _packed(dq, dk, dv), dslopes, dsink
+    *parts, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return _packed(*parts), dslopes, dsink
 
 
 class FlashAttnVarlenKvpackedFuncCache(NamedTuple):
@@ -111,14 +129,23 @@ class FlashAttnVarlenKvpackedFuncCache(NamedTuple):
 
 
 def flash_attn_varlen_kvpacked_func(
-    q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **static: Any
+    q: Array,
+    kv: Array,
+    alibi_slopes: Array = None,
+    learnable_sink: Array = None,
+    /,
+    *,
+    cu_seqlens_q: np.ndarray,
+    cu_seqlens_k: np.ndarray,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Array, FlashAttnVarlenKvpackedFuncCache]:
-    """out = flash_attn_varlen_func(q, kv[:, 0], kv[:, 1])      q (N, H, D)   kv (M, 2, K, D)   →   out (N, H, D)
-
-    Takes the keyword arguments of `flash_attn_varlen_func`.
-    """
+    """out = flash_attn_varlen_func(q, kv[:, 0], kv[:, 1])      q (N, H, D)   kv (M, 2, K, D)   →   out (N, H, D)"""
     k, v = _parts("kv", kv, "M, 2, K, D")
-    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **static)
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **options)
     return out, FlashAttnVarlenKvpackedFuncCache(cache)
 
 
@@ -127,7 +154,7 @@ def flash_attn_varlen_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenKvpackedFuncCache, "flash_attn_varlen_kvpacked_func")
-    dq, dk, dv, dslopes, dsink = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    dq, dk, dv, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
     return dq, _packed(dk, dv), dslopes, dsink
 
 
@@ -139,6 +166,16 @@ def _parts(name: str, x: Array, symbols: str) -> list[Array]:
     if x.ndim != len(letters) or x.shape[-3] != n:
         raise ValueError(f"{name} must be ({symbols}), got {tuple(x.shape)}")
     return [x[..., i, :, :] for i in range(n)]
+
+
+def _side_by_side(qkv: Array, num_heads_q: Any) -> list[Array]:
+    """(B, T, H + K + K, D)   →   (B, T, H, D) and two of (B, T, K, D), as views"""
+    _check.one_dtype([("qkv", qkv)])
+    H = _check.integer("num_heads_q", num_heads_q, 0)
+    if qkv.ndim != 4 or qkv.shape[2] < H or (qkv.shape[2] - H) % 2:
+        raise ValueError(f"qkv must be (B, T, H + K + K, D) with H={H} as in num_heads_q, got {tuple(qkv.shape)}")
+    K = (qkv.shape[2] - H) // 2
+    return [qkv[:, :, start:stop, :] for start, stop in ((0, H), (H, H + K), (H + K, H + 2 * K))]
 
 
 def _packed(*parts: Array) -> Array:

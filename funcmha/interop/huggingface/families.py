@@ -1,4 +1,4 @@
-"""What a config says of one attention layer, each family's defaults where it is silent, and what is refused.
+"""What a config says of one attention layer, and what is refused.
 
 A config is read as the dict of config.json, of any age: `rope_theta` and `rope_scaling` became `rope_parameters`, and
 `sliding_window_pattern` became `layer_types`.
@@ -6,96 +6,33 @@ A config is read as the dict of config.json, of any age: `rope_theta` and `rope_
 
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from funcmha import _check
 from funcmha.norms import Rms
 
-# What the config classes of transformers put where config.json has nothing; None is nothing there too.
-SHARED = {
-    "attention_bias": False,
-    "attn_logit_softcapping": None,
-    "head_dim": None,
-    "layer_types": None,
-    "max_window_layers": None,
-    "num_key_value_heads": None,
-    "query_pre_attn_scalar": None,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": None,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "sliding_window": None,
-    "sliding_window_pattern": None,
-    "use_bidirectional_attention": False,
-    "use_sliding_window": True,
+from .defaults import DEFAULTS, SHARED, YARN
+
+# Where a family differs from Llama.
+NORM_OFFSET = {"qwen3": 0.0, "qwen3_moe": 0.0, "gemma3_text": 1.0}  # of those that have norms of queries and keys
+SOME_LAYERS = ("gemma2", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "gpt_oss", "smollm3", "cohere2")  # have windows
+ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe", "phi3", "starcoder2")  # have them, where there is one
+INTERLEAVED = ("cohere", "cohere2", "glm4")  # feature 2i turns with 2i + 1
+PARTIAL = ("phi3", "glm4", "stablelm")  # turn a part of the features where told to
+INPUTS = ("q_proj.b", "k_proj.b", "v_proj.b")
+ALL_FOUR = (*INPUTS, "out_proj.b")
+BIASES: dict[str, tuple[str | None, tuple[str, ...]]] = {  # the switch, None for always; and what it switches on
+    "gpt2": (None, ALL_FOUR),
+    "mistral": (None, ()),
+    "mixtral": (None, ()),
+    "phi3": (None, ()),
+    "qwen2": (None, INPUTS),
+    "qwen2_moe": ("qkv_bias", INPUTS),
+    "starcoder2": ("use_bias", ALL_FOUR),
+    "glm4": ("attention_bias", INPUTS),
+    "stablelm": ("use_qkv_bias", INPUTS),
 }
-GEMMA_2 = {
-    "attn_logit_softcapping": 50.0,
-    "head_dim": 256,
-    "hidden_size": 2304,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 2,
-}
-QWEN_2 = {
-    "hidden_size": 4096,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "sliding_window": 4096,
-    "use_sliding_window": False,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "n_embd": 768,
-        "n_head": 12,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
-    },
-    "llama": {"hidden_size": 4096, "max_position_embeddings": 2048, "num_attention_heads": 32},
-    "gemma": {
-        "head_dim": 256,
-        "hidden_size": 3072,
-        "max_position_embeddings": 8192,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    },
-    "gemma2": GEMMA_2,
-    "gemma3_text": GEMMA_2
-    | {
-        "attn_logit_softcapping": None,
-        "max_position_embeddings": 131072,
-        "rope_local_base_freq": 10000.0,
-        "rope_theta": 1000000.0,
-        "sliding_window_pattern": 6,
-    },
-    "qwen2": QWEN_2,
-    "qwen3": QWEN_2 | {"head_dim": 128},
-    "gpt_oss": {
-        "attention_bias": True,
-        "head_dim": 64,
-        "hidden_size": 2880,
-        "max_position_embeddings": 131072,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "rope_theta": 150000.0,
-        "sliding_window": 128,
-        "sliding_window_pattern": 2,
-    },
-}
-NORM_OFFSET = {"qwen3": 0.0, "gemma3_text": 1.0}  # of the families that have norms of queries and keys
+KINDS_OF_PHI3 = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # of old, of today
 
 
 class Sizes(NamedTuple):
@@ -107,7 +44,7 @@ class Sizes(NamedTuple):
     C: int  # width of input and output
 
 
-def read(config: Any, n: int) -> dict[str, Any]:
+def read(config: Any, n: int, *, cross: bool = False) -> dict[str, Any]:
     """The config as a dict in which nothing is missing, of the text part of a model of text and images."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -120,6 +57,9 @@ def read(config: Any, n: int) -> dict[str, Any]:
     c = SHARED | DEFAULTS[kind] | dict(given)
     _check_layer(c, n)
     _check_flags(c)
+    _check.flag("cross", cross)
+    if cross and not (kind == "gpt2" and c["add_cross_attention"]):
+        raise ValueError(f"cross must be False but for gpt2 with add_cross_attention, got {kind} without")
     return c
 
 
@@ -129,6 +69,7 @@ def sizes(c: dict[str, Any]) -> Sizes:
     names = ("n_head", "n_embd") if fused else ("num_attention_heads", "hidden_size")
     H, C = (_check.integer(name, c[name], 1) for name in names)
     if fused:
+        _check_divides(H, C)
         return Sizes(H, H, C // H, C)
     given = ((name, c[name]) for name in ("num_key_value_heads", "head_dim"))
     K, D = (None if n is None else _check.integer(name, n, 1) for name, n in given)
@@ -137,6 +78,8 @@ def sizes(c: dict[str, Any]) -> Sizes:
 
 def scale(c: dict[str, Any], n: int) -> float:
     """What the scores are multiplied by."""
+    if c["model_type"] == "granite":
+        return _check.number("attention_multiplier", c["attention_multiplier"])
     width = c["query_pre_attn_scalar"] or sizes(c).D
     if c["model_type"] != "gpt2":
         return float(width**-0.5)
@@ -150,18 +93,48 @@ def norm(c: dict[str, Any]) -> Rms | None:
     return None if offset is None else Rms(c["rms_norm_eps"], offset)
 
 
+def leaves(c: dict[str, Any]) -> tuple[str, ...]:
+    """The parameters that a layer of this config has, all of them and no others."""
+    kind = c["model_type"]
+    switch, biases = BIASES.get(kind, ("attention_bias", ALL_FOUR))
+    biases = biases if switch is None or c[switch] else ()
+    norms = ("q_norm.w", "k_norm.w") if kind in NORM_OFFSET else ()
+    sink = ("sink.w",) if kind == "gpt_oss" else ()
+    return ("q_proj.w", "k_proj.w", "v_proj.w", "out_proj.w", *biases, *sink, *norms)
+
+
+# ── windows ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def slides(c: dict[str, Any], n: int) -> bool:
     """Whether layer n has a sliding window."""
-    if c["layer_types"] is not None:
-        kind = c["layer_types"][n]
-        if kind not in ("sliding_attention", "full_attention"):
-            raise ValueError(f"layer_types must have sliding_attention or full_attention for layer {n}, got {kind!r}")
-        return bool(kind == "sliding_attention")
-    if c["sliding_window_pattern"] is not None:
+    kind, types = c["model_type"], c["layer_types"]
+    if kind not in SOME_LAYERS:
+        found = kind in ALL_LAYERS and bool(c["use_sliding_window"]) and c["sliding_window"] is not None
+        if types is not None and types[n] != (does := "sliding_attention" if found else "full_attention"):
+            raise ValueError(
+                f"layer_types must have {does} for layer {n}, as {kind} does not read it, got {types[n]!r}"
+            )
+        return found
+    if types is None:
+        return _slides_by_number(c, n)
+    if types[n] not in ("sliding_attention", "full_attention"):
+        raise ValueError(f"layer_types must have sliding_attention or full_attention for layer {n}, got {types[n]!r}")
+    return bool(types[n] == "sliding_attention")
+
+
+def _slides_by_number(c: dict[str, Any], n: int) -> bool:
+    """What the config class makes of the number of a layer where there are no layer_types."""
+    kind, on = c["model_type"], bool(c["use_sliding_window"]) and c["sliding_window"] is not None
+    if kind in ("gemma2", "gpt_oss"):
+        return n % 2 == 0
+    if kind in ("gemma3_text", "cohere2"):
         return bool((n + 1) % c["sliding_window_pattern"])
-    if c["max_window_layers"] is None or not c["use_sliding_window"] or c["sliding_window"] is None:
-        return False
-    return bool(n >= c["max_window_layers"])
+    if kind == "smollm3":
+        return on and not _turns(c, n)
+    if kind == "qwen2_moe":
+        return bool(on and n % 2 == 0 and n < c["max_window_layers"])
+    return bool(on and n >= c["max_window_layers"])
 
 
 def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
@@ -169,30 +142,57 @@ def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
     both = c["use_bidirectional_attention"]
     if not slides(c, n):
         return None, None if both else 0
-    W = c["sliding_window"] if c["use_sliding_window"] else None
-    if isinstance(W, bool) or not isinstance(W, Integral) or W < 1:
-        raise ValueError(f"sliding_window must be 1 or more, as layer {n} is of sliding_attention, got {W!r}")
-    W = int(W)
-    return (W // 2, W // 2) if both else (W - 1, 0)  # Gemma 3 has its W // 2 + 1 nearest on either side
+    keys, least = c["sliding_window"] if c["use_sliding_window"] else None, 0 if both else 1
+    if isinstance(keys, bool) or not isinstance(keys, Integral) or keys < least:
+        raise ValueError(f"sliding_window must be {least} or more, as layer {n} is of sliding_attention, got {keys!r}")
+    keys = int(keys)
+    return (keys // 2, keys // 2) if both else (keys - 1, 0)  # Gemma 3 has its keys // 2 + 1 nearest on either side
+
+
+# ── rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pairs(c: dict[str, Any]) -> Literal["half", "interleaved"]:
+    """Which features turn together."""
+    return "interleaved" if c["model_type"] in INTERLEAVED else "half"
 
 
 def rope(c: dict[str, Any], n: int) -> dict[str, Any] | None:
     """The parameters of rotary positions in layer n, in the form of today; None where there are no rotary positions."""
-    if c["model_type"] == "gpt2":
+    kind = c["model_type"]
+    if not _turns(c, n):
         return None
     given, theta = c["rope_scaling"] or c["rope_parameters"], c["rope_theta"]
-    if c["model_type"] == "gemma3_text":
+    if kind == "gemma3_text":
         given, theta = _rope_of_gemma3(c, "sliding_attention" if slides(c, n) else "full_attention")
-    elif not given and c["model_type"] == "gpt_oss":
+    elif not given and kind == "gpt_oss":
         given = YARN
     found = {"rope_theta": theta, "rope_type": (given or {}).get("type", "default")} | dict(given or {})
     context = c.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
     found["original_max_position_embeddings"] = context or c["max_position_embeddings"]
     found["max_position_embeddings"] = c["max_position_embeddings"]
-    part = found.get("partial_rotary_factor", c.get("partial_rotary_factor"))
-    if part not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor must be 1, as {c['model_type']} turns all features, got {part}")
+    if found.get("partial_rotary_factor") is None:
+        found["partial_rotary_factor"] = 1.0 if c["partial_rotary_factor"] is None else c["partial_rotary_factor"]
+    if kind == "phi3":
+        found["rope_type"] = _kind_of_phi3(found["rope_type"])
+    part = found["partial_rotary_factor"]
+    if part != 1.0 and kind not in PARTIAL and found["rope_type"] != "proportional":
+        raise ValueError(f"partial_rotary_factor must be 1, as {kind} turns all features, got {part}")
     return found
+
+
+def _turns(c: dict[str, Any], n: int) -> bool:
+    """Whether layer n has rotary positions."""
+    if c["model_type"] == "smollm3":
+        listed = c["no_rope_layers"]
+        return bool((n + 1) % c["no_rope_layer_interval"] if listed is None else listed[n])
+    return c["model_type"] != "gpt2" and (c["model_type"] != "cohere2" or slides(c, n))
+
+
+def _kind_of_phi3(kind: Any) -> str:
+    if kind not in KINDS_OF_PHI3:
+        raise ValueError(f"rope_type must be {', '.join(KINDS_OF_PHI3)} for phi3, got {kind!r}")
+    return KINDS_OF_PHI3[kind]
 
 
 def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None, float]:
@@ -209,6 +209,14 @@ def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None
     return own, theta
 
 
+# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_divides(H: int, C: int) -> None:
+    if C % H:
+        raise ValueError(f"n_embd must be a multiple of n_head={H}, got {C}")
+
+
 def _check_layer(c: dict[str, Any], n: Any) -> None:
     if isinstance(n, bool) or not isinstance(n, Integral):
         raise TypeError(f"n must be the number of a layer, got {n!r}")
@@ -221,9 +229,15 @@ def _check_layer(c: dict[str, Any], n: Any) -> None:
 
 
 def _check_flags(c: dict[str, Any]) -> None:
+    """What transformers reads and does not obey, and what funcmha has no place for."""
     kind = c["model_type"]
     if c["use_bidirectional_attention"] and kind != "gemma3_text":
         raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are causal all the same")
     if c["attn_logit_softcapping"] is not None and kind != "gemma2":
         got = c["attn_logit_softcapping"]
         raise ValueError(f"attn_logit_softcapping must be None for {kind}, which does not apply it, got {got}")
+    if c["clip_qkv"] is not None and kind == "olmo":
+        raise ValueError(f"clip_qkv must be None, as funcmha does not clip projections, got {c['clip_qkv']}")
+    for name, only in (("use_qk_norm", "cohere"), ("qk_layernorm", "stablelm")):
+        if c[name] and kind == only:
+            raise ValueError(f"{name} must be off, as each head has a norm of its own there, and all one here")

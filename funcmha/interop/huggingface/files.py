@@ -24,12 +24,12 @@ Paths = str | os.PathLike[str]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def load_layer(path: Paths, n: int, config: Any = None, *, prefix: str | None = None) -> Layer:
+def load_layer(path: Paths, n: int, config: Any = None, *, cross: bool = False, prefix: str | None = None) -> Layer:
     """Layer n of a checkpoint, of which nothing else is read
 
     path     the directory of a checkpoint, its tensors in one file or, with an index, in several; or a .safetensors
              file
-    config   as in `from_state_dict`; None is the config.json beside the tensors
+    config   as in `from_state_dict`, and so cross and prefix; None is the config.json beside the tensors
 
     bfloat16 needs ml_dtypes. Raises ImportError without safetensors, FileNotFoundError for a directory that is no
     checkpoint, and what `from_state_dict` raises.
@@ -37,7 +37,7 @@ def load_layer(path: Paths, n: int, config: Any = None, *, prefix: str | None = 
     tensors = Tensors(path)
     if config is None:
         config = json.loads((tensors.directory / "config.json").read_text(encoding="utf-8"))
-    return from_state_dict(tensors, config, n, prefix=prefix)
+    return from_state_dict(tensors, config, n, cross=cross, prefix=prefix)
 
 
 def save_layer(path: Paths, layer: Layer) -> None:

@@ -16,6 +16,9 @@ and a query that it leaves without keys gives 0, with gradients 0.
 
 JAX's softmax is float32 even for float64, and rounds the weights of half types. Here float64 stays float64, half types
 are computed with in float32 and rounded once, and `log_sum_exp` and `attention_weights` are in the dtype computed with.
+(In float16 the fill is −∞ in JAX's residual; and on a CPU jax 0.10.2 does not compile its float16 at all.)
+
+Two of its arguments are not here: `implementation`, as the numbers are the same, and `return_residual`, as above.
 
 JAX is not imported. The same on JAX's own arrays, under its own `jit` and `grad`: `jax.custom_vjp(f).defvjp(f, f_vjp)`.
 

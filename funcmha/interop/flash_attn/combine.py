@@ -1,0 +1,72 @@
+"""Attention over parts of the keys, joined: `flash_attn_combine` is `funcmha.merge`, part after part.
+
+Axes: Z parts, B batch, T queries, N queries of all sequences, H query heads, E value width; `...` is B T, or N.
+"""
+
+from typing import NamedTuple
+
+from funcmha import _check
+from funcmha._xp import Array, full, namespace, narrow, or_zeros, widen
+from funcmha.merge import MergeCache, merge, merge_vjp
+from funcmha.ops import INF, log_sum_exp
+
+
+class FlashAttnCombineCache(NamedTuple):
+    out_partial: Array  # (Z, ..., H, E, 0): nothing but its shape
+    merges: tuple[MergeCache, ...]  # Z
+
+
+def flash_attn_combine(out_partial: Array, lse_partial: Array, /) -> tuple[tuple[Array, Array], FlashAttnCombineCache]:
+    """(out, lse) = (Σ exp(lse_partial − lse) out_partial, log Σ exp(lse_partial)), sums over parts
+    out_partial (Z, B, T, H, E) or (Z, N, H, E)   lse_partial (Z, B, T, H) or (Z, N, H)
+      →   out (B, T, H, E) or (N, H, E)   lse (B, T, H) or (N, H)
+
+    lse has its heads last here, as in the original, whose kernels hand it out with the tokens last. A part with lse −∞
+    is empty, whatever its out is; where all are, out is 0 and lse −∞. lse is float32 where out is of a half type, which
+    is rounded once, at the end. FA3's and FA4's, where it has no gradient.
+    """
+    _check_parts(out_partial, lse_partial)
+    like = widen(out_partial[:1, ..., :0])
+    out, lse, merges = full(out_partial.shape[1:], 0.0, like), full(lse_partial.shape[1:], -INF, like), []
+    for z in range(out_partial.shape[0]):
+        out, cache = merge(out, lse, widen(out_partial[z, ...]), lse_partial[z, ...])
+        lse = log_sum_exp(cache)
+        merges.append(cache)
+    own = FlashAttnCombineCache(full((*out_partial.shape, 0), 0.0, like), tuple(merges))
+    return (narrow(out, out_partial.dtype), lse), own
+
+
+def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array], /) -> tuple[Array, Array]:
+    """dout_partial, dlse_partial: the last part first, from the cotangents of out and lse, of which None is 0"""
+    _check.cache(cache, FlashAttnCombineCache, "flash_attn_combine")
+    like, merges = cache
+    dout, dlse = _cotangents(like, dy)
+    dtype = like.dtype if dy[0] is None else dy[0].dtype
+    grads = []
+    for of_part in reversed(merges):
+        dout, dlse, *of_z = merge_vjp(of_part, dout, dlse=dlse)
+        grads.append(of_z)
+    dout_partial, dlse_partial = (namespace(like).stack(parts[::-1]) for parts in zip(*grads, strict=True))
+    return narrow(dout_partial, dtype), dlse_partial
+
+
+def _check_parts(out_partial: Array, lse_partial: Array) -> None:
+    _check.one_dtype([("out_partial", out_partial)])
+    _check.one_dtype([("lse_partial", lse_partial)])
+    axes, tokens = _check.Axes(), "N" if out_partial.ndim == 4 else "B T"
+    axes("out_partial", out_partial, f"Z {tokens} H E")
+    axes("lse_partial", lse_partial, f"Z {tokens} H")
+    if axes["Z"] == 0:
+        raise ValueError("out_partial must have at least one part, got Z=0")
+    if lse_partial.dtype != widen(out_partial[:0, ...]).dtype:
+        wanted = widen(out_partial[:0, ...]).dtype
+        raise TypeError(f"lse_partial must have dtype {wanted}, in which out is computed, got {lse_partial.dtype}")
+
+
+def _cotangents(like: Array, dy: tuple[Array, Array]) -> tuple[Array, Array]:
+    dout, dlse = _check.parts("dy", dy, "dout, dlse")
+    _, *shape, _ = like.shape
+    letters = "N H" if like.ndim == 5 else "B T H"
+    _check.cotangent("dout", dout, tuple(shape), like, f"{letters} E", optional=True)
+    _check.cotangent("dlse", dlse, tuple(shape[:-1]), like, letters, optional=True)
+    return or_zeros(dout, tuple(shape), like), or_zeros(dlse, tuple(shape[:-1]), like)

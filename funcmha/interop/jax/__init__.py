@@ -1,0 +1,12 @@
+"""JAX's words in funcmha's, and funcmha's functions in JAX.
+
+functional    `dot_product_attention` and its gradient, on arrays of any library
+bridge        `as_jax_function`: any pair of funcmha inside a JAX program, on NumPy's engine
+
+JAX is imported by a call of `as_jax_function`, and by nothing else.
+"""
+
+from .bridge import as_jax_function
+from .functional import dot_product_attention, dot_product_attention_vjp
+
+__all__ = ["as_jax_function", "dot_product_attention", "dot_product_attention_vjp"]
