@@ -117,6 +117,29 @@ def test_weights_of_a_few_queries_sum_to_one_however_large_the_scores(which, lay
     np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
 
 
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize(("T", "S"), [(131, 151), (521, 541), (16, 2003)])
+def test_weights_sum_to_one_however_large_the_scores(T, S, which):
+    """Of rows that were made again, of tiles that BLAS would share out to its threads, and of a few long rows."""
+    rng, bias = np.random.default_rng(0), np.zeros((2, 1, T, S), "float32")
+    q, k = (30 * rng.standard_normal((2, 1, n, 64), dtype="float32") for n in (T, S))
+    v, one = np.zeros((2, 1, S, 2), "float32"), np.ones((2, 1, T), "float32")
+    arrays, zero = (q, k, v, bias), np.zeros((2, 1, T, 2), "float32")
+    with threadpool_limits(2, "blas"):
+        *_, got = itertools.islice(sums_of_weights(arrays, np.ones_like(bias), zero, one), which + 1)
+    np.testing.assert_allclose(got, one, rtol=S * 2.0**-24)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e37])
+@pytest.mark.parametrize("gain", [1.0, 3.0, 10.0])
+def test_large_values_overflow_in_no_sum_before_they_are_divided(gain, size):
+    rng = np.random.default_rng(0)
+    q, k = (gain * rng.standard_normal((2, n, 17), dtype="float32") for n in (131, 151))
+    v = size * rng.random((2, 151, 3), dtype="float32")
+    want, _ = attention(*(a.astype("float64") for a in (q, k, v)), engine=REFERENCE)
+    np.testing.assert_allclose(attention(q, k, v, engine=TILED)[0], want, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])

@@ -174,9 +174,10 @@ class _Views(NamedTuple):
         if not _is_few(x):
             return x
         x, total = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.total)
-        for *b, h in np.ndindex(*total.shape[:-1]):
-            at = (*b, h)
-            total[at] = sums(x.head(tuple(b), h), None if x.shift is None else x.shift[at])
+        with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
+            for *b, h in np.ndindex(*total.shape[:-1]):
+                at = (*b, h)
+                total[at] = sums(x.head(tuple(b), h), None if x.shift is None else x.shift[at])
         return x._replace(total=total)
 
     @staticmethod
@@ -392,10 +393,10 @@ def _(cache: AttentionCache, /) -> Array:
     x = _Views.again(cache)
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     total = np.where(x.total == 0, 1.0, x.total)[..., None]
-    for *b, h in np.ndindex(*p.shape[:-2]):
-        head = x.head(tuple(b), h)
-        for rows in blocks(p.shape[-2], tiles.ROWS):
-            for tile in head.all_tiles(rows):
+    with threads.single_threaded_blas():
+        for *b, h in np.ndindex(*p.shape[:-2]):
+            head = x.head(tuple(b), h)
+            for tile in (tile for rows in blocks(p.shape[-2], tiles.ROWS) for tile in head.all_tiles(rows)):
                 at = (*b, h, slice(*tile.rows))
                 q, shift = head.unit * head.q[at[-1]], None if x.shift is None else x.shift[at]
                 p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, shift) / total[at]
