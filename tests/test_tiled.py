@@ -187,7 +187,6 @@ def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
 @pytest.mark.parametrize(("batch", "T"), [(2, 700), (1, 500)])
 @pytest.mark.parametrize("bias", ["none", "T S", "1 S", "T 1", "... 1 1 S"])
 def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
-    """One sample with few rows has smaller blocks than two samples have."""
     problem, dtype = large(T, batch=(batch,), mask="causal", bias=bias)
     results = []
     for n in ("1", "2", "3"):
@@ -196,6 +195,19 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("T", [131, 521])
+def test_a_batch_of_tiles_is_its_samples_bit_for_bit(T):
+    (problem, dtype) = large(T, batch=(2,), mask="causal")
+    whole, (q, k, v, *_) = both(problem, dtype, TILED), problem.inputs(dtype)
+    do, _, dlse = problem.cotangents(dtype)
+    for b in range(2):
+        o, cache = attention(q[b], k[b], v[b], **problem.static(), engine=TILED)
+        for got, want in zip(
+            [o, log_sum_exp(cache), *attention_vjp(cache, do[b], dlse=dlse[b])[:3]], whole, strict=False
+        ):
+            assert np.array_equal(got, want[b])
 
 
 @pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, BATCHED), (97, 2, TILED), (1, 97, TILED), (0, 0, BATCHED)])

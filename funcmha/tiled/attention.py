@@ -22,7 +22,7 @@ from funcmha.masks import Mask, Range
 from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
 from . import few, threads, tiles
-from .schedule import BiasGradient, RelativeGradient, height, steps
+from .schedule import BiasGradient, RelativeGradient, steps
 from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink, sums
 
 
@@ -344,7 +344,7 @@ def _backward(y: _Backward) -> None:
         return
 
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
-    schedule = [step for group in together for step in steps(y.x.head, group, T, S, height(len(samples), T))]
+    schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
     for h in range(H):
         _all_samples(y, h, samples, schedule, flops)
 
@@ -357,7 +357,7 @@ def _shared_out(tasks: int) -> bool:
 def _one_sample(y: _Backward, kv: int, b: Any) -> None:
     """The heads that read key/value head kv of one sample, on this thread."""
     (H, T, _), (K, S, _) = y.dq.shape[-3:], y.dv.shape[-3:]
-    schedule = steps(y.x.head, [b], T, S, height(prod(y.dq.shape[:-3]), T))
+    schedule = steps(y.x.head, [b], T, S)
     for h in range(kv * H // K, (kv + 1) * H // K):
         p = y.prepare(b, h)
         for step in schedule:
