@@ -127,6 +127,8 @@ def test_saving_refuses_what_is_not_the_checkpoint_s(tmp_path):
         save_layer(tmp_path, layer._replace(params=tree.map(lambda a: a.astype(np.float32), layer.params)))
     with pytest.raises(KeyError, match=r"path must be a checkpoint that has elsewhere\.q_proj"):
         save_layer(tmp_path, layer._replace(form=layer.form._replace(prefix="elsewhere.")))
+    with pytest.raises(TypeError, match="layer must be a Layer, as load_layer gives it, got dict"):
+        save_layer(tmp_path, layer.params)
     with pytest.raises(TypeError, match="must be a NumPy array to be saved"):
         save_layer(tmp_path, layer._replace(params=tree.map(torch.tensor, layer.params)))
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -196,3 +196,5 @@ def test_what_is_no_function_is_refused_at_once():
         as_jax_function(None, attention_vjp)
     with pytest.raises(TypeError, match="f_vjp must be a function, got tuple"):
         as_jax_function(attention, ())
+    with pytest.raises(ValueError, match=r"vmap_method must be one of sequential, .*, got 'fast'"):
+        as_jax_function(attention, attention_vjp, vmap_method="fast")

@@ -388,3 +388,5 @@ def test_to_weights_refuses_what_keras_cannot_express(params, error, message):
 def test_from_layer_refuses_what_is_no_layer():
     with pytest.raises(TypeError, match=r"layer must be a keras.layers.MultiHeadAttention or .*, got dict"):
         from_layer({})
+    with pytest.raises(ValueError, match=r"layer must have been built, by layer.build or a first call"):
+        from_layer(keras.layers.MultiHeadAttention(3, 2))

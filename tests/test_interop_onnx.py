@@ -662,7 +662,7 @@ PLAIN, PACKED, PAST = Problem(), Problem(packed=True), Problem(P=3)
 @pytest.mark.parametrize(
     ("problem", "changes", "error", "words"),
     [
-        (PLAIN, {"opset": 22}, ValueError, "opset must be one of 23, 24, 25, .* got 22"),
+        (PLAIN, {"opset": 22}, ValueError, r"opset must be one of 23, 24, 25 \(25 serves .*\), got 22"),
         (Problem(nonpad=True), {"opset": 23}, ValueError, "nonpad_kv_seqlen must be left out before opset 24"),
         (PLAIN, {"opset": 24, "left_window_size": 2}, ValueError, "left_window_size must be left out before opset 25"),
         (

@@ -125,6 +125,29 @@ def test_scores_that_the_mask_hides_may_be_far_above_the_others(monkeypatch):
     np.testing.assert_array_equal(o, np.eye(3))
 
 
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize(("T", "S"), [(131, 151), (521, 541), (16, 2003)])
+def test_weights_sum_to_one_however_large_the_scores(T, S, which):
+    """Of rows that were made again, of tiles that BLAS would share out to its threads, and of a few long rows."""
+    rng, bias = np.random.default_rng(0), np.zeros((2, 1, T, S), "float32")
+    q, k = (30 * rng.standard_normal((2, 1, n, 64), dtype="float32") for n in (T, S))
+    v, one = np.zeros((2, 1, S, 2), "float32"), np.ones((2, 1, T), "float32")
+    arrays, zero = (q, k, v, bias), np.zeros((2, 1, T, 2), "float32")
+    with threadpool_limits(2, "blas"):
+        *_, got = itertools.islice(sums_of_weights(arrays, np.ones_like(bias), zero, one), which + 1)
+    np.testing.assert_allclose(got, one, rtol=S * 2.0**-24)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e37])
+@pytest.mark.parametrize("gain", [1.0, 3.0, 10.0])
+def test_large_values_overflow_in_no_sum_before_they_are_divided(gain, size):
+    rng = np.random.default_rng(0)
+    q, k = (gain * rng.standard_normal((2, n, 17), dtype="float32") for n in (131, 151))
+    v = size * rng.random((2, 151, 3), dtype="float32")
+    want, _ = attention(*(a.astype("float64") for a in (q, k, v)), engine=REFERENCE)
+    np.testing.assert_allclose(attention(q, k, v, engine=TILED)[0], want, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
@@ -184,7 +207,6 @@ def test_the_gradient_has_the_scores_of_the_forward_however_keys_lie(layout):
 @pytest.mark.parametrize(("batch", "T"), [(2, 700), (1, 500)])
 @pytest.mark.parametrize("bias", ["none", "T S", "1 S", "T 1", "... 1 1 S"])
 def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
-    """One sample with few rows has smaller blocks than two samples have."""
     problem, dtype = large(T, batch=(batch,), mask="causal", bias=bias)
     results = []
     for n in ("1", "2", "3"):
@@ -193,6 +215,19 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("T", [131, 521])
+def test_a_batch_of_tiles_is_its_samples_bit_for_bit(T):
+    (problem, dtype) = large(T, batch=(2,), mask="causal")
+    whole, (q, k, v, *_) = both(problem, dtype, TILED), problem.inputs(dtype)
+    do, _, dlse = problem.cotangents(dtype)
+    for b in range(2):
+        o, cache = attention(q[b], k[b], v[b], **problem.static(), engine=TILED)
+        for got, want in zip(
+            [o, log_sum_exp(cache), *attention_vjp(cache, do[b], dlse=dlse[b])[:3]], whole, strict=False
+        ):
+            assert np.array_equal(got, want[b])
 
 
 @pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, BATCHED), (97, 2, TILED), (1, 97, TILED), (0, 0, BATCHED)])

@@ -65,12 +65,14 @@ def from_layer(layer: Any, /) -> Params:
     """The parameters of a built `MultiHeadAttention` or `GroupQueryAttention`, as NumPy arrays
 
     Of the same memory where Keras's backend lends it: on the CPU PyTorch does, and JAX, to be read only. Raises
-    TypeError for what is no layer, and what `from_weights` raises.
+    TypeError for what is no layer, ValueError for one that is not built, and what `from_weights` raises.
     """
     if not hasattr(layer, "weights") or not hasattr(layer, "set_weights"):
         raise TypeError(
             f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
         )
+    if not getattr(layer, "built", True):
+        raise ValueError("layer must have been built, by layer.build or a first call, for it to have weights")
     # weight.numpy() would copy
     return from_weights({weight.path: np.asarray(to_array(weight.path, weight.value)) for weight in layer.weights})
 

@@ -332,4 +332,4 @@ def check_precision(softmax_precision: Any, Q: Array) -> None:
 
 def _check_one_of(name: str, x: Any, allowed: tuple[Any, ...], why: str) -> None:
     if not (x is None or isinstance(x, Integral)) or x not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, {why}, got {x!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))} ({why}), got {x!r}")

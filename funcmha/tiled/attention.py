@@ -22,7 +22,7 @@ from funcmha.masks import Mask, Range
 from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
 from . import few, threads, tiles
-from .schedule import BiasGradient, RelativeGradient, height, steps
+from .schedule import BiasGradient, RelativeGradient, steps
 from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotangent, of_sink, sums
 
 
@@ -186,9 +186,10 @@ class _Views(NamedTuple):
         if not _is_few(x):
             return x
         x, total = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.total)
-        for *b, h in np.ndindex(*total.shape[:-1]):
-            at = (*b, h)
-            total[at] = sums(x.head(tuple(b), h), None if x.shift is None else x.shift[at])
+        with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
+            for *b, h in np.ndindex(*total.shape[:-1]):
+                at = (*b, h)
+                total[at] = sums(x.head(tuple(b), h), None if x.shift is None else x.shift[at])
         return x._replace(total=total)
 
     @staticmethod
@@ -355,7 +356,7 @@ def _backward(y: _Backward) -> None:
         return
 
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
-    schedule = [step for group in together for step in steps(y.x.head, group, T, S, height(len(samples), T))]
+    schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
     for h in range(H):
         _all_samples(y, h, samples, schedule, flops)
 
@@ -368,7 +369,7 @@ def _shared_out(tasks: int) -> bool:
 def _one_sample(y: _Backward, kv: int, b: Any) -> None:
     """The heads that read key/value head kv of one sample, on this thread."""
     (H, T, _), (K, S, _) = y.dq.shape[-3:], y.dv.shape[-3:]
-    schedule = steps(y.x.head, [b], T, S, height(prod(y.dq.shape[:-3]), T))
+    schedule = steps(y.x.head, [b], T, S)
     for h in range(kv * H // K, (kv + 1) * H // K):
         p = y.prepare(b, h)
         for step in schedule:
@@ -404,10 +405,10 @@ def _(cache: AttentionCache, /) -> Array:
     x = _Views.again(cache)
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     total = np.where(x.total == 0, 1.0, x.total)[..., None]
-    for *b, h in np.ndindex(*p.shape[:-2]):
-        head = x.head(tuple(b), h)
-        for rows in blocks(p.shape[-2], tiles.ROWS):
-            for tile in head.all_tiles(rows):
+    with threads.single_threaded_blas():
+        for *b, h in np.ndindex(*p.shape[:-2]):
+            head = x.head(tuple(b), h)
+            for tile in (tile for rows in blocks(p.shape[-2], tiles.ROWS) for tile in head.all_tiles(rows)):
                 at = (*b, h, slice(*tile.rows))
                 q, shift = head.unit * head.q[at[-1]], None if x.shift is None else x.shift[at]
                 p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, shift) / total[at]

@@ -13,23 +13,19 @@ from . import tiles
 from .tiles import Head, Tile, blocks, columns
 
 
-def height(samples: int, T: int) -> int:
-    """Rows of a block: where one sample has few, half of them, for two threads to have something to do at a time."""
-    return tiles.ROWS if samples > 1 else min(tiles.ROWS, max(-(-T // 2), 128))
-
-
-def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int, rows: int) -> list[list[Any]]:
+def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
     """Blocks of tiles, as (sample, tiles), in steps; in one step no two of a sample share rows or columns.
 
     So each may add to its rows of dq and columns of dk and dv, and these are added to in the order of the steps,
-    whatever the number of threads: diagonal by diagonal. A block has so many `rows`.
+    whatever the number of threads: diagonal by diagonal. Blocks are as high as those of the forward, for the products
+    to have the same bits, and so whatever the number of samples.
     """
     width = columns(T)
-    n = max(-(-T // rows), -(-S // width), 1)
+    n = max(-(-T // tiles.ROWS), -(-S // width), 1)
     out: list[list[Any]] = [[] for _ in range(n)]
     for b in samples:
         of_sample = head(b, 0)
-        for i, some in enumerate(blocks(T, rows)):
+        for i, some in enumerate(blocks(T, tiles.ROWS)):
             for block in of_sample.tiles(some):
                 out[(i - block[0].cols[0] // width) % n].append((b, block))
     return [tasks for tasks in out if tasks]

@@ -24,7 +24,7 @@ from funcmha.biases import Relative
 from . import threads
 from .attention import AttentionCache, _total_sink, _Views, _with_head
 from .forward_mode import attention_jvp, tangent_views
-from .schedule import BiasGradient, RelativeGradient, height, steps
+from .schedule import BiasGradient, RelativeGradient, steps
 from .tiles import Head, Tile, of_sink
 
 
@@ -165,7 +165,7 @@ def _run(y: _Second) -> None:
     S, E = y.dv.shape[-2:]
     samples = list(np.ndindex(*batch))
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
-    schedule = [step for group in together for step in steps(y.x.head, group, T, S, height(len(samples), T))]
+    schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
     flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)
     for h in range(H):
         for step in schedule:

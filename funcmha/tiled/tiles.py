@@ -154,7 +154,7 @@ def powers_of_two(s: Array) -> Array:
     So far above the shift as to be cut off are only scores that the mask hides, once `forward` is done.
     """
     kind = np.finfo(s.dtype)
-    np.exp2(np.clip(s, kind.minexp, 2 * BOUND, out=s), out=s)
+    np.exp2(np.clip(s, kind.minexp, log2(CEILING) + 1, out=s), out=s)
     if not s.min(initial=1.0) > kind.smallest_normal:
         np.multiply(s, s > kind.smallest_normal, out=s)
     return s
@@ -184,15 +184,16 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
     if head.cap is not None or head.bias is not None:
         m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
-    shift = _guess(head, q, rows, m)
-    total, acc = _sums(head, q, rows, shift)
-    wrong = np.flatnonzero(~((total >= FLOOR) & (total <= CEILING)))
-    if wrong.size:
-        i = slice(wrong[0], wrong[-1] + 1)
-        shift = np.zeros_like(total) if shift is None else shift
-        shift[i] = _maximum(head, q[i], (rows[0] + i.start, rows[0] + i.stop))
+    shift, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
+    with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
+        total, acc = _sums(head, q, rows, all_tiles, shift)
+    wrong = ~((total >= FLOOR) & (total <= CEILING) & np.isfinite(acc).all(axis=-1))
+    if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
+        some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
+        shift = np.where(wrong, _maximum(head, q, rows, some), 0.0 if shift is None else shift)
+        again, acc_again = _sums(head, q, rows, some, shift)
+        total, acc = np.where(wrong, again, total), np.where(wrong[:, None], acc_again, acc)
         shift = shift if shift.any() else None
-        total, acc = _sums(head, q, rows, shift)  # of all rows, as a product of fewer has other bits
     if head.sink is not None:
         total += of_sink(head, shift)
     return acc / np.where(total == 0, 1.0, total)[:, None], total, shift
@@ -218,11 +219,11 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, shift: Array) -> tuple[Array, Array]:
-    """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E)"""
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], shift: Array) -> tuple[Array, Array]:
+    """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
     E = head.v.shape[-1]
     total, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
-    for tile in head.all_tiles(rows):
+    for tile in some:
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if shift is None else shift[i])
         total[i] += e @ np.ones(len(e.T), e.dtype)
@@ -247,10 +248,10 @@ def of_sink(head: Head, shift: Array) -> Array:
     return np.exp2(sink if shift is None else sink - shift)
 
 
-def _maximum(head: Head, q: Array, rows: Range) -> Array:
-    """The largest score of each row, rounded up, 0 where there is none"""
+def _maximum(head: Head, q: Array, rows: Range, some: list[Tile]) -> Array:
+    """The largest score of each row in some tiles, rounded up, 0 where there is none"""
     top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
-    for tile in head.all_tiles(rows):
+    for tile in some:
         i = _within(rows, tile)
         top[i] = np.maximum(top[i], _largest(head, q[i], tile))
     return np.where(top == -np.inf, 0.0, np.ceil(top))

@@ -47,6 +47,8 @@ def save_layer(path: Paths, layer: Layer) -> None:
     of this layer stays as it was. Raises KeyError for names that the checkpoint lacks, ValueError for another dtype or
     shape than it has there, TypeError for arrays that are not NumPy's.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer must be a Layer, as load_layer gives it, got {type(layer).__name__}")
     state = {name: _payload(name, x) for name, x in to_state_dict(layer.params, layer).items()}
     if not Path(path).exists():
         with replacing(path) as file:

@@ -22,6 +22,8 @@ import numpy as np
 
 from funcmha import _check
 
+VMAP_METHODS = ("sequential", "sequential_unrolled", "expand_dims", "broadcast_all")  # of jax.pure_callback
+
 
 def as_jax_function(
     f: Callable[..., Any], f_vjp: Callable[..., Any], /, *, vmap_method: str = "sequential", **static: Any
@@ -32,12 +34,14 @@ def as_jax_function(
     static       keyword arguments of f, the same for all calls: NumPy arrays, masks, numbers
     vmap_method  "sequential" calls f for one element after another, and is right for every f. "broadcast_all" calls it
                  once, with the new axis before all axes of all inputs: for an f that takes that for a batch, as
-                 `attention` does unless it has a sink; not for parameters
+                 `attention` does unless it has a sink; not for parameters. Or another of `jax.pure_callback`
 
     What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
+    if vmap_method not in VMAP_METHODS:
+        raise ValueError(f"vmap_method must be one of {', '.join(VMAP_METHODS)}, got {vmap_method!r}")
     import jax
 
     def host(*inputs: Any) -> Any:

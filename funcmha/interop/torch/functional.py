@@ -148,9 +148,9 @@ def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tupl
     if not is_array(attn_mask):
         raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
     if dtype_name(attn_mask) not in ("bool", "float32", dtype_name(query)):
+        wanted = f"of dtype {query.dtype} as query has{'' if dtype_name(query) == 'float32' else ', or float32'}"
         raise TypeError(
-            "attn_mask must be boolean, True = attend, or floating, added to the scores, with dtype float32 or "
-            f"{query.dtype} as query has, got {attn_mask.dtype}"
+            f"attn_mask must be boolean, True = attend, or {wanted}, added to the scores, got dtype {attn_mask.dtype}"
         )
     axes = _check.Axes()
     axes.size |= {"...": scores[:-2], "L": scores[-2], "S": scores[-1]}
