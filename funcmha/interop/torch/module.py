@@ -26,6 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
 from funcmha._xp import Array, dtype_name, namespace
+from funcmha.heads import PROJECTIONS
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params, check
 
@@ -35,7 +36,6 @@ BIASES = {"in_proj_bias": "3C", "out_proj.bias": "C"}
 BIAS_KV = {"bias_k": "1 1 C", "bias_v": "1 1 C"}
 OUT = {"out_proj.weight": "C C"}
 SHAPES = PACKED | SEPARATE | BIASES | BIAS_KV | OUT
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
