@@ -115,15 +115,22 @@ def check_rate(name: str, rate: float | None, keep: Any) -> float:
     return float(rate)
 
 
-def blank(x: Array, mask: Array) -> Array:
+def blank_keys(x: Array, mask: Array) -> Array:
     """x (..., K, S, ·) with 0 at each key that no query of its heads may see, so that 0 · NaN cannot arise there."""
-    if mask is None:
+    return x if mask is None or x is None else _blank(x, namespace(x).any(mask, axis=-2))
+
+
+def blank_queries(x: Array, mask: Array) -> Array:
+    """x (..., H, T, ·) with 0 at each query that may see no key, for the same reason."""
+    return x if mask is None or x is None else _blank(x, namespace(x).any(mask, axis=-1))
+
+
+def _blank(x: Array, some: Array) -> Array:
+    """x (..., K, n, ·) with 0 where nothing is seen     some (..., H or 1, n or 1)"""
+    if isinstance(some, np.ndarray) and some.all():
         return x
     xp = namespace(x)
-    seen = xp.any(mask, axis=-2)  # (..., H or 1, S or 1)
-    if isinstance(seen, np.ndarray) and seen.all():
-        return x
-    if seen.ndim > 1 and seen.shape[-2] not in (1, x.shape[-3]):
-        *batch, heads, n = seen.shape
-        seen = xp.any(xp.reshape(seen, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)
-    return xp.where(seen[..., None], x, 0.0)
+    if some.ndim > 1 and some.shape[-2] not in (1, x.shape[-3]):
+        *batch, heads, n = some.shape
+        some = xp.any(xp.reshape(some, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)
+    return xp.where(some[..., None], x, 0.0)

@@ -8,8 +8,8 @@ from typing import Any
 
 from . import _check
 from ._bias import as_head
-from ._doors import check_bias, check_keep, check_mask, check_per_head, values_of
-from ._xp import Array
+from ._doors import blank_keys, check_bias, check_keep, check_mask, check_per_head, values_of
+from ._xp import Array, namespace, widen
 from .biases import Relative
 from .dropout import Seeded
 from .engines import pick
@@ -54,6 +54,27 @@ def check_options(axes: _check.Axes, leaves: dict[str, Array], like: Array, bias
     check_norm(norm, leaves)
     engine = pick(engine, like, max(axes["T"], axes["S'"]))
     return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, engine)
+
+
+def visible(query: Array, key: Array, value: Array, mask: Mask | None, appended: bool) -> tuple[Array, Array, Array]:
+    """The inputs, wide, with 0 at queries that see no key in any head, and at keys that no query sees
+
+    A NaN there would reach Σ dq xᵀ and Σ dk xᵀ as 0 · NaN. Where all three are one array they stay one, as the gradient
+    of `self_attention` takes it: with 0 at tokens that neither see nor are seen. What is appended every query sees.
+    """
+    if mask is None:
+        return widen(query), widen(key), widen(value)
+    T, S, xp = query.shape[-2], key.shape[-2], namespace(query)
+    seen, seeing = mask.seen(T, S, query), None if appended else xp.matrix_transpose(mask.seeing(T, S, query))
+    if query is key and key is value:
+        x = _blank(widen(query), None if seeing is None else seen | seeing)
+        return x, x, x
+    return _blank(widen(query), seeing), _blank(widen(key), seen), _blank(widen(value), seen)
+
+
+def _blank(x: Array, some: Array) -> Array:
+    """x (..., n, C) with 0 where not some (..., H or 1, 1, n or 1), in no head"""
+    return blank_keys(x[..., None, :, :], some)[..., 0, :, :]
 
 
 def check_norm(norm: Any, leaves: dict[str, Array]) -> None:

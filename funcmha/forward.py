@@ -16,7 +16,7 @@ from typing import Any
 
 from ._bias import dense_bias
 from ._check import shape_of
-from ._doors import blank
+from ._doors import blank_keys, blank_queries
 from ._tangents import Tangents, check_tangent, check_tangents, dtype_of, one_dtype
 from ._xp import Array, full, namespace, narrow, widen
 from .biases import Relative
@@ -28,7 +28,7 @@ from .norms import (
     layer_norm_vjp,
     rms_norm_vjp,
 )
-from .ops import AttentionCache, LinearCache, _dropout, _per_query_head, _softmax_vjp
+from .ops import AttentionCache, LinearCache, _dropout, _per_query_head, _softmax_vjp, seeing_queries
 from .tiled import forward_mode
 from .tiled.attention import AttentionCache as TiledCache
 
@@ -141,9 +141,9 @@ attention_jvp.register(TiledCache, forward_mode.attention_jvp)
 
 
 def visible(cache: AttentionCache, x: Tangents) -> Tangents:
-    """The tangents with 0 at the keys that nobody sees, whatever is there: 0 · NaN would reach every row."""
-    k, v = (None if a is None else blank(a, cache.p != 0) for a in (x.k, x.v))
-    return x._replace(k=k, v=v)
+    """The tangents with 0 at the queries and keys that see or show nothing, whatever is there: 0 · NaN would spread."""
+    seen = None if x.k is None and x.v is None else cache.p != 0
+    return x._replace(q=blank_queries(x.q, seeing_queries(cache)), k=blank_keys(x.k, seen), v=blank_keys(x.v, seen))
 
 
 def scores_jvp(cache: AttentionCache, x: Tangents) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _check, tree
 from ._bias import bias_as_head, bias_as_head_vjp, bias_of_heads, on_bias
-from ._doors import blank, values_of
+from ._doors import blank_keys, blank_queries, values_of
 from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
 from ._xp import Array, namespace, narrow, widen
@@ -27,7 +27,7 @@ from .heads import (
     stacked,
 )
 from .mha import GroupCache, HeadCache, MhaCache
-from .ops import AttentionCache
+from .ops import AttentionCache, seeing_queries
 from .params import HEAD_SPEC, SPEC, Params, group_params, stack_head, unstack_head
 from .rotary import rotate
 from .tiled.attention import AttentionCache as TiledCache
@@ -181,31 +181,41 @@ def head_ranges(cache: MhaCache) -> list[tuple[Any, tuple[int, int], slice]]:
 def visible_inputs(
     cache: AttendCache, query_dot: Array, key_dot: Array, value_dot: Array
 ) -> tuple[Array, Array, Array]:
-    """The tangents with 0 at the keys that no head of the group sees, whatever is there."""
-    seen = seen_keys(cache.attention)
+    """The tangents with 0 at the queries and keys that in no head of the group see or are seen, whatever is there."""
+    seen, seeing = seen_and_seeing(cache.attention)
     if seen is None:
         return query_dot, key_dot, value_dot
     seen = seen[..., : cache.k.x.shape[-2]]
-    key_dot, value_dot = (
-        None if x is None else blank(x[..., None, :, :], seen)[..., 0, :, :] for x in (key_dot, value_dot)
+
+    def one_head(blank: Any, x: Array, some: Array) -> Array:
+        return None if x is None else blank(x[..., None, :, :], some)[..., 0, :, :]
+
+    return (
+        one_head(blank_queries, query_dot, seeing),
+        one_head(blank_keys, key_dot, seen),
+        one_head(blank_keys, value_dot, seen),
     )
-    return query_dot, key_dot, value_dot
 
 
 @singledispatch
-def seen_keys(cache: Any) -> Array:
-    """Booleans (..., H or 1, ·, S'), over whose rows `any` says which keys are seen; or None for all"""
+def seen_and_seeing(cache: Any) -> tuple[Array, Array]:
+    """Booleans (..., H or 1, ·, S') and (..., H or 1, T, ·)
+
+    `any` over the rows of the former says which keys are seen, over the columns of the latter which queries see one;
+    or None for all.
+    """
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
-@seen_keys.register
-def _(cache: AttentionCache) -> Array:
-    return cache.p != 0
+@seen_and_seeing.register
+def _(cache: AttentionCache) -> tuple[Array, Array]:
+    return cache.p != 0, seeing_queries(cache)
 
 
-@seen_keys.register
-def _(cache: TiledCache) -> Array:
-    return None if cache.mask is None else cache.mask.seen(cache.q.shape[-2], cache.k.shape[-2])
+@seen_and_seeing.register
+def _(cache: TiledCache) -> tuple[Array, Array]:
+    mask, T, S = cache.mask, cache.q.shape[-2], cache.k.shape[-2]
+    return (None, None) if mask is None else (mask.seen(T, S), mask.seeing(T, S))
 
 
 def wide(params_dot: Params | None, *dots: Any) -> tuple[Any, ...]:

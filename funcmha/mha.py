@@ -20,8 +20,8 @@ from ._bias import (
     join_samples,
     on_bias,
 )
-from ._doors import blank, values_of
-from ._doors_of_heads import check_inputs
+from ._doors import values_of
+from ._doors_of_heads import check_inputs, visible
 from ._xp import Array, namespace, narrow, of_heads, widen
 from .biases import Relative
 from .dropout import Seeded
@@ -89,10 +89,10 @@ def head(
     axes, leaves = check(params, HEAD_SPEC)
     given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
     options = check_inputs(axes, leaves, query, key, value, bias, given)
-    stack = tree.map(widen, stack_head(params))
-    key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
-    o, heads = attend(stack, widen(query), key, value, bias_as_head(on_bias(widen, bias)), options)
-    return narrow(o[..., 0, :], query.dtype), HeadCache(heads)
+    dtype, stack = query.dtype, tree.map(widen, stack_head(params))
+    query, key, value = visible(query, key, value, options.mask, zero_attn or "bias_kv" in params)
+    o, heads = attend(stack, query, key, value, bias_as_head(on_bias(widen, bias)), options)
+    return narrow(o[..., 0, :], dtype), HeadCache(heads)
 
 
 def head_vjp(
@@ -180,15 +180,17 @@ def mha(
                BATCHED for short sequences; None picks the fastest. The results are the same, to rounding
 
     The dtype of the result is that of the inputs; float16 and bfloat16 are computed with in float32 and rounded once. A
-    query that may see no key gives out_proj's bias, and gradients 0. Raises KeyError for a missing or unexpected leaf,
-    TypeError for wrong dtypes, ValueError for shapes that do not fit; each names the argument, before any arithmetic.
+    query that may see no key gives out_proj's bias, and gradients 0. It has no effect, even if it is NaN; nor has a key
+    that no query may see; nor a token of `self_attention` that is both. Raises KeyError for a missing or unexpected
+    leaf, TypeError for wrong dtypes, ValueError for shapes that do not fit; each names the argument, before any
+    arithmetic.
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
     given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
     options = check_inputs(axes, leaves, query, key, value, bias, given)
-    dtype, params, query, bias = query.dtype, tree.map(widen, params), widen(query), on_bias(widen, bias)
-    key, value = (_blank(widen(x), options.mask, query.shape[-2]) for x in (key, value))
+    dtype, params, bias = query.dtype, tree.map(widen, params), on_bias(widen, bias)
+    query, key, value = visible(query, key, value, options.mask, zero_attn or "bias_kv" in params)
     y, groups, per_key_head = None, [], axes["H"] // max(axes["K"], 1)
     for start, stop in _groups(axes, options.engine):
         group, h = group_params(params, start, stop), slice(start * per_key_head, stop * per_key_head)
@@ -206,6 +208,8 @@ def mha_vjp(
 
     per_sample   each leaf of dparams with the batch before it, (..., *leaf), for clipping and influence: its sum over
                  the batch is the gradient. The other gradients are what they are without
+
+    A NaN in the dy of a query that may see no key reaches out_proj, whose bias has the sum of dy, and nothing else.
     """
     _check.cache(cache, MhaCache, "mha")
     return _backward(cache, dy, dweights, dlse, 3, per_sample)
@@ -365,13 +369,6 @@ def _(cache: SelfAttentionCache, /) -> Array:
 @log_sum_exp.register
 def _(cache: SelfAttentionCache, /) -> Array:
     return log_sum_exp(cache.mha)
-
-
-def _blank(x: Array, mask: Mask | None, T: int) -> Array:
-    """x (..., S, C) with 0 at the keys that no query of any head may see: a NaN there would reach Σ dk xᵀ as 0 · NaN"""
-    if mask is None:
-        return x
-    return blank(x[..., None, :, :], mask.seen(T, x.shape[-2], x))[..., 0, :, :]
 
 
 def narrow_all(grads: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import _check
 from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
-from ._doors import blank, check_attention, check_linear
+from ._doors import blank_keys, blank_queries, check_attention, check_linear
 from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, unbroadcast, widen
 from .biases import Relative
 from .dropout import Seeded
@@ -144,7 +144,7 @@ def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) 
 
 
 class AttentionCache(NamedTuple):
-    q: Array  # (..., H, T, D)
+    q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
     bias: Array | Relative  # broadcasts to (..., H, T, S), or None
@@ -180,9 +180,9 @@ def attention(
     sink    a logit for each head, (H,), that joins the softmax's denominator and lse, and nothing else: the weights of
             a row sum to 1 − exp(sink − lse) (Xiao et al. 2023; gpt-oss)
     mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
-            gets o = 0, weights 0, lse = −∞ (or the sink) and gradients 0. A key that no query may see has no effect,
-            even if NaN. Read as (..., H, T, S) from the right: a mask per sample is (B, 1, T, S), for (B, T, S) would
-            be per head
+            gets o = 0, weights 0, lse = −∞ (or the sink) and gradients 0, and has no effect, even if it or its
+            cotangent is NaN. A key that no query may see has no effect, even if NaN. Read as (..., H, T, S) from the
+            right: a mask per sample is (B, 1, T, S), for (B, T, S) would be per head
     scale   D ** -0.5 unless given; 0 is zero. A number, or one for each head
     cap     soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
     keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S); or a
@@ -197,7 +197,8 @@ def attention(
     mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
-    q, k, v, bias, sink = widen(q), blank(widen(k), mask), blank(widen(v), mask), on_bias(widen, bias), widen(sink)
+    q, k, v = blank_queries(widen(q), mask), blank_keys(widen(k), mask), blank_keys(widen(v), mask)
+    bias, sink = on_bias(widen, bias), widen(sink)
     scale, cap = _per_head(scale, q), _per_head(cap, q)
     z, slope = _scores(q, k, bias, scale, cap)
     p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
@@ -217,7 +218,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    xp, g = namespace(q), widen(do)
+    xp, g = namespace(q), blank_queries(widen(do), seeing_queries(cache))
 
     # o = a v   with   a = dropout(p)
     dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate)) @ g, v)
@@ -231,6 +232,11 @@ def attention_vjp(
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, on_bias(lambda dx: narrow(dx, do.dtype), dbias), dsink
+
+
+def seeing_queries(cache: AttentionCache) -> Array:
+    """Booleans (..., H, T, S or 1), over whose columns `any` says which queries see a key"""
+    return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
 def _scores(q: Array, k: Array, bias: Array | Relative, scale: Any, cap: Any) -> tuple[Array, Array]:

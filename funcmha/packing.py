@@ -11,7 +11,6 @@ Axes: B sequences, N tokens of all of them, T tokens of the longest, C width; `.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 
 from . import _check, masks
 from ._xp import Array, from_host, full, namespace
-from .masks import Block, Mask, Range
+from .masks import Spans
 
 # ── what cu_seqlens says ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -51,17 +50,15 @@ def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarra
     return at
 
 
-def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Mask:
+def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Spans:
     """b(i) = b(j)      a query sees the keys of its own sequence      cu_q (B + 1,)   cu_k (B + 1,), or as cu_q
 
-    For T = cu_q[-1] queries and S = cu_k[-1] keys. `masks.segments` with the number of the sequence as id.
+    For T = cu_q[-1] queries and S = cu_k[-1] keys: `window` without bounds.
     """
-    cu_q, cu_k = _pair(cu_q, cu_k)
-    q_ids, k_ids = (np.repeat(np.arange(cu.size - 1), np.diff(cu)) for cu in (cu_q, cu_k))
-    return masks.segments(q_ids, k_ids)
+    return window(None, None, cu_q, cu_k)
 
 
-def causal(cu_q: np.ndarray, cu_k: np.ndarray | None = None, offset: int | np.ndarray | None = None) -> "Spans":
+def causal(cu_q: np.ndarray, cu_k: np.ndarray | None = None, offset: int | np.ndarray | None = None) -> Spans:
     """b(i) = b(j) and t(j) ≤ t(i) + offset[b]      `window` without a bound on the left"""
     return window(None, 0, cu_q, cu_k, offset)
 
@@ -72,7 +69,7 @@ def window(
     cu_q: np.ndarray,
     cu_k: np.ndarray | None = None,
     offset: int | np.ndarray | None = None,
-) -> "Spans":
+) -> Spans:
     """b(i) = b(j) and t(i) + offset[b] − left ≤ t(j) ≤ t(i) + offset[b] + right
 
     t counts the tokens of a sequence from 0. offset is an int or (B,); by default S_b − T_b, which aligns the last
@@ -88,47 +85,6 @@ def window(
     start = low if band.left is None else np.clip(at - band.left, low, high)
     stop = high if band.right is None else np.clip(at + band.right + 1, low, high)
     return Spans(_frozen(start), _frozen(stop), int(cu_k[-1]))
-
-
-@dataclass(frozen=True, eq=False)
-class Spans(Mask):
-    """start[i] ≤ j < stop[i]. Blocks and columns cost O(rows), and are exact; made by `window` and `causal`."""
-
-    start: np.ndarray  # (T,) integers, at most stop
-    stop: np.ndarray  # (T,) integers, at most S
-    keys: int  # S
-
-    def _shape(self, T: int, S: int) -> tuple[int, ...]:
-        if (self.start.size, self.keys) != (T, S):
-            raise ValueError(
-                f"mask must be (T, S) with T={T} as in q, S={S} as in k, got {(self.start.size, self.keys)}"
-            )
-        return T, S
-
-    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
-        start, stop = self.start[slice(*rows), None], self.stop[slice(*rows), None]
-        j = np.arange(*cols)
-        tile = (start <= j) & (j < stop)
-        return tile if like is None else from_host(tile, like)
-
-    def _block(self, rows: Range, cols: Range) -> Block:
-        start, stop = self.start[slice(*rows)], self.stop[slice(*rows)]
-        if (start <= cols[0]).all() and (cols[1] <= stop).all():
-            return "full"
-        return "mixed" if (np.maximum(start, cols[0]) < np.minimum(stop, cols[1])).any() else "empty"
-
-    def _columns(self, rows: Range, S: int) -> Range:
-        start, stop = self.start[slice(*rows)], self.stop[slice(*rows)]
-        some = start < stop
-        return int(start[some].min(initial=S)), int(stop[some].max(initial=0))
-
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
-        seen = (np.cumsum(opened - closed) > 0)[None, :S]
-        return seen if like is None else from_host(seen, like)
-
-    def _at(self, index: tuple[int, ...]) -> Mask:
-        return self
 
 
 # ── pack, unpack ─────────────────────────────────────────────────────────────────────────────────────────────────

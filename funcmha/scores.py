@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from . import _check
 from ._bias import on_bias
-from ._doors import blank, check_attention
+from ._doors import blank_keys, blank_queries, check_attention
 from ._xp import Array, namespace, narrow, widen
 from .biases import Relative
 from .masks import Mask, dense
@@ -23,7 +23,7 @@ INF = float("inf")
 
 
 class ScoresCache(NamedTuple):
-    q: Array  # (..., H, T, D)
+    q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     bias: Array | Relative  # broadcasts to (..., H, T, S), or None
     slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
@@ -46,13 +46,13 @@ def scores(
 
     Arguments as in `funcmha.ops.attention`, whose weights are exp(z − lse). What is left out is not done: without a
     mask these are the scores of all keys, without bias and cap they are scale · q kᵀ. A key that no query may see has
-    z = −∞, even if it is NaN. Time and memory O(H T S).
+    z = −∞ and no effect, even if it is NaN, and so has a query that may see no key. Time and memory O(H T S).
     """
     mask, scale, cap, _ = check_attention(q, k, k, bias, None, mask, scale, cap, None, 0.0)  # no values, no dropout
     mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
-    q, k, bias = widen(q), blank(widen(k), mask), on_bias(widen, bias)
+    q, k, bias = blank_queries(widen(q), mask), blank_keys(widen(k), mask), on_bias(widen, bias)
     xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
     z, slope = _scores(q, k, bias, scale, cap)
     z = z if mask is None else xp.where(mask, z, -INF)

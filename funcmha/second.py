@@ -19,11 +19,12 @@ from functools import singledispatch
 from typing import Any
 
 from ._bias import dense_bias_vjp, on_bias
+from ._doors import blank_queries
 from ._tangents import Cotangents, check_cotangents, check_tangents
 from ._xp import Array, full, namespace, narrow, unbroadcast
 from .biases import Relative
 from .forward import scores_jvp, softmax_jvp, visible
-from .ops import AttentionCache, _dropout, _per_key_head, _per_query_head, _softmax_vjp
+from .ops import AttentionCache, _dropout, _per_key_head, _per_query_head, _softmax_vjp, seeing_queries
 from .tiled import second_order
 from .tiled.attention import AttentionCache as TiledCache
 
@@ -71,6 +72,7 @@ def _attention_vjp_jvp(
 ) -> tuple[Any, ...]:
     y = check_cotangents(cache, do, do_dot, dlse, dlse_dot, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     x = visible(cache, check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot))
+    y = y._replace(**{name: blank_queries(getattr(y, name), seeing_queries(cache)) for name in ("do", "do_dot")})
     q, k, p, xp = cache.q, cache.k, cache.p, namespace(cache.q)
     x, y = _filled(x, cache[:3]), _filled(y, (y.do, y.do, cache.lse, cache.lse))
     u_dot, z_dot = scores_jvp(cache, x)

@@ -13,8 +13,12 @@ heads, D query/key width, E value width, C input width, O output width; `...` is
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from numbers import Integral
+from operator import or_
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import _check, tree
 from ._bias import on_bias
@@ -116,7 +120,8 @@ def self_attention_step_vjp(
     from the cotangents of y and kv', either of which may be None for zero, and, where given, of the weights
     (..., H, T, N') and lse (..., H, T)
 
-    The dkv of a step is the cotangent of the kv' of the step before.
+    The dkv of a step is the cotangent of the kv' of the step before. A token has no effect, even if it is NaN, where
+    the mask of each step keeps it from seeing and from being seen, as padding on the left does.
     """
     _check.cache(cache, SelfAttentionStepCache, "self_attention_step")
     dtype, dy, dheld = _check_cotangents(cache, dy_dkv, dweights, dlse)
@@ -126,9 +131,11 @@ def self_attention_step_vjp(
     )
     dkeys, dvalues = (dkeys, dvalues) if dheld is None else (dkeys + widen(dheld[0]), dvalues + widen(dheld[1]))
     dkv, dk, dv = (None, dkeys, dvalues) if cache.appended is None else append_vjp(cache.appended, (dkeys, dvalues))
-    dk, dk_norm = ready_vjp(cache.k_ready, heads_last(dk))
-    dq, dq_norm = ready_vjp(cache.q_ready, heads_last(dq))
-    dparams, (dx,) = project_qkv_vjp((cache.q, cache.k, cache.v), (dq, dk, heads_last(dv)), onto=(None,))
+    dq, dk, dv = heads_last(dq), heads_last(dk), heads_last(dv)
+    cache = _with_share(cache, dq, dk, dv)
+    dk, dk_norm = ready_vjp(cache.k_ready, dk)
+    dq, dq_norm = ready_vjp(cache.q_ready, dq)
+    dparams, (dx,) = project_qkv_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), onto=(None,))
     dparams |= {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
@@ -143,6 +150,24 @@ def self_attention_step_vjp(
         dpast,
         on_bias(rounded, _differences_vjp(cache.bias, cache.out.o.shape[-3], dbias)),
     )
+
+
+def _with_share(cache: SelfAttentionStepCache, *dys: Array) -> SelfAttentionStepCache:
+    """The cache with 0 at tokens that no gradient (..., T, H, D) reaches, as in padding: 0 · NaN would reach Σ dy xᵀ
+
+    Not at the door, by the mask: what a token's key is to later steps, whose mask is another, is in kv'.
+    """
+    xp = namespace(cache.q.x)
+    some = reduce(or_, (xp.any(dy != 0, axis=(-2, -1)) for dy in dys))  # (..., T)
+    if isinstance(some, np.ndarray) and some.all():
+        return cache
+    x = xp.where(some[..., None], cache.q.x, 0.0)
+    q, k, v = (projected._replace(x=x) for projected in (cache.q, cache.k, cache.v))
+    q_ready, k_ready = (
+        of if of.x is None else of._replace(x=xp.where(some[..., None, None], of.x, 0.0))
+        for of in (cache.q_ready, cache.k_ready)
+    )
+    return cache._replace(q=q, k=k, v=v, q_ready=q_ready, k_ready=k_ready)
 
 
 def _appended(kv: KV | None, k: Array, v: Array, left: int | None, dtype: Any) -> tuple[KV, KV, AppendCache | None]:

@@ -3,7 +3,7 @@
 import pickle
 import tracemalloc
 from dataclasses import FrozenInstanceError
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 
 import array_api_strict
@@ -303,6 +303,72 @@ def test_at_leaves_one_element_of_the_batch(problem):
         np.testing.assert_array_equal(full(sample, one), full(mask, shape)[index])
 
 
+def sees(mask, shape):
+    """Whether each query sees any key (*batch, H, T, 1), from the loop. Oracle of `seeing`."""
+    return loop(mask, shape).any(axis=-1, keepdims=True)
+
+
+@given(problems())
+def test_seeing_is_the_loop_over_queries_and_keys(problem):
+    mask, shape, *_ = problem
+    seeing = mask.seeing(*shape[-2:])
+    assert seeing.shape == (*mask.shape(*shape[-2:])[:-1], 1)
+    np.testing.assert_array_equal(np.broadcast_to(seeing, (*shape[:-1], 1)), sees(mask, shape))
+
+
+@pytest.mark.parametrize(
+    ("mask", "sees"),
+    [
+        (causal(-2), "..xx"),
+        (window(0, None, offset=3), "xx.."),
+        (window(1, 0, offset=3), "xxx."),
+        (causal(np.array([-2, -1])), "..xx .xxx"),
+        (window(0, None, np.array([3, 1])), "xx.. xxxx"),
+        (segments(np.array([[4, 2, 7, 9], [1, 4, 4, 1]]), np.array([2, 4, 4, 2, 9])), "xx.x .xx."),
+        (lengths(np.array([0, 3])), ".... xxxx"),
+        (padding(np.array([[False, True, False, False, False], [False] * 5])), "xxxx ...."),
+        (as_mask(np.arange(20).reshape(4, 5) == 13), "..x."),
+        (causal(-1) & padding(np.array([False, True, True, True, True])), "..xx"),
+    ],
+)
+def test_small_masks_are_seen_by(mask, sees):
+    rows = np.broadcast_to(mask.seeing(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
+    assert " ".join("".join("x" if some else "." for some in row) for row in rows) == sees
+
+
+@pytest.fixture(scope="module")
+def small_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("funcmha.masks.mask.ROWS", 3)
+        patch.setattr("funcmha.masks.mask.COLS", 1)
+        yield
+
+
+@pytest.mark.usefixtures("small_tiles")
+@settings(max_examples=200)
+@given(problems(lambda *sizes: st.lists(single_masks(*sizes), min_size=2, max_size=3).map(partial(reduce, and_))))
+def test_seeing_of_an_intersection_is_exact_in_many_tiles(problem):
+    mask, shape, *_ = problem
+    np.testing.assert_array_equal(np.broadcast_to(mask.seeing(*shape[-2:]), (*shape[:-1], 1)), sees(mask, shape))
+
+
+def test_padding_on_the_left_leaves_the_queries_of_a_causal_mask_that_see_nothing_else():
+    """Each part has a key for every query, and the first two have none that both allow."""
+    mask = causal() & padding(np.array([False, False, True, True, True]))
+    assert mask.seeing(5, 5)[:, 0].tolist() == [False, False, True, True, True]
+
+
+def test_seeing_needs_no_array_of_queries_and_keys():
+    n = 2**14
+    mask = causal() & padding(np.arange(n) >= 1000)
+    tracemalloc.start()
+    seeing = mask.seeing(n, n)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seeing.sum() == n - 1000
+    assert peak < 2**22
+
+
 FROM_BITS = {  # each makes a mask with the batch axes of its argument (..., 7)
     "Lengths": lambda bits: lengths(bits.argmax(axis=-1)),
     "Padding": padding,
@@ -531,6 +597,15 @@ def test_dense_is_in_the_library_and_on_the_device_of_like(mask, like):
 
 
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
+@pytest.mark.parametrize("mask", [*PARTS.values(), reduce(and_, PARTS.values())], ids=[*PARTS, "Intersection"])
+def test_seeing_is_in_the_library_and_on_the_device_of_like(mask, like):
+    made = mask.seeing(5, 7, like)
+    assert type(made) is type(like)
+    assert made.device == like.device
+    np.testing.assert_array_equal(host(made), mask.seeing(5, 7))
+
+
+@pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
 def test_an_array_of_any_library_joins_a_mask(like):
     booleans = np.arange(70).reshape(2, 1, 5, 7) % 4 > 0
     mask = causal(3) & dense(as_mask(booleans), 5, 7, like) & lengths(np.array([3, 4]))
@@ -538,6 +613,7 @@ def test_an_array_of_any_library_joins_a_mask(like):
     np.testing.assert_array_equal(host(dense(mask, 5, 7, like)), expected)
     np.testing.assert_array_equal(host(mask.tile((1, 4), (2, 7), like)), expected[..., 1:4, 2:7])
     np.testing.assert_array_equal(host(mask.at((1,)).dense(5, 7, like)), expected[1])
+    np.testing.assert_array_equal(host(mask.seeing(5, 7, like)), expected.any(axis=-1, keepdims=True))
     assert mask.block((0, 2), (5, 7)) == "empty"
     assert mask.block((0, 5), (0, 7)) == "mixed"
 

@@ -236,6 +236,64 @@ def test_minus_infinity_in_the_bias_is_a_mask(each_engine):
         close(a, b)
 
 
+@pytest.mark.parametrize("gain", [1.0, 15.0, 1e3])  # where the tiled engine shifts no scores, some, and by the maximum
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.usefixtures("few_queries")
+def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(gain, sink):
+    """∞ / ∞: the weights of the row are NaN, and never a finite answer."""
+    problem = AttentionProblem(bias="... H T S", sink=sink, gain=gain)
+    q, k, v, bias, sinks = problem.inputs("float64")
+    do, *_ = problem.cotangents("float64")
+    lost = np.zeros((2, 6, 5), bool)
+    lost[0, 1, 3] = lost[1, 4, 0] = True
+    infinite = np.where(lost[..., None] & (np.arange(7) == 2), np.inf, bias)
+    with np.errstate(invalid="ignore"):
+        o, cache = attention(q, k, v, infinite, sinks)
+        dq, dk, dv, dbias, _ = attention_vjp(cache, do)
+        got = o, attention_weights(cache), log_sum_exp(cache)[..., None], dq, dbias
+    want, clean = attention(q, k, v, bias, sinks)
+    dq, _, _, dbias, _ = attention_vjp(clean, do)
+    for a, b in zip(got, (want, attention_weights(clean), log_sum_exp(clean)[..., None], dq, dbias), strict=True):
+        assert np.isnan(a[lost]).all()
+        close(a[~lost], b[~lost])
+    for a in (dk, dv):  # to which the lost rows of two heads add
+        assert np.isnan(a).all(axis=(-1, -2)).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_bias_of_infinity_that_the_mask_hides_has_no_effect(rows):
+    q, k, v, bias, sink = AttentionProblem(bias="... H T S", sink=True).inputs("float64")
+    do, *_ = AttentionProblem().cotangents("float64")
+    mask = masks.causal(-1)  # the first query sees nothing but the sink
+    hidden = ~mask.dense(5, 7) & (np.arange(5) < rows)[:, None]
+    (o, cache), (want, clean) = (attention(q, k, v, np.where(hidden, x, bias), sink, mask=mask) for x in (np.inf, 0.5))
+    close(o, want)
+    close(log_sum_exp(cache), log_sum_exp(clean))
+    for a, b in zip(attention_vjp(cache, do), attention_vjp(clean, do), strict=True):
+        close(a, b)
+
+
+def test_a_score_that_overflows_makes_its_row_nan():
+    q, k = np.full((5, 3), 1.0), np.full((7, 3), 1.0)
+    q[1], k[2] = 1e200, 1e200
+    with np.errstate(over="ignore", invalid="ignore"):
+        o, cache = attention(q, k, np.eye(7))
+    assert np.isnan(o[1]).all()
+    assert np.isnan(log_sum_exp(cache)[1])
+    assert np.isfinite(np.delete(o, 1, axis=0)).all()
+
+
+def test_minus_infinity_in_the_bias_is_a_mask_beside_a_row_of_nan(each_engine):
+    q, k, v, *_ = (np.array(a) for a in AttentionProblem().inputs("float64")[:3])
+    q[..., 0, :] = np.nan
+    bias = np.zeros((5, 7))
+    bias[1] = -np.inf
+    o, cache = attention(q, k, v, bias)
+    assert np.isnan(o[..., 0, :]).all()
+    assert not o[..., 1, :].any()
+    assert (log_sum_exp(cache)[..., 1] == -np.inf).all()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_least_number_in_the_bias_is_a_number(dtype):
     """Many libraries write it for −∞: a row of nothing else is the mean of the values, in torch too."""

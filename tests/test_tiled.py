@@ -35,7 +35,7 @@ from funcmha._doors import values_of
 from funcmha.engines import BATCHED, REFERENCE, TILED
 from funcmha.forward import attention_jvp
 from funcmha.second import attention_vjp_jvp
-from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
+from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
 from funcmha.tiled import few, threads, tiles
 from funcmha.tiled.products import product
@@ -117,19 +117,28 @@ def test_weights_of_a_few_queries_sum_to_one_however_large_the_scores(which, lay
     np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
 
 
+def test_scores_that_the_mask_hides_may_be_far_above_the_others(monkeypatch):
+    """2 to the power of what they are above the maximum of the others would overflow, with a warning."""
+    monkeypatch.setattr(few, "ROWS", 0)
+    q, k, v = np.ones((3, 1)), np.array([[-2000.0], [0.0], [2000.0]]), np.eye(3)
+    o, _ = attention(q, k, v, mask=masks.causal(), engine=TILED)
+    np.testing.assert_array_equal(o, np.eye(3))
+
+
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1.0, 9.0, 30.0])
-def test_scores_of_any_size_are_shifted_as_they_must(sign, size):
+@pytest.mark.parametrize("mask", [None, masks.causal(-1)], ids=["none", "causal"])
+def test_scores_of_any_size_are_shifted_as_they_must(mask, sign, size):
     """All near the bound |q| max |k|, where a shift is needed, or near its opposite, where the guess is too much."""
     rng = np.random.default_rng(0)
     q, k = size + 0.1 * rng.random((2, 3, 7, 1)), sign * (size + 0.1 * rng.random((2, 3, 11, 1)))
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     for dtype in ("float32", "float64"):
         arrays = [a.astype(dtype) for a in (q, k, v)]
-        want_o, want = attention(*(a.astype("float64") for a in arrays), engine=REFERENCE)
-        o, cache = attention(*arrays, engine=TILED)
-        bounds = attention_bounds(*arrays, None, do.astype(dtype), dtype=dtype)
+        want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+        o, cache = attention(*arrays, mask=mask, engine=TILED)
+        bounds = attention_bounds(*arrays, None, do.astype(dtype), mask=mask, dtype=dtype)
         assert_within(o, want_o, bounds.o, factor=2)
         assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
         for i, name in enumerate(("dq", "dk", "dv")):
@@ -159,6 +168,17 @@ def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
         (o, *grads), (want_o, *want_grads), (bounds.o, bounds.dq, bounds.dk, bounds.dv), strict=False
     ):
         assert_within(got, ref, bound, factor=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_has_the_scores_of_the_forward_however_keys_lie(layout):
+    """A single key has the weight 1, so dq is dlse · k · scale; scores are in the hundreds."""
+    problem = AttentionProblem(batch=(), T=23, S=1, K=1, G=2, D=8, E=1, gain=10.0, layout=layout)
+    q, k, v, *_ = problem.inputs("float32")
+    do, _, dlse = problem.cotangents("float32")
+    _, cache = attention(q, k, v, engine=TILED)
+    dq, *_ = attention_vjp(cache, np.zeros_like(do), dlse=dlse)
+    np.testing.assert_allclose(dq, dlse[..., None] * k * problem.D**-0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "T"), [(2, 700), (1, 500)])

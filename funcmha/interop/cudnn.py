@@ -56,7 +56,6 @@ class SdpaCache(NamedTuple):
     v: Array  # (B, H_v, S_kv, D_v)
     bias: Array  # broadcasts to (B, H_q, S_q, S_kv), or None
     sink_token: Array  # (1, H_q, 1, 1), or None
-    rows: Array  # (B, 1, S_q, 1), True = a query of its sequence, or None
 
 
 def sdpa(
@@ -111,14 +110,13 @@ def sdpa(
     keep, rate = _check_dropout(axes, dropout)
 
     dtype = q.dtype
-    mask, rows = _padding(axes, lengths, band, q)
-    q, kh, vh = _where(rows, widen(q)), widen(k), widen(v)
+    mask, q, kh, vh = _within(axes, lengths, band), widen(q), widen(k), widen(v)
     if axes["H_k"] != axes["H_v"]:
         kh, vh = _per_query_head(kh, q), _per_query_head(vh, q)
     added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
     sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
     o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, keep=keep, rate=rate)
-    return narrow(o, dtype), SdpaCache(inner, k, v, bias, sink_token, rows)
+    return narrow(o, dtype), SdpaCache(inner, k, v, bias, sink_token)
 
 
 def sdpa_vjp(
@@ -128,12 +126,12 @@ def sdpa_vjp(
     from the cotangents of o and, where given, of `stats(cache)` (B, H_q, S_q, 1), which cuDNN takes none of
     """
     _check.cache(cache, SdpaCache, "sdpa")
-    inner, k, v, bias, sink_token, rows = cache
+    inner, k, v, bias, sink_token = cache
     shape = (*inner.q.shape[:-1], v.shape[-1])
     _check.cotangent("do", do, shape, inner.q, "B H_q S_q D_v")
     _check.cotangent("dstats", dstats, (*shape[:-1], 1), inner.q, "B H_q S_q 1", optional=True)
     dlse = None if dstats is None else widen(dstats)[..., 0]
-    dq, dk, dv, dadded, dsink = attention_vjp(inner, _where(rows, widen(do)), dlse=dlse)
+    dq, dk, dv, dadded, dsink = attention_vjp(inner, widen(do), dlse=dlse)
     dsink_token = None if sink_token is None else narrow(dsink[None, :, None, None], sink_token.dtype)
     dbias = None if bias is None else unbroadcast(dadded, bias.shape)
     dk, dv = _per_key_head(dk, k), _per_key_head(dv, v)
@@ -148,11 +146,6 @@ def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
     """
     lse = log_sum_exp(cache)[..., None]
     return LOG2E * lse if log2 else lse
-
-
-def _where(rows: Array, x: Array) -> Array:
-    """x, and 0 in the rows of no sequence, so that 0 · NaN cannot arise there"""
-    return x if rows is None else namespace(x).where(rows, x, 0.0)
 
 
 def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative:
@@ -203,13 +196,13 @@ def _band(axes: _check.Axes, lengths: Any, alignment: str, left: int | None, rig
     return None if left is None else masks.window(0, None, offset - left + 1)
 
 
-def _padding(axes: _check.Axes, lengths: Any, band: Mask | None, like: Array) -> tuple[Mask | None, Array]:
-    """The band within the lengths, and which queries are of a sequence, (B, 1, S_q, 1), None if all are."""
+def _within(axes: _check.Axes, lengths: Any, band: Mask | None) -> Mask | None:
+    """The band within the lengths, where a query of no sequence sees nothing."""
     if lengths is None:
-        return band, None
+        return band
     n_q, n_kv = lengths
     rows = np.arange(axes["S_q"])[:, None] < n_q[:, None, None, None]
-    return masks.intersection(masks.lengths(n_kv), rows, band), from_host(rows, like)
+    return masks.intersection(masks.lengths(n_kv), rows, band)
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────

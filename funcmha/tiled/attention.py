@@ -14,7 +14,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._bias import bias_of_heads, bias_of_sample, on_bias
-from funcmha._doors import blank, check_attention
+from funcmha._doors import blank_keys, blank_queries, check_attention
 from funcmha._xp import Array, narrow, of_heads, of_sample, widen
 from funcmha.biases import Relative
 from funcmha.dropout import Seeded
@@ -27,7 +27,7 @@ from .tiles import LN2, Head, Rows, Tile, backward, blocks, forward, mean_cotang
 
 
 class AttentionCache(NamedTuple):
-    q: Array  # (..., H, T, D)
+    q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
     bias: Array | Relative  # broadcasts to (..., H, T, S), or None
@@ -67,8 +67,11 @@ def attention(
 
     dtype = q.dtype
     q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(_in_range, on_bias(widen, bias)), widen(sink)
-    seen = None if mask is None else mask.seen(q.shape[-2], k.shape[-2])
-    k, v = blank(k, seen), blank(v, seen)
+    if mask is not None:
+        T, S = q.shape[-2], k.shape[-2]
+        seen = mask.seen(T, S)
+        q, k, v = blank_queries(q, mask.seeing(T, S)), blank_keys(k, seen), blank_keys(v, seen)
+    k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
     cache = AttentionCache(q, k, v, bias, sink, o, total, shift, keep, mask, scale, cap, rate)
@@ -95,7 +98,8 @@ def attention_vjp(
         dbias = of_bias(bias, (*q.shape[:-1], k.shape[-2]))
     dsink = np.zeros(x.q.shape[:-2], q.dtype)
     inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
-    given = (_with_head(widen(do)), _with_head(widen(dweights)), _with_head(widen(dlse), 1))
+    seeing = None if cache.mask is None else cache.mask.seeing(q.shape[-2], k.shape[-2])
+    given = (_with_head(blank_queries(widen(do), seeing)), _with_head(widen(dweights)), _with_head(widen(dlse), 1))
     with threads.single_threaded_blas():
         _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias, dsink))
     dq, dk, dv = (narrow(dx, do.dtype) for dx in (dq, dk, dv))
@@ -109,6 +113,14 @@ def _in_range(bias: Array) -> Array:
     if bias.min(initial=0.0) >= least:
         return bias
     return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
+
+
+def _in_rows(k: Array) -> Array:
+    """The keys, where BLAS can take their rows as they lie; NumPy adds up others in an order that is no copy's, and the
+    gradient, which takes a copy, must have the very scores of the forward
+    """
+    *_, row, number = k.strides
+    return k if number == k.itemsize and row >= k.shape[-1] * number else np.ascontiguousarray(k)
 
 
 def _total_sink(dsink: Array, sink: Array) -> Array:

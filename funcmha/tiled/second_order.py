@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._bias import Bias, on_bias
+from funcmha._doors import blank_queries
 from funcmha._tangents import Cotangents, check_cotangents, check_tangents
 from funcmha._xp import Array, narrow
 from funcmha.biases import Relative
@@ -43,6 +44,9 @@ def attention_vjp_jvp(
 ) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.second.attention_vjp_jvp`"""
     y = check_cotangents(cache, do, do_dot, dlse, dlse_dot, q_dot, k_dot, v_dot, bias_dot, sink_dot)
+    if cache.mask is not None:
+        seeing = cache.mask.seeing(cache.q.shape[-2], cache.k.shape[-2])
+        y = y._replace(do=blank_queries(y.do, seeing), do_dot=blank_queries(y.do_dot, seeing))
     dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     x, bias = _Views.again(cache), cache.bias
     cache = cache._replace(total=x.total.reshape(cache.total.shape))

@@ -153,9 +153,11 @@ def powers_of_two(s: Array) -> Array:
 
     So far above the shift as to be cut off are only scores that the mask hides, once `forward` is done.
     """
-    least = np.finfo(s.dtype).minexp
-    np.exp2(np.clip(s, least, 2 * BOUND, out=s), out=s)
-    return np.subtract(s, 2.0**least, out=s)
+    kind = np.finfo(s.dtype)
+    np.exp2(np.clip(s, kind.minexp, 2 * BOUND, out=s), out=s)
+    if not s.min(initial=1.0) > kind.smallest_normal:
+        np.multiply(s, s > kind.smallest_normal, out=s)
+    return s
 
 
 def _parts(mask: Mask, rows: Range, cols: Range) -> list[Tile]:
@@ -187,11 +189,10 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
     wrong = np.flatnonzero(~((total >= FLOOR) & (total <= CEILING)))
     if wrong.size:
         i = slice(wrong[0], wrong[-1] + 1)
-        part = rows[0] + i.start, rows[0] + i.stop
         shift = np.zeros_like(total) if shift is None else shift
-        shift[i] = _maximum(head, q[i], part)
-        total[i], acc[i] = _sums(head, q[i], part, shift[i])
+        shift[i] = _maximum(head, q[i], (rows[0] + i.start, rows[0] + i.stop))
         shift = shift if shift.any() else None
+        total, acc = _sums(head, q, rows, shift)  # of all rows, as a product of fewer has other bits
     if head.sink is not None:
         total += of_sink(head, shift)
     return acc / np.where(total == 0, 1.0, total)[:, None], total, shift
@@ -300,7 +301,7 @@ def backward(
     else:
         dp = head.drop(x.d[:, :E] @ v1[:, :E].T, tile) + x.d[:, E:]
     if dweights is not None:
-        dp += dweights * x.inverse
+        dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype))
@@ -312,7 +313,12 @@ def backward(
 def mean_cotangent(head: Head, tile: Tile, x: Rows, dweights: Array) -> Array:
     """Σ p dweights over one tile (R)"""
     e = head.exponentials(x.q, tile, x.shift)
-    return np.einsum("ts,ts->t", e, dweights) * x.inverse[:, 0]
+    return np.einsum("ts,ts->t", e, _of_some(e, dweights)) * x.inverse[:, 0]
+
+
+def _of_some(e: Array, dweights: Array) -> Array:
+    """The cotangents of weights that are not 0, whatever the others are: the derivative of an entropy is −∞ there"""
+    return np.where(e == 0, 0.0, dweights)
 
 
 def columns(T: int) -> int:

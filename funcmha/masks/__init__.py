@@ -1,0 +1,141 @@
+"""Structured masks: which query sees which key, without the T × S array.
+
+    mask = causal() & lengths(np.array([7, 4]))     # True = attend; & keeps what both allow
+    y, cache = attention(q, k, v, mask=mask)
+
+Axes: T queries, S keys, H heads, and before them the batch `...`. Every mask broadcasts to (..., H, T, S).
+An engine that works in tiles asks for a block of rows and columns at a time: `block` says whether it is empty, full or
+mixed, `tile` gives its booleans, `columns` says where to look at all, and `at` leaves one element of the batch.
+
+Build masks with the functions here: they check and copy what they are given, the classes do neither. What a mask is
+and what it answers is in `mask`, the kinds there are in `kinds`; those of packed sequences are built by `packing`.
+"""
+
+from functools import reduce
+from operator import and_
+from typing import Any, Literal
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._xp import Array
+
+from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
+from .mask import Block, Dense, Intersection, Mask, Range, as_mask
+
+__all__ = [
+    "Band",
+    "Bands",
+    "Block",
+    "Dense",
+    "Intersection",
+    "Lengths",
+    "Mask",
+    "Padding",
+    "Range",
+    "Segments",
+    "Spans",
+    "as_mask",
+    "causal",
+    "dense",
+    "intersection",
+    "lengths",
+    "padding",
+    "segments",
+    "window",
+]
+
+
+def causal(offset: int | np.ndarray = 0) -> Band | Bands:
+    """j ≤ i + offset
+
+    Query i stands at key position i + offset: 0 aligns the first query with the first key, S − T the last query with
+    the last key, and after a key/value cache the offset is the cache's length.
+    """
+    return window(None, 0, offset)
+
+
+def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) -> Band | Bands:
+    """i + offset − left ≤ j ≤ i + offset + right
+
+    Inclusive: left = 3 sees itself and three before. None is no bound. Query i stands at key position i + offset;
+    offset an int, or a NumPy array (...) of integers, one per element of the batch.
+    """
+    left, right = _reach("left", left), _reach("right", right)
+    if isinstance(offset, np.ndarray):
+        return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
+    return Band(left, right, _check.integer("offset", offset, below=None, or_else=" or a NumPy array of integers"))
+
+
+def lengths(n: int | np.ndarray) -> Lengths:
+    """j < n     n an int, or a NumPy array (...) of integers, one per element of the batch"""
+    if not isinstance(n, np.ndarray):
+        n = np.asarray(_check.integer("n", n, or_else=" or a NumPy array of integers"))
+    n = _frozen("n", n, "(...)", "integers")
+    if np.any(n < 0):
+        raise ValueError(f"n must be at least 0, got {n.min()}")
+    return Lengths(n)
+
+
+def padding(keep: np.ndarray) -> Padding:
+    """keep[j]     keep a NumPy array (..., S) of booleans, True = attend"""
+    return Padding(_frozen("keep", keep, "(..., S)", "booleans"))
+
+
+def segments(q_ids: np.ndarray, k_ids: np.ndarray) -> Segments:
+    """q_ids[i] = k_ids[j]     q_ids (..., T)  k_ids (..., S)  NumPy arrays of integers
+
+    For sequences packed into one. Ids come in any order, and a segment need not be contiguous.
+    """
+    q_ids = _frozen("q_ids", q_ids, "(..., T)", "integers")
+    k_ids = _frozen("k_ids", k_ids, "(..., S)", "integers")
+    try:
+        np.broadcast_shapes(q_ids.shape[:-1], k_ids.shape[:-1])
+    except ValueError:
+        raise ValueError(f"k_ids must be (..., S) with ...={q_ids.shape[:-1]} as in q_ids, got {k_ids.shape}") from None
+    return Segments(q_ids, k_ids)
+
+
+def intersection(*given: Mask | Array | None) -> Mask | None:
+    """What all of them allow, where None allows everything     masks and boolean arrays   →   a mask, or None"""
+    parts = [as_mask(mask) for mask in given if mask is not None]
+    return reduce(and_, parts) if parts else None
+
+
+def dense(mask: Any, T: int, S: int, like: Array) -> Array:
+    """mask  →  booleans that broadcast to (..., H, T, S), in the library and on the device of `like`
+
+    None stays None, and a boolean array comes back as it is, unchecked for T and S. TypeError for what is no mask,
+    ValueError for a structured one that was built for another T or S.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, Mask):
+        return mask.dense(T, S, like)
+    as_mask(mask)
+    return mask
+
+
+def _reach(name: str, x: Any) -> int | None:
+    if x is None:
+        return None
+    reach = _check.integer(name, x, below=None, or_else=" or None")
+    if reach < 0:
+        raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
+    return reach
+
+
+def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:
+    """A read-only copy of `x`: what becomes of the caller's array does not change a mask."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(
+            f"{name} must be a NumPy array {symbols} of {kind}, got {type(x).__module__}.{type(x).__name__}"
+        )
+    # not uint64: np.isin compares it with int64 by rounding both to float64
+    if x.dtype.kind not in ("b" if kind == "booleans" else "iu") or x.dtype == np.uint64:
+        raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}")
+    if x.ndim < symbols.count(","):
+        raise ValueError(f"{name} must be {symbols}, got {x.shape}")
+    frozen = np.array(x)
+    frozen.flags.writeable = False
+    return frozen

@@ -1,0 +1,250 @@
+"""What a mask is: the questions that it answers; an array as one; and what several allow."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, of_sample
+
+Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
+Block = Literal["empty", "full", "mixed"]
+
+ROWS, COLS = 256, 32  # of the tiles in which an intersection looks for a key of each query: most find one in the first
+
+
+class Mask(ABC):
+    """A boolean (..., H, T, S), True = attend, that can be asked about its blocks.
+
+    `mask & other` and `other & mask` are what both allow; `other` is a mask or a boolean array. (Libraries that refuse
+    foreign operands, such as array-api-strict, want the mask on the left.)
+    """
+
+    __array_ufunc__ = None  # so that NumPy leaves array & mask to __rand__
+
+    def shape(self, T: int, S: int) -> tuple[int, ...]:
+        """The shape that `dense(T, S)` has, which is not made; ValueError if the mask was built for another T or S."""
+        return self._shape(T, S)
+
+    def dense(self, T: int, S: int, like: Array = None) -> Array:
+        """The booleans: (T or 1, S or 1), and before them the batch and a head axis where the mask has them.
+
+        In the library and on the device of `like`, or of NumPy. ValueError if the mask was built for another T or S,
+        TypeError if it holds an array of a third library.
+        """
+        self._shape(T, S)
+        return self._tile((0, T), (0, S), like)
+
+    def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
+        """`dense(T, S, like)[..., rows, cols]` where an axis of size 1 stays as it is, at the cost of the tile."""
+        return self._tile(rows, cols, like)
+
+    def block(self, rows: Range, cols: Range) -> Block:
+        """Whether the block is "empty" (no True), "full" (no False) or "mixed", in all of the batch and heads at once.
+
+        A block without rows or columns is empty. The answer is exact, but for two kinds of mask for which "mixed" means
+        "perhaps": an intersection, whose parts may exclude each other, and an array outside NumPy, where a look would
+        wait for the device.
+        """
+        return "empty" if rows[0] >= rows[1] or cols[0] >= cols[1] else self._block(rows, cols)
+
+    def columns(self, rows: Range, S: int) -> Range:
+        """The columns outside which these rows see nothing; (0, 0) if they see nothing at all.
+
+        The least such range, but for arrays (always all of S) and intersections (all that is common to their parts).
+        """
+        start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
+        return (start, stop) if start < stop else (0, 0)
+
+    def seen(self, T: int, S: int, like: Array = None) -> Array:
+        """The keys that any query sees: the rows of `dense(T, S, like)` joined into one by or, at the cost of one.
+
+        An array costs all its rows. An intersection says what each part sees, which may be more than all of them do.
+        """
+        return self._seen(T, S, like)
+
+    def seeing(self, T: int, S: int, like: Array = None) -> Array:
+        """The queries that see any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
+
+        Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
+        array costs all its columns, and an intersection with one outside NumPy is made whole.
+        """
+        return self._seeing(T, S, like)
+
+    def at(self, index: tuple[int, ...]) -> "Mask":
+        """The mask of one element of the batch; a head axis stays.
+
+        `index` has one entry per batch axis of q: a mask with fewer reads the last ones, and one of size 1 serves all.
+        """
+        return self._at(index)
+
+    def heads(self, start: int, stop: int) -> "Mask":
+        """The mask of heads start … stop, where it has a head axis."""
+        return self._heads(slice(start, stop))
+
+    def __and__(self, other: Any) -> "Intersection":
+        return Intersection(_parts(self) + _parts(as_mask(other, "an operand of &")))
+
+    __rand__ = __and__
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a mask is neither true nor false: join masks with &, and test for absence with `is None`")
+
+    @abstractmethod
+    def _shape(self, T: int, S: int) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _tile(self, rows: Range, cols: Range, like: Array) -> Array: ...
+
+    @abstractmethod
+    def _block(self, rows: Range, cols: Range) -> Block: ...  # has a row and a column
+
+    def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
+        return 0, S
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
+        return self._tile((0, 1), (0, S), like)
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:  # of the same
+        return to_library(self._tile((0, 1), (0, S), None).any(axis=-1, keepdims=True), like)
+
+    @abstractmethod
+    def _at(self, index: tuple[int, ...]) -> "Mask": ...
+
+    def _heads(self, heads: slice) -> "Mask":  # of the masks without a head axis
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A boolean array of any library, which is not copied. Blocks read their tile."""
+
+    array: Array  # (T or 1, S or 1), and before them nothing, (H or 1) or (..., H or 1)
+
+    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+        shape = tuple(self.array.shape)
+        if shape[-2] not in (1, T) or shape[-1] not in (1, S):
+            raise ValueError(f"mask must broadcast to (..., H, T, S) with T={T} as in q, S={S} as in k, got {shape}")
+        return shape
+
+    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+        T, S = self.array.shape[-2:]
+        tile = self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)]
+        if isinstance(tile, np.ndarray):
+            return to_library(tile, like)
+        if like is None or namespace(like) is not namespace(tile):
+            wanted = "numpy" if like is None else namespace(like).__name__
+            raise TypeError(f"mask must be an array of {wanted} as q is, or of numpy, got {namespace(tile).__name__}")
+        return tile
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        return self._any(-2, T, S, like)
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        return self._any(-1, T, S, like)
+
+    def _any(self, axis: int, T: int, S: int, like: Array) -> Array:
+        whole = self._tile((0, T), (0, S), like)
+        return namespace(whole).any(whole, axis=axis, keepdims=True)
+
+    def _at(self, index: tuple[int, ...]) -> Mask:
+        return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
+
+    def _heads(self, heads: slice) -> Mask:
+        return Dense(self.array[..., heads, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
+
+
+@dataclass(frozen=True, eq=False)
+class Intersection(Mask):
+    """What every part allows."""
+
+    parts: tuple[Mask, ...]  # two or more, none of them an intersection
+
+    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+        shapes = [part.shape(T, S) for part in self.parts]
+        try:
+            return np.broadcast_shapes(*shapes)
+        except ValueError:
+            raise ValueError(f"mask must have parts that broadcast to one (..., H, T, S), got {shapes}") from None
+
+    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+        return reduce(and_, (part.tile(rows, cols, like) for part in self.parts))
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        answers = {part.block(rows, cols) for part in self.parts}
+        if "empty" in answers:
+            return "empty"
+        return "mixed" if "mixed" in answers else "full"
+
+    def _columns(self, rows: Range, S: int) -> Range:
+        starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
+        return max(starts), min(stops)
+
+    def _seen(self, T: int, S: int, like: Array) -> Array:
+        return reduce(and_, (part.seen(T, S, like) for part in self.parts))
+
+    def _seeing(self, T: int, S: int, like: Array) -> Array:
+        if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
+            whole = self._tile((0, T), (0, S), like)
+            return namespace(whole).any(whole, axis=-1, keepdims=True)
+        may = reduce(and_, (part.seeing(T, S) for part in self.parts))
+        return to_library(self._found(np.broadcast_to(may, (*self._shape(T, S)[:-1], 1)), S), like)
+
+    def _found(self, may: np.ndarray, S: int) -> np.ndarray:
+        """Of the queries that may see a key, as each part has one for them, those that do     (..., H, T or 1, 1)"""
+        found = np.zeros(may.shape, dtype=bool)
+        for start in range(0, may.shape[-2], ROWS):
+            rows = start, min(start + ROWS, may.shape[-2])
+            wanted, some = may[..., slice(*rows), :], found[..., slice(*rows), :]  # a view, written to
+            for cols in _widening(self.columns(rows, S)):
+                if np.array_equal(some, wanted):
+                    break
+                some |= self.tile(rows, cols).any(axis=-1, keepdims=True)
+        return found
+
+    def _at(self, index: tuple[int, ...]) -> Mask:
+        return Intersection(tuple(part.at(index) for part in self.parts))
+
+    def _heads(self, heads: slice) -> Mask:
+        return Intersection(tuple(part.heads(heads.start, heads.stop) for part in self.parts))
+
+
+def as_mask(mask: Any, name: str = "mask") -> Mask:
+    """A boolean array as a `Mask`, and a `Mask` as it is; TypeError for anything else."""
+    if isinstance(mask, Mask):
+        return mask
+    if not is_array(mask) or dtype_name(mask) != "bool":
+        got = f"dtype {mask.dtype}" if is_array(mask) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean array, True = attend, or a structured mask, got {got}")
+    return Dense(mask if mask.ndim >= 2 else namespace(mask).reshape(mask, (1, -1)))
+
+
+def _parts(mask: Mask) -> tuple[Mask, ...]:
+    return mask.parts if isinstance(mask, Intersection) else (mask,)
+
+
+def _widening(cols: Range) -> Iterator[Range]:
+    """Columns from left to right, few at first, then twice as many each time."""
+    (start, stop), width = cols, COLS
+    while start < stop:
+        yield start, min(start + width, stop)
+        start, width = start + width, 2 * width
+
+
+def to_library(tile: np.ndarray, like: Array) -> Array:
+    """In the library and on the device of `like`, or of NumPy"""
+    return tile if like is None else from_host(tile, like)
+
+
+def summary(allowed: np.ndarray) -> Block:
+    """What `block` says of these booleans."""
+    if not allowed.any():
+        return "empty"
+    return "full" if allowed.all() else "mixed"

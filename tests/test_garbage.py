@@ -1,0 +1,294 @@
+"""What a query that sees no key holds has no effect, nor its cotangents and tangents, whatever they are: to the bit.
+
+The oracle is the same call with finite numbers in their place. Keys that no query sees are tested beside each op.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from test_forward import numbers, other
+
+from funcmha import (
+    attention,
+    attention_jvp,
+    attention_vjp,
+    attention_vjp_jvp,
+    attention_weights,
+    head,
+    head_jvp,
+    head_params,
+    head_vjp,
+    log_sum_exp,
+    masks,
+    mha,
+    mha_jvp,
+    mha_vjp,
+    mha_vjp_jvp,
+    packing,
+    scores,
+    scores_vjp,
+    self_attention,
+    self_attention_step,
+    self_attention_step_vjp,
+    self_attention_vjp,
+    tree,
+)
+from funcmha.testing.strategies import AttentionProblem, MhaProblem
+
+pytestmark = pytest.mark.usefixtures("each_engine")
+
+T, S = 5, 7
+SOME = np.array([True, True, False, True, False])
+BY_HEAD = np.ones((6, T, S), bool)
+BY_HEAD[1, 2], BY_HEAD[4, :3] = False, False
+MASKS = {  # each hides all keys from some queries, of some heads or samples
+    "rows": np.repeat(SOME[:, None], S, axis=1),
+    "causal": masks.causal(-2),
+    "causal & padding": masks.causal() & masks.padding(np.arange(S) >= 2),
+    "lengths": masks.lengths(np.array([0, 4])),
+    "offsets": masks.causal(np.array([-1, 2])),
+    "segments": masks.segments(np.array([0, 0, 9, 1, 1]), np.array([0, 0, 0, 1, 1, 1, 1])),
+    "segments & array": masks.segments(np.array([0, 0, 9, 1, 1]), np.arange(S) // 4) & SOME[:, None],
+    "spans": packing.causal(packing.cumulative([2, 3]), packing.cumulative([1, 6]), offset=np.array([-1, 0])),
+    "heads": BY_HEAD,
+    "no keys": masks.padding(np.zeros(S, bool)),
+}
+each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+each_garbage = pytest.mark.parametrize("garbage", [np.nan, np.inf])
+EVERYTHING = AttentionProblem(bias="... H T S", sink=True, cap=0.5, seeded=True, rate=0.3)
+
+
+def empty_rows(mask, heads=6):
+    """Which queries see no key (2, heads, T, 1), from the booleans of the mask."""
+    allowed = mask.dense(T, S) if isinstance(mask, masks.Mask) else mask
+    return ~np.broadcast_to(allowed, (2, heads, T, S)).any(axis=-1, keepdims=True)
+
+
+def in_no_head(mask):
+    """Which queries see no key in any head (2, T, 1)."""
+    return empty_rows(mask).all(axis=1)
+
+
+def same(got, want):
+    for a, b in zip(numbers(got), numbers(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(np.where(np.isneginf(a), 0, a)).all()  # −∞ is a log-sum-exp
+
+
+def everything(problem, mask, q, do):
+    """What attention gives, and its gradients."""
+    _, k, v, bias, sink = problem.inputs("float64")
+    static, (_, dweights, dlse) = problem.static() | {"mask": mask}, problem.cotangents("float64")
+    o, cache = attention(q, k, v, bias, sink, **static)
+    return o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse)
+
+
+@each_mask
+@each_garbage
+@pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
+def test_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
+    (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
+    same(*(everything(problem, mask, np.where(empty_rows(mask), x, q), do) for x in (garbage, 0.5)))
+
+
+@each_mask
+@each_garbage
+@pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
+def test_the_cotangent_of_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
+    (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
+    same(*(everything(problem, mask, q, np.where(empty_rows(mask), x, do)) for x in (garbage, 0.5)))
+
+
+@each_mask
+def test_a_query_that_sees_nothing_has_gradient_zero(mask):
+    (q, k, v, *_), (do, *_) = AttentionProblem().inputs("float64"), AttentionProblem().cotangents("float64")
+    empty = empty_rows(mask)
+    _, cache = attention(np.where(empty, np.nan, q), k, v, mask=mask)
+    dq, *_ = attention_vjp(cache, np.where(empty, np.nan, do))
+    assert not np.where(empty, dq, 0).any()
+
+
+def test_attention_without_a_head_axis_has_queries_too():
+    q, k, v, do = (np.random.default_rng(0).standard_normal(s) for s in ((5, 3), (7, 3), (7, 2), (5, 2)))
+    hidden = np.arange(5)[:, None] < 2
+
+    def run(x):
+        o, cache = attention(np.where(hidden, x, q), k, v, mask=masks.causal(-2))
+        return o, *attention_vjp(cache, np.where(hidden, x, do))
+
+    same(run(np.nan), run(0.5))
+
+
+def test_the_cotangent_of_a_weight_that_is_zero_has_no_effect():
+    """−∞ is what the derivative of an entropy is there, and 0 · ∞ is NaN."""
+    (q, k, v, *_), (do, dweights, _) = AttentionProblem().inputs("float64"), AttentionProblem().cotangents("float64")
+    mask = masks.causal()
+    _, cache = attention(q, k, v, mask=mask)
+    same(*(attention_vjp(cache, do, dweights=np.where(mask.dense(T, S), dweights, x)) for x in (-np.inf, 0.5)))
+
+
+@each_mask
+@each_garbage
+def test_a_query_that_sees_nothing_has_no_effect_on_scores(mask, garbage):
+    q, k, *_ = AttentionProblem().inputs("float64")
+    dz = np.random.default_rng(1).standard_normal((2, 6, T, S))
+
+    def run(x):
+        z, cache = scores(np.where(empty_rows(mask), x, q), k, mask=mask)
+        return z, *scores_vjp(cache, dz)
+
+    same(run(garbage), run(0.5))
+
+
+# ── tangents ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@each_mask
+@each_garbage
+@pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
+    _, cache = attention(*problem.inputs("float64"), **problem.static() | {"mask": mask})
+    q_dot, *dots = other(problem).inputs("float64")
+    same(*(attention_jvp(cache, np.where(empty_rows(mask), x, q_dot), *dots) for x in (garbage, 0.5)))
+
+
+@each_mask
+@each_garbage
+@pytest.mark.parametrize("which", ["do", "do_dot", "q_dot"])
+def test_nor_has_any_at_second_order(which, mask, garbage):
+    _, cache = attention(*EVERYTHING.inputs("float64"), **EVERYTHING.static() | {"mask": mask})
+    (do, *_), (do_dot, *_) = EVERYTHING.cotangents("float64"), other(EVERYTHING).cotangents("float64")
+    q_dot, *dots = other(EVERYTHING).inputs("float64")
+    given = {"do": do, "do_dot": do_dot, "q_dot": q_dot}
+
+    def run(x):
+        spoilt = given | {which: np.where(empty_rows(mask), x, given[which])}
+        return attention_vjp_jvp(cache, *spoilt.values(), *dots)
+
+    same(run(garbage), run(0.5))
+
+
+# ── projections ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@each_mask
+@each_garbage
+@pytest.mark.parametrize("problem", [MhaProblem(), MhaProblem(norm="rms", sink=True)], ids=["plain", "norm and sink"])
+def test_a_query_that_sees_nothing_has_no_effect_on_mha(problem, mask, garbage):
+    params, query, *others = problem.inputs("float64")
+    dy, dweights, dlse = problem.cotangents("float64")
+    static = problem.static() | {"mask": mask}
+
+    def run(x):
+        y, cache = mha(params, np.where(in_no_head(mask), x, query), *others, **static)
+        return y, log_sum_exp(cache), mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+
+    same(run(garbage), run(0.5))
+
+
+@pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "heads"])
+def test_a_query_that_sees_nothing_has_no_effect_on_a_head(mask):
+    params, query, *others = MhaProblem().inputs("float64")
+
+    def run(x):
+        o, cache = head(head_params(params, 0), np.where(in_no_head(mask), x, query), *others, mask=mask)
+        return o, head_vjp(cache, np.ones_like(o))
+
+    same(run(np.nan), run(0.5))
+
+
+@pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "no keys"])
+def test_the_cotangent_of_an_output_without_keys_reaches_the_output_projection_alone(mask):
+    params, *inputs = MhaProblem().inputs("float64")
+    dy, *_ = MhaProblem().cotangents("float64")
+    _, cache = mha(params, *inputs, mask=mask)
+    (spoilt, *dxs), (want, *clean) = (mha_vjp(cache, np.where(in_no_head(mask), x, dy)) for x in (np.nan, 0.5))
+    assert np.isnan(spoilt["out_proj"]["b"]).all() == in_no_head(mask).any()
+    same((*(g for name, g in spoilt.items() if name != "out_proj"), *dxs), (
+        *(g for name, g in want.items() if name != "out_proj"), *clean))  # fmt: skip
+
+
+def test_with_an_appended_key_every_query_sees():
+    params, query, *others = MhaProblem(bias_kv=True).inputs("float64")
+    query = np.where(np.arange(T)[:, None] == 0, np.nan, query)
+    y, _ = mha(params, query, *others, mask=masks.causal(-2))
+    assert np.isnan(y[:, 0]).all()
+    assert np.isfinite(y[:, 1:]).all()
+
+
+SQUARE = replace(MhaProblem(), Cq=17, Ck=17, Cv=17, S=T)
+WIDE = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in turn, not as one product
+
+
+@each_garbage
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
+    params, x, *_ = problem.inputs("float64")
+    dy, *_ = problem.cotangents("float64")
+    mask = masks.causal() & masks.padding(np.arange(T) >= 2)  # padded on the left
+
+    def run(value):
+        y, cache = self_attention(params, np.where(np.arange(T)[:, None] < 2, value, x), mask=mask)
+        return y, self_attention_vjp(cache, dy)
+
+    same(run(garbage), run(0.5))
+
+
+@pytest.mark.parametrize("mask", [masks.causal(-1), masks.causal(1) & SOME[None], masks.causal(-1) & SOME[None]])
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(problem, mask):
+    """Those of three inputs that are no longer one array: each is blanked for itself."""
+    params, x, *_ = problem.inputs("float64")
+    dy, *_ = problem.cotangents("float64")
+    _, cache = self_attention(params, x, mask=mask)
+    _, apart = mha(params, x, x.copy(), x.copy(), mask=mask)
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    want, *dxs, _ = mha_vjp(apart, dy)
+    tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), dparams, want)
+    np.testing.assert_allclose(dx, sum(dxs), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(norm):
+    problem = replace(SQUARE, norm=norm)
+    (params, x, *_), (dy, *_), static = problem.inputs("float64"), problem.cotangents("float64"), problem.static()
+    padded = np.arange(T) < 2  # on the left
+
+    def run(value):
+        tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
+        for t in (slice(0, 3), slice(3, 5)):
+            mask = masks.padding(~padded[: t.stop])
+            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, norm=static.get("norm"))
+            ys.append(y)
+            caches.append(cache)
+        for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
+            dparams, dx, dkv, _ = self_attention_step_vjp(cache, (dy[:, t], dkv))
+            grads += [dparams, dx]
+        return *ys, *grads
+
+    same(run(np.nan), run(0.5))
+
+
+@each_mask
+@each_garbage
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(mask, garbage):
+    problem = MhaProblem(norm="layer", sink=True)
+    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": mask})
+    params_dot, query_dot, *dots = other(problem).inputs("float64")
+    (dy, *_), (dy_dot, *_) = problem.cotangents("float64"), other(problem).cotangents("float64")
+
+    def run(x):
+        spoilt = params_dot, np.where(in_no_head(mask), x, query_dot), *dots
+        return mha_jvp(cache, *spoilt), mha_vjp_jvp(cache, dy, dy_dot, *spoilt)
+
+    same(run(garbage), run(0.5))
+
+
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_a_head():
+    params, *inputs, _ = MhaProblem().inputs("float64")
+    _, cache = head(head_params(params, 0), *inputs, mask=masks.causal(-2))
+    params_dot, query_dot, *dots, _ = other(MhaProblem()).inputs("float64")
+    empty = np.arange(T)[:, None] < 2
+    same(*(head_jvp(cache, head_params(params_dot, 0), np.where(empty, x, query_dot), *dots) for x in (np.nan, 0.5)))
