@@ -7,6 +7,7 @@ is not one of any kernel's call, and descale factors are not spoken by the adapt
 Its kernels are run by tests/test_flash_attn_kernels.py.
 """
 
+import ast
 import functools
 import importlib.metadata
 import importlib.util
@@ -18,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_interop_flash_attn import D, E, H, K, all_close, close, cu, gradients, leaf, logits, normal, size
+from test_interop_flash_attn_options import known
 
 from funcmha import attention_weights, log_sum_exp
 from funcmha.interop.flash_attn import (
@@ -53,15 +55,17 @@ class Wide:
         return getattr(torch, name)
 
 
-@functools.cache
-def library(*, wide=True):
-    """testing.py by its path: the package around it imports CUDA."""
+def installed(file):
+    """A file of flash_attn/cute by its path: the package around it imports CUDA."""
     try:
-        installed = importlib.metadata.distribution("flash-attn-4")
+        return importlib.metadata.distribution("flash-attn-4").locate_file(f"flash_attn/cute/{file}")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("flash-attn-4 is not installed: pip install --no-deps -r tests/side_by_side.txt")
-    path = installed.locate_file("flash_attn/cute/testing.py")
-    spec = importlib.util.spec_from_file_location("flash_attn_testing", path)
+
+
+@functools.cache
+def library(*, wide=True):
+    spec = importlib.util.spec_from_file_location("flash_attn_testing", installed("testing.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if wide:
@@ -124,6 +128,17 @@ def tensor(a):
 def masked(n, N):
     """(B, N), True for the first n[b]"""
     return torch.arange(N) < torch.tensor(n)[:, None]
+
+
+# ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_combine"])
+def test_every_parameter_of_fa4_is_taken_or_said_not_to_be(name):
+    body = ast.parse(installed("interface.py").read_text()).body
+    (arguments,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    theirs = {node.arg for node in ast.walk(arguments) if isinstance(node, ast.arg)}
+    assert {"return_lse"} <= theirs <= known(name)
 
 
 # ── flash_attn_func ──────────────────────────────────────────────────────────────────────────────────────────────
