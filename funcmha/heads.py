@@ -204,7 +204,7 @@ class Options(NamedTuple):
     norm: Norm | None
     rotary: Any  # two tables, of queries and of keys, each of them or None
     keep: Array | Seeded
-    rate: Any  # a float
+    rate: Any  # a float, that of `keep` if it is Seeded
     engine: Any  # an Engine
 
 
@@ -243,7 +243,7 @@ def attend(
         scale=x.scale,
         cap=x.cap,
         keep=x.keep,
-        rate=0.0 if isinstance(x.keep, Seeded) else x.rate,
+        rate=x.rate,
     )
     whole = AttendCache(q_cache, k_cache, v_cache, q_ready, k_ready, bias_kv, bias, cache, _remembered(x.engine))
     return heads_last(o), whole if extra else _forget(whole, o)

@@ -101,7 +101,7 @@ def self_attention_step(
         scale=o.scale,
         cap=o.cap,
         keep=o.keep,
-        rate=0.0 if isinstance(o.keep, Seeded) else o.rate,
+        rate=o.rate,
     )
     y, out = combine(params["out_proj"], heads_last(heads), engine=o.engine, onto=None)
     cache = SelfAttentionStepCache(q_cache, k_cache, v_cache, q_ready, k_ready, appended, attended, out, bias)
