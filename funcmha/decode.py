@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from . import _check, masks
-from ._xp import Array, dtype_name, full, is_array, namespace
+from ._xp import Array, dtype_name, full, is_array, namespace, outline
 from .masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +76,7 @@ def append(kv: KV, k: Array, v: Array, /, *, left: int | None = None) -> tuple[K
     kept = N if left is None else min(N, left)
     keys, values = _joined(kv.keys, k, kept, left), _joined(kv.values, v, kept, left)
     past, new = full((*_sized(k, N)[:-1], 0), 0.0, k), full((*k.shape[:-1], 0), 0.0, k)
-    cache = AppendCache(past, new, full((*keys.shape, 0), 0.0, k), full((*values.shape, 0), 0.0, k))
+    cache = AppendCache(past, new, outline(keys), outline(values))
     return KV(keys, values, kv.seen + T), cache
 
 

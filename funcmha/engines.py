@@ -61,7 +61,7 @@ SHORT = 96
 
 def pick(engine: Engine | None, x: Array, longest: int) -> Engine:
     """The engine given, else the fastest for so many queries and keys at most, in arrays like `x`: for real NumPy
-    arrays TILED, or BATCHED where sequences are short, whose scores are no larger than they are; REFERENCE for others
+    arrays TILED, or BATCHED where sequences are short; REFERENCE for others
     """
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine must be one of funcmha.engines or None, got {engine!r}")

@@ -23,6 +23,7 @@ from .params import Params
 from .rotary import cut_turned, cut_turned_sample
 
 SMALL = 2**18  # numbers of o, 1 MiB of float32: with fewer, queries and keys are kept, whose memory is worth no time
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 WIDE = 256  # of a projection: a product this wide gains nothing from being a part of one that is wider
 
 # ── project: one product for all heads ───────────────────────────────────────────────────────────────────────────
@@ -48,30 +49,34 @@ def project_vjp(cache: ProjectCache, dy: Array, /, *, onto: Array) -> tuple[Para
     return w_and_b(reshape(dw, cache.w.shape), None if db is None else reshape(db, (H, D))), dx
 
 
-def project_each_vjp(
+def project_qkv(
+    params: Params, inputs: tuple[Array, Array, Array], /, *, engine: Engine
+) -> tuple[tuple[Array, ...], tuple[ProjectCache, ...]]:
+    """q, k, v of query, key and value, each (..., T, H, D)"""
+    found = [project(params[name], x, engine=engine) for name, x in zip(PROJECTIONS, inputs, strict=True)]
+    return tuple(y for y, _ in found), tuple(cache for _, cache in found)
+
+
+def project_qkv_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
-) -> tuple[list[Params], tuple[Array, ...]]:
-    """The vjp of several projections, each of an input of its own"""
-    grads = [project_vjp(cache, dy, onto=dx) for cache, dy, dx in zip(caches, dys, onto, strict=True)]
-    return [dparams for dparams, _ in grads], tuple(dx for _, dx in grads)
+) -> tuple[Params, tuple[Array, ...]]:
+    """dparams, onto + (dquery, dkey, dvalue)
+
+    Where `onto` is one array, the three are one input, and their gradients are added up: of wide projections in turn,
+    of narrow ones as one product.
+    """
+    dparams: list[Params] = []
+    dxs, n = list(onto), len(onto)
+    if n == 1 and min(dy.shape[-2] * dy.shape[-1] for dy in dys) < WIDE:
+        dparams, dxs[0] = _back_as_one(caches, dys, onto=dxs[0])
+    else:
+        for i, (cache, dy) in enumerate(zip(caches, dys, strict=True)):
+            of_one, dxs[i % n] = project_vjp(cache, dy, onto=dxs[i % n])
+            dparams.append(of_one)
+    return dict(zip(PROJECTIONS, dparams, strict=True)), tuple(dxs)
 
 
-def project_shared_vjp(
-    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: tuple[Array, ...]
-) -> tuple[list[Params], tuple[Array, ...]]:
-    """The vjp of several projections of one input: wide ones in turn, narrow ones as one product"""
-    (dx,) = onto
-    if min(dy.shape[-2] * dy.shape[-1] for dy in dys) < WIDE:
-        dparams, dx = _as_one_product_vjp(caches, dys, onto=dx)
-        return dparams, (dx,)
-    dparams = []
-    for cache, dy in zip(caches, dys, strict=True):
-        of_one, dx = project_vjp(cache, dy, onto=dx)
-        dparams.append(of_one)
-    return dparams, (dx,)
-
-
-def _as_one_product_vjp(
+def _back_as_one(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, onto: Array
 ) -> tuple[list[Params], Array]:
     """dparams of each, onto + dx: of the projection whose rows are those of all"""
@@ -199,7 +204,7 @@ class Options(NamedTuple):
     norm: Norm | None
     rotary: Any  # two tables, of queries and of keys, each of them or None
     keep: Array | Seeded
-    rate: Any  # a float
+    rate: Any  # a float, that of `keep` if it is Seeded
     engine: Any  # an Engine
 
 
@@ -219,9 +224,7 @@ def attend(
     params: Params, query: Array, key: Array, value: Array, bias: Array | Relative, x: Options
 ) -> tuple[Array, AttendCache]:
     """o = attention(ready(project(query)), extend(ready(project(key))), extend(project(value)))   →   (..., T, H, E)"""
-    q, q_cache = project(params["q_proj"], query, engine=x.engine)
-    k, k_cache = project(params["k_proj"], key, engine=x.engine)
-    v, v_cache = project(params["v_proj"], value, engine=x.engine)
+    (q, k, v), (q_cache, k_cache, v_cache) = project_qkv(params, (query, key, value), engine=x.engine)
     q, q_ready = ready(q, params.get("q_norm", {}), norm=x.norm, rotary=x.rotary[0])
     k, k_ready = ready(k, params.get("k_norm", {}), norm=x.norm, rotary=x.rotary[1])
     bias_kv = params.get("bias_kv", {"k": None, "v": None})
@@ -240,7 +243,7 @@ def attend(
         scale=x.scale,
         cap=x.cap,
         keep=x.keep,
-        rate=0.0 if isinstance(x.keep, Seeded) else x.rate,
+        rate=x.rate,
     )
     whole = AttendCache(q_cache, k_cache, v_cache, q_ready, k_ready, bias_kv, bias, cache, _remembered(x.engine))
     return heads_last(o), whole if extra else _forget(whole, o)
@@ -260,9 +263,7 @@ def attend_vjp(
     dv, drow_v = extend_vjp(S, cache.bias_kv["v"], heads_last(dv))
     dk, dk_norm = ready_vjp(cache.k_ready, dk)
     dq, dq_norm = ready_vjp(cache.q_ready, heads_last(dq))
-    back = project_shared_vjp if len(onto) == 1 else project_each_vjp
-    dprojections, dxs = back((cache.q, cache.k, cache.v), (dq, dk, dv), onto=onto)
-    dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True))
+    dparams, dxs = project_qkv_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), onto=onto)
     if drow_k is not None:
         dparams["bias_kv"] = {"k": drow_k, "v": drow_v}
     if dsink is not None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, of_sample, widen
+from ._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, of_sample, outline, widen
 
 
 class HalfPairs(NamedTuple):
@@ -152,7 +152,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     _check_rotate(x, rotary)
     dtype, x = x.dtype, widen(x)
     turn = rotary._replace(cos=_beside(rotary.cos, x), sin=_beside(rotary.sin, x))
-    return narrow(_turned(x, turn), dtype), RotateCache(turn, full((*x.shape, 0), 0.0, x))
+    return narrow(_turned(x, turn), dtype), RotateCache(turn, outline(x))
 
 
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:

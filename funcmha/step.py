@@ -30,7 +30,7 @@ from .biases import Relative
 from .decode import KV, AppendCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents
 from .dropout import Seeded
 from .engines import Engine
-from .heads import CombineCache, Options, ProjectCache, combine, combine_vjp, engine_of, project, project_shared_vjp
+from .heads import CombineCache, Options, ProjectCache, combine, combine_vjp, engine_of, project_qkv, project_qkv_vjp
 from .masks import Mask, intersection, window
 from .norms import Norm
 from .params import SPEC, Params, check
@@ -87,9 +87,7 @@ def self_attention_step(
     given = Options(mask, scale, cap, False, norm, rotary, keep, rate, engine)
     left, own, o = _door(params, x, kv, bias, left, given)
     dtype, params = x.dtype, tree.map(widen, params)
-    (q, q_cache), (k, k_cache), (v, v_cache) = (
-        project(params[name], widen(x), engine=o.engine) for name in ("q_proj", "k_proj", "v_proj")
-    )
+    (q, k, v), (q_cache, k_cache, v_cache) = project_qkv(params, (widen(x),) * 3, engine=o.engine)
     q, q_ready = ready(q, params.get("q_norm", {}), norm=o.norm, rotary=o.rotary[0])
     k, k_ready = ready(k, params.get("k_norm", {}), norm=o.norm, rotary=o.rotary[1])
     held, after, appended = _appended(kv, heads_first(k), heads_first(v), left, dtype)
@@ -103,7 +101,7 @@ def self_attention_step(
         scale=o.scale,
         cap=o.cap,
         keep=o.keep,
-        rate=0.0 if isinstance(o.keep, Seeded) else o.rate,
+        rate=o.rate,
     )
     y, out = combine(params["out_proj"], heads_last(heads), engine=o.engine, onto=None)
     cache = SelfAttentionStepCache(q_cache, k_cache, v_cache, q_ready, k_ready, appended, attended, out, bias)
@@ -137,8 +135,8 @@ def self_attention_step_vjp(
     cache = _with_share(cache, dq, dk, dv)
     dk, dk_norm = ready_vjp(cache.k_ready, dk)
     dq, dq_norm = ready_vjp(cache.q_ready, dq)
-    dprojections, (dx,) = project_shared_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), onto=(None,))
-    dparams = dict(zip(("q_proj", "k_proj", "v_proj"), dprojections, strict=True)) | {"out_proj": dout}
+    dparams, (dx,) = project_qkv_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), onto=(None,))
+    dparams |= {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
 

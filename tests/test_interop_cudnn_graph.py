@@ -7,6 +7,7 @@ held to by `test_interop_cudnn_gpu.py`.
 
 import inspect
 import re
+from typing import NamedTuple
 
 import cudnn_backend
 import numpy as np
@@ -367,50 +368,70 @@ def test_every_argument_of_the_node_is_spoken_or_said_not_to_be(library, node):
 # ── packed tensors ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Side(NamedTuple):
+    """Where three sequences are in N tokens: of the queries, or of the keys and values."""
+
+    N: int
+    s: int  # what they are padded to
+    seq_len: np.ndarray
+    start: np.ndarray  # in tokens
+
+    def where(self, x):
+        return {"ragged_offset": self.start * x[0].size, "seq_len": self.seq_len}
+
+    def offset(self, graph, x):
+        return graph.tensor(self.where(x)["ragged_offset"].astype(np.int32).reshape(-1, 1, 1, 1))
+
+    def tensor(self, graph, x):
+        return graph.ragged(x, self.offset(graph, x), 3, self.s)
+
+    def output(self, graph, t, x):
+        graph.output(t, (3, x.shape[1], self.s, x.shape[2]), offset=self.offset(graph, x), N=self.N)
+
+
+QUERIES = Side(9, 5, np.array([3, 1, 4]), np.array([1, 4, 5, 9]))  # with a gap before the first
+KEYS = Side(11, 6, np.array([2, 5, 4]), np.array([0, 2, 7, 11]))
+
+
+def packed_forward(library, inputs, like, static):
+    """o (N, H, D) of the graph"""
+    graph = Graph(library)
+    tensors = [side.tensor(graph, x) for side, x in zip((QUERIES, KEYS, KEYS), inputs, strict=True)]
+    out, lse = graph.graph.sdpa(*tensors, generate_stats=True, **library.forward, **arguments(graph, static, 1))
+    QUERIES.output(graph, out, like)
+    graph.output(lse, (3, like.shape[1], QUERIES.s, 1), "FLOAT")
+    graph.run()
+    return graph.flat(out).reshape(like.shape).numpy()
+
+
+def packed_backward(library, inputs, o, do, lse, static):
+    """dq, dk and dv (N, H, D) of the graph"""
+    graph, sides = Graph(library), (QUERIES, KEYS, KEYS)
+    tensors = [side.tensor(graph, x) for side, x in zip((*sides, QUERIES, QUERIES), (*inputs, o, do), strict=True)]
+    lse = graph.tensor(np.ascontiguousarray(lse), "FLOAT")
+    found = graph.graph.sdpa_backward(*tensors, lse, **arguments(graph, static, 2))
+    for side, t, x in zip(sides, found, inputs, strict=True):
+        side.output(graph, t, x)
+    graph.run()
+    return [graph.flat(t).reshape(x.shape).numpy() for t, x in zip(found, inputs, strict=True)]
+
+
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 def test_packed_tensors_are_cudnns(library, alignment):
-    """Of three sequences, with a gap before the queries, which `to_ragged` fills with 0 and cuDNN leaves as it is."""
-    rng, B, T, S = np.random.default_rng(0), 3, 5, 6
-    n_q, n_kv, starts = np.array([3, 1, 4]), np.array([2, 5, 4]), {"q": [1, 4, 5, 9], "kv": [0, 2, 7, 11]}
-    q, do = rng.standard_normal((9, 6, 8)), rng.standard_normal((9, 6, 16))
-    k, v = rng.standard_normal((11, 3, 8)), rng.standard_normal((11, 2, 16))
-    band = {"diagonal_alignment": alignment, "diagonal_band_right_bound": 1, "diagonal_band_left_bound": 3}
-    static = {"use_padding_mask": True, "seq_len_q": n_q, "seq_len_kv": n_kv, **band}
-
-    def of(x):
-        n, start, s = (n_q, starts["q"], T) if len(x) == 9 else (n_kv, starts["kv"], S)
-        return {"ragged_offset": np.array(start) * x[0].size, "seq_len": n}, s
-
-    def packed(graph, x):
-        offset = graph.tensor(of(x)[0]["ragged_offset"].astype(np.int32).reshape(-1, 1, 1, 1))
-        return graph.ragged(x, offset, B, of(x)[1])
-
-    def output(graph, t, x):
-        offset = graph.tensor(of(x)[0]["ragged_offset"].astype(np.int32).reshape(-1, 1, 1, 1))
-        graph.output(t, (B, x.shape[1], of(x)[1], x.shape[2]), offset=offset, N=len(x))
-
-    padded, caches = zip(*(from_ragged(x, **of(x)[0], s=of(x)[1]) for x in (q, k, v)), strict=True)
-    o, cache = sdpa(*padded, **static)
-    y, y_cache = to_ragged(o, **of(do)[0], n=9)
-    graph = Graph(library)
-    tensors = [packed(graph, x) for x in (q, k, v)]
-    out, lse = graph.graph.sdpa(*tensors, generate_stats=True, **library.forward, **arguments(graph, static, 1))
-    output(graph, out, do)
-    graph.output(lse, (B, 6, T, 1), "FLOAT")
-    graph.run()
-    written = graph.flat(out).reshape(y.shape).numpy()
-    np.testing.assert_array_equal(np.isnan(written).all((1, 2)), np.arange(9) == 0)
+    """In a gap `to_ragged` has 0, and cuDNN what was there."""
+    rng = np.random.default_rng(0)
+    q, do = rng.standard_normal((QUERIES.N, 6, 8)), rng.standard_normal((QUERIES.N, 6, 16))
+    inputs = q, rng.standard_normal((KEYS.N, 3, 8)), rng.standard_normal((KEYS.N, 2, 16))
+    static = {"use_padding_mask": True, "seq_len_q": QUERIES.seq_len, "seq_len_kv": KEYS.seq_len}
+    static |= {"diagonal_alignment": alignment, "diagonal_band_right_bound": 1, "diagonal_band_left_bound": 3}
+    moves = [from_ragged(x, **side.where(x), s=side.s) for side, x in zip((QUERIES, KEYS, KEYS), inputs, strict=True)]
+    o, cache = sdpa(*(x for x, _ in moves), **static)
+    y, y_cache = to_ragged(o, **QUERIES.where(do), n=QUERIES.N)
+    written = packed_forward(library, inputs, do, static)
+    np.testing.assert_array_equal(np.isnan(written).all((1, 2)), np.arange(QUERIES.N) == 0)
     close(y[1:], written[1:])
 
-    grads = sdpa_vjp(cache, *to_ragged_vjp(y_cache, do))[:3]
-    got = [from_ragged_vjp(c, dx)[0] for c, dx in zip(caches, grads, strict=True)]
-    graph = Graph(library)
-    tensors = [packed(graph, x) for x in (q, k, v, y, do)]
-    lse = graph.tensor(np.ascontiguousarray(stats(cache)), "FLOAT")
-    found = graph.graph.sdpa_backward(*tensors, lse, **arguments(graph, static, 2))
-    for t, x in zip(found, (q, k, v), strict=True):
-        output(graph, t, x)
-    graph.run()
-    for t, dx in zip(found, got, strict=True):
-        g = graph.flat(t).reshape(dx.shape).numpy()
-        close(dx[len(dx) == 9 :], g[len(dx) == 9 :])
+    grads = sdpa_vjp(cache, *to_ragged_vjp(y_cache, do))
+    want = packed_backward(library, inputs, y, do, stats(cache), static)
+    for (_, move), side, dx, g in zip(moves, (QUERIES, KEYS, KEYS), grads, want, strict=False):
+        close(from_ragged_vjp(move, dx)[0][side.start[0] :], g[side.start[0] :])

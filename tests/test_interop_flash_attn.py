@@ -807,15 +807,20 @@ def test_every_library_gives_the_same(xp):
         (flash_attn_varlen_func, flash_attn_varlen_func_vjp, packed, of_packed, {}),
         (flash_attn_with_kvcache, flash_attn_with_kvcache_vjp, cached, of_cached, table),
     ):
-        want, cache = f(*inputs, **static, **own, **arrays)
-        grads = f_vjp(cache, want)
-        theirs = {name: xp.to(a) for name, a in arrays.items()}
-        got, cache_of_theirs = f(*map(xp.to, inputs), **static, **own, **theirs)
+        cache_of_theirs, cache = same_in(xp, f, f_vjp, inputs, static | own, arrays)
         close(xp.back(log_sum_exp(cache_of_theirs)), log_sum_exp(cache))
-        for a, b in zip(f_vjp(cache_of_theirs, got), grads, strict=True):
-            close(None if a is None else xp.back(a), b)
-        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
-            close(xp.back(a), b)
+
+
+def same_in(xp, f, f_vjp, inputs, static, arrays):
+    """Both caches, of another library's arrays and of NumPy's, from which outputs and gradients are the same."""
+    want, cache = f(*inputs, **static, **arrays)
+    theirs = {name: xp.to(a) for name, a in arrays.items()}
+    got, cache_of_theirs = f(*(None if x is None else xp.to(x) for x in inputs), **static, **theirs)
+    for a, b in zip(f_vjp(cache_of_theirs, got), f_vjp(cache, want), strict=True):
+        close(None if a is None else xp.back(a), b)
+    for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
+        close(xp.back(a), b)
+    return cache_of_theirs, cache
 
 
 def test_gradients_follow_their_functions():

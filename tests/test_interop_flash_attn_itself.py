@@ -2,12 +2,12 @@
 
 The wheel of flash-attn-4 has it in flash_attn/cute/testing.py, with the functions that pack and unpack sequences:
 PyTorch alone, so that it runs in float64. What is said of it here is said of 4.0.0b36. Of its options sink_token_length
-is not one of any kernel's call, and descale factors are not spoken by the adapter. qv and gather_kv_indices are tested
-in tests/test_interop_flash_attn_options.py.
+is not one of any kernel's call, and descale factors are not spoken by the adapter.
 
 Its kernels are run by tests/test_flash_attn_kernels.py.
 """
 
+import ast
 import functools
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_interop_flash_attn import all_close, close, cu, gradients, leaf, normal
+from test_interop_flash_attn import D, E, H, K, all_close, close, cu, gradients, leaf, logits, normal, size
+from test_interop_flash_attn_options import known
 
 from funcmha import attention_weights, log_sum_exp
 from funcmha.interop.flash_attn import (
@@ -38,28 +39,33 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache_vjp,
 )
 
-K, G, D, E = 2, 3, 5, 7  # key/value heads, query heads of each, widths
-H = K * G
-
 
 class Wide:
-    """torch, whose float32 is float64: beside a sink, `attention_ref` rounds scores to float32 whatever its inputs."""
+    """torch, whose float32 is float64, and which has no "cuda".
+
+    Beside a sink `attention_ref` rounds scores to float32 whatever its inputs, and listed keys it looks for on a GPU.
+    """
 
     float32 = torch.float64
+
+    def full(self, *args, device, **options):
+        return torch.full(*args, **options)
 
     def __getattr__(self, name):
         return getattr(torch, name)
 
 
-@functools.cache
-def library(*, wide=True):
-    """testing.py by its path: the package around it imports CUDA."""
+def installed(file):
+    """A file of flash_attn/cute by its path: the package around it imports CUDA."""
     try:
-        installed = importlib.metadata.distribution("flash-attn-4")
+        return importlib.metadata.distribution("flash-attn-4").locate_file(f"flash_attn/cute/{file}")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("flash-attn-4 is not installed: pip install --no-deps -r tests/side_by_side.txt")
-    path = installed.locate_file("flash_attn/cute/testing.py")
-    spec = importlib.util.spec_from_file_location("flash_attn_testing", path)
+
+
+@functools.cache
+def library(*, wide=True):
+    spec = importlib.util.spec_from_file_location("flash_attn_testing", installed("testing.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if wide:
@@ -90,7 +96,6 @@ def distances(T, S, sq=None, sk=None, pad=0):
 
 # ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-size = st.sampled_from([1, 2, 3, 5])
 reach = st.sampled_from([None, 0, 1, 2, 5])
 GRADIENTS = "dq dk dv dalibi_slopes dlearnable_sink"
 
@@ -105,13 +110,6 @@ def options(draw):
         "attention_chunk": draw(st.sampled_from([0, 0, 1, 2, 3])),
         "softcap": draw(st.sampled_from([0.0, 1.7])),
     }
-
-
-@st.composite
-def logits(draw, B):
-    """alibi_slopes and learnable_sink, or None."""
-    slopes = draw(st.sampled_from([None, (H,), (B, H)]))
-    return None if slopes is None else normal(*slopes, seed=3), draw(st.sampled_from([None, normal(H, seed=4)]))
 
 
 @st.composite
@@ -132,6 +130,17 @@ def masked(n, N):
     return torch.arange(N) < torch.tensor(n)[:, None]
 
 
+# ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_combine"])
+def test_every_parameter_of_fa4_is_taken_or_said_not_to_be(name):
+    body = ast.parse(installed("interface.py").read_text()).body
+    (arguments,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    theirs = {node.arg for node in ast.walk(arguments) if isinstance(node, ast.arg)}
+    assert {"return_lse"} <= theirs <= known(name)
+
+
 # ── flash_attn_func ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -147,6 +156,25 @@ def test_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, B,
     dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
     *grads, _ = flash_attn_func_vjp(cache, dout, dweights=dweights, dlse=dlse)
     all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("gathers", [False, True])
+def test_qv_and_listed_keys_and_their_gradients_are_the_reference_s(each_engine, gathers, causal):
+    """Each query sees key 0: an empty row is NaN there."""
+    inputs = normal(2, 3, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, E, seed=2), normal(2, 3, H, E, seed=3)
+    listed = np.random.default_rng(1).integers(-1, 6, (2, 3, 4)) * [0, 1, 1, 1] if gathers else None
+    static = {"causal": causal, "softcap": 1.7}
+    out, cache = flash_attn_func(*inputs[:3], None, None, inputs[3], gather_kv_indices=listed, **static)
+
+    leaves = [leaf(x) for x in inputs]
+    *rest, of_values = leaves
+    seen = None if listed is None else torch.tensor(listed)
+    want = theirs(*rest, qv=of_values, gather_kv_indices=seen, **static)
+    all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
+    dy = [normal(*x.shape, seed=5) for x in want]
+    dq, dk, dv, _, _, dqv = flash_attn_func_vjp(cache, dy[0], dweights=dy[1], dlse=dy[2])
+    all_close("dq dk dv dqv", (dq, dk, dv, dqv), gradients(want, dy, leaves))
 
 
 @pytest.mark.parametrize("which", ["qkv", "kv"])

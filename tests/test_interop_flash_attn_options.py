@@ -3,9 +3,6 @@
 The oracle is that of test_interop_flash_attn.py: loops over torch in float64, differentiated by autograd.
 """
 
-import functools
-import importlib.metadata
-import importlib.util
 import inspect
 import re
 
@@ -29,6 +26,7 @@ from test_interop_flash_attn import (
     leaf,
     normal,
     options,
+    same_in,
     varlen_oracle,
 )
 
@@ -63,40 +61,36 @@ FA2 = f"dropout_p {OF_SCORES} alibi_slopes deterministic return_attn_probs"
 FA3 = f"{OF_SCORES} attention_chunk q_descale k_descale v_descale sm_margin"
 OF_PAST = "q k_cache v_cache k v rotary_cos rotary_sin rotary_interleaved cache_seqlens cache_batch_idx cache_leftpad"
 OF_PACKED = "cu_seqlens_q cu_seqlens_k_new max_seqlen_q rotary_seqlens"
-OF_MODS = "score_mod score_mod_bwd mask_mod aux_tensors aux_scalars block_sparse_tensors"
-FA4 = f"q k v qv gather_kv_indices {OF_SCORES} learnable_sink num_splits pack_gqa deterministic {OF_MODS} return_lse"
-FA4 += " gather_bwd_recompute_p gather_bwd_token_chunk"
 CU = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
-PARAMETERS = [  # of 2.8.3 and 4.0.0b36
+PARAMETERS = [  # of FA2 and FA3 in 2.8.3; those of FA4 are read in test_interop_flash_attn_itself.py
     ("flash_attn_func", f"q k v {FA2}"),
     ("flash_attn_func", f"q k v qv num_splits pack_gqa deterministic {FA3}"),
-    ("flash_attn_func", f"{FA4} block_sparse_tensors_bwd"),
     ("flash_attn_qkvpacked_func", f"qkv {FA2}"),
     ("flash_attn_qkvpacked_func", f"qkv num_heads_q deterministic {FA3}"),
     ("flash_attn_kvpacked_func", f"q kv {FA2}"),
     ("flash_attn_varlen_func", f"q k v {CU} block_table {FA2}"),
     ("flash_attn_varlen_func", f"q k v qv {CU} seqused_q seqused_k num_splits pack_gqa deterministic {FA3}"),
-    ("flash_attn_varlen_func", f"{CU} min_seqlen_k seqused_q seqused_k page_table scheduler_metadata {FA4}"),
-    ("flash_attn_varlen_func", "seqlen_k_per_split disable_scheduler_metadata"),
     ("flash_attn_varlen_qkvpacked_func", f"qkv cu_seqlens max_seqlen {FA2}"),
     ("flash_attn_varlen_kvpacked_func", f"q kv {CU} {FA2}"),
     ("flash_attn_with_kvcache", f"{OF_PAST} block_table {OF_SCORES} alibi_slopes num_splits return_softmax_lse"),
-    (
-        "flash_attn_with_kvcache",
-        f"{OF_PAST} page_table qv {OF_PACKED} {FA3}",
-    ),
+    ("flash_attn_with_kvcache", f"{OF_PAST} page_table qv {OF_PACKED} {FA3}"),
     ("flash_attn_with_kvcache", "scheduler_metadata num_splits pack_gqa return_softmax_lse"),
-    ("flash_attn_combine", "out_partial lse_partial out out_dtype cu_seqlens seqused virtual_batch_idx return_lse"),
+    ("flash_attn_combine", "out_partial lse_partial out out_dtype"),
 ]
 
 
-@pytest.mark.parametrize(("name", "theirs"), PARAMETERS)
-def test_every_parameter_of_the_originals_is_taken_or_said_not_to_be(name, theirs):
+def known(name):
+    """The parameters that a call takes, and those that the package's page says are not taken."""
     taken = set(inspect.signature(getattr(flash_attn, name)).parameters)
     if "options" in taken:
         taken |= set(Options.__annotations__)
     unspoken = flash_attn.__doc__.partition("Not spoken:")[2].partition("FA2's Triton")[0]
-    assert set(theirs.split()) <= taken | set(re.findall(r"\w+", unspoken))
+    return taken | set(re.findall(r"\w+", unspoken))
+
+
+@pytest.mark.parametrize(("name", "theirs"), PARAMETERS)
+def test_every_parameter_of_the_originals_is_taken_or_said_not_to_be(name, theirs):
+    assert set(theirs.split()) <= known(name)
 
 
 # ── qv and listed keys ───────────────────────────────────────────────────────────────────────────────────────────
@@ -109,49 +103,6 @@ def test_qv_is_in_the_units_of_the_scores(each_engine):
     out, cache = flash_attn_func(q, k, v, None, None, qv)
     np.testing.assert_allclose(out.ravel(), [2 * 0.75, 2 * 0.25], rtol=1e-14)
     np.testing.assert_allclose(log_sum_exp(cache).item(), np.log(4), rtol=1e-14)
-
-
-class OnCpu:
-    """torch, where "cuda" is no device: FA4's reference has it in one line."""
-
-    def full(self, *args, device, **options):
-        return torch.full(*args, **options)
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-@pytest.fixture(scope="module")
-def attention_ref():
-    """FA4's own, from its file alone: the package around it imports CUDA."""
-    try:
-        installed = importlib.metadata.distribution("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("flash-attn-4 is not installed")
-    spec = importlib.util.spec_from_file_location("fa4_testing", installed.locate_file("flash_attn/cute/testing.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.torch = OnCpu()
-    return functools.partial(module.attention_ref, upcast=False, return_lse=True)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("gathers", [False, True])
-def test_qv_and_listed_keys_are_fa4_s_own(each_engine, attention_ref, gathers, causal):
-    """flash_attn/cute/testing.py of 4.0.0b36, in float64. Each query sees key 0: an empty row is NaN there."""
-    inputs = normal(2, 3, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, E, seed=2), normal(2, 3, H, E, seed=3)
-    listed = np.random.default_rng(1).integers(-1, 6, (2, 3, 4)) * [0, 1, 1, 1] if gathers else None
-    static = {"causal": causal, "softcap": 1.7}
-    out, cache = flash_attn_func(*inputs[:3], None, None, inputs[3], gather_kv_indices=listed, **static)
-
-    leaves = [leaf(x) for x in inputs]
-    *rest, of_values = leaves
-    seen = None if listed is None else torch.tensor(listed)
-    want = attention_ref(*rest, qv=of_values, gather_kv_indices=seen, **static)
-    all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
-    dy = [normal(*x.shape, seed=5) for x in want]
-    dq, dk, dv, _, _, dqv = flash_attn_func_vjp(cache, dy[0], dweights=dy[1], dlse=dy[2])
-    all_close("dq dk dv dqv", (dq, dk, dv, dqv), gradients(want, dy, leaves))
 
 
 def test_keys_that_are_values_score_once_as_fa4_has_it(each_engine):
@@ -356,13 +307,7 @@ def test_every_library_gives_the_same(xp):
         ),
         (flash_attn_combine, flash_attn_combine_vjp, (out, lse), {}, {}),
     ):
-        want, cache = f(*inputs, **static, **arrays)
-        theirs = {name: xp.to(a) for name, a in arrays.items()}
-        got, cache_of_theirs = f(*(None if x is None else xp.to(x) for x in inputs), **static, **theirs)
-        for a, b in zip(f_vjp(cache_of_theirs, got), f_vjp(cache, want), strict=True):
-            close(None if a is None else xp.back(a), b)
-        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
-            close(xp.back(a), b)
+        same_in(xp, f, f_vjp, inputs, static, arrays)
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=str)

@@ -301,25 +301,39 @@ def close(got, want, bar=1e-11, what=""):
     assert np.abs(got - want).max(initial=0.0) <= bar * max(1.0, np.abs(want).max(initial=0.0)), what
 
 
+def close_gradients(cache, dy, layer, seen, bar=1e-11):
+    """dx, and the gradient of each parameter under its name."""
+    dparams, dx, _ = self_attention_vjp(cache, dy)
+    grads = to_state_dict(dparams, layer)
+    assert grads.keys() == {seen.prefix + key for key in seen.grads}
+    close(dx, seen.dx, bar, "dx")
+    for key, want in seen.grads.items():
+        close(grads[seen.prefix + key], want, bar, key)
+
+
+def roundings(layer):
+    """What a chain of sums may be off by in float32, of the size of its result: n U32 for a sum of n terms
+
+    C terms in the projections, D in the scores, T in the values, H·D in the output; in ours and in theirs.
+    """
+    H, _, D, C = layer.form.sizes
+    return 2 * (C + D + T + H * D) * U32
+
+
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @every
 @pytest.mark.parametrize("padded", [False, True])
 def test_output_and_gradients_are_those_of_transformers(name, padded, each_engine):
-    """modeling_gpt2, _llama, _gemma, _gemma2, _gemma3, _qwen2, _qwen3 and _gpt_oss, at an offset of positions."""
+    """modeling_*.py, at an offset of positions."""
     seen = oracle(name, padded)
     layer = layer_of(name, seen)
     options = layer.options(T, OFFSET, attention_mask=PADDED if padded else None)
     y, cache = self_attention(layer.params, seen.x, **options, engine=each_engine)
     close(y, seen.y, what="y")
-    dparams, dx, _ = self_attention_vjp(cache, seen.dy)
-    close(dx, seen.dx, what="dx")
-    grads = to_state_dict(dparams, layer)
-    assert grads.keys() == {seen.prefix + key for key in seen.grads}
-    for key, want in seen.grads.items():
-        assert np.abs(want).max() > 1e-4, key
-        close(grads[seen.prefix + key], want, what=key)
+    close_gradients(cache, seen.dy, layer, seen)
+    assert all(np.abs(want).max() > 1e-4 for want in seen.grads.values())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "both ways" not in name])  # where no later key is seen
@@ -356,10 +370,7 @@ def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name
     y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=LEFT))
     text = LEFT.astype(bool)
     close(y[text], seen.y[text])
-    dparams, dx, _ = self_attention_vjp(cache, dy)
-    close(dx, seen.dx)
-    for key, grad in to_state_dict(dparams, layer).items():
-        close(grad, seen.grads[key.removeprefix(seen.prefix)])
+    close_gradients(cache, dy, layer, seen)
 
     bias = layer.params["out_proj"].get("b", np.zeros(30))
     assert np.array_equal(y[~text], np.tile(bias, (3, 1)))
@@ -405,7 +416,7 @@ def test_dynamic_positions_of_transformers_remember_the_longest_text_and_here_do
 
 MASKS = {
     "no padding": None,
-    "padding on the right": np.array([[1] * T, [1] * (T - 2) + [0] * 2]),
+    "padding on the right": PADDED,
     "padding on the left": np.array([[1] * T, [0] * 2 + [1] * (T - 2)]),
     "text with a hole": np.array([[1] * T, [1] * 5 + [0] * 3 + [1] * (T - 8)]),
 }
@@ -417,7 +428,8 @@ MASKS = {
     "name", ["Mistral", "Gemma 2, sliding", "Gemma 3, local, both ways", "Qwen 3, sliding", "GPT-OSS, sliding"]
 )
 def test_windows_of_any_size_with_padding_on_either_side(name, W, mask):
-    """`attention_mask` (N, S) as a tokenizer makes it. Of rows that are padding nothing is asked: see the next test."""
+    """`attention_mask` (N, S) as a tokenizer makes it. Of rows that are padding nothing is asked: they
+    are those of `test_a_query_of_padding_…`."""
     keep = MASKS[mask]
     text = np.ones((N, T), bool) if keep is None else keep.astype(bool)
     dy = np.random.default_rng(2).standard_normal((N, T, 30)) * text[..., None]
@@ -426,27 +438,18 @@ def test_windows_of_any_size_with_padding_on_either_side(name, W, mask):
     layer = layer_of(name, seen)
     y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=keep))
     close(y[text], seen.y[text])
-    dparams, dx, _ = self_attention_vjp(cache, dy)
-    close(dx, seen.dx)
-    for key, grad in to_state_dict(dparams, layer).items():
-        close(grad, seen.grads[key.removeprefix(seen.prefix)])
+    close_gradients(cache, dy, layer, seen)
 
 
 @every
 def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
-    """The library as it is. In float32 a sum of n terms is off by n U32 of their size, and a result is a chain of sums:
-    C terms in the projections, D in the scores, T in the values, H·D in the output; in ours and in theirs."""
+    """The library as it is."""
     seen = run(name, PADDED, torch.float32)
     layer = layer_of(name, seen)
     y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=PADDED))
-    dparams, dx, _ = self_attention_vjp(cache, seen.dy.astype(np.float32))
-    assert y.dtype == dx.dtype == np.float32
-    H, _, D, C = layer.form.sizes
-    bar = 2 * (C + D + T + H * D) * U32
-    grads = to_state_dict(dparams, layer)
-    pairs = [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]
-    for got, want in pairs:
-        assert np.abs(got - want).max() <= bar * max(1.0, np.abs(want).max())
+    assert y.dtype == seen.dy.dtype == np.float32
+    close(y, seen.y, roundings(layer), "y")
+    close_gradients(cache, seen.dy, layer, seen, roundings(layer))
 
 
 HALF = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16, 2.0**-8), "float16": (torch.float16, np.float16, 2.0**-11)}
@@ -468,8 +471,7 @@ def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half,
     y, cache = self_attention(layer.params, x, **layer.options(T, OFFSET, attention_mask=PADDED))
     dparams, dx, _ = self_attention_vjp(cache, dy)
     grads = to_state_dict(dparams, layer)
-    H, _, D, C = layer.form.sizes
-    bar = 2 * (C + D + T + H * D) * U32
+    bar = roundings(layer)
     for got, want in [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]:
         assert got.dtype == ours
         error = np.abs(got.astype(np.float64) - want)
@@ -1113,7 +1115,6 @@ def test_options_refuse_what_is_no_number_of_tokens(arguments, error, message):
 )
 def test_a_config_of_other_sizes_is_refused_by_name(change, error, message):
     state, config = small_state()
-    config = config if isinstance(config, dict) else config.to_dict()
     with pytest.raises(error, match=message):
         from_state_dict(state, {**config, "layer_types": None, **change}, 0)
 

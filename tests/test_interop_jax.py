@@ -143,9 +143,7 @@ def run_jax(problem, dtype="float64"):
         y, pull, lse = jax.vjp(attend, *args, has_aux=True)
         return y, pull(dy), lse
 
-    if (
-        dtype != np.float16
-    ):  # a product of which jax 0.10.2 does not compile on a CPU, and does without when not compiled
+    if dtype != np.float16:  # of which jax 0.10.2 compiles no product on a CPU, see below
         back_and_forth = jax.jit(back_and_forth)
     with jax.enable_x64(dtype == "float64"):
         y, grads, lse = back_and_forth(dy, *(inputs[i] for i in given))

@@ -5,8 +5,8 @@ s = log₂e · z. Before the exponential a shift c is subtracted from each row. 
 m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is shifted; else c is
 m − BOUND, or the largest score of some keys where that is less, and only where the sum then comes out too small or too
 large is the true maximum of the row looked for. Shifts are whole numbers, so that the log-sum-exp has the digits of the
-sum. The backward uses the same shift, and so has the same
-exponentials, from the same q and k to the bit; made from the log-sum-exp they would lose |s| ulps.
+sum. The backward uses the same shift, and so has the same exponentials, from the same q and k to the bit; made from the
+log-sum-exp they would lose |s| ulps.
 
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
@@ -149,7 +149,7 @@ class Head(NamedTuple):
 
 
 def powers_of_two(s: Array) -> Array:
-    """2^s in its place, 0 where that would be subnormal: NumPy takes 20 times longer for a tile that has such a number.
+    """2^s in its place, 0 where that would be subnormal: a tile that is so in a tenth takes NumPy ten times longer.
 
     So far above the shift as to be cut off are only scores that the mask hides, once `forward` is done.
     """

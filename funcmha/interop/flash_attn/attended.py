@@ -8,7 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, full, namespace, narrow, widen
+from funcmha._xp import Array, namespace, narrow, outline, widen
 from funcmha.dropout import Seeded
 from funcmha.ops import log_sum_exp
 
@@ -52,8 +52,7 @@ def attended(
     wide = (widen(x) for x in (flat(q), keys, values, slopes, sink, None if qv is None else flat(qv)))
     o, cache = ragged(*wide, at=at, scores=scores, keep=keep, rate=rate)
     out = namespace(o).reshape(narrow(o, q.dtype), (*q.shape[:-1], v.shape[-1]))
-    of_q, of_k, of_v = (full((*x.shape, 0), 0.0, widen(x[:0, ...])) for x in (q, k, v))
-    of_qv = None if qv is None else full((*qv.shape, 0), 0.0, of_q)
+    of_q, of_k, of_v, of_qv = (widen(outline(x)) for x in (q, k, v, qv))
     return out, AttendedCache(of_q, of_k, of_v, of_qv, of_keys, of_values, cache)
 
 

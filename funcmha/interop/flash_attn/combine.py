@@ -6,7 +6,7 @@ Axes: Z parts, B batch, T queries, N queries of all sequences, H query heads, E 
 from typing import NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, full, namespace, narrow, or_zeros, widen
+from funcmha._xp import Array, full, namespace, narrow, or_zeros, outline, widen
 from funcmha.merge import MergeCache, merge, merge_vjp
 from funcmha.ops import INF, log_sum_exp
 
@@ -32,8 +32,7 @@ def flash_attn_combine(out_partial: Array, lse_partial: Array, /) -> tuple[tuple
         out, cache = merge(out, lse, widen(out_partial[z, ...]), lse_partial[z, ...])
         lse = log_sum_exp(cache)
         merges.append(cache)
-    own = FlashAttnCombineCache(full((*out_partial.shape, 0), 0.0, like), tuple(merges))
-    return (narrow(out, out_partial.dtype), lse), own
+    return (narrow(out, out_partial.dtype), lse), FlashAttnCombineCache(widen(outline(out_partial)), tuple(merges))
 
 
 def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array], /) -> tuple[Array, Array]:
@@ -58,8 +57,8 @@ def _check_parts(out_partial: Array, lse_partial: Array) -> None:
     axes("lse_partial", lse_partial, f"Z {tokens} H")
     if axes["Z"] == 0:
         raise ValueError("out_partial must have at least one part, got Z=0")
-    if lse_partial.dtype != widen(out_partial[:0, ...]).dtype:
-        wanted = widen(out_partial[:0, ...]).dtype
+    wanted = widen(outline(out_partial)).dtype
+    if lse_partial.dtype != wanted:
         raise TypeError(f"lse_partial must have dtype {wanted}, in which out is computed, got {lse_partial.dtype}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._doors import check_rate
-from funcmha._xp import Array, widen
+from funcmha._xp import Array, outline, widen
 from funcmha.dropout import Seeded
 from funcmha.packing import check_cumulative
 
@@ -49,8 +49,8 @@ def check_per_head(axes: _check.Axes, q: Array, alibi_slopes: Any, learnable_sin
             continue
         _check.one_dtype([(name, x)])
         axes(name, x, symbols)
-        if widen(x).dtype != widen(q).dtype:
-            wanted = widen(q).dtype
+        wanted = widen(outline(q)).dtype
+        if widen(x).dtype != wanted:
             raise TypeError(f"{name} must have dtype {wanted}, in which q is computed, got {x.dtype}: cast it")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._qk import heads_first, heads_last
-from funcmha._xp import Array, from_host, full, namespace, narrow, or_zeros
+from funcmha._xp import Array, from_host, namespace, narrow, or_zeros, outline
 from funcmha.packing import cumulative, positions
 from funcmha.rotary import PAIRS, Rotary, RotateCache, rotate, rotate_vjp
 
@@ -168,7 +168,7 @@ class AppendedCache(NamedTuple):
 def _appended(pages: Array, x: Array, at: Slots) -> tuple[Array, AppendedCache]:
     """pages' = pages, with x in its slots     pages (P, L, K, D)   x (B, U, K, D) or (M, K, D)   →   pages' as pages"""
     y, cache = written(flat(pages), flat(x), rows=at.written())
-    return namespace(y).reshape(y, pages.shape), AppendedCache(full((*x.shape, 0), 0.0, x), cache)
+    return namespace(y).reshape(y, pages.shape), AppendedCache(outline(x), cache)
 
 
 def _appended_vjp(cache: AppendedCache, dpages: Array) -> tuple[Array, Array]:

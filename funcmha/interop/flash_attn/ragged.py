@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._qk import heads_first, heads_last
-from funcmha._xp import Array, full, namespace, of_sample, unbroadcast
+from funcmha._xp import Array, full, namespace, of_sample, outline, unbroadcast
 from funcmha.dropout import Seeded
 from funcmha.ops import INF, attention_weights, log_sum_exp
 
@@ -32,7 +32,7 @@ class RaggedCache(NamedTuple):
     slopes: Array  # (H,) or (B, H), or None
     sink: Array  # (H,) or None
     sequences: tuple[AlignedCache, ...]  # B
-    q: Array  # (N, H, 0): of q, k, v and qv nothing but their shapes
+    q: Array  # (N, H, D, 0): of q, k, v and qv nothing but their shapes
     k: Array  # (M, K, D, 0)
     v: Array  # (M, K, E, 0)
     qv: Array  # (N, H, E, 0) or None
@@ -71,11 +71,10 @@ def ragged(
         o, cache = aligned(*inputs, scores=scores, listed=listed, keep=own, rate=rate)
         parts.append(heads_last(o))
         caches.append(cache)
-    (N, H, _), E, B = q.shape, v.shape[-1], len(caches)
+    (N, H, _), E = q.shape, v.shape[-1]
     o = _placed(parts, at.queries, full((N, H, E, 0), 0.0, q))
-    shapes = ((N, H), k.shape, v.shape, (N, H, E), (B, H, T, S))
-    of_q, of_k, of_v, of_qv, weights = (full((*shape, 0), 0.0, q) for shape in shapes)
-    of_qv = None if qv is None else of_qv
+    of_q, of_k, of_v, of_qv = (outline(x) for x in (q, k, v, qv))
+    weights = full((len(caches), H, T, S, 0), 0.0, q)
     return o, RaggedCache(slopes, sink, tuple(caches), of_q, of_k, of_v, of_qv, weights, at.queries, at.keys)
 
 
@@ -93,9 +92,8 @@ def ragged_vjp(
         of_lse = None if dlse is None else dlse[:, rows]
         grads.append(aligned_vjp(sequences[b], heads_first(do[rows, ...]), dweights=of_weights, dlse=of_lse))
     dq, dk, dv, dslopes, dsink, dqv = zip(*grads, strict=True) if grads else ((),) * 6
-    of_q = full((*q.shape[:-1], k.shape[-2], 0), 0.0, q)
     return (
-        _placed([heads_last(g) for g in dq], queries, of_q),
+        _placed([heads_last(g) for g in dq], queries, q),
         _placed([heads_last(g) for g in dk], keys, k),
         _placed([heads_last(g) for g in dv], keys, v),
         _summed(dslopes, slopes),
@@ -137,9 +135,10 @@ def _summed(parts: Any, x: Array) -> Array:
 
 @log_sum_exp.register
 def _(cache: RaggedCache, /) -> Array:
-    transpose = namespace(cache.q).matrix_transpose
+    transpose, (N, H, _, _) = namespace(cache.q).matrix_transpose, cache.q.shape
     parts = [transpose(log_sum_exp(of_b)) for of_b in cache.sequences]
-    return transpose(_placed(parts, cache.queries, cache.q, -INF))  # a token of no sequence sees no key
+    like = full((N, H, 0), 0.0, cache.q)
+    return transpose(_placed(parts, cache.queries, like, -INF))  # a token of no sequence sees no key
 
 
 @attention_weights.register

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array, from_host, full, namespace
+from funcmha._xp import Array, from_host, full, namespace, outline
 
 
 class PickedCache(NamedTuple):
@@ -18,7 +18,7 @@ class PickedCache(NamedTuple):
 def picked(x: Array, /, *, rows: np.ndarray) -> tuple[Array, PickedCache]:
     """y = x[rows]      x (N, ...)   rows (M,), each of them any number of times   →   y (M, ...)"""
     y = namespace(x).take(x, from_host(rows, x), axis=0)
-    return y, PickedCache(full((*x.shape, 0), 0.0, x), rows)
+    return y, PickedCache(outline(x), rows)
 
 
 def picked_vjp(cache: PickedCache, dy: Array, /) -> tuple[Array]:

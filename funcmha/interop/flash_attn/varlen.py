@@ -17,7 +17,7 @@ from .aligned import rounded
 from .attended import AttendedCache, attended, attended_vjp, check_cotangents
 from .doors import asked, check_dropout, check_listed, check_per_head, check_tokens, longest, spans
 from .ragged import Sequences
-from .slots import paged, table_of
+from .slots import Table, paged, table_of
 
 
 class FlashAttnVarlenFuncCache(NamedTuple):
@@ -104,7 +104,7 @@ def flash_attn_varlen_func_vjp(
 
 
 def _keys(
-    axes: _check.Axes, table: tuple[str, Any] | None, cu_seqlens_k: Any, seqused_k: Any
+    axes: _check.Axes, table: Table | None, cu_seqlens_k: Any, seqused_k: Any
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """The rows of all keys, unless they are as they come, and where each sequence has its own among them."""
     if table is not None:

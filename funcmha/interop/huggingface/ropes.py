@@ -25,8 +25,8 @@ class Rope(NamedTuple):
     width: int  # of a head
     pairs: Literal["half", "interleaved"]
 
-    def turns(self, length: int = 1) -> tuple[np.ndarray, float]:
-        """frequencies (N,) and gain in a text of `length` tokens; 2N features turn"""
+    def turns(self, length: int = 1) -> Turns:
+        """In a text of `length` tokens, where 2N features turn"""
         return KINDS[self.said["rope_type"]](self.said, self.width, length)
 
     def table(self, positions: Array, length: int) -> Rotary:

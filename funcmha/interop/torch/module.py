@@ -6,11 +6,11 @@
     dparams, *_ = mha_vjp(cache, dy)
     to_state_dict(dparams)                                                  # {"in_proj_weight": its .grad, …}
 
-What differs. A boolean mask of PyTorch is True where attention is *forbidden*; this file is the only place that knows.
-Inputs are (N, L, C), `batch_first`, and unbatched ones (L, C). `attention_weights(cache)` are per head and before
-dropout; PyTorch's default is `attention_weights(cache).mean(-3)`, and a cotangent dw (N, L, S) of that mean is
-`dweights = broadcast_to(dw[:, None] / H, (N, H, L, S))`. A query that may see no key gives NaN in PyTorch with
-`need_weights=True` or on its inference fast path, and out_proj.bias otherwise; here it always gives out_proj.bias.
+What differs. A boolean mask of PyTorch is True where attention is *forbidden*. Inputs are (N, L, C), `batch_first`, and
+unbatched ones (L, C). `attention_weights(cache)` are per head and before dropout; PyTorch's default is
+`attention_weights(cache).mean(-3)`, and a cotangent dw (N, L, S) of that mean is `dweights = broadcast_to(dw[:, None] /
+H, (N, H, L, S))`. A query that may see no key gives NaN in PyTorch with `need_weights=True` or on its inference fast
+path, and out_proj.bias otherwise; here it always gives out_proj.bias.
 
 PyTorch is not imported: whoever has a tensor has imported it, and state dicts of NumPy arrays need none.
 
@@ -26,6 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
 from funcmha._xp import Array, dtype_name, namespace
+from funcmha.heads import PROJECTIONS
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params, check
 
@@ -35,7 +36,6 @@ BIASES = {"in_proj_bias": "3C", "out_proj.bias": "C"}
 BIAS_KV = {"bias_k": "1 1 C", "bias_v": "1 1 C"}
 OUT = {"out_proj.weight": "C C"}
 SHAPES = PACKED | SEPARATE | BIASES | BIAS_KV | OUT
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────

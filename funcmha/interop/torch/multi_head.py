@@ -23,13 +23,13 @@ from funcmha import _check
 from funcmha._qk import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.dropout import Seeded
-from funcmha.heads import num_keys
+from funcmha.heads import PROJECTIONS, num_keys
 from funcmha.mha import MhaCache, mha, mha_vjp
 from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
 from funcmha.params import Params
 
 from .functional import kept
-from .module import BIAS_KV, PROJECTIONS, SEPARATE, joined, per_head, per_query
+from .module import BIAS_KV, SEPARATE, joined, per_head, per_query
 
 FLAGS = (
     "add_zero_attn",
