@@ -52,11 +52,11 @@ def _linear_vjp(
 
 REFERENCE = Engine("reference", _linear, _linear_vjp, ops.attention, ops.attention_vjp)
 TILED = Engine("tiled", tiled.linear, tiled.linear_vjp, tiled.attention, tiled.attention_vjp)
-BATCHED = Engine("batched", tiled.linear, tiled.linear_vjp, ops.attention, ops.attention_vjp)
+BATCHED = Engine("batched", tiled.linear, tiled.linear_vjp, tiled.batched.attention, tiled.batched.attention_vjp)
 ENGINES = (REFERENCE, TILED)  # each op once: BATCHED has those of both
 # Queries and keys up to which attention takes all heads of all samples at once, rather than tile by tile: for 256
-# samples of 8 tokens it is 20 times faster, there and back, and at 96 as fast (docs/performance.md).
-SHORT = 96
+# samples of 8 tokens it is 14 times faster, there and back, and at 80 about as fast (docs/performance.md).
+SHORT = 80
 
 
 def pick(engine: Engine | None, x: Array, longest: int) -> Engine:
@@ -109,5 +109,11 @@ def attention_vjp(
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
-attention_vjp.register(AttentionCache, ops.attention_vjp)
+@attention_vjp.register
+def _(cache: AttentionCache, do: Array, /, **cotangents: Array) -> tuple[Array, ...]:
+    if isinstance(do, np.ndarray):
+        return tiled.batched.attention_vjp(cache, do, **cotangents)
+    return ops.attention_vjp(cache, do, **cotangents)
+
+
 attention_vjp.register(tiled.AttentionCache, tiled.attention_vjp)

@@ -26,6 +26,7 @@ from funcmha import (
     masks,
     mha,
     mha_vjp,
+    ops,
     self_attention,
     self_attention_vjp,
     tree,
@@ -138,6 +139,20 @@ def test_weights_sum_to_one_however_large_the_scores(T, S, which):
     np.testing.assert_allclose(got, one, rtol=S * 2.0**-24)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-15, -1e-15, 1e15])
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+def test_gradients_are_as_large_as_their_cotangents(gain, size):
+    """Sums of exponentials are far from 1 here, to both sides. A power of two goes in and comes out."""
+    rng, unit = np.random.default_rng(0), float(np.frexp(size)[0])
+    q, k, v = (gain * rng.standard_normal((2, n, 16), dtype="float32") for n in (131, 151, 151))
+    do, dlse = (unit * np.abs(rng.standard_normal(s, dtype="float32")) for s in ((2, 131, 16), (2, 131)))
+    bias, power = rng.standard_normal((131, 151), dtype="float32"), size / unit
+    _, cache = attention(q, k, v, bias, engine=TILED)
+    want = attention_vjp(cache, do, dlse=dlse)
+    for got, ref in zip(attention_vjp(cache, power * do, dlse=power * dlse)[:4], want, strict=False):
+        np.testing.assert_allclose(got / power, ref, rtol=1e-6, atol=1e-9 * np.abs(ref).max())
+
+
 @pytest.mark.parametrize("size", [1e25, 1e37])
 @pytest.mark.parametrize("gain", [1.0, 3.0, 10.0])
 def test_large_values_overflow_in_no_sum_before_they_are_divided(gain, size):
@@ -230,7 +245,7 @@ def test_a_batch_of_tiles_is_its_samples_bit_for_bit(T):
             assert np.array_equal(got, want[b])
 
 
-@pytest.mark.parametrize(("T", "S", "engine"), [(96, 96, BATCHED), (97, 2, TILED), (1, 97, TILED), (0, 0, BATCHED)])
+@pytest.mark.parametrize(("T", "S", "engine"), [(80, 80, BATCHED), (81, 2, TILED), (1, 81, TILED), (0, 0, BATCHED)])
 def test_short_sequences_have_all_heads_at_once(T, S, engine):
     """The caches tell which engine it was."""
     q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
@@ -242,7 +257,22 @@ def test_short_sequences_have_all_heads_at_once(T, S, engine):
     assert cache.groups[0].heads.engine == engine
 
 
-@pytest.mark.parametrize("T", [7, 97])
+@pytest.mark.parametrize("name", ["attention", "attention_vjp"])
+def test_blas_has_one_thread_while_many_heads_have_a_product_each(monkeypatch, name):
+    """Through `mha` with the engine that it picks, and through `attention`, whose vjp knows the cache alone."""
+    seen, f = [], getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda *inputs, **static: seen.append(blas_threads()) or f(*inputs, **static))
+    x = np.ones((2, 5, 4), np.float32)
+    with threadpool_limits(2, "blas"):
+        y, cache = self_attention(init(0, 4, 2), x)
+        self_attention_vjp(cache, y)
+        o, cache = attention(x, x, x)
+        attention_vjp(cache, o)
+    assert len(seen) == 2
+    assert all(set(n) == {1} for n in seen)
+
+
+@pytest.mark.parametrize("T", [7, 81])
 def test_complex_arrays_are_the_reference_s(T):
     x = np.zeros((2, T, 4), complex)
     _, cache = self_attention(init(0, 4, 2, dtype="float64"), x.real)

@@ -7,7 +7,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import frexp, inf, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,11 +86,33 @@ def attention_vjp(
     """dq, dk, dv, dbias, dsink: every tile once more, five products each
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
-    q, k, v, bias, sink, *_ = cache
+    q, k, v, *_ = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
+    unit = _unit(do, dweights, dlse)
+    given = (None if a is None else widen(a) if unit == 1 else unit * widen(a) for a in (do, dweights, dlse))
 
+    def rounded(dx: Array) -> Array:
+        return narrow(dx if unit == 1 else dx / unit, do.dtype)
+
+    return tuple(None if dx is None else on_bias(rounded, dx) for dx in _gradients(cache, *given))
+
+
+def _unit(*cotangents: Array) -> float:
+    """A power of two that brings the largest of them near 1, if it is far from that: all is linear in them, and a tiny
+    one would vanish, divided by a sum of exponentials, which may be 2⁸⁰
+    """
+    given = [a for a in cotangents if a is not None]
+    if any(2.0**-20 <= a.max(initial=0.0) <= 2.0**20 for a in given):
+        return 1.0
+    largest = max(float(max(a.max(initial=0.0), -a.min(initial=0.0))) for a in given)
+    return 2.0 ** -max(min(frexp(largest)[1], 100), -100) if 0 < largest < inf else 1.0
+
+
+def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -> tuple[Array, ...]:
+    """`attention_vjp` in the dtype to compute in"""
+    q, k, v, bias, sink, *_ = cache
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias, x = None, _Views.again(cache)
     if bias is not None:
@@ -99,12 +121,10 @@ def attention_vjp(
     dsink = np.zeros(x.q.shape[:-2], q.dtype)
     inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
     seeing = None if cache.mask is None else cache.mask.seeing(q.shape[-2], k.shape[-2])
-    given = (_with_head(blank_queries(widen(do), seeing)), _with_head(widen(dweights)), _with_head(widen(dlse), 1))
+    given = (_with_head(blank_queries(do, seeing)), _with_head(dweights), _with_head(dlse, 1))
     with threads.single_threaded_blas():
         _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias, dsink))
-    dq, dk, dv = (narrow(dx, do.dtype) for dx in (dq, dk, dv))
-    total = None if dbias is None else on_bias(lambda dx: narrow(dx, do.dtype), dbias.total())
-    return dq, dk, dv, total, None if sink is None else narrow(_total_sink(dsink, sink), do.dtype)
+    return dq, dk, dv, None if dbias is None else dbias.total(), None if sink is None else _total_sink(dsink, sink)
 
 
 def _in_range(bias: Array) -> Array:
