@@ -598,6 +598,8 @@ def test_the_gradient_refuses_another_shape():
         sdpa_vjp(cache, K)
     with pytest.raises(ValueError, match=r"^dstats must be \(B, H_q, S_q, 1\) = \(2, 6, 3, 1\) as the output is, got"):
         sdpa_vjp(cache, Q, dstats=Q[..., 0])
+    with pytest.raises(TypeError, match="log2 must be True or False, got 'y'"):
+        stats(cache, log2="y")
 
 
 # ── packed tensors ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -344,6 +344,8 @@ def test_heads_side_by_side_are_those_apart(each_engine):
             r"qkv must be \(B, T, H \+ K \+ K, D\) with H=7 as in num_heads_q, got \(2, 5, 10, 5\)",
         ),
         (qkv, 12, ValueError, "with H=12 as in num_heads_q"),
+        (qkv, 10, ValueError, "with H=10 as in num_heads_q"),
+        (qkv, 0, ValueError, "num_heads_q must be"),
         (qkv[:, :, None], H, ValueError, "with H=6 as in num_heads_q"),
         (qkv, 6.0, TypeError, "num_heads_q must be an int, got 6.0"),
     ):

@@ -142,6 +142,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "../model.safetensors"}}))
     with pytest.raises(ValueError, match=r"must name files beside it, got '../model.safetensors'"):
         load_layer(tmp_path, 0)
+    (tmp_path / "half.safetensors").write_bytes(b"half of a file")
+    with pytest.raises(ValueError, match=r"path must be a whole .safetensors file, and .*half.safetensors is not: "):
+        load_layer(tmp_path / "half.safetensors", 0)
 
 
 @pytest.mark.parametrize("missing", ["safetensors", "ml_dtypes"])

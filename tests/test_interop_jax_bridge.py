@@ -198,3 +198,5 @@ def test_what_is_no_function_is_refused_at_once():
         as_jax_function(attention, ())
     with pytest.raises(ValueError, match=r"vmap_method must be one of sequential, .*, got 'fast'"):
         as_jax_function(attention, attention_vjp, vmap_method="fast")
+    with pytest.raises(TypeError, match="mask must be of NumPy, as f is called with NumPy arrays, got an array of JAX"):
+        as_jax_function(attention, attention_vjp, mask=jnp.ones((3, 3), bool))

@@ -144,6 +144,7 @@ def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
 
     −∞ for a query that sees no key, or the sink. In float32 for 16-bit inputs. `sdpa_backward` takes the natural ones.
     """
+    _check.flag("log2", log2)
     lse = log_sum_exp(cache)[..., None]
     return LOG2E * lse if log2 else lse
 

@@ -171,10 +171,11 @@ def _parts(name: str, x: Array, symbols: str) -> list[Array]:
 def _side_by_side(qkv: Array, num_heads_q: Any) -> list[Array]:
     """(B, T, H + K + K, D)   →   (B, T, H, D) and two of (B, T, K, D), as views"""
     _check.one_dtype([("qkv", qkv)])
-    H = _check.integer("num_heads_q", num_heads_q, 0)
-    if qkv.ndim != 4 or qkv.shape[2] < H or (qkv.shape[2] - H) % 2:
+    H = _check.integer("num_heads_q", num_heads_q, 1)
+    heads = qkv.shape[2] if qkv.ndim == 4 else 0
+    K = (heads - H) // 2
+    if K < 1 or heads != H + 2 * K:
         raise ValueError(f"qkv must be (B, T, H + K + K, D) with H={H} as in num_heads_q, got {tuple(qkv.shape)}")
-    K = (qkv.shape[2] - H) // 2
     return [qkv[:, :, start:stop, :] for start, stop in ((0, H), (H, H + K), (H + K, H + 2 * K))]
 
 

@@ -80,8 +80,11 @@ class Tensors(Mapping[str, np.ndarray]):
         if not file.exists():
             wanted = f"a directory with {SINGLE} or {INDEX}, or a .safetensors file"
             raise FileNotFoundError(f"path must be {wanted}, got {path}")
-        with self.open(file, framework="np") as opened:
-            self.files = dict.fromkeys(opened.keys(), file)
+        try:
+            with self.open(file, framework="np") as opened:
+                self.files = dict.fromkeys(opened.keys(), file)
+        except _library("safetensors").SafetensorError as error:
+            raise ValueError(f"path must be a whole .safetensors file, and {file} is not: {error}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         with self.open(self.files[name], framework="np") as opened:

@@ -31,7 +31,7 @@ def as_jax_function(
     """y = f(*inputs, **static)[0]     with f_vjp for its gradient     as a function of JAX arrays
 
     f, f_vjp     a pair of funcmha: its inputs are arrays of JAX, trees of them, or None
-    static       keyword arguments of f, the same for all calls: NumPy arrays, masks, numbers
+    static       keyword arguments of f, the same for all calls: NumPy arrays, masks, numbers; no arrays of JAX
     vmap_method  "sequential" calls f for one element after another, and is right for every f. "broadcast_all" calls it
                  once, with the new axis before all axes of all inputs: for an f that takes that for a batch, as
                  `attention` does unless it has a sink; not for parameters. Or another of `jax.pure_callback`
@@ -43,6 +43,10 @@ def as_jax_function(
     if vmap_method not in VMAP_METHODS:
         raise ValueError(f"vmap_method must be one of {', '.join(VMAP_METHODS)}, got {vmap_method!r}")
     import jax
+
+    for name, x in static.items():
+        if isinstance(x, jax.Array):
+            raise TypeError(f"{name} must be of NumPy, as f is called with NumPy arrays, got an array of JAX")
 
     def host(*inputs: Any) -> Any:
         y, _ = f(*_numpy(inputs), **static)
