@@ -47,6 +47,7 @@ from .norms import Norm
 from .ops import attention_weights, log_sum_exp
 from .params import HEAD_SPEC, SPEC, Params, check, group_params, join_groups, stack_head, unstack_head
 from .rotary import Rotary
+from .tiled.tiles import ROWS
 
 # So many numbers of the queries, keys and values of a few heads are worth a task for all threads: the gradient goes so
 # many heads at a time, and holds what it needs between projection and attention for these alone. Of short sequences,
@@ -291,8 +292,10 @@ def _pieces(cache: MhaCache) -> list[tuple[slice, GroupCache]]:
     pieces, stop = [], 0
     for heads, out in cache.groups:
         (H, D, _), (K, E, _) = heads.q.w.shape, heads.v.w.shape
-        numbers = prod(out.o.shape[:-3]) * max(H // max(K, 1) * out.o.shape[-3], num_keys(heads)) * (D + E)
-        for kv in _few(K, numbers // 8 if engine_of(heads.q) == BATCHED else numbers):
+        samples, T = prod(out.o.shape[:-3]), out.o.shape[-3]
+        numbers = samples * max(H // max(K, 1) * T, num_keys(heads)) * (D + E)
+        least = 2 if samples == 1 and T <= ROWS else 1  # nothing of a head is work for two threads there
+        for kv in _few(K, numbers // 8 if engine_of(heads.q) == BATCHED else numbers, least):
             h = slice(kv[0] * (H // max(K, 1)), kv[1] * (H // max(K, 1)))
             piece = GroupCache(heads, out) if h == slice(0, H) else GroupCache(cut(heads, *kv), cut_combined(out, h))
             pieces.append((slice(stop + h.start, stop + h.stop), piece))
@@ -300,9 +303,9 @@ def _pieces(cache: MhaCache) -> list[tuple[slice, GroupCache]]:
     return pieces
 
 
-def _few(K: int, numbers: int) -> list[tuple[int, int]]:
-    """0 … K in ranges of so many heads as have at most GROUP `numbers`, one head having so many; of one at least"""
-    size = max(GROUP // max(numbers, 1), 1)
+def _few(K: int, numbers: int, least: int = 1) -> list[tuple[int, int]]:
+    """0 … K in ranges of so many heads as have at most GROUP `numbers`, one head having so many; but of the least"""
+    size = max(GROUP // max(numbers, 1), least)
     return [(i, min(i + size, K)) for i in range(0, max(K, 1), size)]
 
 
