@@ -55,7 +55,7 @@ TILED = Engine("tiled", tiled.linear, tiled.linear_vjp, tiled.attention, tiled.a
 BATCHED = Engine("batched", tiled.linear, tiled.linear_vjp, tiled.batched.attention, tiled.batched.attention_vjp)
 ENGINES = (REFERENCE, TILED)  # each op once: BATCHED has those of both
 # Queries and keys up to which attention takes all heads of all samples at once, rather than tile by tile: for 256
-# samples of 8 tokens it is 14 times faster, there and back, and at 80 about as fast (docs/performance.md).
+# samples of 8 tokens it is 20 times faster, there and back, and at 80 about as fast (docs/performance.md).
 SHORT = 80
 
 
