@@ -104,9 +104,9 @@ def _unit(*cotangents: Array) -> float:
     one would vanish, divided by a sum of exponentials, which may be 2⁸⁰
     """
     given = [a for a in cotangents if a is not None]
-    if any(2.0**-20 <= a.max(initial=0.0) <= 2.0**20 for a in given):
+    if any(2.0**-20 <= float(a.max(initial=0.0)) <= 2.0**20 for a in given):
         return 1.0
-    largest = max(float(max(a.max(initial=0.0), -a.min(initial=0.0))) for a in given)
+    largest = max(max(float(a.max(initial=0.0)), -float(a.min(initial=0.0))) for a in given)
     return 2.0 ** -max(min(frexp(largest)[1], 100), -100) if 0 < largest < inf else 1.0
 
 
