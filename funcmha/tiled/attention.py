@@ -67,10 +67,7 @@ def attention(
 
     dtype = q.dtype
     q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(_in_range, on_bias(widen, bias)), widen(sink)
-    if mask is not None:
-        T, S = q.shape[-2], k.shape[-2]
-        seen = mask.seen(T, S)
-        q, k, v = blank_queries(q, mask.seeing(T, S)), blank_keys(k, seen), blank_keys(v, seen)
+    q, k, v = blanked(q, k, v, mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
@@ -133,6 +130,15 @@ def _in_range(bias: Array) -> Array:
     if bias.min(initial=0.0) >= least:
         return bias
     return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
+
+
+def blanked(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
+    """q with 0 at the queries that may see no key, k and v at the keys that nobody may see"""
+    if mask is None:
+        return q, k, v
+    T, S = q.shape[-2], k.shape[-2]
+    seen = mask.seen(T, S)
+    return blank_queries(q, mask.seeing(T, S)), blank_keys(k, seen), blank_keys(v, seen)
 
 
 def _in_rows(k: Array) -> Array:

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._bias import Bias
-from funcmha._doors import blank_keys, blank_queries
 from funcmha._tangents import Tangents, check_tangents, dtype_of
 from funcmha._xp import Array, narrow
 from funcmha.masks import Range
 
 from . import threads, tiles
-from .attention import AttentionCache, _Views, _with_head
+from .attention import AttentionCache, _Views, _with_head, blanked
 from .threads import scratch
 from .tiles import Head, Tile, blocks, of_sink
 
@@ -56,11 +55,9 @@ def attention_jvp(
 
 def tangent_views(cache: AttentionCache, dot: Tangents) -> _Views:
     """The tangents in the place of what they are the tangents of, 0 at the queries and keys that the mask keeps out."""
-    mask, T, S = cache.mask, cache.q.shape[-2], cache.k.shape[-2]
-    seeing, seen = (None, None) if mask is None else (mask.seeing(T, S), mask.seen(T, S))
     zero = cache.q.dtype.type(0)
     q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
-    q, k, v = blank_queries(q, seeing), blank_keys(k, seen), blank_keys(v, seen)
+    q, k, v = blanked(q, k, v, cache.mask)
     return _Views.of(cache._replace(q=q, k=k, v=v, bias=dot.bias, sink=dot.sink))
 
 
