@@ -10,13 +10,10 @@ from funcmha._xp import Array
 
 from . import threads
 
-TERMS = 192  # of a sum before it is added to the others
-
-
-def product(a: Array, b: Array, /, *, out: Array, add: bool = False) -> Array:
-    """out = a b, or out += a b      a (R, I)   b (I, N)   →   out (R, N)"""
-    for i in range(0, max(len(b), 1), TERMS):
-        left, right = a[:, i : i + TERMS], b[i : i + TERMS]
+def product(a: Array, b: Array, /, *, out: Array, terms: int, add: bool = False) -> Array:
+    """out = a b, or out += a b      a (R, I)   b (I, N)   →   out (R, N)     in partial sums of so many terms"""
+    for i in range(0, max(len(b), 1), terms):
+        left, right = a[:, i : i + terms], b[i : i + terms]
         if i or add:
             np.add(out, np.matmul(left, right, out=threads.scratch("product", out.shape, out.dtype)), out=out)
         else:

@@ -15,9 +15,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from funcmha._xp import Array
-
-ALONE = 5e7  # flops that one thread has done before another has woken up and taken over
-
+from funcmha.engines.plan import Plan
 
 def num_threads() -> int:
     """FUNCMHA_NUM_THREADS, or the cores that this process may use."""
@@ -29,13 +27,13 @@ def num_threads() -> int:
     return int(given)
 
 
-def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float) -> None:
+def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Plan) -> None:
     """work(task) for every task, in no order; the caller is one of the threads, and the only one for a few flops.
 
     When a task raises, or the caller is interrupted, the tasks that have not begun are dropped, those that have are
     waited for, and the exception is raised.
     """
-    threads = min(num_threads(), len(tasks)) if flops > ALONE else 1
+    threads = min(num_threads(), len(tasks)) if flops > plan.thread_flops else 1
     queue: Iterator[Any] = iter(tasks)  # whose next() is one step of the interpreter: no two get the same
     stopped = threading.Event()
 

@@ -7,43 +7,42 @@ from typing import Any
 import numpy as np
 
 from funcmha._xp import Array, unbroadcast
-from funcmha.biases import Relative, diagonal_sums, diagonals
+from funcmha.biases import diagonal_sums, diagonals
 
-from . import tiles
-from .tiles import Head, Tile, blocks, columns
+from .tiles import Head, Tile, blocks
 
 
-def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
-    """Blocks of tiles, as (sample, tiles), in steps; in one step no two of a sample share rows or columns.
+def wavefronts(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
+    """Blocks of tiles, as (sample, tiles), in wavefronts; in one of them no two of a sample share rows or columns.
 
-    So each may add to its rows of dq and columns of dk and dv, and these are added to in the order of the steps,
+    So each may add to its rows of dq and columns of dk and dv, and these are added to in the order of the wavefronts,
     whatever the number of threads: diagonal by diagonal. Blocks are as high as those of the forward, for the products
     to have the same bits, and so whatever the number of samples.
     """
-    width = columns(T)
-    n = max(-(-T // tiles.ROWS), -(-S // width), 1)
-    out: list[list[Any]] = [[] for _ in range(n)]
+    fronts: dict[int, list[Any]] = {}
     for b in samples:
         of_sample = head(b, 0)
-        for i, some in enumerate(blocks(T, tiles.ROWS)):
+        height, width = of_sample.plan.tile_rows, of_sample.plan.columns(T)
+        n = max(-(-T // height), -(-S // width), 1)
+        for i, some in enumerate(blocks(T, height)):
             for block in of_sample.tiles(some):
-                out[(i - block[0].cols[0] // width) % n].append((b, block))
-    return [tasks for tasks in out if tasks]
+                fronts.setdefault((i - block[0].cols[0] // width) % n, []).append((b, block))
+    return [fronts[i] for i in sorted(fronts)]
 
 
-class RelativeGradient:
-    """The gradient of a `Relative`, tile by tile. Tiles of a step share diagonals: what they give is added after it."""
+class RelativeBiasGradient:
+    """The gradient of a `RelativeBias`, tile by tile. Tiles of a wavefront share diagonals: what they give is added after."""
 
-    def __init__(self, bias: Relative, scores: tuple[int, ...]) -> None:
-        self.T, self.sums_samples = scores[-2], False  # `settle` keeps the order
-        self.sum = np.zeros_like(bias.values)
+    def __init__(self, values: Array, scores: tuple[int, ...]) -> None:
+        self.T, self.sums_samples = scores[-2], False  # `flush` keeps the order
+        self.sum = np.zeros_like(values)
         self.given: dict[Any, Array] = {}
 
     def add(self, index: tuple[int, ...], tile: Tile, dz: Array) -> None:
         """Take the tile of one sample and head."""
         self.given[index, tile.rows, tile.cols] = diagonal_sums(dz)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Add what was given, in the order of the tiles."""
         whole = self.sum.reshape((1,) * max(2 - self.sum.ndim, 0) + self.sum.shape)
         for (index, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
@@ -52,9 +51,9 @@ class RelativeGradient:
             whole[place][diagonals(rows, cols, self.T)] += sums
         self.given.clear()
 
-    def total(self) -> Relative:
-        """The gradient."""
-        return Relative(self.sum)
+    def total(self) -> Array:
+        """The gradient of the values"""
+        return self.sum
 
 
 class BiasGradient:
@@ -65,7 +64,7 @@ class BiasGradient:
             scores = (1, *scores)
         shape = (1,) * (len(scores) - bias.ndim) + tuple(bias.shape)
         self.shape = tuple(bias.shape)
-        # Where rows are summed the columns are kept apart to the end, so that no two tiles of a step add to one number.
+        # Where rows are summed the columns are kept apart to the end, so that no two tiles of a wavefront add to one number.
         self.sums_rows = shape[-2] == 1 and scores[-2] != 1
         self.sums_cols = shape[-1] == 1 and scores[-1] != 1 and not self.sums_rows
         self.sums_samples = prod(shape[:-3]) != prod(scores[:-3])
@@ -81,7 +80,7 @@ class BiasGradient:
         place = tuple(i if n > 1 else 0 for i, n in zip(index, self.sum.shape[:-2], strict=True))
         self.sum[place][rows, cols] += dz
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """All is added already."""
 
     def total(self) -> Array:

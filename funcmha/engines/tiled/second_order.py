@@ -1,4 +1,4 @@
-"""Second order in tiles: `funcmha.second.attention_vjp_jvp` in linear memory.
+"""Second order in tiles: `funcmha.derivatives.attention_vjp_jvp` in linear memory.
 
 Forward mode first, for ȯ and l̇se of each row; with them δ = Σ do o and δ̇ = Σ ḋo o + do ȯ, and then every tile once
 more, in the order of the backward. In a tile, with r = dlse − δ,
@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._bias import Bias, on_bias
-from funcmha._doors import blank_queries
-from funcmha._tangents import Cotangents, check_cotangents, check_tangents
+from funcmha._arguments import Cotangents, check_cotangents, check_tangents
 from funcmha._xp import Array, narrow
-from funcmha.biases import Relative
+from funcmha.biases import RelativeBias
+from funcmha.masks.zero import zero_masked_queries
+from funcmha.ops import given
 
 from . import threads
-from .attention import AttentionCache, _total_sink, _Views, _with_head
+from .attention import total_of_sink
+from .cache import AttentionCache, Views, with_head_axis
+from .forward import recomputed
 from .forward_mode import attention_jvp, tangent_views
-from .schedule import BiasGradient, RelativeGradient, steps
+from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
 from .tiles import Head, Tile, of_sink
 
 
+@np.errstate(under="ignore")
 def attention_vjp_jvp(
     cache: AttentionCache,
     do: Array,
@@ -35,33 +38,34 @@ def attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Bias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
     *,
     dlse: Array = None,
     dlse_dot: Array = None,
 ) -> tuple[Any, ...]:
-    """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.second.attention_vjp_jvp`"""
-    y = check_cotangents(cache, do, do_dot, dlse, dlse_dot, q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    if cache.mask is not None:
-        seeing = cache.mask.seeing(cache.q.shape[-2], cache.k.shape[-2])
-        y = y._replace(do=blank_queries(y.do, seeing), do_dot=blank_queries(y.do_dot, seeing))
-    dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    x, bias = _Views.again(cache), cache.bias
-    cache = cache._replace(total=x.total.reshape(cache.total.shape))
-    dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in cache[:3])
-    of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
-    dbias = None if bias is None else of_bias(bias, (*cache.q.shape[:-1], cache.k.shape[-2]))
+    """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.derivatives.attention_vjp_jvp`"""
+    (q, k, v, rest), dots = cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot)
+    y = check_cotangents(q, v, do, do_dot, dlse, dlse_dot, dots)
+    if rest.mask is not None:
+        attending = rest.mask.attending_queries(q.shape[-2], k.shape[-2])
+        y = y._replace(do=zero_masked_queries(y.do, attending), do_dot=zero_masked_queries(y.do_dot, attending))
+    dot, _ = check_tangents(q, k, v, rest.bias, rest.sink, dots)
+    x, bias = recomputed(Views.of(cache)), rest.bias
+    cache = rest._replace(row_sum=x.row_sum.reshape(rest.row_sum.shape)).beside(q, k, v)
+    dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in (q, k, v))
+    of_bias = RelativeBiasGradient if isinstance(bias, RelativeBias) else BiasGradient
+    dbias = None if bias is None else of_bias(bias.values, (*q.shape[:-1], k.shape[-2]))
     rows = _Rows.of(cache, y, *attention_jvp(cache, *dot))
     views = tangent_views(cache, dot)
-    work = _Second(x, views, rows, _with_head(dq_dot), _with_head(dk_dot), _with_head(dv_dot), dbias)
+    work = _Second(x, views, rows, with_head_axis(dq_dot), with_head_axis(dk_dot), with_head_axis(dv_dot), dbias)
     with threads.single_threaded_blas():
         _run(work)
-    dsink = None if cache.sink is None else narrow(_total_sink(_of_sink(work), cache.sink), do.dtype)
-    total = None if dbias is None else on_bias(lambda g: narrow(g, do.dtype), dbias.total())
+    dsink = None if rest.sink is None else narrow(total_of_sink(_of_sink(work), rest.sink, 0), do.dtype)
+    dbias_dot = None if dbias is None else given(bias._replace(values=dbias.total()), do.dtype)
     dq_dot, dk_dot, dv_dot = (narrow(g, do.dtype) for g in (dq_dot, dk_dot, dv_dot))
-    return dq_dot, dk_dot, dv_dot, total, dsink
+    return dq_dot, dk_dot, dv_dot, dbias_dot, dsink
 
 
 class _Rows(NamedTuple):
@@ -69,7 +73,7 @@ class _Rows(NamedTuple):
 
     do: Array  # (..., H, T, E)
     do_dot: Array  # (..., H, T, E)
-    inverse: Array  # (..., H, T), of the totals, 0 where no key is seen
+    inverse: Array  # (..., H, T), of the row sums, 0 where no key is attended
     lse_dot: Array  # (..., H, T)
     r: Array  # (..., H, T), dlse − δ
     r_dot: Array  # (..., H, T)
@@ -77,15 +81,16 @@ class _Rows(NamedTuple):
     @staticmethod
     def of(cache: AttentionCache, y: Cotangents, o_dot: Array, lse_dot: Array) -> "_Rows":
         """δ = Σ do o     δ̇ = Σ ḋo o + do ȯ"""
-        some = cache.total != 0
-        inverse = np.where(some, 1 / np.where(some, cache.total, 1.0), 0.0)
+        row_sum, o = cache.rest.row_sum, cache.rest.o
+        some = row_sum != 0
+        inverse = np.where(some, 1 / np.where(some, row_sum, 1.0), 0.0)
         do_dot = np.zeros_like(y.do) if y.do_dot is None else y.do_dot
-        r = -np.einsum("...e,...e->...", y.do, cache.o)
-        r_dot = -np.einsum("...e,...e->...", do_dot, cache.o) - np.einsum("...e,...e->...", y.do, o_dot)
+        r = -np.einsum("...e,...e->...", y.do, o)
+        r_dot = -np.einsum("...e,...e->...", do_dot, o) - np.einsum("...e,...e->...", y.do, o_dot)
         r = r if y.dlse is None else r + np.where(some, y.dlse, 0.0)
         r_dot = r_dot if y.dlse_dot is None else r_dot + np.where(some, y.dlse_dot, 0.0)
-        per_row = (_with_head(a, 1) for a in (inverse, lse_dot, r, r_dot))
-        return _Rows(_with_head(y.do), _with_head(do_dot), *per_row)
+        per_row = (with_head_axis(a, 1) for a in (inverse, lse_dot, r, r_dot))
+        return _Rows(with_head_axis(y.do), with_head_axis(do_dot), *per_row)
 
     def at(self, at: tuple[Any, ...]) -> "_Rows":
         """Those of one tile, with an axis of keys."""
@@ -93,13 +98,13 @@ class _Rows(NamedTuple):
 
 
 class _Second(NamedTuple):
-    x: _Views
-    x_dot: _Views
+    x: Views
+    x_dot: Views
     of_rows: _Rows
     dq: Array  # (..., H, T, D)
     dk: Array  # (..., K, S, D)
     dv: Array  # (..., K, S, E)
-    dbias: BiasGradient | RelativeGradient | None
+    dbias: BiasGradient | RelativeBiasGradient | None
 
     def tile(self, b: Any, h: int, tile: Tile) -> None:
         """Add the share of one tile."""
@@ -108,7 +113,7 @@ class _Second(NamedTuple):
         rows = self.of_rows.at(at)
         q, k, v = head.q[i], head.k[j], head.v[j]
         q_dot, k_dot, v_dot = head_dot.q[i], head_dot.k[j], head_dot.v[j]
-        e = head.exponentials(head.unit * q, tile, None if self.x.shift is None else self.x.shift[at])
+        e = head.exponentials(head.score_scale * q, tile, None if self.x.row_max is None else self.x.row_max[at])
         p, u_dot = e * rows.inverse, head.scale * (q_dot @ k.T + q @ k_dot.T)
         slope, bend = _soft_cap(head, q, k, u_dot)
         change = _change(head_dot, tile, u_dot, slope) - rows.lse_dot
@@ -125,12 +130,12 @@ class _Second(NamedTuple):
 
 
 def _soft_cap(head: Head, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
-    """slope = 1 − tanh(u / cap)²     slope˙ = −2 tanh(u / cap) slope u̇ / cap"""
-    if head.cap is None:
+    """slope = 1 − tanh(u / softcap)²     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap"""
+    if head.softcap is None:
         return 1.0, 0.0
-    t = np.tanh((head.unit * q) @ k.T)
+    t = np.tanh((head.score_scale * q) @ k.T)
     slope = 1 - t * t
-    return slope, -2 * t * slope * (u_dot / head.cap)
+    return slope, -2 * t * slope * (u_dot / head.softcap)
 
 
 def _change(head_dot: Head, tile: Tile, u_dot: Array, slope: Any) -> Array:
@@ -139,7 +144,7 @@ def _change(head_dot: Head, tile: Tile, u_dot: Array, slope: Any) -> Array:
     if head_dot.bias is not None:
         z_dot = z_dot + head_dot.bias_of(tile)
     if tile.mixed:
-        head_dot.hide(z_dot, tile, 0.0)
+        head_dot.forbid(z_dot, tile, 0.0)
     return z_dot
 
 
@@ -154,24 +159,24 @@ def _of_sink(y: _Second) -> Array:
     out = np.zeros(x.q.shape[:-2], x.q.dtype)
     for *b, h in np.ndindex(*out.shape):
         at, head, sink_dot = (*b, h), x.head(tuple(b), h), y.x_dot.head(tuple(b), h).sink
-        p_sink = of_sink(head, None if x.shift is None else x.shift[at]) * rows.inverse[at]
+        p_sink = of_sink(head, None if x.row_max is None else x.row_max[at]) * rows.inverse[at]
         out[at] = np.sum(p_sink * (rows.r[at] * ((sink_dot or 0.0) - rows.lse_dot[at]) + rows.r_dot[at]))
     return out
 
 
 def _run(y: _Second) -> None:
-    """Every tile, on all threads, in the order of `steps`: no two at a time share rows or columns."""
+    """Every tile, on all threads, in the order of `wavefronts`: no two at a time share rows or columns."""
     *batch, H, T, D = y.dq.shape
     S, E = y.dv.shape[-2:]
     samples = list(np.ndindex(*batch))
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
-    schedule = [step for group in together for step in steps(y.x.head, group, T, S)]
+    schedule = [step for group in together for step in wavefronts(y.x.head, group, T, S)]
     flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)
     for h in range(H):
         for step in schedule:
-            threads.run(partial(_add, y, h), step, flops / len(schedule))
+            threads.run(partial(_add, y, h), step, flops / len(schedule), plan=y.x.plan)
             if y.dbias is not None:
-                y.dbias.settle()
+                y.dbias.flush()
 
 
 def _add(y: _Second, h: int, task: tuple[Any, list[Tile]]) -> None:

@@ -1,14 +1,14 @@
-"""Decoding: the keys and values of the past as a value, that new tokens are appended to.
+"""The keys and values of the past as a value, to which those of new tokens are appended.
 
     kv = empty(k, v)                                                   # of no tokens yet; once for each layer
-    turn = rotary(kv.seen + np.arange(T), frequencies(64))             # where the T new tokens stand
+    table = rotary.table(kv.seen + np.arange(T), frequencies(64))      # where the T new tokens stand
     kv, cache = append(kv, k, v)                                       # a new value: the old one stays what it was
     o, _ = attention(q, kv.keys, kv.values, mask=step_mask(kv, T))     # of the T new queries
     dkv, dk, dv = append_vjp(cache, (dkeys, dvalues))                  # the gradient reaches the past
 
-One call serves a prompt, one token and several. With `left` the past is a sliding window, and the rest is forgotten.
+One call serves a prompt, one token and several. With `left` the past is a sliding window, and the rest is dropped.
 
-NumPy and CuPy arrays grow in place where nobody can see it: what is held is a view of a buffer with room behind it, and
+NumPy and CuPy arrays grow in place where nobody can tell: what is held is a view of a buffer with room behind it, and
 the first append to a view has that room to itself. Any later append to it, a second beam say, finds the room taken and
 copies. So a token costs O(1) copied rows, whatever the length of the past, and no value ever changes. Arrays of other
 libraries are joined by copying.
@@ -20,20 +20,20 @@ from numbers import Integral
 from typing import Any, NamedTuple
 from weakref import ref
 
-from . import _check, masks
-from ._xp import Array, dtype_name, full, is_array, namespace, outline
-from .masks import Mask
+from funcmha import _check, masks
+from funcmha._xp import Array, dtype_name, full, is_array, namespace, outline
+from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class KV(NamedTuple):
+class KVCache(NamedTuple):
     keys: Array  # (..., K, N, D)
     values: Array  # (..., K, N, E)
     seen: int  # tokens appended so far: the next stands at this position, and the first held at seen − N
 
 
-def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KV:
+def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KVCache:
     """keys, values of no tokens        k (..., K, T, D)   v (..., K, T, E)   →   (..., K, 0, D), (..., K, 0, E)
 
     For tokens like those of k and v, whose numbers are not read. With `capacity`, so many tokens have room from the
@@ -45,7 +45,7 @@ def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KV:
     axes("v", v, head + "T E")
     capacity = _check.integer("capacity", capacity, 0)
     keys, values = ((_reserved(x, capacity) if _writable(x) else full(_sized(x, 0), 0.0, x)) for x in (k, v))
-    return KV(keys, values, 0)
+    return KVCache(keys, values, 0)
 
 
 # ── append ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -58,13 +58,13 @@ class AppendCache(NamedTuple):
     values: Array  # (..., K, N', E, 0)
 
 
-def append(kv: KV, k: Array, v: Array, /, *, left: int | None = None) -> tuple[KV, AppendCache]:
+def append(kv: KVCache, k: Array, v: Array, /, *, left: int | None = None) -> tuple[KVCache, AppendCache]:
     """keys' = [the last n of keys; k]   values' = [the last n of values; v]   n = min(N, left)
     keys (..., K, N, D)   values (..., K, N, E)   k (..., K, T, D)   v (..., K, T, E)   →   (..., K, N', D and E)
 
-    left    as in `masks.window`: each new query is to see itself and so many before. What none of them sees, and none
-            after them, is forgotten: T = 1 leaves left + 1 keys at most, a prompt all its own until the next append.
-            None is no bound, and forgets nothing
+    left    as in `masks.window`: each new query attends itself and so many before. What none of them attends, and
+            none after them, is dropped: T = 1 leaves left + 1 keys at most, a prompt all its own until the next append.
+            None is no bound, and drops nothing
 
     Arrays without a head axis serve attention without one. `kv` and all values before it stay as they are, and may be
     appended to again, also by several threads. A buffer has at most twice the rows that it was made for, and lives as
@@ -77,13 +77,13 @@ def append(kv: KV, k: Array, v: Array, /, *, left: int | None = None) -> tuple[K
     keys, values = _joined(kv.keys, k, kept, left), _joined(kv.values, v, kept, left)
     past, new = full((*_sized(k, N)[:-1], 0), 0.0, k), full((*k.shape[:-1], 0), 0.0, k)
     cache = AppendCache(past, new, outline(keys), outline(values))
-    return KV(keys, values, kv.seen + T), cache
+    return KVCache(keys, values, kv.seen + T), cache
 
 
-def append_vjp(cache: AppendCache, dkv: KV | tuple[Array, Array], /) -> tuple[KV, Array, Array]:
+def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tuple[KVCache, Array, Array]:
     """dkv, dk, dv      dkeys = [0; the first n of dkeys']   dk = the rest of dkeys'      and so for values
 
-    from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KV`. What was forgotten
+    from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KVCache`. What was dropped
     has gradient 0, and `seen` has none: it is None. Needs shapes alone.
     """
     _check.cache(cache, AppendCache, "append")
@@ -94,18 +94,18 @@ def append_vjp(cache: AppendCache, dkv: KV | tuple[Array, Array], /) -> tuple[KV
     N, kept = past.shape[-2], keys.shape[-3] - new.shape[-2]
     dpast_k, dk = _split(dkeys, N, kept)
     dpast_v, dv = _split(dvalues, N, kept)
-    return KV(dpast_k, dpast_v, None), dk, dv  # type: ignore[arg-type]  # an integer has no gradient
+    return KVCache(dpast_k, dpast_v, None), dk, dv  # type: ignore[arg-type]  # an integer has no gradient
 
 
 def _split(dx: Array, N: int, kept: int) -> tuple[Array, Array]:
-    """dx (..., N', ·)   →   (..., N, ·), with 0 for what was forgotten, and (..., T, ·)"""
+    """dx (..., N', ·)   →   (..., N, ·), with 0 for what was dropped, and (..., T, ·)"""
     dpast, dnew = dx[..., :kept, :], dx[..., kept:, :]
     if kept < N:
         dpast = namespace(dx).concat([full(_sized(dx, N - kept), 0.0, dx), dpast], axis=-2)
     return dpast, dnew
 
 
-def step_mask(kv: KV, T: int, /, *, left: int | None = None) -> Mask:
+def step_mask(kv: KVCache, T: int, /, *, left: int | None = None) -> Mask:
     """j ≤ i + N − T, and i + N − T − left ≤ j        the mask of the last T tokens of `kv` as queries: (T, N)
 
     For the `kv` that has them already, with the `left` that it was appended with. Raises ValueError unless it holds T.
@@ -131,7 +131,7 @@ class _Room(NamedTuple):
 
 
 # From the id of a view. An entry goes when its room is taken or its view dies, so that what is here decides whether an
-# append copies, and never what it returns. It is beside the views, not in `KV`, so that a `KV` is nothing but arrays:
+# append copies, and never what it returns. It is beside the views, not in `KVCache`, so that a `KVCache` is nothing but arrays:
 # one that was mapped, pickled or pieced together has other arrays, which have no room, and cannot show another's rows.
 _rooms: dict[int, _Room] = {}
 
@@ -165,10 +165,10 @@ def _shown(buffer: Array, start: int, stop: int) -> Array:
     if hasattr(x, "flags") and hasattr(x.flags, "writeable"):  # not in CuPy
         x.flags.writeable = False
 
-    def forget(_: Any, key: int = id(x), rooms: dict[int, _Room] = _rooms) -> None:
+    def drop(_: Any, key: int = id(x), rooms: dict[int, _Room] = _rooms) -> None:
         rooms.pop(key, None)
 
-    _rooms[id(x)] = _Room(ref(x, forget), buffer, stop)
+    _rooms[id(x)] = _Room(ref(x, drop), buffer, stop)
     return x
 
 
@@ -191,11 +191,11 @@ def _sized(x: Array, n: int) -> tuple[int, ...]:
     return (*x.shape[:-2], n, x.shape[-1])
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
-    """The door of `append`: `left` as a Python int or None."""
+    """The arguments of `append`: `left` as a Python int or None."""
     check_kv(kv)
     _check.one_dtype([("kv.keys", kv.keys), ("kv.values", kv.values), ("k", k), ("v", v)])
     check_library(kv, ("k", k), ("v", v))
@@ -208,7 +208,7 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     return masks.window(left, 0).left  # which checks it
 
 
-def check_library(kv: KV, *arrays: tuple[str, Array]) -> None:
+def check_library(kv: KVCache, *arrays: tuple[str, Array]) -> None:
     """A buffer would take an array of another library and turn it into its own kind."""
     for name, x in (("kv.values", kv.values), *arrays):
         if namespace(x) is not namespace(kv.keys):
@@ -216,23 +216,23 @@ def check_library(kv: KV, *arrays: tuple[str, Array]) -> None:
             raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
 
 
-def check_seen(kv: KV, N: int) -> None:
+def check_seen(kv: KVCache, N: int) -> None:
     """What is held was seen."""
     if isinstance(kv.seen, Integral) and kv.seen < N:
         raise ValueError(f"kv.seen must be at least N={N} as in kv.keys, got {kv.seen}")
 
 
 def two_cotangents(dkv: Any) -> tuple[Array, Array]:
-    """Those of keys' and values', of a `KV` or a pair."""
-    if not isinstance(dkv, tuple) or len(dkv) not in (2, len(KV._fields)):
-        raise TypeError(f"dkv must be a KV, or a pair of dkeys and dvalues, got {type(dkv).__name__}")
+    """Those of keys' and values', of a `KVCache` or a pair."""
+    if not isinstance(dkv, tuple) or len(dkv) not in (2, len(KVCache._fields)):
+        raise TypeError(f"dkv must be a KVCache, or a pair of dkeys and dvalues, got {type(dkv).__name__}")
     return dkv[0], dkv[1]
 
 
 def check_kv(kv: Any) -> None:
-    """A `KV`, whatever its arrays are."""
-    if not isinstance(kv, KV):
-        raise TypeError(f"kv must be a KV of funcmha.decode, got {type(kv).__name__}")
+    """A `KVCache`, whatever its arrays are."""
+    if not isinstance(kv, KVCache):
+        raise TypeError(f"kv must be a KVCache of funcmha.kv_cache, got {type(kv).__name__}")
     seen: Any = kv.seen
     traced = is_array(seen) and seen.ndim == 0 and dtype_name(seen).startswith(("int", "uint"))  # by JAX
     if not (traced or isinstance(seen, Integral)) or isinstance(seen, bool):

@@ -1,6 +1,6 @@
-"""Forward mode in tiles: `funcmha.forward.attention_jvp` in linear memory, every tile once more.
+"""Forward mode in tiles: `funcmha.derivatives.attention_jvp` in linear memory, every tile once more.
 
-With the weights of the forward, p = 2^(s − c) / total, the outputs change by
+With the weights of the forward, p = 2^(s − c) / row_sum, the outputs change by
 
     l̇se = Σ p ż + p_sink ṡink        ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o
 
@@ -15,55 +15,57 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._bias import Bias
-from funcmha._tangents import Tangents, check_tangents, dtype_of
+from funcmha._arguments import Tangents, check_tangents
 from funcmha._xp import Array, narrow
 from funcmha.masks import Range
 
-from . import threads, tiles
-from .attention import AttentionCache, _Views, _with_head, blanked
+from . import threads
+from .attention import zeroed
+from .cache import AttentionCache, Views, with_head_axis
+from .forward import recomputed
 from .threads import scratch
 from .tiles import Head, Tile, blocks, of_sink
 
 
+@np.errstate(under="ignore")
 def attention_jvp(
     cache: AttentionCache,
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Bias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
     """ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o     l̇se = Σ p ż + p_sink ṡink
 
-    As `funcmha.forward.attention_jvp`. Memory O(H (T + S)) beside the inputs.
+    As `funcmha.derivatives.attention_jvp`. Memory O(H (T + S)) beside the inputs.
     """
-    dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    dtype = dtype_of(cache.q, q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    o_dot, lse_dot = np.empty_like(cache.o), np.empty_like(cache.total)
-    x, x_dot = _Views.again(cache), tangent_views(cache, dot)
-    work = _Forward(x, x_dot, dot, _with_head(o_dot), _with_head(lse_dot, 1))
+    q, k, v, rest = cache
+    dot, dtype = check_tangents(q, k, v, rest.bias, rest.sink, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
+    o_dot, lse_dot = np.empty_like(rest.o), np.empty_like(rest.row_sum)
+    x, x_dot = recomputed(Views.of(cache)), tangent_views(cache, dot)
+    work = _Forward(x, x_dot, dot, with_head_axis(o_dot), with_head_axis(lse_dot, 1))
     *batch, H, T, D = x.q.shape
     S, E = x.v.shape[-2:]
     samples = list(np.ndindex(*batch))
-    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, tiles.ROWS)) for b in samples]
+    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     with threads.single_threaded_blas():
-        threads.run(lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E))
+        threads.run(lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan)
     return narrow(o_dot, dtype), narrow(lse_dot, dtype)
 
 
-def tangent_views(cache: AttentionCache, dot: Tangents) -> _Views:
+def tangent_views(cache: AttentionCache, dot: Tangents) -> Views:
     """The tangents in the place of what they are the tangents of, 0 at the queries and keys that the mask keeps out."""
     zero = cache.q.dtype.type(0)
     q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
-    q, k, v = blanked(q, k, v, cache.mask)
-    return _Views.of(cache._replace(q=q, k=k, v=v, bias=dot.bias, sink=dot.sink))
+    q, k, v = zeroed(q, k, v, cache.rest.mask)
+    return Views.of(cache.rest._replace(bias=dot.bias, sink=dot.sink).beside(q, k, v))
 
 
 class _Forward(NamedTuple):
-    x: _Views
-    x_dot: _Views
+    x: Views
+    x_dot: Views
     dot: Tangents  # None where one is zero
     o_dot: Array  # (..., H, T, E)
     lse_dot: Array  # (..., H, T)
@@ -72,22 +74,22 @@ class _Forward(NamedTuple):
         """Write the tangents of some rows of a head."""
         at, x = (*b, h, slice(*rows)), self.x
         head, head_dot = x.head(b, h), self.x_dot.head(b, h)
-        shift = None if x.shift is None else x.shift[at]
-        acc, mean = self.sums(head, head_dot, rows, shift)
+        row_max = None if x.row_max is None else x.row_max[at]
+        acc, mean = self.sums(head, head_dot, rows, row_max)
         if head.sink is not None and head_dot.sink is not None:
-            mean += of_sink(head, shift) * head_dot.sink
-        inverse = np.where(x.total[at] == 0, 0.0, 1 / np.where(x.total[at] == 0, 1.0, x.total[at]))
+            mean += of_sink(head, row_max) * head_dot.sink
+        inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
         self.lse_dot[at] = np.where(inverse == 0, 0.0, mean * inverse)
         self.o_dot[at] = acc * inverse[:, None] - self.lse_dot[at][:, None] * x.o[at]
 
-    def sums(self, head: Head, head_dot: Head, rows: Range, shift: Array) -> tuple[Array, Array]:
+    def sums(self, head: Head, head_dot: Head, rows: Range, row_max: Array) -> tuple[Array, Array]:
         """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)"""
-        q, (left, right) = head.unit * head.q[slice(*rows)], self.factors(head, head_dot, rows)
+        q, (left, right) = head.score_scale * head.q[slice(*rows)], self.factors(head, head_dot, rows)
         acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
         for tile in head.all_tiles(rows):
             i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
-            slope = None if head.cap is None else scratch("slope", tile.shape, q.dtype)
-            e = head.exponentials(q[i], tile, None if shift is None else shift[i], slope)
+            slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
+            e = head.exponentials(q[i], tile, None if row_max is None else row_max[i], slope)
             ez = self.scores(head_dot, tile, left[i], right[j], slope)
             ez *= e
             mean[i] += ez @ np.ones(len(ez.T), ez.dtype)
@@ -116,5 +118,5 @@ class _Forward(NamedTuple):
         if head_dot.bias is not None:
             z_dot += head_dot.bias_of(tile)
         if tile.mixed:  # where the exponentials are 0, and a tangent may be anything
-            head_dot.hide(z_dot, tile, 0.0)
+            head_dot.forbid(z_dot, tile, 0.0)
         return z_dot
