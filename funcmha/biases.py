@@ -18,16 +18,103 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import Array, from_host, full, namespace, narrow, outline, widen
+from ._xp import Array, from_host, full, namespace, narrow, of_heads, outline, unbroadcast, widen
 from .masks import Range
 
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
 
 
-class RelativeBias(NamedTuple):
-    """z = u + values[..., j − i + T − 1] at score (i, j): a bias in place of its array (..., H or 1, T, S)"""
+class _Bias:
+    values: Array
+    rank = 3
 
-    values: Array  # (..., H or 1, L), or (L,) for all heads
+    def map(self, f):
+        return type(self)(f(self.values))
+
+    def heads(self, h):
+        return type(self)(of_heads(self.values, h, self.rank))
+
+    def with_head_axis(self):
+        v = self.values
+        return self if v.ndim < self.rank else self.map(lambda v: v[(..., None, *(slice(None),) * (self.rank - 1))])
+
+    def without_head_axis(self):
+        v = self.values
+        return self if v.ndim <= self.rank else self.map(lambda v: v[(..., 0, *(slice(None),) * (self.rank - 1))])
+
+    def join(self, parts):
+        if len(parts) == 1:
+            return parts[0]
+        v = self.values
+        own = v.ndim >= self.rank and v.shape[-self.rank] > 1
+        arrays = [p.values for p in parts]
+        return type(self)(namespace(v).concat(arrays, axis=-self.rank) if own else sum(arrays[1:], arrays[0]))
+
+
+class _A(NamedTuple):
+    values: Array
+
+
+class ArrayBias(_Bias, _A):
+    __slots__ = ()
+    rank = 3
+    name = "bias"
+
+    @property
+    def given(self):
+        return self.values
+
+    def dense(self, T, S):
+        return self.values
+
+    def dense_vjp(self, dz):
+        return ArrayBias(unbroadcast(dz, tuple(self.values.shape)))
+
+    def append_keys(self, S, extra):
+        a = self.values
+        if not extra:
+            return self
+        xp = namespace(a)
+        return ArrayBias(xp.concat([xp.broadcast_to(a, (*a.shape[:-1], S)), full((*a.shape[:-1], extra), 0.0, a)], axis=-1))
+
+    def append_keys_vjp(self, S, dbias):
+        d = dbias.values if isinstance(dbias, _Bias) else dbias
+        return ArrayBias(unbroadcast(d[..., :S], tuple(self.values.shape)) if d.shape != self.values.shape else d)
+
+    def check(self, axes, scores):
+        axes.broadcast("bias", tuple(self.values.shape), scores)
+
+
+class RelativeBias(_Bias, _A):
+    __slots__ = ()
+    rank = 2
+    name = "bias.values"
+
+    @property
+    def given(self):
+        return self
+
+    def dense(self, T, S):
+        return dense(self, T, S)
+
+    def dense_vjp(self, dz):
+        return RelativeBias(unbroadcast(diagonal_sums(dz), tuple(self.values.shape)))
+
+    def append_keys(self, S, extra):
+        assert not extra
+        return self
+
+    def append_keys_vjp(self, S, dbias):
+        return dbias if isinstance(dbias, _Bias) else RelativeBias(dbias)
+
+    def check(self, axes, scores):
+        check_relative("bias", self, axes["T"], axes["S"])
+        axes.size["T+S-1"] = self.values.shape[-1]
+        axes.broadcast("bias.values", tuple(self.values.shape), scores.replace("T S", "T+S-1"))
+
+
+def as_bias(x):
+    return x if x is None or isinstance(x, _Bias) else ArrayBias(x)
 
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,8 +21,8 @@ from ._arguments import (
     check_one_input,
     takes,
 )
-from ._xp import Array, full, namespace, narrow, unbroadcast, widen
-from .biases import RelativeBias
+from ._xp import Array, full, namespace, narrow, sum_over_batch, widen
+from .biases import RelativeBias, as_bias
 from .masks.appended import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
@@ -116,7 +116,7 @@ def _head_vjp(cache: HeadCache, do: Array, dweights: Array, dlse: Array, batch_a
     dq, dk, dv, dbias, dsink = attention_vjp(
         cache.attention, do[..., None, :, :], dweights=dweights, dlse=dlse, batch_axes=batch_axes
     )
-    dbias = dbias if dbias is None else cache.bias.append_keys_vjp(cache.key.x.shape[-2], dbias)
+    dbias = dbias if dbias is None else cache.bias.append_keys_vjp(cache.key.x.shape[-2], as_bias(dbias))
     dv, dv_row = append_rows_vjp(cache.value.x.shape[-2], leaf(cache.params, "bias_kv.v"), dv, batch_axes)
     dk, dk_row = append_rows_vjp(cache.key.x.shape[-2], leaf(cache.params, "bias_kv.k"), dk, batch_axes)
     dk, dk_norm = position_vjp(cache.k_position, dk, batch_axes)
@@ -284,7 +284,7 @@ def position_vjp(cache: PositionCache, dy: Array, batch_axes: int) -> tuple[Arra
 
 
 def append_rows(x: Array, row: Array, zero: bool) -> Array:
-    """y = [x; row; 0]     x (..., S, D)   row (D,) or None   →   y (..., S', D)"""
+    """y = [x; row; 0]     x (..., 1, S, D)   row (D,) or None   →   y (..., 1, S', D)"""
     xp, (*batch, _, D) = namespace(x), x.shape
     rows = [] if row is None else [xp.broadcast_to(row, (*batch, 1, D))]
     rows += [full((*batch, 1, D), 0.0, x)] if zero else []
@@ -295,7 +295,7 @@ def append_rows_vjp(S: int, row: Array, dy: Array, batch_axes: int) -> tuple[Arr
     """dx, drow"""
     if row is None:
         return dy[..., :S, :], None
-    return dy[..., :S, :], unbroadcast(dy[..., S, :], (*dy.shape[:batch_axes], *row.shape))
+    return dy[..., :S, :], sum_over_batch(dy[..., 0, S, :], 1, batch_axes)
 
 
 def rounded(grads: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:

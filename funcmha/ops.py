@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._xp import Array, blocks_of_root, from_host, namespace, narrow, unbroadcast, widen
+from ._xp import Array, blocks_of_root, from_host, namespace, narrow, sum_over_batch, widen
 from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
@@ -87,7 +87,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
-    p, *_ = _softmax(widen(x), where)
+    p, *_ = softmax_with_sink(widen(x), where)
     return narrow(p, x.dtype), SoftmaxCache(p)
 
 
@@ -97,11 +97,11 @@ def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     _check.cache(cache, SoftmaxCache, "softmax")
     (p,) = cache
     _check.cotangent("dp", dp, p.shape, p, "... S")
-    dx, _ = _softmax_vjp(p, widen(dp))
+    dx, _ = softmax_with_sink_vjp(p, widen(dp))
     return (narrow(dx, dp.dtype),)
 
 
-def _softmax(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
+def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
     """p = exp(x − lse) (..., S), lse = log (Σ exp(x) + exp(sink)) (...), and exp(sink − lse) (...), 0 without a sink
 
     Without a sink, a row with nothing allowed has p = 0 and lse = −∞.
@@ -121,7 +121,7 @@ def _softmax(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, 
     return e / total, lse[..., 0], (e_sink / total)[..., 0]
 
 
-def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
+def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
     """dx = p (dp − δ + dlse)     dsink = p_sink (dlse − δ)     δ = Σ p dp
 
     dp is first centred at the largest weight, m = dp there: with h = dp − m and Σ p = 1 − p_sink, δ = Σ p h + m (1 −
@@ -192,7 +192,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
 def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
     """z = c + bias   with   c = softcap · tanh(u / softcap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
     xp = namespace(q)
-    z, slope = (scale * q) @ xp.matrix_transpose(_per_query_head(k, q)), None
+    z, slope = (scale * q) @ xp.matrix_transpose(per_query_head(k, q)), None
     if softcap is not None:
         c = xp.tanh(z / softcap)
         z, slope = softcap * c, 1 - c * c
@@ -204,8 +204,8 @@ def _scores_vjp(q: Array, k: Array, bias: Bias, scale: Any, slope: Array, dz: Ar
     xp = namespace(q)
     dbias = None if bias is None else bias.dense_vjp(dz)
     du = dz if slope is None else slope * dz
-    dq = scale * (du @ _per_query_head(k, q))
-    dk = _per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
+    dq = scale * (du @ per_query_head(k, q))
+    dk = per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
     return dq, dk, dbias
 
 
@@ -268,8 +268,8 @@ def attention(
     bias, sink = None if bias is None else bias.map(widen), widen(sink)
     scale, softcap, keep, rate = _per_head(x.scale, q), _per_head(x.softcap, q), *_kept(x, q, k)
     z, slope = _scores(q, k, bias, scale, softcap)
-    p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
-    o = _dropout(p, keep, rate) @ _per_query_head(v, q)
+    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    o = drop(p, keep, rate) @ per_query_head(v, q)
     return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
@@ -290,13 +290,13 @@ def attention_vjp(
     dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(widen(do), attended(cache))
 
     # o = a v   with   a = dropout(p)
-    dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate)) @ g, v)
-    dp = _dropout(g @ xp.matrix_transpose(_per_query_head(v, q)), keep, rate)
+    dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
+    dp = drop(g @ xp.matrix_transpose(per_query_head(v, q)), keep, rate)
     dp = dp if dweights is None else dp + widen(dweights)
     # p, lse = softmax(z, sink)
     p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
-    dz, drows = _softmax_vjp(p, dp, widen(dlse), p_sink)
-    dsink = None if sink is None else sum_of_sink(xp.sum(drows, axis=-1), sink, batch_axes)
+    dz, drows = softmax_with_sink_vjp(p, dp, widen(dlse), p_sink)
+    dsink = None if sink is None else sum_over_batch(xp.sum(drows, axis=-1), sink.ndim, batch_axes)
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (narrow(dx, dtype) for dx in (dq, dk, dv, dsink))
@@ -306,11 +306,6 @@ def attention_vjp(
 def attended(cache: AttentionCache) -> Array:
     """Booleans (..., H, T, S or 1), over whose columns `any` says which queries attend a key"""
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
-
-
-def sum_of_sink(drows: Array, sink: Array, batch_axes: int) -> Array:
-    """dsink of drows (..., H): summed over the batch, but for its first axes"""
-    return unbroadcast(drows, (*drows.shape[:batch_axes], *sink.shape))
 
 
 def given(dbias: Bias, dtype: Any) -> Any:
@@ -330,20 +325,20 @@ def _kept(x: Options, q: Array, k: Array) -> tuple[Array, float]:
     return x.dropout.dense((*q.shape[:-1], k.shape[-2]), q), x.dropout.rate
 
 
-def _dropout(p: Array, keep: Array, rate: float) -> Array:
+def drop(p: Array, keep: Array, rate: float) -> Array:
     """a = p ⊙ keep / (1 − rate)    linear in p and its own adjoint, so the gradient is the same function"""
     return p if keep is None else namespace(p).where(keep, p, 0.0) / (1 - rate)
 
 
-def _per_query_head(x: Array, q: Array) -> Array:
+def per_query_head(x: Array, q: Array) -> Array:
     """x (..., K, S, ·)  →  (..., H, S, ·): head h reads h // (H // K)"""
     if x.ndim < 3 or x.shape[-3] == q.shape[-3]:
         return x
     return namespace(x).repeat(x, q.shape[-3] // x.shape[-3], axis=-3)
 
 
-def _per_key_head(g: Array, x: Array) -> Array:
-    """g (..., H, S, ·)  →  (..., K, S, ·) as x: the adjoint of `_per_query_head` sums over the heads that read one"""
+def per_key_head(g: Array, x: Array) -> Array:
+    """g (..., H, S, ·)  →  (..., K, S, ·) as x: the adjoint of `per_query_head` sums over the heads that read one"""
     if x.ndim < 3 or x.shape[-3] == g.shape[-3]:
         return g
     *batch, heads, n, width = g.shape

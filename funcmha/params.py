@@ -35,6 +35,7 @@ SPEC = {  # leaf: axes
     "k_norm.w": "D",
     "k_norm.b": "D",
 }
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 REQUIRED = ("q_proj.w", "k_proj.w", "v_proj.w", "out_proj.w")
 HEAD_SPEC = {  # the same for one head, as `head_params` cuts it out
     leaf: " ".join(axis for axis in axes.split() if axis not in "HK")

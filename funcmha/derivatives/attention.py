@@ -18,10 +18,10 @@ from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import (
     AttentionCache,
     LinearCache,
-    _dropout,
-    _per_key_head,
-    _per_query_head,
-    _softmax_vjp,
+    drop,
+    per_key_head,
+    per_query_head,
+    softmax_with_sink_vjp,
     attended,
     given,
     linear_vjp,
@@ -108,9 +108,9 @@ def _attention_jvp(
     x = _zeroed(cache, dots)
     _, z_dot = _scores_jvp(cache, x)
     p_dot, lse_dot = _softmax_jvp(cache, z_dot, x.sink)
-    o_dot = _dropout(p_dot, cache.keep, cache.rate) @ _per_query_head(v, q)
+    o_dot = drop(p_dot, cache.keep, cache.rate) @ per_query_head(v, q)
     if x.v is not None:
-        o_dot = o_dot + _dropout(cache.p, cache.keep, cache.rate) @ _per_query_head(x.v, q)
+        o_dot = o_dot + drop(cache.p, cache.keep, cache.rate) @ per_query_head(x.v, q)
     return narrow(o_dot, dtype), narrow(lse_dot, dtype)
 
 
@@ -131,9 +131,9 @@ def _scores_jvp(cache: AttentionCache, x: Tangents) -> tuple[Array, Array]:
     q, xp = cache.q, namespace(cache.q)
     u_dot = xp.zeros_like(cache.p)
     if x.q is not None:
-        u_dot = u_dot + (cache.scale * x.q) @ xp.matrix_transpose(_per_query_head(cache.k, q))
+        u_dot = u_dot + (cache.scale * x.q) @ xp.matrix_transpose(per_query_head(cache.k, q))
     if x.k is not None:
-        u_dot = u_dot + (cache.scale * q) @ xp.matrix_transpose(_per_query_head(x.k, q))
+        u_dot = u_dot + (cache.scale * q) @ xp.matrix_transpose(per_query_head(x.k, q))
     z_dot = u_dot if cache.slope is None else cache.slope * u_dot
     z_dot = z_dot if x.bias is None else z_dot + x.bias.dense(*u_dot.shape[-2:])
     return u_dot, xp.where(cache.p == 0, 0.0, z_dot)
@@ -144,10 +144,10 @@ def _softmax_jvp(cache: AttentionCache, z_dot: Array, sink_dot: Array) -> tuple[
     p, sink, xp = cache.p, cache.sink, namespace(cache.p)
     lse_dot = xp.sum(p * z_dot, axis=-1)
     if sink is None:
-        return _softmax_vjp(p, z_dot)[0], lse_dot  # symmetric, and centred as the vjp is
+        return softmax_with_sink_vjp(p, z_dot)[0], lse_dot  # symmetric, and centred as the vjp is
     p_sink = xp.exp(sink[..., None] - cache.lse)
     of_sink = xp.zeros_like(lse_dot) if sink_dot is None else p_sink * sink_dot[..., None]
-    return _softmax_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
+    return softmax_with_sink_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
 
 
 # ── attention, second order ──────────────────────────────────────────────────────────────────────────────────────
@@ -205,20 +205,20 @@ def _attention_vjp_jvp(
     p_dot, lse_dot = _softmax_jvp(cache, z_dot, x.sink)
 
     # o = a v   with   a = dropout(p)
-    a, a_dot = (_dropout(w, cache.keep, cache.rate) for w in (p, p_dot))
-    v, v_dot = (_per_query_head(w, q) for w in (cache.v, x.v))
-    dv_dot = _per_key_head(xp.matrix_transpose(a_dot) @ y.do + xp.matrix_transpose(a) @ y.do_dot, cache.v)
-    dp = _dropout(y.do @ xp.matrix_transpose(v), cache.keep, cache.rate)
+    a, a_dot = (drop(w, cache.keep, cache.rate) for w in (p, p_dot))
+    v, v_dot = (per_query_head(w, q) for w in (cache.v, x.v))
+    dv_dot = per_key_head(xp.matrix_transpose(a_dot) @ y.do + xp.matrix_transpose(a) @ y.do_dot, cache.v)
+    dp = drop(y.do @ xp.matrix_transpose(v), cache.keep, cache.rate)
     dp_dot = y.do_dot @ xp.matrix_transpose(v) + y.do @ xp.matrix_transpose(v_dot)
-    dp_dot = _dropout(dp_dot, cache.keep, cache.rate)
+    dp_dot = drop(dp_dot, cache.keep, cache.rate)
     # p, lse = softmax(z, sink)   and   u = scale · q kᵀ
     dz, dz_dot, dsink_dot = _softmax_vjp_jvp(cache, dp, dp_dot, y, z_dot - lse_dot[..., None], lse_dot, x.sink)
     du, du_dot = _soft_cap_vjp_jvp(cache, dz, dz_dot, u_dot)
-    dq_dot = cache.scale * (du_dot @ _per_query_head(k, q) + du @ _per_query_head(x.k, q))
+    dq_dot = cache.scale * (du_dot @ per_query_head(k, q) + du @ per_query_head(x.k, q))
     dk_dot = xp.matrix_transpose(du_dot) @ (cache.scale * q) + xp.matrix_transpose(du) @ (cache.scale * x.q)
     dbias_dot = None if cache.bias is None else cache.bias.dense_vjp(dz_dot)
     dq_dot, dk_dot, dv_dot, dsink_dot = (
-        narrow(g, dtype) for g in (dq_dot, _per_key_head(dk_dot, k), dv_dot, dsink_dot)
+        narrow(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot)
     )
     return dq_dot, dk_dot, dv_dot, given(dbias_dot, dtype), dsink_dot
 
@@ -239,14 +239,14 @@ def _softmax_vjp_jvp(
     """
     p, sink, xp = cache.p, cache.sink, namespace(cache.p)
     p_sink = None if sink is None else xp.exp(sink[..., None] - cache.lse)
-    dz, dsink = _softmax_vjp(p, dp, y.dlse, p_sink)
+    dz, dsink = softmax_with_sink_vjp(p, dp, y.dlse, p_sink)
     moved = dz * change
     bent = xp.sum(moved, axis=-1)
     if sink is None:
-        more, _ = _softmax_vjp(p, dp_dot, y.dlse_dot - bent)
+        more, _ = softmax_with_sink_vjp(p, dp_dot, y.dlse_dot - bent)
         return dz, moved + more, None
     moved_sink = dsink * ((0.0 if sink_dot is None else sink_dot[..., None]) - lse_dot)
-    more, more_sink = _softmax_vjp(p, dp_dot, y.dlse_dot - bent - moved_sink, p_sink)
+    more, more_sink = softmax_with_sink_vjp(p, dp_dot, y.dlse_dot - bent - moved_sink, p_sink)
     return dz, moved + more, unbroadcast(xp.sum(moved_sink + more_sink, axis=-1), sink.shape)
 
 
@@ -256,7 +256,7 @@ def _soft_cap_vjp_jvp(cache: AttentionCache, dz: Array, dz_dot: Array, u_dot: Ar
     if slope is None:
         return dz, dz_dot
     xp = namespace(slope)
-    t = xp.tanh((cache.scale * cache.q) @ xp.matrix_transpose(_per_query_head(cache.k, cache.q)) / cache.softcap)
+    t = xp.tanh((cache.scale * cache.q) @ xp.matrix_transpose(per_query_head(cache.k, cache.q)) / cache.softcap)
     return slope * dz, slope * (dz_dot - 2 * t * (u_dot / cache.softcap) * dz)
 
 

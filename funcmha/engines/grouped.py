@@ -21,14 +21,15 @@ from funcmha._arguments import (
     check_mha,
     check_one_input,
 )
-from funcmha._xp import Array, full, namespace, narrow, unbroadcast, widen
+from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, sum_over_batch, widen
+from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
 from funcmha.masks.zero import zero_inputs
 from funcmha.mha import HeadCache as OneHeadCache
 from funcmha.mha import PositionCache, rounded
 from funcmha.norms import Norm
 from funcmha.ops import LinearCache
-from funcmha.params import Params, group_params, join_groups, join_heads, leaf, one_head
+from funcmha.params import PROJECTIONS, Params, group_params, join_groups, join_heads, leaf, one_head
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
@@ -37,8 +38,6 @@ from .projections import (
     ProjectCache,
     combine,
     combine_vjp,
-    heads_first,
-    heads_last,
     project,
     project_qkv_vjp,
 )
@@ -145,8 +144,7 @@ def _attend(
     """o (..., T, H, E) of a group of heads"""
     plan = method.plan
     (q, q_project), (k, k_project), (v, v_project) = (
-        project(params[name], x, plan=plan)
-        for name, x in (("q_proj", query), ("k_proj", key), ("v_proj", value))
+        project(params[name], one, plan=plan) for name, one in zip(PROJECTIONS, (query, key, value), strict=True)
     )
     q_projected, k_projected = (None, None) if x.qk_norm is None else (q, k)
     q, q_position = positioned(q, params.get("q_norm", {}), x.qk_norm, x.rotary[0])
@@ -203,7 +201,7 @@ def _attend_vjp(
     dq, dk, dv, dbias, dsink = attention_vjp(
         cache, heads_first(do), dweights=dweights, dlse=dlse, batch_axes=batch_axes
     )
-    dbias = None if dbias is None else group.bias.append_keys_vjp(S, dbias)
+    dbias = None if dbias is None else group.bias.append_keys_vjp(S, as_bias(dbias))
     dk, dk_row = append_rows_vjp(S, leaf(params, "bias_kv.k"), heads_last(dk), batch_axes)
     dv, dv_row = append_rows_vjp(S, leaf(params, "bias_kv.v"), heads_last(dv), batch_axes)
     dk, dk_norm = positioned_vjp(k.position, k.projected, dk, batch_axes)
@@ -244,7 +242,7 @@ def append_rows_vjp(S: int, row: Array, dy: Array, batch_axes: int) -> tuple[Arr
     """dx, drow"""
     if row is None:
         return dy[..., :S, :, :], None
-    return dy[..., :S, :, :], unbroadcast(dy[..., S, :, :], (*dy.shape[:batch_axes], *row.shape))
+    return dy[..., :S, :, :], sum_over_batch(dy[..., S, :, :], 2, batch_axes)
 
 
 # ── head ─────────────────────────────────────────────────────────────────────────────────────────────────────────

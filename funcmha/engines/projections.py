@@ -3,20 +3,17 @@
 Axes: T queries, H heads, D width of a head, O output width, C input width; `...` is batch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from funcmha import ops
 from funcmha._xp import Array, full, namespace
 from funcmha.ops import LinearCache
-from funcmha.params import Params
+from funcmha.params import PROJECTIONS, Params
 
 from . import tiled
 from .plan import Plan
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
 
 # ── linear, of any array library ─────────────────────────────────────────────────────────────────────────────────
 
@@ -150,19 +147,6 @@ def concatenated(cache: CombineCache) -> LinearCache:
     return LinearCache(reshape(o, (*o.shape[:-2], H * E)), reshape(w, (O, H * E)), b)
 
 
-# ── the layout ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def w_and_b(w: Array, b: Array) -> Params:
     """The branch of one projection, without what is None"""
     return {"w": w} if b is None else {"w": w, "b": b}
-
-
-def heads_first(x: Any) -> Any:
-    """x (..., T, H, D)   →   (..., H, T, D)"""
-    return namespace(x).moveaxis(x, -2, -3)
-
-
-def heads_last(x: Any) -> Any:
-    """x (..., H, T, D)   →   (..., T, H, D)"""
-    return namespace(x).moveaxis(x, -3, -2)

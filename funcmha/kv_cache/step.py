@@ -20,20 +20,17 @@ import numpy as np
 
 from funcmha import _check, tree
 from funcmha._arguments import AttentionOptions, Bias, Options, check_names, check_options, name_of, takes, values_of
-from funcmha._xp import Array, full, namespace, narrow, or_zeros, widen
+from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, or_zeros, widen
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick
 from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
 from funcmha.engines.projections import (
-    PROJECTIONS,
     CombineCache,
     ProjectCache,
     combine,
     combine_vjp,
-    heads_first,
-    heads_last,
     project,
     project_qkv_vjp,
 )
@@ -41,7 +38,7 @@ from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
 from funcmha.ops import given
-from funcmha.params import SPEC, Params, check, leaf
+from funcmha.params import PROJECTIONS, SPEC, Params, check, leaf
 from funcmha.rotary import Rotary, check_table
 
 from .append import AppendCache, KVCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents

@@ -127,7 +127,8 @@ def total_of_sink(dsink: Array, sink: Array, batch_axes: int) -> Array:
     """dsink (..., H)   →   as sink, after the first axes of the batch"""
     *batch, H = dsink.shape
     rest = prod(batch[batch_axes:])
-    return dsink.reshape(*batch[:batch_axes], rest, H).sum(axis=-2).reshape(*batch[:batch_axes], *sink.shape)
+    summed = dsink.reshape((*batch[:batch_axes], rest, H)).sum(axis=-2)
+    return summed.reshape((*batch[:batch_axes], *sink.shape))
 
 
 def _in_range(bias: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from funcmha import _check
 from funcmha._xp import Array, namespace, narrow, outline, widen
 from funcmha.dropout import Seeded
-from funcmha.ops import log_sum_exp
+from funcmha.engines import log_sum_exp
 
 from .aligned import Scores
 from .ragged import RaggedCache, Sequences, ragged, ragged_vjp

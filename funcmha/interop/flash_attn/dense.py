@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, narrow, widen
 from funcmha.dropout import Seeded
 

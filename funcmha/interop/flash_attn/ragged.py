@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, full, namespace, of_sample, outline, unbroadcast
 from funcmha.dropout import Seeded
-from funcmha.ops import INF, attention_weights, log_sum_exp
+from funcmha.engines import attention_weights, log_sum_exp
+from funcmha.ops import INF
 
 from .aligned import AlignedCache, Scores, aligned, aligned_vjp
 

@@ -21,7 +21,7 @@ from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narro
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
-from funcmha.ops import _per_key_head, _per_query_head
+from funcmha.ops import per_key_head, per_query_head
 
 
 class ScaledDotProductAttentionCache(NamedTuple):
@@ -59,7 +59,7 @@ def scaled_dot_product_attention(
     dropout = kept(dropout_p, keep, query)
     q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
-        k, v = _per_query_head(k, q), _per_query_head(v, q)
+        k, v = per_query_head(k, q), per_query_head(v, q)
     mask, bias = _mask_and_bias(attn_mask, is_causal, q)
     o, cache = attention(q, k, v, bias, mask=mask, scale=scale, dropout=dropout)
     return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
@@ -74,7 +74,7 @@ def scaled_dot_product_attention_vjp(
     _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
     *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
     dquery, dkey, dvalue = (
-        narrow(unbroadcast(_per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
+        narrow(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
     )
     return dquery, dkey, dvalue, None if dbias is None else narrow(dbias, attn_mask.dtype)
 

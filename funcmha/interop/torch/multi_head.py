@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.dropout import Masked, Seeded
-from funcmha.heads import PROJECTIONS, num_keys
+from funcmha.params import PROJECTIONS
 from funcmha.mha import MhaCache, mha, mha_vjp
-from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
+from funcmha.ops import INF, drop, attention_weights, log_sum_exp
 from funcmha.params import Params
 
 from .functional import kept
@@ -248,7 +248,7 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
 
 def _dropped(p: Array, dropout: Masked | Seeded | None) -> Array:
     """a = p ⊙ keep / (1 − rate)"""
-    return p if dropout is None else _dropout(p, dropout.dense(tuple(p.shape), p), dropout.rate)
+    return p if dropout is None else drop(p, dropout.dense(tuple(p.shape), p), dropout.rate)
 
 
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
