@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcmha import _zip, npz, tree
+from funcmha import npz, tree
+from funcmha.npz import archive
 
 MiB = 2**20
 
@@ -305,7 +306,7 @@ def test_a_bad_file_is_refused(path, read, data, reason):
 @pytest.mark.parametrize("chunk", [1, 7, len(deflated(npy()))])
 def test_it_matters_to_no_file_where_its_pieces_end(path, chunk):
     zeros = npy(shape="(29,)", data=bytes(4 * 29))  # 114 of which come after the last byte of the stream is taken in
-    with mock.patch.object(_zip, "CHUNK", chunk):
+    with mock.patch.object(archive, "CHUNK", chunk):
         assert not npz.load(written(path, zipped(("w.npy", zeros), method=zipfile.ZIP_DEFLATED)))["w"].any()
         for good in GOOD:
             assert bits(npz.load(written(path, good))) == bits(NUMBERS)

@@ -18,9 +18,12 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
-from . import _npy, _zip, tree
-from ._atomic import replacing
-from ._xp import dtype_name, is_array
+from funcmha import tree
+from funcmha._xp import dtype_name, is_array
+
+from . import archive as zips
+from . import npy
+from .atomic import replacing
 
 Path = str | os.PathLike[str]
 
@@ -50,8 +53,8 @@ class Entry(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    member: _zip.Member
-    header: _npy.Header
+    member: zips.Member
+    header: npy.Header
 
     @property
     def entry(self) -> Entry:
@@ -65,7 +68,7 @@ def save(path: Path, params: Mapping[str, tree.Tree]) -> None:
     on names, dtypes, shapes and values alone: keys are sorted, numbers little-endian and in C order, the time is 1980.
 
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
-    before, the old one stays as it was. See `_atomic.replacing` for links, modes and kills. POSIX only.
+    before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills. POSIX only.
 
     Raises TypeError for a leaf that is no such array and ValueError for a name that `load` would refuse, before the
     disk is touched; OSError where the file cannot be written.
@@ -134,14 +137,14 @@ def _host(key: str, leaf: Any) -> np.ndarray:
     a = np.asarray(leaf.get() if hasattr(leaf, "get") else leaf)
     if a.dtype.type not in FLOATS:
         raise TypeError(f"{key} must be float16, float32 or float64, got {a.dtype}")
-    if a.ndim > _npy.NDIM:
-        raise ValueError(f"{key} must have at most {_npy.NDIM} dimensions, got {a.ndim}")
+    if a.ndim > npy.NDIM:
+        raise ValueError(f"{key} must have at most {npy.NDIM} dimensions, got {a.ndim}")
     return a
 
 
 def _write(archive: ZipFile, name: str, a: np.ndarray) -> None:
     a = np.asarray(a, dtype=a.dtype.newbyteorder("<"), order="C")
-    header = _npy.header(a.dtype, a.shape)
+    header = npy.header(a.dtype, a.shape)
     info = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system, info.external_attr = 3, 0o644 << 16  # as on Unix, everywhere
     info.file_size = len(header) + a.nbytes
@@ -161,7 +164,7 @@ def _refusing(name: str) -> Iterator[None]:
 def _leaves(file: BinaryIO, name: str, max_bytes: int) -> dict[str, _Leaf]:
     """Every leaf by its key, with nothing left to check but the bytes of its numbers."""
     with _refusing(name):
-        members = _zip.members(file)
+        members = zips.members(file)
         keys = _keys(member.name for member in members)
         unpacked, length = sum(member.size for member in members), file.seek(0, os.SEEK_END)
         if unpacked > max_bytes:
@@ -191,9 +194,9 @@ def _keys(names: Iterable[str]) -> list[str]:
     return list(keys)
 
 
-def _header(file: BinaryIO, member: _zip.Member) -> _npy.Header:
+def _header(file: BinaryIO, member: zips.Member) -> npy.Header:
     try:
-        return _npy.parse(_zip.head(file, member, _npy.HEAD), member.size)
+        return npy.parse(zips.head(file, member, npy.HEAD), member.size)
     except ValueError as error:
         raise ValueError(f"{member.name} {error}") from error
 
@@ -202,7 +205,7 @@ def _array(file: BinaryIO, leaf: _Leaf) -> np.ndarray:
     dtype, shape, fortran, start, _ = leaf.header
     a = np.empty(shape[::-1] if fortran else shape, dtype)
     flat, at = a.reshape(-1).view(np.uint8).data, 0
-    for piece in _zip.contents(file, leaf.member, skip=start):
+    for piece in zips.contents(file, leaf.member, skip=start):
         flat[at : at + len(piece)] = piece
         at += len(piece)
     return np.require(a.T if fortran else a, leaf.entry.dtype, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])
