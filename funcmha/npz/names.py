@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from funcmha import tree
 
@@ -23,7 +24,21 @@ def keys(names: Iterable[str]) -> list[str]:
         if key in found:
             raise ValueError(f"{key} must be there once, got it twice")
         if folded.setdefault(key.lower(), key) != key:
-            warnings.warn(f"{folded[key.lower()]} and {key} differ in case only", stacklevel=4)
+            warnings.warn("{} and {} differ in case only".format(*sorted((folded[key.lower()], key))), stacklevel=4)
         found[key] = None
     tree.unflatten(found)
     return list(found)
+
+
+def ordered(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves in the order of their tree, whose branches come as they first do in `flat`; but where all keys of a
+    branch are numbers they go up, as layers do: 2 before 10, which sorted names have the other way round.
+    """
+    return tree.flatten(_numbered(tree.unflatten(flat)))
+
+
+def _numbered(node: tree.Tree) -> tree.Tree:
+    if not isinstance(node, dict):
+        return node
+    numbers = all(re.fullmatch("[0-9]+", key) for key in node)
+    return {key: _numbered(node[key]) for key in (sorted(node, key=int) if numbers else node)}

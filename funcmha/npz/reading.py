@@ -11,7 +11,7 @@ import numpy as np
 from funcmha import tree
 
 from . import archive, npy
-from .names import keys
+from .names import keys, ordered
 
 Path = str | os.PathLike[str]
 
@@ -51,10 +51,15 @@ def load(
 ) -> dict[str, tree.Tree]:
     """The file with the members q_proj.w.npy, …  →  {"q_proj": {"w": x}, …}
 
+    The tree that was saved, in its order: that of the members in the file, or of `like`; but where all keys of a branch
+    are numbers, and `like` is not given, they go up. (The first version of `save` sorted names: of its files `like`
+    alone can tell another order.)
+
     Arrays are NumPy's, in native byte order and C order, writable, and own their memory. Nothing is allocated before
     names, dtypes, shapes and sizes are known to be sound and to agree with the file's length.
 
-    like: a tree of arrays (or of anything with `shape` and `dtype`) with the names, shapes and dtypes that must come.
+    like: a tree of arrays (or of anything with `shape` and `dtype`) with the names, shapes and dtypes that must come,
+        in its order.
     max_bytes: the most that the file may unpack to; and never to more than 1000 times its own length.
     check_finite: whether NaN and infinities are refused.
 
@@ -67,7 +72,7 @@ def load(
     with open(name, "rb") as file:
         leaves = _leaves(file, name, max_bytes)
         if like is not None:
-            _check_like(name, leaves, like)
+            leaves = _alike(name, leaves, like)
         for key, leaf in leaves.items():
             with _refusing(name):
                 flat[key] = _array(file, leaf)
@@ -105,7 +110,7 @@ def _leaves(file: BinaryIO, name: str, max_bytes: int) -> dict[str, _Leaf]:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         if unpacked > MAX_RATIO * length:
             raise ValueError(f"must unpack to at most {MAX_RATIO} times its own {length} bytes, got {unpacked}")
-        return {key: _Leaf(member, _header(file, member)) for key, member in zip(names, members, strict=True)}
+        return ordered({key: _Leaf(member, _header(file, member)) for key, member in zip(names, members, strict=True)})
 
 
 def _header(file: BinaryIO, member: archive.Member) -> npy.Header:
@@ -132,7 +137,8 @@ def _check_finite(key: str, a: np.ndarray) -> None:
         raise ValueError(f"{key} must be finite, got {a[first]} at {first} and {bad.sum() - 1} more")
 
 
-def _check_like(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> None:
+def _alike(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> dict[str, _Leaf]:
+    """The leaves in the order of `like`; raises unless they have its names, shapes and dtypes."""
     want = tree.flatten(like)
     odd = [f"misses {key}" for key in want if key not in leaves] + [f"has {key}" for key in leaves if key not in want]
     if odd:
@@ -143,3 +149,4 @@ def _check_like(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> None
         got = leaves[key].entry
         if (got.dtype, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
+    return {key: leaves[key] for key in want}

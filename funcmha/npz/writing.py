@@ -12,7 +12,7 @@ from funcmha._xp import dtype_name, is_array
 
 from . import npy
 from .atomic import replacing
-from .names import keys
+from .names import keys, ordered
 
 Path = str | os.PathLike[str]
 
@@ -23,7 +23,8 @@ def save(path: Path, params: Mapping[str, tree.Tree]) -> None:
     """{"q_proj": {"w": x}, …}  →  the file `path` with the members q_proj.w.npy, …
 
     Leaves are float16, float32 or float64 arrays of NumPy, CuPy, or any library that NumPy can read. The bytes depend
-    on names, dtypes, shapes and values alone: keys are sorted, numbers little-endian and in C order, the time is 1980.
+    on names and their order, dtypes, shapes and values alone: numbers are little-endian and in C order, the time is
+    1980. Members are in the order of `params`, but where all keys of a branch are numbers: these go up.
 
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
     before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills. POSIX only.
@@ -40,7 +41,7 @@ def save(path: Path, params: Mapping[str, tree.Tree]) -> None:
 def _arrays(params: Mapping[str, tree.Tree]) -> dict[str, np.ndarray]:
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be a dict of dicts of arrays, got {type(params).__name__}")
-    arrays = {key: _host(key, leaf) for key, leaf in sorted(tree.flatten(params).items())}
+    arrays = {key: _host(key, leaf) for key, leaf in ordered(tree.flatten(params)).items()}
     keys(f"{key}.npy" for key in arrays)
     return arrays
 
