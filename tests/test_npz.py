@@ -293,7 +293,7 @@ UNSAVABLE = {
 
 @pytest.mark.parametrize(("bad", "error", "reason"), UNSAVABLE.values(), ids=UNSAVABLE)
 def test_what_cannot_be_loaded_is_not_saved(path, bad, error, reason):
-    with mock.patch("funcmha.npz.writing.replacing") as disk, pytest.raises(error, match=reason):
+    with mock.patch("funcmha.npz.files.replacing") as disk, pytest.raises(error, match=reason):
         npz.save(path, bad)
     assert not disk.called
 

@@ -1,9 +1,8 @@
 """A file read with distrust: all that can be known of it is known before its numbers take memory."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -11,9 +10,8 @@ import numpy as np
 from funcmha import tree
 
 from . import archive, npy
+from .files import File, read
 from .names import keys, ordered
-
-Path = str | os.PathLike[str]
 
 MAX_BYTES = 8 * 2**30
 MAX_RATIO = 1000  # deflate reaches 1032, on constant data only
@@ -47,7 +45,7 @@ class _Leaf(NamedTuple):
 
 
 def load(
-    path: Path, *, like: tree.Tree | None = None, max_bytes: int = MAX_BYTES, check_finite: bool = False
+    path: File, *, like: tree.Tree | None = None, max_bytes: int = MAX_BYTES, check_finite: bool = False
 ) -> dict[str, tree.Tree]:
     """The file with the members q_proj.w.npy, …  →  {"q_proj": {"w": x}, …}
 
@@ -58,73 +56,77 @@ def load(
     Arrays are NumPy's, in native byte order and C order, writable, and own their memory. Nothing is allocated before
     names, dtypes, shapes and sizes are known to be sound and to agree with the file's length.
 
+    `path` may be a binary file object too, one with `seek`, which is read from its position to its end.
+
     like: a tree of arrays (or of anything with `shape` and `dtype`) with the names, shapes and dtypes that must come,
         in its order.
     max_bytes: the most that the file may unpack to; and never to more than 1000 times its own length.
     check_finite: whether NaN and infinities are refused.
 
     Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
-    ValueError for one of another shape or dtype than in `like`, OSError where the file cannot be read. Warns of names
-    that differ in case only. Source of the rules: `validate` of safetensors, CVE-2019-6446, numpy #20033.
+    ValueError for one of another shape or dtype than in `like` and for a file object without `seek`, OSError where the
+    file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of safetensors,
+    CVE-2019-6446, numpy #20033.
     """
-    name = os.fspath(path)
     flat: dict[str, np.ndarray] = {}
-    with open(name, "rb") as file:
-        leaves = _leaves(file, name, max_bytes)
+    with read(path) as (name, source):
+        leaves = _leaves(source, name, max_bytes)
         if like is not None:
             leaves = _alike(name, leaves, like)
         for key, leaf in leaves.items():
             with _refusing(name):
-                flat[key] = _array(file, leaf)
+                flat[key] = _array(source, leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
     return tree.unflatten(flat)
 
 
-def entries(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Entry]:
+def entries(path: File, *, max_bytes: int = MAX_BYTES) -> dict[str, Entry]:
     """The file with the members q_proj.w.npy, …  →  {"q_proj.w": Entry(dtype, shape, nbytes), …}
 
     Makes every check of `load` but one, the checksum of stored members, and reads their headers only. (Deflated members
     are unpacked, to see how long they are, but not kept.) Raises as `load` does.
     """
-    name = os.fspath(path)
-    with open(name, "rb") as file:
-        return {key: leaf.entry for key, leaf in _leaves(file, name, max_bytes).items()}
+    with read(path) as (name, source):
+        return {key: leaf.entry for key, leaf in _leaves(source, name, max_bytes).items()}
 
 
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
     try:
         yield
+    except OSError:  # of which io.UnsupportedOperation is a ValueError too
+        raise
     except (BadZipFile, ValueError) as error:
         raise ParameterFileError(f"{name}: {error}") from error
 
 
-def _leaves(file: BinaryIO, name: str, max_bytes: int) -> dict[str, _Leaf]:
+def _leaves(source: archive.Source, name: str, max_bytes: int) -> dict[str, _Leaf]:
     """Every leaf by its key, with nothing left to check but the bytes of its numbers."""
     with _refusing(name):
-        members = archive.members(file)
+        members = archive.members(source)
         names = keys(member.name for member in members)
-        unpacked, length = sum(member.size for member in members), file.seek(0, os.SEEK_END)
+        unpacked, length = sum(member.size for member in members), source.length
         if unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         if unpacked > MAX_RATIO * length:
             raise ValueError(f"must unpack to at most {MAX_RATIO} times its own {length} bytes, got {unpacked}")
-        return ordered({key: _Leaf(member, _header(file, member)) for key, member in zip(names, members, strict=True)})
+        headers = [_header(source, member) for member in members]
+        return ordered(dict(zip(names, map(_Leaf, members, headers), strict=True)))
 
 
-def _header(file: BinaryIO, member: archive.Member) -> npy.Header:
+def _header(source: archive.Source, member: archive.Member) -> npy.Header:
     try:
-        return npy.parse(archive.head(file, member, npy.HEAD), member.size)
+        return npy.parse(archive.head(source, member, npy.HEAD), member.size)
     except ValueError as error:
         raise ValueError(f"{member.name} {error}") from error
 
 
-def _array(file: BinaryIO, leaf: _Leaf) -> np.ndarray:
+def _array(source: archive.Source, leaf: _Leaf) -> np.ndarray:
     dtype, shape, fortran, start, _ = leaf.header
     a = np.empty(shape[::-1] if fortran else shape, dtype)
     flat, at = a.reshape(-1).view(np.uint8).data, 0
-    for piece in archive.contents(file, leaf.member, skip=start):
+    for piece in archive.contents(source, leaf.member, skip=start):
         flat[at : at + len(piece)] = piece
         at += len(piece)
     return np.require(a.T if fortran else a, leaf.entry.dtype, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])

@@ -1,25 +1,21 @@
 """A tree written: the same bytes for the same parameters."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
 from funcmha import tree
 from funcmha._xp import dtype_name, is_array
 
-from . import npy
-from .atomic import replacing
+from . import npy, stored
+from .files import File, written
 from .names import keys, ordered
-
-Path = str | os.PathLike[str]
 
 FLOATS = (np.float16, np.float32, np.float64)
 
 
-def save(path: Path, params: Mapping[str, tree.Tree]) -> None:
+def save(path: File, params: Mapping[str, tree.Tree]) -> None:
     """{"q_proj": {"w": x}, …}  →  the file `path` with the members q_proj.w.npy, …
 
     Leaves are float16, float32 or float64 arrays of NumPy, CuPy, or any library that NumPy can read. The bytes depend
@@ -29,13 +25,15 @@ def save(path: Path, params: Mapping[str, tree.Tree]) -> None:
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
     before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills. POSIX only.
 
+    `path` may be a binary file object too, a pipe as well: it is written to from its position on, not gone back in, and
+    neither flushed nor closed. What it holds after an error is half a file.
+
     Raises TypeError for a leaf that is no such array and ValueError for a name that `load` would refuse, before the
     disk is touched; OSError where the file cannot be written.
     """
     arrays = _arrays(params)
-    with replacing(path) as file, ZipFile(file, "w") as archive:
-        for key, a in arrays.items():
-            _write(archive, f"{key}.npy", a)
+    with written(path) as file:
+        stored.write(file, ((f"{key}.npy", tuple(_parts(a))) for key, a in arrays.items()))
 
 
 def _arrays(params: Mapping[str, tree.Tree]) -> dict[str, np.ndarray]:
@@ -60,12 +58,8 @@ def _host(key: str, leaf: Any) -> np.ndarray:
     return a
 
 
-def _write(archive: ZipFile, name: str, a: np.ndarray) -> None:
+def _parts(a: np.ndarray) -> Iterator[bytes | memoryview]:
+    """The header and the numbers."""
     a = np.asarray(a, dtype=a.dtype.newbyteorder("<"), order="C")
-    header = npy.header(a.dtype, a.shape)
-    info = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    info.create_system, info.external_attr = 3, 0o644 << 16  # as on Unix, everywhere
-    info.file_size = len(header) + a.nbytes
-    with archive.open(info, "w") as member:
-        member.write(header)
-        member.write(a.reshape(-1).view(np.uint8).data)
+    yield npy.header(a.dtype, a.shape)
+    yield a.reshape(-1).view(np.uint8).data
