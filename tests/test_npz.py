@@ -238,6 +238,18 @@ def test_unpacking_costs_the_arrays_and_little_more(path):
     assert peak(npz.load, path) <= 6 * w.nbytes + MiB
 
 
+def test_zeros_are_read_however_small_they_are_packed(path):
+    """Moments before the first step: 64 MiB in 65 kB, a thousandth, which is the most that deflate can."""
+    momentum = tree.map(np.zeros_like, init(0, 2048, 16))
+    np.savez_compressed(path, **tree.flatten(momentum))
+    nbytes = sum(a.nbytes for a in tree.flatten(momentum).values())
+    assert nbytes > 1000 * path.stat().st_size
+    assert peak(npz.load, path) <= nbytes + 2 * MiB
+    assert bits(npz.load(path)) == bits(momentum)
+    with pytest.raises(npz.ParameterFileError, match="must unpack to at most max_bytes=9 bytes"):
+        npz.load(path, max_bytes=9)
+
+
 def test_entries_cost_no_memory(path):
     npz.save(path, {"w": normal((1031, 1033))})
     assert peak(npz.entries, path) <= MiB / 4

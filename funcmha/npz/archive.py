@@ -22,6 +22,7 @@ LOCATOR = struct.Struct("<4sLQL")
 
 WIDE = 0xFFFFFFFF  # stands for a number that does not fit, and is in the zip64 extra field
 HARMLESS = 0x0806  # flags that say how hard deflate tried, and that the name is UTF-8
+RATIO = 1032  # the most that deflate can: 258 bytes in two bits, as of zeros
 CHUNK = 1 << 18  # bytes read at a time: they stay in a core's cache for the checksum and the copy
 
 
@@ -102,16 +103,22 @@ def contents(source: Source, member: Member, skip: int = 0) -> Iterator[bytes]:
 
 
 def head(source: Source, member: Member, n: int) -> bytes:
-    """The first `n` unpacked bytes of `member`, or all.
-
-    The size of a deflated member is only a claim, so it is unpacked to its end here, and checked, keeping `n` bytes.
-    """
+    """The first `n` unpacked bytes of `member`, or all."""
     if member.method == ZIP_STORED:
         return source.read(member.start, min(n, member.size))
     first = bytearray()
     for piece in contents(source, member):
         first += piece[: n - len(first)]
+        if len(first) == n:
+            break
     return bytes(first)
+
+
+def unpack(source: Source, member: Member) -> None:
+    """Unpack `member` to its end if it is deflated, and keep nothing: its size is only a claim until then."""
+    if member.method != ZIP_STORED:
+        for _ in contents(source, member):
+            pass
 
 
 def _directory(source: Source) -> tuple[int, int, int]:
@@ -196,6 +203,8 @@ def _check(member: Member) -> None:
         raise BadZipFile(f"{name} must be stored or deflated (method 0 or 8), got method {method}")
     if method == ZIP_STORED and stored != size:
         raise BadZipFile(f"{name} is stored, so it must take its own size {size} in the archive, got {stored}")
+    if size > RATIO * stored:
+        raise BadZipFile(f"{name} must unpack to at most {RATIO} times its own {stored} bytes, got {size}")
 
 
 def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
