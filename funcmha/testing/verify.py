@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import tree
-from ._xp import Array
-from .interop.torch import from_state_dict, masks, to_state_dict
-from .mha import mha, mha_vjp
-from .ops import attention_weights
-from .params import Params, init
-from .testing.tolerance import mha_bounds, unit_roundoff, worst_ratio
+from funcmha import tree
+from funcmha._xp import Array
+from funcmha.interop.torch import from_state_dict, masks, to_state_dict
+from funcmha.mha import mha, mha_vjp
+from funcmha.ops import attention_weights
+from funcmha.params import Params, init
+
+from .tolerance import mha_bounds, unit_roundoff, worst_ratio
 
 PROBLEMS = ("self-attention", "everything on")
 TOLERANCE = {"float32": "|got − want| ≤ 1e-5 + 1e-5 |want|", "float64": "|got − want| ≤ 1e-11 max(1, max |want|)"}

@@ -8,7 +8,6 @@ deflated, back to back in the order of the directory; no comment, no encryption,
 that follow the data. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
 """
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,10 +22,30 @@ LOCATOR = struct.Struct("<4sLQL")
 
 WIDE = 0xFFFFFFFF  # stands for a number that does not fit, and is in the zip64 extra field
 HARMLESS = 0x0806  # flags that say how hard deflate tried, and that the name is UTF-8
+RATIO = 1032  # the most that deflate can: 258 bytes in two bits, as of zeros
 CHUNK = 1 << 18  # bytes read at a time: they stay in a core's cache for the checksum and the copy
 
 
 Fields = tuple[str, int, int, int, int, int]  # name, flags, method, crc, stored, size
+
+
+class Source(NamedTuple):
+    """The bytes of a file from a position on: those before are somebody else's."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+    def read(self, at: int, n: int) -> bytes:
+        """The n bytes at `at`; BadZipFile where there are fewer."""
+        data = b""
+        if 0 <= at <= self.length - n:
+            self.file.seek(self.start + at)
+            while len(data) < n and (piece := self.file.read(n - len(data))):  # a raw file may give less than asked for
+                data = data + piece if data else piece
+        if len(data) < n:
+            raise BadZipFile(f"the file must have {n} bytes at byte {at}, but it ends before")
+        return data
 
 
 class Member(NamedTuple):
@@ -41,16 +60,16 @@ class Member(NamedTuple):
     start: int  # where its data are in the archive
 
 
-def members(file: BinaryIO) -> list[Member]:
+def members(source: Source) -> list[Member]:
     """The archive's members, in order; nothing of their data is read."""
-    start, end, count = _directory(file)
+    start, end, count = _directory(source)
     found: list[Member] = []
     at = 0
-    for fields, offset in _central(_read(file, start, end - start)):
+    for fields, offset in _central(source.read(start, end - start)):
         name = fields[0]
         if offset != at:
             raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {offset}")
-        local, data = _local(file, at)
+        local, data = _local(source, at)
         if local != fields:
             raise BadZipFile(f"{name} must be alike in its local header and in the directory, got {local} and {fields}")
         member = Member(*fields, data)
@@ -66,9 +85,9 @@ def members(file: BinaryIO) -> list[Member]:
     return found
 
 
-def contents(file: BinaryIO, member: Member, skip: int = 0) -> Iterator[bytes]:
+def contents(source: Source, member: Member, skip: int = 0) -> Iterator[bytes]:
     """The unpacked bytes of `member` after the first `skip`, in pieces; BadZipFile unless size and CRC are right."""
-    pieces = _pieces(file, member)
+    pieces = _pieces(source, member)
     size = crc = 0
     for piece in pieces if member.method == ZIP_STORED else _inflate(pieces, member):
         crc = zlib.crc32(piece, crc)
@@ -83,32 +102,38 @@ def contents(file: BinaryIO, member: Member, skip: int = 0) -> Iterator[bytes]:
         raise BadZipFile(f"{member.name} must have CRC {member.crc:08x}, got {crc:08x}")
 
 
-def head(file: BinaryIO, member: Member, n: int) -> bytes:
-    """The first `n` unpacked bytes of `member`, or all.
-
-    The size of a deflated member is only a claim, so it is unpacked to its end here, and checked, keeping `n` bytes.
-    """
+def head(source: Source, member: Member, n: int) -> bytes:
+    """The first `n` unpacked bytes of `member`, or all."""
     if member.method == ZIP_STORED:
-        return _read(file, member.start, min(n, member.size))
+        return source.read(member.start, min(n, member.size))
     first = bytearray()
-    for piece in contents(file, member):
+    for piece in contents(source, member):
         first += piece[: n - len(first)]
+        if len(first) == n:
+            break
     return bytes(first)
 
 
-def _directory(file: BinaryIO) -> tuple[int, int, int]:
+def unpack(source: Source, member: Member) -> None:
+    """Unpack `member` to its end if it is deflated, and keep nothing: its size is only a claim until then."""
+    if member.method != ZIP_STORED:
+        for _ in contents(source, member):
+            pass
+
+
+def _directory(source: Source) -> tuple[int, int, int]:
     """Where the central directory begins and ends, and how many members it lists."""
-    length = file.seek(0, os.SEEK_END)
-    at = length - END.size
+    at = source.length - END.size
     if at < 0:
-        raise BadZipFile(f"a zip archive has at least {END.size} bytes, got {length}")
-    signature, *fields, comment = END.unpack(_read(file, at, END.size))
+        after = f" after its position {source.start}" if source.start else ""
+        raise BadZipFile(f"a zip archive has at least {END.size} bytes, got {source.length}{after}")
+    signature, *fields, comment = END.unpack(source.read(at, END.size))
     if signature != b"PK\5\6" or comment:
-        begins, ends = _read(file, 0, 8), _read(file, length - 8, 8)
+        begins, ends = source.read(0, 8), source.read(source.length - 8, 8)
         raise BadZipFile(f"the last {END.size} bytes must be a zip end record, got a file {begins!r} … {ends!r}")
-    if at >= LOCATOR.size and _read(file, at - LOCATOR.size, 4) == b"PK\6\7":
+    if at >= LOCATOR.size and source.read(at - LOCATOR.size, 4) == b"PK\6\7":
         at -= LOCATOR.size + END64.size
-        fields = _end64(file, at, fields)
+        fields = _end64(source, at, fields)
     disk, directory_disk, here, count, size, start = fields
     if disk or directory_disk or here != count:
         raise BadZipFile(f"the archive must be whole, got part {disk} of one with {count} members, {here} of them here")
@@ -117,10 +142,10 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
     return start, at, count
 
 
-def _end64(file: BinaryIO, at: int, narrow: list[Any]) -> list[Any]:
+def _end64(source: Source, at: int, narrow: list[Any]) -> list[Any]:
     """The fields of the zip64 end record at `at`, which those of the plain end record must equal, or stand for."""
-    signature, size, _, _, *fields = END64.unpack(_read(file, at, END64.size))
-    locator = LOCATOR.unpack(_read(file, at + END64.size, LOCATOR.size))
+    signature, size, _, _, *fields = END64.unpack(source.read(at, END64.size))
+    locator = LOCATOR.unpack(source.read(at + END64.size, LOCATOR.size))
     if (signature, size) != (b"PK\6\6", END64.size - 12) or locator != (b"PK\6\7", 0, at, 1):
         raise BadZipFile(f"a zip64 end record must be at byte {at}, and its locator say so, got {locator}")
     limits = 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, WIDE, WIDE
@@ -145,13 +170,13 @@ def _central(directory: bytes) -> Iterator[tuple[Fields, int]]:
         yield (name, flags, method, crc, stored, size), offset
 
 
-def _local(file: BinaryIO, at: int) -> tuple[Fields, int]:
+def _local(source: Source, at: int) -> tuple[Fields, int]:
     """The fields of the local header at `at`, and where the data begin."""
-    record = _read(file, at, LOCAL.size)
+    record = source.read(at, LOCAL.size)
     signature, _, flags, method, _, _, crc, stored, size, n, e = LOCAL.unpack(record)
     if signature != b"PK\3\4":
         raise BadZipFile(f"a local header must be at byte {at}, got {record[:8]!r}")
-    tail = _read(file, at + LOCAL.size, n + e)
+    tail = source.read(at + LOCAL.size, n + e)
     name = _name(tail[:n])
     size, stored = _widen(name, tail[n:], size, stored)
     return (name, flags, method, crc, stored, size), at + LOCAL.size + n + e
@@ -178,6 +203,8 @@ def _check(member: Member) -> None:
         raise BadZipFile(f"{name} must be stored or deflated (method 0 or 8), got method {method}")
     if method == ZIP_STORED and stored != size:
         raise BadZipFile(f"{name} is stored, so it must take its own size {size} in the archive, got {stored}")
+    if size > RATIO * stored:
+        raise BadZipFile(f"{name} must unpack to at most {RATIO} times its own {stored} bytes, got {size}")
 
 
 def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
@@ -195,18 +222,9 @@ def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
         raise BadZipFile(f"{member.name} must hold one deflate stream and nothing after it")
 
 
-def _pieces(file: BinaryIO, member: Member) -> Iterator[bytes]:
+def _pieces(source: Source, member: Member) -> Iterator[bytes]:
     for at in range(member.start, member.start + member.stored, CHUNK):
-        yield _read(file, at, min(CHUNK, member.start + member.stored - at))
-
-
-def _read(file: BinaryIO, at: int, n: int) -> bytes:
-    if at >= 0:
-        file.seek(at)
-        data = file.read(n)
-        if len(data) == n:
-            return data
-    raise BadZipFile(f"the file must have {n} bytes at byte {at}, but it ends before")
+        yield source.read(at, min(CHUNK, member.start + member.stored - at))
 
 
 def _name(raw: bytes) -> str:
