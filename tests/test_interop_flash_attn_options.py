@@ -44,7 +44,6 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_vjp,
 )
-from funcmha.interop.flash_attn.packed import Options
 from funcmha.testing import check_vjp
 
 lengths = st.sampled_from([0, 1, 2, 3, 5])
@@ -80,12 +79,10 @@ PARAMETERS = [  # of FA2 and FA3 in 2.8.3; those of FA4 are read in test_interop
 
 
 def known(name):
-    """The parameters that a call takes, and those that the package's page says are not taken."""
+    """The parameters that a call takes, and those that the package's docstring says are not supported."""
     taken = set(inspect.signature(getattr(flash_attn, name)).parameters)
-    if "options" in taken:
-        taken |= set(Options.__annotations__)
-    unspoken = flash_attn.__doc__.partition("Not spoken:")[2].partition("FA2's Triton")[0]
-    return taken | set(re.findall(r"\w+", unspoken))
+    _, _, others = flash_attn.__doc__.partition("Not supported:")
+    return taken | set(re.findall(r"\w+", others.partition("FA2's Triton")[0]))
 
 
 @pytest.mark.parametrize(("name", "theirs"), PARAMETERS)
