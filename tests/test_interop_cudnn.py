@@ -294,7 +294,7 @@ def test_bands_of_more_queries_than_keys():
         ({"sliding_window_length": 2, "use_causal_mask_bottom_right": True}, ".xx../..xx./...xx"),
     ],
 )
-def test_bands_in_the_older_words(older, drawn):
+def test_bands_by_their_older_names(older, drawn):
     assert pictures(3, 5, **older) == [drawn]
 
 
@@ -312,7 +312,7 @@ def test_the_bottom_right_of_a_padded_sequence_is_its_own(alignment, drawn):
     assert pictures(4, 5, use_padding_mask=True, **lengths, **band) == drawn
 
 
-def test_a_diagonal_alignment_is_a_string_or_a_member_of_the_enumeration():
+def test_a_diagonal_alignment_is_a_string_or_a_member():
     library = enum.Enum("diagonal_alignment", ["TOP_LEFT", "BOTTOM_RIGHT"])
     band = {"diagonal_band_right_bound": 0, "diagonal_alignment": library.BOTTOM_RIGHT}
     assert pictures(2, 3, **band) == ["xx./xxx"]
@@ -341,20 +341,20 @@ def test_alibi_slopes(H, expected):
 # ── cuDNN's own answers, beside funcmha's ────────────────────────────────────────────────────────────────────────
 
 
-def test_no_scale_is_one_and_not_the_root_of_the_width():
+def test_no_scale_is_a_scale_of_one():
     q, k, v, *_ = Problem(Hk=3, Hv=3).inputs()
     np.testing.assert_array_equal(sdpa(q, k, v)[0], attention(q, k, v, scale=1.0)[0])
     np.testing.assert_array_equal(sdpa(q, k, v, attn_scale=11**-0.5)[0], attention(q, k, v)[0])
 
 
-def test_a_left_bound_of_one_is_a_left_reach_of_none():
+def test_a_left_bound_of_one_keeps_the_diagonal_only():
     q, k, v, *_ = Problem(Hk=3, Hv=3).inputs()
     want, _ = attention(q, k, v, scale=1.0, mask=masks.window(0, 0))
     np.testing.assert_array_equal(sdpa(q, k, v, diagonal_band_left_bound=1, diagonal_band_right_bound=0)[0], want)
 
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_what_lies_beyond_the_lengths_has_no_effect(each_engine, sink):
+def test_tokens_beyond_the_lengths_have_no_effect(each_engine, sink):
     """Not even NaN, in an input or a cotangent. There o is 0, stats −∞ or the sink, and every gradient 0."""
     problem = Problem(Hv=3, H=3, padding=True, sink=sink, bias="B 1 T S", alibi=True, right=0, seed=5)
     q, k, v, bias, sink_token = problem.inputs()
@@ -629,7 +629,7 @@ def packed(draw):
 
 
 @given(packed(), st.integers(0, 2))
-def test_a_ragged_tensor_is_its_sequences(problem, more):
+def test_a_ragged_tensor_equals_its_sequences(problem, more):
     H, D, S = 3, 2, max(problem.lengths, default=0) + more
     x = np.random.default_rng(0).standard_normal((problem.N, H, D))
     static = {"ragged_offset": problem.offset(H * D), "seq_len": np.array(problem.lengths, int)}
@@ -656,7 +656,7 @@ def test_the_ragged_tensors_of_the_documentation():
     np.testing.assert_array_equal(with_gaps, whole)
 
 
-def test_interleaved_tensors_have_offsets_in_elements_of_all_three():
+def test_interleaved_tensors_have_offsets_of_all_three():
     qkv = np.random.default_rng(0).standard_normal((5, 3, 2, 4))
     offset, n = np.array([0, 2, 5]) * 3 * 2 * 4, np.array([2, 3])
     for x in qkv.swapaxes(0, 1):
@@ -665,7 +665,7 @@ def test_interleaved_tensors_have_offsets_in_elements_of_all_three():
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-def test_packed_attention_is_one_sequence_after_another(alignment):
+def test_packed_attention_equals_its_sequences(alignment):
     rng, n_q, n_kv = np.random.default_rng(0), np.array([3, 1, 4]), np.array([2, 5, 4])
     band = {"diagonal_alignment": alignment, "diagonal_band_right_bound": 0, "diagonal_band_left_bound": 3}
     q, do = rng.standard_normal((2, 8, 6, 2))

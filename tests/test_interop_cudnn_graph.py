@@ -102,7 +102,7 @@ def check(library, problem, static, of_graph):
 
 @settings(max_examples=2 * settings().max_examples)
 @given(problems())
-def test_o_and_stats_are_those_of_cudnns_graph(library, each_engine, problem):
+def test_o_and_stats_match_cudnns_graph(library, each_engine, problem):
     """But for a query that sees no key, of which the operations make NaN, and the engines 0 and −∞ as `sdpa` does."""
     inputs, static = problem.inputs(), problem.static()
     o, lse = o_and_stats(library, inputs, static)
@@ -115,7 +115,7 @@ def test_o_and_stats_are_those_of_cudnns_graph(library, each_engine, problem):
 
 @settings(max_examples=2 * settings().max_examples)
 @given(problems())
-def test_gradients_are_those_of_cudnns_graph(library, each_engine, problem):
+def test_gradients_match_cudnns_graph(library, each_engine, problem):
     """From o and stats of `sdpa`. The gradient of a sink has the other sign in the graph: see below."""
     inputs, static, (do, _) = problem.inputs(), problem.static(), problem.cotangents()
     o, cache = sdpa(*inputs, **static)
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_cudnns_graph(library, each_engine, problem):
 
 
 @given(problems())
-def test_gradients_are_those_of_autograd_through_cudnns_forward_graph(library, problem):
+def test_gradients_match_autograd_of_the_forward_graph(library, problem):
     """Those of stats too, and of a sink with its own sign; where each query sees a key, as NaN has no gradient."""
     inputs, static, (do, dstats) = problem.inputs(), problem.static(), problem.cotangents()
     graph, tensors, o, lse = forward(library, inputs, static, wants_gradient=True)
@@ -193,12 +193,12 @@ def test_the_gradient_of_a_sink_has_the_wrong_sign_in_the_graph(library):
         {"use_causal_mask": True, "use_alibi_mask": True},
     ],
 )
-def test_the_older_words_mean_what_they_mean_there(library, older):
+def test_the_older_options_match_cudnns_graph(library, older):
     check(library, Problem(D=8, E=8), older, older)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, None), (-1, 3), (0, 2)])
-def test_left_bounds_below_one_are_taken_forward(library, left, right):
+def test_left_bounds_below_one_match_cudnns_graph(library, left, right):
     """Which the documentation does not tell of, and `sdpa_backward` refuses."""
     static = {"diagonal_band_left_bound": left, "diagonal_band_right_bound": right}
     inputs = Problem(D=8, E=8, S=11).inputs()
@@ -209,7 +209,7 @@ def test_left_bounds_below_one_are_taken_forward(library, left, right):
 
 
 @pytest.mark.parametrize("right", [0, 2])
-def test_a_bottom_right_diagonal_stands_beside_what_cudnn_has_it_not_with(library, right):
+def test_bottom_right_diagonals_equal_shifted_top_left_ones(library, right):
     """It is the top-left one, further right by S_kv − S_q, of which there is a graph with bias, sink and dropout."""
     problem = Problem(B=2, H=6, Hk=2, Hv=3, D=8, E=16, bias="B H T S", sink=True, dropout="booleans")
     static = {"dropout": problem.drop, "diagonal_band_right_bound": right, "diagonal_alignment": "bottom_right"}
@@ -227,7 +227,7 @@ def test_alibi_slopes_are_the_front_ends_table(library, H):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.75])
-def test_the_dropout_that_cudnn_draws_is_its_rng_dump_and_a_scale(library, p):
+def test_dropout_of_cudnn_is_its_rng_dump_and_a_scale(library, p):
     """The other form is (probability, seed, offset): the mask is what it dumps, and the scale 1 / (1 − probability)."""
     problem, dumps = Problem(D=8, E=8), []
     inputs, (do, _) = problem.inputs(), problem.cotangents()
@@ -297,7 +297,7 @@ CAUSAL = {"diagonal_band_right_bound": 0}
         ({"H": 4, "Hv": 3}, {}),
     ],
 )
-def test_what_is_a_contradiction_there_is_one_here(library, sizes, static):
+def test_contradictions_there_are_refused_here(library, sizes, static):
     inputs = Problem(D=8, E=8, **sizes).inputs()
     with pytest.raises((ValueError, RuntimeError, library.cudnn.cudnnGraphNotSupportedError)):
         o_and_stats(library, inputs, static)
@@ -318,7 +318,7 @@ def test_what_is_a_contradiction_there_is_one_here(library, sizes, static):
         ({}, CAUSAL | {"diagonal_alignment": "bottom_right", "dropout": (np.ones((1, 3, 5, 7)), 1.0)}),
     ],
 )
-def test_what_has_no_kernel_there_is_done_here(library, sizes, static):
+def test_what_has_no_kernel_there_is_supported_here(library, sizes, static):
     inputs = Problem(**{"D": 8, "E": 8} | sizes).inputs()
     with pytest.raises(library.cudnn.cudnnGraphNotSupportedError):
         o_and_stats(library, inputs, static)
@@ -353,7 +353,7 @@ OF_THE_GRADIENT = {"o", "dO", "stats", "dBias", "dSink_token"}  # what `sdpa_vjp
 
 
 @pytest.mark.parametrize("node", ["sdpa", "sdpa_backward"])
-def test_every_argument_of_the_node_is_spoken_or_said_not_to_be(library, node):
+def test_every_argument_of_the_node_is_known(library, node):
     signature = getattr(library.cudnn._pybind_module.backend_graph, node).__doc__.split("\n")[0]
     there = dict(re.findall(r"(\w+): [^=()]*?(?: = ([^,)]+))?(?=, \w+:|\) ->)", signature))
     assert there.keys() >= {"q", "use_alibi_mask", "diagonal_alignment"}
@@ -417,7 +417,7 @@ def packed_backward(library, inputs, o, do, lse, static):
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-def test_packed_tensors_are_cudnns(library, alignment):
+def test_packed_tensors_match_cudnns_graph(library, alignment):
     """In a gap `to_ragged` has 0, and cuDNN what was there."""
     rng = np.random.default_rng(0)
     q, do = rng.standard_normal((QUERIES.N, 6, 8)), rng.standard_normal((QUERIES.N, 6, 16))
