@@ -20,8 +20,7 @@ from test_interop_cudnn import Problem, close
 
 from funcmha import attention, attention_vjp, log_sum_exp
 from funcmha.biases import alibi_slopes
-from funcmha.interop.cudnn import sdpa, sdpa_vjp, stats
-from funcmha.interop.cudnn_ragged import from_ragged, from_ragged_vjp, to_ragged, to_ragged_vjp
+from funcmha.interop.cudnn import from_ragged, from_ragged_vjp, sdpa, sdpa_vjp, stats, to_ragged, to_ragged_vjp
 
 BIASES = ("none", "B H T S", "1 H T S", "B 1 T S", "1 1 T S")
 
@@ -103,7 +102,7 @@ def check(library, problem, static, of_graph):
 @settings(max_examples=2 * settings().max_examples)
 @given(problems())
 def test_o_and_stats_match_cudnns_graph(library, each_engine, problem):
-    """But for a query that sees no key, of which the operations make NaN, and the engines 0 and −∞ as `sdpa` does."""
+    """Except fully masked rows: there the operations make NaN, the engines 0 and −∞ as `sdpa` does."""
     inputs, static = problem.inputs(), problem.static()
     o, lse = o_and_stats(library, inputs, static)
     got, cache = sdpa(*inputs, **static)
@@ -128,7 +127,7 @@ def test_gradients_match_cudnns_graph(library, each_engine, problem):
 
 @given(problems())
 def test_gradients_match_autograd_of_the_forward_graph(library, problem):
-    """Those of stats too, and of a sink with its own sign; where each query sees a key, as NaN has no gradient."""
+    """Those of stats too, and of a sink with its own sign; where no row is fully masked, as NaN has no gradient."""
     inputs, static, (do, dstats) = problem.inputs(), problem.static(), problem.cotangents()
     graph, tensors, o, lse = forward(library, inputs, static, wants_gradient=True)
     graph.run()
@@ -326,7 +325,7 @@ def test_what_has_no_kernel_there_is_supported_here(library, sizes, static):
     assert np.isfinite(o).all()
 
 
-NOT_SPOKEN = {
+NOT_SUPPORTED = {
     "is_inference": "`stats` reads stats",
     "generate_stats": "`stats` reads stats",
     "stats_use_log2": "`stats(log2=True)`",
@@ -358,7 +357,7 @@ def test_every_argument_of_the_node_is_known(library, node):
     there = dict(re.findall(r"(\w+): [^=()]*?(?: = ([^,)]+))?(?=, \w+:|\) ->)", signature))
     assert there.keys() >= {"q", "use_alibi_mask", "diagonal_alignment"}
     here = inspect.signature(sdpa).parameters
-    assert there.keys() - {"self"} - OF_THE_GRADIENT <= here.keys() | NOT_SPOKEN.keys()
+    assert there.keys() - {"self"} - OF_THE_GRADIENT <= here.keys() | NOT_SUPPORTED.keys()
     assert here.keys() <= there.keys()
     for name, parameter in here.items():
         if there[name] and parameter.default is not inspect.Parameter.empty:
