@@ -10,8 +10,8 @@ import numpy as np
 
 from . import _check
 from ._xp import Array, namespace
-from .biases import Relative, check_relative
-from .dropout import Seeded
+from .biases import RelativeBias, check_relative
+from .dropout import Masked, Seeded
 from .masks import Mask, as_mask
 
 
@@ -26,9 +26,9 @@ def check_linear(x: Array, w: Array, b: Array) -> None:
 
 
 def check_attention(
-    q: Array, k: Array, v: Array, bias: Any, sink: Array, mask: Any, scale: Any, cap: Any, keep: Any, rate: float | None
-) -> tuple[Mask | None, Any, Any, float]:
-    """The door of `attention`: the mask as a `Mask` or None, scale and cap as floats or (H,) of NumPy, the rate."""
+    q: Array, k: Array, v: Array, bias: Any, sink: Array, mask: Any, scale: Any, softcap: Any, dropout: Any
+) -> tuple[Mask | None, Any, Any]:
+    """The door of `attention`: the mask as a `Mask` or None, scale and softcap as floats or (H,) of NumPy."""
     _check.one_dtype([("q", q), ("k", k), ("v", v)], optional=[("bias", values_of(bias)), ("sink", sink)])
     axes = _check.Axes()
     head, group, scores = ("... H ", "... K ", "... H T S") if q.ndim > 2 else ("", "", "T S")
@@ -41,15 +41,15 @@ def check_attention(
     if sink is not None:
         axes("sink", sink, "H") if head else axes("sink", sink, "")
     mask = check_mask(axes, mask, scores)
-    rate = check_keep(axes, keep, rate, scores)
+    check_dropout(axes, dropout, scores)
     scale = check_per_head(axes, "scale", scale)
-    cap = check_per_head(axes, "cap", cap, positive=True)
-    return mask, max(axes["D"], 1) ** -0.5 if scale is None else scale, cap, rate
+    softcap = check_per_head(axes, "softcap", softcap, positive=True)
+    return mask, max(axes["D"], 1) ** -0.5 if scale is None else scale, softcap
 
 
 def check_bias(axes: _check.Axes, bias: Any, scores: str) -> None:
-    """An array that broadcasts to the scores, or the numbers of a `Relative` for T + S − 1 differences."""
-    if not isinstance(bias, Relative):
+    """An array that broadcasts to the scores, or the numbers of a `RelativeBias` for T + S − 1 differences."""
+    if not isinstance(bias, RelativeBias):
         axes.broadcast("bias", _check.shape_of(bias), scores)
         return
     check_relative("bias", bias, axes["T"], axes["S"])
@@ -59,7 +59,7 @@ def check_bias(axes: _check.Axes, bias: Any, scores: str) -> None:
 
 def values_of(bias: Any) -> Array:
     """The differentiable array of a bias."""
-    return bias.values if isinstance(bias, Relative) else bias
+    return bias.values if isinstance(bias, RelativeBias) else bias
 
 
 def check_per_head(axes: _check.Axes, name: str, x: Any, positive: bool = False) -> Any:
@@ -92,12 +92,17 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
     return checked
 
 
-def check_keep(axes: _check.Axes, keep: Any, rate: float | None, scores: str) -> float:
-    """Dropout is a mask and a rate, or a seed that has one, or neither; the rate as a Python float."""
-    if not isinstance(keep, Seeded):
-        _check.boolean("keep", keep, "True = keep")
-        axes.broadcast("keep", _check.shape_of(keep), scores)
-    return check_rate("rate", rate, keep)
+def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> None:
+    """Dropout is a mask with its rate, or a seed with its rate, or None."""
+    if dropout is None:
+        return
+    if not isinstance(dropout, Masked | Seeded):
+        got = f"{type(dropout).__module__}.{type(dropout).__name__}"
+        raise TypeError(f"dropout must be dropout.masked(keep, rate), dropout.seeded(seed, rate) or None, got {got}")
+    _check.number("dropout.rate", dropout.rate, 0.0, 1.0)
+    if isinstance(dropout, Masked):
+        _check.boolean("dropout.keep", dropout.keep, "True = keep")
+        axes.broadcast("dropout.keep", _check.shape_of(dropout.keep), scores)
 
 
 def check_rate(name: str, rate: float | None, keep: Any) -> float:

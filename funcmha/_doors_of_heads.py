@@ -8,10 +8,10 @@ from typing import Any
 
 from . import _check
 from ._bias import as_head
-from ._doors import blank_keys, check_bias, check_keep, check_mask, check_per_head, values_of
+from ._doors import blank_keys, check_bias, check_dropout, check_mask, check_per_head, values_of
 from ._xp import Array, namespace, widen
-from .biases import Relative
-from .dropout import Seeded
+from .biases import RelativeBias
+from .dropout import Masked
 from .engines import pick
 from .heads import Options
 from .masks import Dense, Mask, as_mask
@@ -33,7 +33,7 @@ def check_inputs(
 
 def check_options(axes: _check.Axes, leaves: dict[str, Array], like: Array, bias: Any, given: Options) -> Options:
     """What is said beside the inputs, whose sizes `axes` knows, for arrays like `like`."""
-    mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine = given
+    mask, scale, softcap, zero_attn, qk_norm, rotary, dropout, engine = given
     one_head = "H" not in axes.size
     lead = "... " if one_head else "... H "
     check_bias(axes, bias, lead + "T S")
@@ -45,15 +45,16 @@ def check_options(axes: _check.Axes, leaves: dict[str, Array], like: Array, bias
         mask = as_mask(as_head(mask.array)) if one_head and isinstance(mask, Dense) else mask
     _check.flag("zero_attn", zero_attn)
     extra = ("bias_kv.k" in leaves) + zero_attn
-    if extra and isinstance(bias, Relative):
+    if extra and isinstance(bias, RelativeBias):
         raise ValueError("bias must be an array with bias_kv or zero_attn: an appended key has no position")
     axes.size["S'"] = axes["S"] + extra
-    rate = check_keep(axes, keep, rate, lead + "T S'")
-    keep = keep if isinstance(keep, Seeded) or not one_head else as_head(keep)
-    scale, cap = check_per_head(axes, "scale", scale), check_per_head(axes, "cap", cap, positive=True)
-    check_norm(norm, leaves)
+    check_dropout(axes, dropout, lead + "T S'")
+    if one_head and isinstance(dropout, Masked):
+        dropout = dropout._replace(keep=as_head(dropout.keep))
+    scale, softcap = check_per_head(axes, "scale", scale), check_per_head(axes, "softcap", softcap, positive=True)
+    check_norm(qk_norm, leaves)
     engine = pick(engine, like, max(axes["T"], axes["S'"]))
-    return Options(mask, scale, cap, zero_attn, norm, _check_rotary(axes, rotary), keep, rate, engine)
+    return Options(mask, scale, softcap, zero_attn, qk_norm, _check_rotary(axes, rotary), dropout, engine)
 
 
 def visible(query: Array, key: Array, value: Array, mask: Mask | None, appended: bool) -> tuple[Array, Array, Array]:
@@ -65,7 +66,10 @@ def visible(query: Array, key: Array, value: Array, mask: Mask | None, appended:
     if mask is None:
         return widen(query), widen(key), widen(value)
     T, S, xp = query.shape[-2], key.shape[-2], namespace(query)
-    seen, seeing = mask.seen(T, S, query), None if appended else xp.matrix_transpose(mask.seeing(T, S, query))
+    seen, seeing = (
+        mask.attended_keys(T, S, query),
+        None if appended else xp.matrix_transpose(mask.attending_queries(T, S, query)),
+    )
     if query is key and key is value:
         x = _blank(widen(query), None if seeing is None else seen | seeing)
         return x, x, x
@@ -80,12 +84,12 @@ def _blank(x: Array, some: Array) -> Array:
 def check_norm(norm: Any, leaves: dict[str, Array]) -> None:
     """A `Norm` or None, and no parameters that it would leave unused."""
     if norm is not None and not isinstance(norm, Norm):
-        raise TypeError(f"norm must be Rms, L2 or Layer of funcmha.norms, or None, got {norm!r}")
+        raise TypeError(f"qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got {norm!r}")
     used = () if norm is None else norm.leaves
     for leaf in leaves:
         group, _, name = leaf.partition(".")
         if group in ("q_norm", "k_norm") and name not in used:
-            raise ValueError(f"norm must be one that takes {leaf}, as params have it, got {norm!r}")
+            raise ValueError(f"qk_norm must be one that takes {leaf}, as params have it, got {norm!r}")
 
 
 def _check_rotary(axes: _check.Axes, rotary: Any) -> tuple[Any, Any]:

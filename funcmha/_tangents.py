@@ -9,7 +9,7 @@ from . import _check
 from ._bias import on_bias
 from ._doors import values_of
 from ._xp import HALF, Array, dtype_name, widen
-from .biases import Relative
+from .biases import RelativeBias
 
 INPUTS = ("q_dot", "k_dot", "v_dot", "bias_dot", "sink_dot")
 
@@ -20,7 +20,7 @@ class Tangents(NamedTuple):
     q: Array  # (..., H, T, D)
     k: Array  # (..., K, S, D)
     v: Array  # (..., K, S, E)
-    bias: Array | Relative  # as the bias
+    bias: Array | RelativeBias  # as the bias
     sink: Array  # (H,), or () without a head axis
 
 
@@ -62,10 +62,14 @@ def check_tangents(cache: Any, q_dot: Array, k_dot: Array, v_dot: Array, bias_do
 
 
 def check_bias_tangent(bias_dot: Any, bias: Any, computed: Array) -> None:
-    """Raise unless the tangent of a bias is None, or what the bias is: an array, or a `Relative`, of its shape."""
-    if bias_dot is not None and bias is not None and isinstance(bias_dot, Relative) != isinstance(bias, Relative):
+    """Raise unless the tangent of a bias is None, or what the bias is: an array, or a `RelativeBias`, of its shape."""
+    if (
+        bias_dot is not None
+        and bias is not None
+        and isinstance(bias_dot, RelativeBias) != isinstance(bias, RelativeBias)
+    ):
         raise TypeError(f"bias_dot must be a {type(bias).__name__} as bias is, got {type(bias_dot).__name__}")
-    name = "bias_dot.values" if isinstance(bias_dot, Relative) else "bias_dot"
+    name = "bias_dot.values" if isinstance(bias_dot, RelativeBias) else "bias_dot"
     check_tangent(name, values_of(bias_dot), _check.shape_of(values_of(bias)), computed)
 
 

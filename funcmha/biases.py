@@ -5,7 +5,7 @@
     bias, cache = lookup(table, index=clipped(distances(T, S), 16))                           # Shaw et al.
     y, cache = attention(q, k, v, bias)
 
-A bias that depends on j − i alone is constant along its diagonals, of which T × S scores have T + S − 1. `Relative`
+A bias that depends on j − i alone is constant along its diagonals, of which T × S scores have T + S − 1. `RelativeBias`
 holds those; the array that it stands for is never made, but tile by tile, as views. Query i stands at key position
 i + offset, as it does for masks: with a key/value cache, the offset is its length.
 
@@ -24,7 +24,7 @@ from .masks import Range
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
 
 
-class Relative(NamedTuple):
+class RelativeBias(NamedTuple):
     """z = u + values[..., j − i + T − 1] at score (i, j): a bias in place of its array (..., H or 1, T, S)"""
 
     values: Array  # (..., H or 1, L), or (L,) for all heads
@@ -33,7 +33,7 @@ class Relative(NamedTuple):
 # ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def dense(relative: Relative, T: int, S: int) -> Array:
+def dense(relative: RelativeBias, T: int, S: int) -> Array:
     """bias (..., H or 1, T, S) of values (..., H or 1, T + S − 1)        in NumPy a view, that cannot be written to
 
     Its adjoint is `diagonal_sums`. Raises ValueError unless there are T + S − 1 values.
@@ -113,7 +113,7 @@ class AlibiCache(NamedTuple):
     distance: Array  # (L,), |j − i − offset|
 
 
-def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relative, AlibiCache]:
+def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[RelativeBias, AlibiCache]:
     """values = −slope · |j − i − offset|        slopes (..., H)   →   values (..., H, T + S − 1)
 
     In float32 off by two roundings at most: distances are whole up to 2²⁴, and are rounded once beyond. In float16 a
@@ -126,10 +126,10 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
 
     dtype, slopes = slopes.dtype, widen(slopes)
     distance = namespace(slopes).astype(from_host(far, slopes), slopes.dtype)
-    return Relative(narrow(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
+    return RelativeBias(narrow(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
 
 
-def alibi_vjp(cache: AlibiCache, dbias: Relative, /) -> tuple[Array]:
+def alibi_vjp(cache: AlibiCache, dbias: RelativeBias, /) -> tuple[Array]:
     """dslope = −Σ dvalues |j − i − offset|        over the diagonals"""
     _check.cache(cache, AlibiCache, "alibi")
     slopes, distance = cache
@@ -159,7 +159,7 @@ class LookupCache(NamedTuple):
     like: Array  # (B, H, 0): of the table nothing but its shape
 
 
-def lookup(table: Array, /, *, index: np.ndarray) -> tuple[Relative, LookupCache]:
+def lookup(table: Array, /, *, index: np.ndarray) -> tuple[RelativeBias, LookupCache]:
     """values[h, n] = table[index[n], h]        table (B, H)   index (T + S − 1,)   →   values (H, T + S − 1)
 
     index   a NumPy array of integers, 0 … B − 1: `t5_buckets` or `clipped` of `distances(T, S)`
@@ -174,10 +174,10 @@ def lookup(table: Array, /, *, index: np.ndarray) -> tuple[Relative, LookupCache
     xp = namespace(table)
     values = xp.take(xp.matrix_transpose(table), from_host(index.astype(np.int64), table), axis=-1)
     order, rows, first = (from_host(a, table) for a in (order, rows, first))
-    return Relative(values), LookupCache(order, rows, first, widen(outline(table)))
+    return RelativeBias(values), LookupCache(order, rows, first, widen(outline(table)))
 
 
-def lookup_vjp(cache: LookupCache, dbias: Relative, /) -> tuple[Array]:
+def lookup_vjp(cache: LookupCache, dbias: RelativeBias, /) -> tuple[Array]:
     """dtable[b, h] = Σ dvalues[h, n] over all n with index[n] = b
 
     By halves, and so without atomics: O(H L log L) work in memory O(H L), the same bits each time.
@@ -248,9 +248,9 @@ def _bounds(n: int, m: int, furthest: int) -> np.ndarray:
 
 
 def check_relative(name: str, relative: Any, T: int, S: int) -> None:
-    """Raise unless `relative` is a Relative of T + S − 1 values."""
-    if not isinstance(relative, Relative):
-        raise TypeError(f"{name} must be a Relative, got {type(relative).__name__}")
+    """Raise unless `relative` is a RelativeBias of T + S − 1 values."""
+    if not isinstance(relative, RelativeBias):
+        raise TypeError(f"{name} must be a RelativeBias, got {type(relative).__name__}")
     _check.one_dtype([(f"{name}.values", relative.values)])
     shape = tuple(relative.values.shape)
     if not shape or shape[-1] != max(T + S - 1, 0):
@@ -258,8 +258,8 @@ def check_relative(name: str, relative: Any, T: int, S: int) -> None:
 
 
 def _check_dbias(dbias: Any, shape: tuple[int, ...], computed: Array) -> None:
-    if not isinstance(dbias, Relative):
-        raise TypeError(f"dbias must be a Relative, got {type(dbias).__name__}")
+    if not isinstance(dbias, RelativeBias):
+        raise TypeError(f"dbias must be a RelativeBias, got {type(dbias).__name__}")
     _check.cotangent("dbias.values", dbias.values, shape, computed, "... H L")
 
 

@@ -1,7 +1,7 @@
 """Decoding: the keys and values of the past as a value, that new tokens are appended to.
 
     kv = empty(k, v)                                                   # of no tokens yet; once for each layer
-    turn = rotary(kv.seen + np.arange(T), frequencies(64))             # where the T new tokens stand
+    turn = table(kv.seen + np.arange(T), frequencies(64))             # where the T new tokens stand
     kv, cache = append(kv, k, v)                                       # a new value: the old one stays what it was
     o, _ = attention(q, kv.keys, kv.values, mask=step_mask(kv, T))     # of the T new queries
     dkv, dk, dv = append_vjp(cache, (dkeys, dvalues))                  # the gradient reaches the past

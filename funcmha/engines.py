@@ -16,8 +16,8 @@ import numpy as np
 
 from . import ops, tiled
 from ._xp import Array, namespace
-from .biases import Relative
-from .dropout import Seeded
+from .biases import RelativeBias
+from .dropout import Masked, Seeded
 from .masks import Mask
 from .ops import AttentionCache, LinearCache
 
@@ -76,18 +76,17 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    softcap: float | Sequence[float] | None = None,
+    dropout: Masked | Seeded | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, Any]:
-    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
     What `funcmha.ops.attention` says, by an engine of `funcmha.engines`: REFERENCE for all arrays; for NumPy's TILED in
@@ -95,14 +94,14 @@ def attention(
     """
     longest = max((x.shape[-2] for x in (q, k) if getattr(x, "ndim", 0) > 1), default=0)
     chosen = pick(engine, q, longest)
-    o, cache = chosen.attention(q, k, v, bias, sink, mask=mask, scale=scale, cap=cap, keep=keep, rate=rate)
+    o, cache = chosen.attention(q, k, v, bias, sink, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
     return o, cache
 
 
 @singledispatch
 def attention_vjp(
     cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array | Relative, Array]:
+) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up, by the engine that the cache is from
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """

@@ -19,7 +19,7 @@ from ._check import shape_of
 from ._doors import blank_keys, blank_queries
 from ._tangents import Tangents, check_tangent, check_tangents, dtype_of, one_dtype
 from ._xp import Array, full, namespace, narrow, widen
-from .biases import Relative
+from .biases import RelativeBias
 from .norms import (
     L2NormCache,
     LayerNormCache,
@@ -103,7 +103,7 @@ def attention_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
@@ -122,7 +122,7 @@ def _attention_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from ._doors import blank_keys, blank_queries, values_of
 from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
 from ._xp import Array, namespace, narrow, widen
-from .biases import Relative
+from .biases import RelativeBias
 from .forward import attention_jvp, norm_jvp
 from .heads import (
     AttendCache,
@@ -39,7 +39,7 @@ def mha_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     /,
 ) -> tuple[Array, Array]:
     """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
@@ -68,7 +68,7 @@ def head_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     /,
 ) -> tuple[Array, Array]:
     """ȯ (..., T, E), l̇se (..., T) of the tangents of `head`'s inputs: as in `mha_jvp`, of one head
@@ -215,7 +215,7 @@ def _(cache: AttentionCache) -> tuple[Array, Array]:
 @seen_and_seeing.register
 def _(cache: TiledCache) -> tuple[Array, Array]:
     mask, T, S = cache.mask, cache.q.shape[-2], cache.k.shape[-2]
-    return (None, None) if mask is None else (mask.seen(T, S), mask.seeing(T, S))
+    return (None, None) if mask is None else (mask.attended_keys(T, S), mask.attending_queries(T, S))
 
 
 def wide(params_dot: Params | None, *dots: Any) -> tuple[Any, ...]:

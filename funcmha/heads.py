@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ._bias import bias_of_heads, bias_of_sample
 from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
 from ._xp import Array, full, namespace, unbroadcast
-from .biases import Relative
-from .dropout import Seeded
+from .biases import RelativeBias
+from .dropout import Masked, Seeded
 from .engines import REFERENCE, Engine
 from .masks import as_mask, dense
 from .norms import Norm
@@ -143,7 +143,7 @@ def extend_scores(a: Any, S: int, extra: int, fill: float | bool) -> Any:
     """a (..., S or 1) or None   →   (..., S'): what a mask or a bias says of the keys that `extend` appends"""
     if a is None or extra == 0:
         return a
-    assert not isinstance(a, Relative)  # refused at the door: an appended key has no position
+    assert not isinstance(a, RelativeBias)  # refused at the door: an appended key has no position
     xp = namespace(a)
     return xp.concat([xp.broadcast_to(a, (*a.shape[:-1], S)), full((*a.shape[:-1], extra), fill, a)], axis=-1)
 
@@ -199,12 +199,11 @@ class Options(NamedTuple):
 
     mask: Any  # a Mask, or None
     scale: Any  # of every head, or (H,), or None
-    cap: Any  # of every head, or (H,), or None
+    softcap: Any  # of every head, or (H,), or None
     zero_attn: bool
-    norm: Norm | None
+    qk_norm: Norm | None
     rotary: Any  # two tables, of queries and of keys, each of them or None
-    keep: Array | Seeded
-    rate: Any  # a float, that of `keep` if it is Seeded
+    dropout: Masked | Seeded | None
     engine: Any  # an Engine
 
 
@@ -215,18 +214,18 @@ class AttendCache(NamedTuple):
     q_ready: ReadyCache
     k_ready: ReadyCache
     bias_kv: Params  # k (K, D) and v (K, E), or both None
-    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    bias: Array | RelativeBias  # broadcasts to (..., H, T, S), or None
     attention: Any  # what the engine keeps, without q, k and v where these are cheap
     engine: Engine | None  # None for the reference
 
 
 def attend(
-    params: Params, query: Array, key: Array, value: Array, bias: Array | Relative, x: Options
+    params: Params, query: Array, key: Array, value: Array, bias: Array | RelativeBias, x: Options
 ) -> tuple[Array, AttendCache]:
     """o = attention(ready(project(query)), extend(ready(project(key))), extend(project(value)))   →   (..., T, H, E)"""
     (q, k, v), (q_cache, k_cache, v_cache) = project_qkv(params, (query, key, value), engine=x.engine)
-    q, q_ready = ready(q, params.get("q_norm", {}), norm=x.norm, rotary=x.rotary[0])
-    k, k_ready = ready(k, params.get("k_norm", {}), norm=x.norm, rotary=x.rotary[1])
+    q, q_ready = ready(q, params.get("q_norm", {}), norm=x.qk_norm, rotary=x.rotary[0])
+    k, k_ready = ready(k, params.get("k_norm", {}), norm=x.qk_norm, rotary=x.rotary[1])
     bias_kv = params.get("bias_kv", {"k": None, "v": None})
     k, v = extend(k, bias_kv["k"], x.zero_attn), extend(v, bias_kv["v"], x.zero_attn)
     S, extra, mask = key.shape[-2], k.shape[-3] - key.shape[-2], x.mask
@@ -241,9 +240,8 @@ def attend(
         params["sink"]["w"] if "sink" in params else None,
         mask=mask,
         scale=x.scale,
-        cap=x.cap,
-        keep=x.keep,
-        rate=x.rate,
+        softcap=x.softcap,
+        dropout=x.dropout,
     )
     whole = AttendCache(q_cache, k_cache, v_cache, q_ready, k_ready, bias_kv, bias, cache, _remembered(x.engine))
     return heads_last(o), whole if extra else _forget(whole, o)
@@ -251,7 +249,7 @@ def attend(
 
 def attend_vjp(
     cache: AttendCache, do: Array, /, *, dweights: Array, dlse: Array, onto: tuple[Array, ...]
-) -> tuple[Params, tuple[Array, ...], Array | Relative]:
+) -> tuple[Params, tuple[Array, ...], Array | RelativeBias]:
     """dparams, onto + (dquery, dkey, dvalue), dbias: `attend` from the bottom up
 
     Where `onto` is one array, query, key and value are one input, and their gradients are added up.

@@ -23,8 +23,8 @@ from ._bias import (
 from ._doors import values_of
 from ._doors_of_heads import check_inputs, visible
 from ._xp import Array, namespace, narrow, of_heads, widen
-from .biases import Relative
-from .dropout import Seeded
+from .biases import RelativeBias
+from .dropout import Masked, Seeded
 from .engines import BATCHED, REFERENCE, Engine
 from .heads import (
     AttendCache,
@@ -66,17 +66,16 @@ def head(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
+    softcap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    norm: Norm | None = None,
+    qk_norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    dropout: Masked | Seeded | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
@@ -84,11 +83,12 @@ def head(
 
     One head with its own projections, headᵢ of Vaswani et al. 2017, section 3.2.2. `params` is
     `head_params(params, h)`: q_proj w (D, Cq), b (D); k_proj w (D, Ck), b (D); v_proj w (E, Cv), b (E); bias_kv k (D),
-    v (E). `bias` and `mask` broadcast to (..., T, S), `keep` to (..., T, S'). All else is as in `mha`, which equals its
+    v (E). `bias` and `mask` broadcast to (..., T, S), a mask of
+    dropout to (..., T, S'). All else is as in `mha`, which equals its
     heads side by side times its out_proj.
     """
     axes, leaves = check(params, HEAD_SPEC)
-    given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+    given = Options(mask, scale, softcap, zero_attn, qk_norm, rotary, dropout, engine)
     options = check_inputs(axes, leaves, query, key, value, bias, given)
     dtype, stack = query.dtype, tree.map(widen, stack_head(params))
     query, key, value = visible(query, key, value, options.mask, zero_attn or "bias_kv" in params)
@@ -149,17 +149,16 @@ def mha(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
+    softcap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    norm: Norm | None = None,
+    qk_norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    dropout: Masked | Seeded | None = None,
     engine: Engine | None = None,
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ attention(query wqₕᵀ + bqₕ, key wkₕᵀ + bkₕ, value wvₕᵀ + bvₕ, bias, sinkₕ) woₕᵀ + bo
@@ -167,16 +166,16 @@ def mha(
 
     params     a tree of `funcmha.params.SPEC`; without biases where it has none, with K < H for grouped queries
     mask       boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S); per batch: (B, 1, T, S)
-    bias       added to the scores, differentiable, broadcasts to (..., H, T, S); or a `Relative` of `funcmha.biases`
+    bias       added to the scores, differentiable, broadcasts to (..., H, T, S); or a `biases.RelativeBias`
     scale      D ** -0.5 unless given: a number, or one for each head
-    cap        soft cap of the scores, before the bias: a number, or one for each head
-    norm       `Rms`, `L2` or `Layer` of `funcmha.norms`: of queries and keys after their projection, by the parameters
-               q_norm and k_norm, which are those of every head
+    softcap    soft cap of the scores, before the bias: a number, or one for each head
+    qk_norm    `RMSNorm`, `L2Norm` or `LayerNorm` of `funcmha.norms`: of queries and keys after their projection, by the
+               parameters q_norm and k_norm, which are those of every head
     rotary     a table of `funcmha.rotary` that turns queries and keys after that, or two, of T and of S positions;
                those of each sample are (B, 1, T)
     zero_attn  append a key and value of zeros that every query may see, after those of params["bias_kv"]
-    keep       boolean, True = keep: dropout of the weights at `rate`, broadcasts to (..., H, T, S'); or a `Seeded` of
-               `funcmha.dropout`, which has a rate of its own
+    dropout    `dropout.masked(keep, rate)` of `funcmha`: of the weights by a boolean mask, True = keep, that broadcasts
+               to (..., H, T, S'); or `dropout.seeded(seed, rate)`, which draws it
     engine     the way to do it, of `funcmha.engines`: REFERENCE for all arrays; for NumPy's TILED in linear memory, and
                BATCHED for short sequences; None picks the fastest. The results are the same, to rounding
 
@@ -188,7 +187,7 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, leaves = check(params, SPEC)
-    given = Options(mask, scale, cap, zero_attn, norm, rotary, keep, rate, engine)
+    given = Options(mask, scale, softcap, zero_attn, qk_norm, rotary, dropout, engine)
     options = check_inputs(axes, leaves, query, key, value, bias, given)
     dtype, params, bias = query.dtype, tree.map(widen, params), on_bias(widen, bias)
     query, key, value = visible(query, key, value, options.mask, zero_attn or "bias_kv" in params)
@@ -239,7 +238,11 @@ def _backward(
 
 
 def _each_sample(
-    name: str, batch: tuple[int, ...], bias: Array | Relative, back: Callable[..., tuple[Any, ...]], *cotangents: Array
+    name: str,
+    batch: tuple[int, ...],
+    bias: Array | RelativeBias,
+    back: Callable[..., tuple[Any, ...]],
+    *cotangents: Array,
 ) -> tuple[Any, ...]:
     """What `back` gives of one element of the batch after another, with the batch before each leaf of dparams"""
     xp = namespace(cotangents[0])
@@ -271,9 +274,9 @@ def _all_groups(cache: MhaCache, g: Array, dweights: Array, dlse: Array, inputs:
 def _of_heads(x: Options, h: slice) -> Options:
     """The options of some query heads."""
     mask = None if x.mask is None else x.mask.heads(h.start, h.stop)
-    scale, cap = (a if a is None or isinstance(a, float) else a[h] for a in (x.scale, x.cap))
-    keep = x.keep.heads(h.start) if isinstance(x.keep, Seeded) else of_heads(x.keep, h)
-    return x._replace(mask=mask, scale=scale, cap=cap, keep=keep)
+    scale, softcap = (a if a is None or isinstance(a, float) else a[h] for a in (x.scale, x.softcap))
+    dropout = None if x.dropout is None else x.dropout.heads(h)
+    return x._replace(mask=mask, scale=scale, softcap=softcap, dropout=dropout)
 
 
 def _groups(axes: _check.Axes, engine: Engine) -> list[tuple[int, int]]:
@@ -317,7 +320,7 @@ class SelfAttentionCache(NamedTuple):
 
 
 def self_attention(
-    params: Params, x: Array, bias: Array | Relative = None, /, **static: Any
+    params: Params, x: Array, bias: Array | RelativeBias = None, /, **static: Any
 ) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)      x (..., T, C)   →   y (..., T, O)
 

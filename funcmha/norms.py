@@ -157,7 +157,7 @@ def layer_norm_vjp(cache: LayerNormCache, dy: Array, /) -> tuple[Array, Array, A
 # ── a norm as a static value, for `mha` ──────────────────────────────────────────────────────────────────────────
 
 
-class Rms(NamedTuple):
+class RMSNorm(NamedTuple):
     """`rms_norm` of queries and keys, by q_norm.w and k_norm.w if there are any: Qwen 3, and Gemma 3 with offset 1."""
 
     eps: float = 1e-6
@@ -178,7 +178,7 @@ class Rms(NamedTuple):
         return dx, _present(w=dw)
 
 
-class L2(NamedTuple):
+class L2Norm(NamedTuple):
     """`l2_norm` of queries and keys, which has no parameters (Henry et al. 2020)."""
 
     eps: float = 1e-12
@@ -198,7 +198,7 @@ class L2(NamedTuple):
         return dx, {}
 
 
-class Layer(NamedTuple):
+class LayerNorm(NamedTuple):
     """`layer_norm` of queries and keys, by q_norm and k_norm, w and b, if there are any (Dehghani et al. 2023)."""
 
     eps: float = 1e-5
@@ -218,7 +218,7 @@ class Layer(NamedTuple):
         return dx, _present(w=dw, b=db)
 
 
-Norm = Rms | L2 | Layer
+Norm = RMSNorm | L2Norm | LayerNorm
 
 
 def _present(**grads: Array) -> dict[str, Array]:

@@ -19,8 +19,8 @@ from . import _check
 from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
 from ._doors import blank_keys, blank_queries, check_attention, check_linear
 from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, unbroadcast, widen
-from .biases import Relative
-from .dropout import Seeded
+from .biases import RelativeBias
+from .dropout import Masked, Seeded
 from .masks import Mask, dense
 
 INF = float("inf")
@@ -147,14 +147,14 @@ class AttentionCache(NamedTuple):
     q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
-    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    bias: Array | RelativeBias  # broadcasts to (..., H, T, S), or None
     sink: Array  # (H,), or () without a head axis, or None
     slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
     p: Array  # (..., H, T, S), the weights before dropout
     lse: Array  # (..., H, T)
     keep: Array  # broadcasts to (..., H, T, S), or None
     scale: Array | float  # of every head, or (H, 1, 1)
-    cap: Array | float | None  # of every head, or (H, 1, 1)
+    softcap: Array | float | None  # of every head, or (H, 1, 1)
     rate: float
 
 
@@ -162,21 +162,20 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    softcap: float | Sequence[float] | None = None,
+    dropout: Masked | Seeded | None = None,
 ) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
     bias    added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend", but only a mask
-            keeps out a NaN of the key. Or a `Relative` of `funcmha.biases`, in linear memory: ALiBi, T5, tables
+            keeps out a NaN of the key. Or a `RelativeBias` of `funcmha.biases`, in linear memory: ALiBi, T5, tables
     sink    a logit for each head, (H,), that joins the softmax's denominator and lse, and nothing else: the weights of
             a row sum to 1 − exp(sink − lse) (Xiao et al. 2023; gpt-oss)
     mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
@@ -184,32 +183,32 @@ def attention(
             cotangent is NaN. A key that no query may see has no effect, even if NaN. Read as (..., H, T, S) from the
             right: a mask per sample is (B, 1, T, S), for (B, T, S) would be per head
     scale   D ** -0.5 unless given; 0 is zero. A number, or one for each head
-    cap     soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
-    keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S); or a
-            `Seeded` of `funcmha.dropout`, which has a rate of its own
+    softcap soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
+    dropout `dropout.masked(keep, rate)` of `funcmha`: inverted dropout of the weights by a boolean mask, True = keep,
+            that broadcasts to (..., H, T, S); or `dropout.seeded(seed, rate)`, which draws it
 
     H is a multiple of K, and query head h reads key/value head h // (H // K): grouped-query attention (Ainslie et al.
     2023), multi-query where K = 1. Time and memory O(H T S). Raises TypeError for a mask that is not boolean and for
     mixed dtypes, ValueError for shapes that do not fit and options that contradict, before any arithmetic.
     Vaswani et al. 2017, eq. 1.
     """
-    mask, scale, cap, rate = check_attention(q, k, v, bias, sink, mask, scale, cap, keep, rate)
+    mask, scale, softcap = check_attention(q, k, v, bias, sink, mask, scale, softcap, dropout)
     mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
     q, k, v = blank_queries(widen(q), mask), blank_keys(widen(k), mask), blank_keys(widen(v), mask)
     bias, sink = on_bias(widen, bias), widen(sink)
-    scale, cap = _per_head(scale, q), _per_head(cap, q)
-    z, slope = _scores(q, k, bias, scale, cap)
+    scale, softcap = _per_head(scale, q), _per_head(softcap, q)
+    z, slope = _scores(q, k, bias, scale, softcap)
     p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
-    keep = keep.dense(p.shape, q) if isinstance(keep, Seeded) else keep
+    keep, rate = (None, 0.0) if dropout is None else (dropout.dense(p.shape, q), dropout.rate)
     o = _dropout(p, keep, rate) @ _per_query_head(v, q)
-    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate)
+    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array | Relative, Array]:
+) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
@@ -228,7 +227,7 @@ def attention_vjp(
     p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
     dz, drows = _softmax_vjp(p, dp, widen(dlse), p_sink)
     dsink = None if sink is None else unbroadcast(xp.sum(drows, axis=-1), sink.shape)
-    # z = cap · tanh(scale · q kᵀ / cap) + bias
+    # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, on_bias(lambda dx: narrow(dx, do.dtype), dbias), dsink
@@ -239,16 +238,16 @@ def seeing_queries(cache: AttentionCache) -> Array:
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
-def _scores(q: Array, k: Array, bias: Array | Relative, scale: Any, cap: Any) -> tuple[Array, Array]:
-    """z = c + bias   with   c = cap · tanh(u / cap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
+def _scores(q: Array, k: Array, bias: Array | RelativeBias, scale: Any, softcap: Any) -> tuple[Array, Array]:
+    """z = c + bias   with   c = softcap · tanh(u / softcap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
     u = (scale * q) @ namespace(q).matrix_transpose(_per_query_head(k, q))
-    c, slope = _soft_cap(u, cap)
+    c, slope = _soft_cap(u, softcap)
     return c if bias is None else c + dense_bias(bias, *u.shape[-2:]), slope
 
 
 def _scores_vjp(
-    q: Array, k: Array, bias: Array | Relative, scale: Any, slope: Array, dz: Array
-) -> tuple[Array, Array, Array | Relative]:
+    q: Array, k: Array, bias: Array | RelativeBias, scale: Any, slope: Array, dz: Array
+) -> tuple[Array, Array, Array | RelativeBias]:
     """dq, dk, dbias"""
     dbias = None if bias is None else dense_bias_vjp(bias, dz)
     du = dz if slope is None else dz * slope
@@ -257,12 +256,12 @@ def _scores_vjp(
     return dq, dk, dbias
 
 
-def _soft_cap(u: Array, cap: Array | float | None) -> tuple[Array, Array]:
-    """c = cap · tanh(u / cap)     and     dc/du = 1 − tanh(u / cap)²     for the gradient, None without a cap"""
-    if cap is None:
+def _soft_cap(u: Array, softcap: Array | float | None) -> tuple[Array, Array]:
+    """c = softcap · tanh(u / softcap)   and   dc/du = 1 − tanh(u / softcap)² for the gradient, None without softcap"""
+    if softcap is None:
         return u, None
-    t = namespace(u).tanh(u / cap)
-    return cap * t, 1 - t * t
+    t = namespace(u).tanh(u / softcap)
+    return softcap * t, 1 - t * t
 
 
 def _per_head(x: Any, q: Array) -> Any:
@@ -323,7 +322,7 @@ def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
 
 @cut_heads.register
 def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
-    q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate = cache
+    q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate = cache
     return AttentionCache(
         None if q is None else q[..., h, :, :],
         None if k is None else k[..., kv, :, :],
@@ -335,7 +334,7 @@ def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
         lse[..., h, :],
         of_heads(keep, h),
         scale if isinstance(scale, float) else scale[h, ...],
-        cap if cap is None or isinstance(cap, float) else cap[h, ...],
+        softcap if softcap is None or isinstance(softcap, float) else softcap[h, ...],
         rate,
     )
 

@@ -15,7 +15,7 @@ from . import _check
 from ._bias import on_bias
 from ._doors import blank_keys, blank_queries, check_attention
 from ._xp import Array, namespace, narrow, widen
-from .biases import Relative
+from .biases import RelativeBias
 from .masks import Mask, dense
 from .ops import _per_head, _scores, _scores_vjp
 
@@ -25,7 +25,7 @@ INF = float("inf")
 class ScoresCache(NamedTuple):
     q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
-    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    bias: Array | RelativeBias  # broadcasts to (..., H, T, S), or None
     slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
     z: Array  # (..., H, T, S)
     scale: Array | float  # of every head, or (H, 1, 1)
@@ -34,32 +34,32 @@ class ScoresCache(NamedTuple):
 def scores(
     q: Array,
     k: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
+    softcap: float | Sequence[float] | None = None,
 ) -> tuple[Array, ScoresCache]:
-    """z = cap · tanh(scale · q kᵀ / cap) + bias, and −∞ where not mask
+    """z = softcap · tanh(scale · q kᵀ / softcap) + bias, and −∞ where not mask
     q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
 
     Arguments as in `funcmha.ops.attention`, whose weights are exp(z − lse). What is left out is not done: without a
-    mask these are the scores of all keys, without bias and cap they are scale · q kᵀ. A key that no query may see has
-    z = −∞ and no effect, even if it is NaN, and so has a query that may see no key. Time and memory O(H T S).
+    mask these are the scores of all keys, without bias and softcap they are scale · q kᵀ. A key that no query may see
+    has z = −∞ and no effect, even if it is NaN, and so has a query that may see no key. Time and memory O(H T S).
     """
-    mask, scale, cap, _ = check_attention(q, k, k, bias, None, mask, scale, cap, None, 0.0)  # no values, no dropout
+    mask, scale, softcap = check_attention(q, k, k, bias, None, mask, scale, softcap, None)  # no values, no dropout
     mask = dense(mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
     q, k, bias = blank_queries(widen(q), mask), blank_keys(widen(k), mask), on_bias(widen, bias)
-    xp, scale, cap = namespace(q), _per_head(scale, q), _per_head(cap, q)
-    z, slope = _scores(q, k, bias, scale, cap)
+    xp, scale, softcap = namespace(q), _per_head(scale, q), _per_head(softcap, q)
+    z, slope = _scores(q, k, bias, scale, softcap)
     z = z if mask is None else xp.where(mask, z, -INF)
     return narrow(z, dtype), ScoresCache(q, k, bias, slope, z, scale)
 
 
-def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | Relative]:
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
     """dq, dk, dbias: `scores` from the bottom up
 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.

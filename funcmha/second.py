@@ -22,7 +22,7 @@ from ._bias import dense_bias_vjp, on_bias
 from ._doors import blank_queries
 from ._tangents import Cotangents, check_cotangents, check_tangents
 from ._xp import Array, full, namespace, narrow, unbroadcast
-from .biases import Relative
+from .biases import RelativeBias
 from .forward import scores_jvp, softmax_jvp, visible
 from .ops import AttentionCache, _dropout, _per_key_head, _per_query_head, _softmax_vjp, seeing_queries
 from .tiled import second_order
@@ -37,18 +37,18 @@ def attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     sink_dot: Array = None,
     /,
     *,
     dlse: Array = None,
     dlse_dot: Array = None,
-) -> tuple[Array, Array, Array, Array | Relative, Array]:
+) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: the tangents of `attention_vjp`
     from those of its inputs: of do (..., H, T, E), q, k, v, bias, sink and, where given, of dlse (..., H, T)
 
         ḋz = dz (ż − l̇se) + p (ḋp − Σ p ḋp − Σ dz (ż − l̇se) − dsink (ṡink − l̇se) + ḋlse)
-        ḋu = slope · ḋz + slope˙ · dz     slope˙ = −2 tanh(u / cap) slope u̇ / cap
+        ḋu = slope · ḋz + slope˙ · dz     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap
 
     From the cache of any attention, by the engine that it is from: in linear memory from that of TILED. All else is the
     rule of a product. Rows with no key allowed, and keys that nobody sees, have 0.
@@ -63,7 +63,7 @@ def _attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     sink_dot: Array = None,
     /,
     *,
@@ -122,13 +122,13 @@ def _softmax_vjp_jvp(
 
 
 def _soft_cap_vjp_jvp(cache: Any, dz: Array, dz_dot: Array, u_dot: Array) -> tuple[Array, Array]:
-    """du = slope · dz     ḋu = slope · ḋz − 2 tanh(u / cap) slope u̇ / cap · dz"""
+    """du = slope · dz     ḋu = slope · ḋz − 2 tanh(u / softcap) slope u̇ / softcap · dz"""
     slope = cache.slope
     if slope is None:
         return dz, dz_dot
     xp = namespace(slope)
-    t = xp.tanh((cache.scale * cache.q) @ xp.matrix_transpose(_per_query_head(cache.k, cache.q)) / cache.cap)
-    return slope * dz, slope * (dz_dot - 2 * t * (u_dot / cache.cap) * dz)
+    t = xp.tanh((cache.scale * cache.q) @ xp.matrix_transpose(_per_query_head(cache.k, cache.q)) / cache.softcap)
+    return slope * dz, slope * (dz_dot - 2 * t * (u_dot / cache.softcap) * dz)
 
 
 def _filled(dots: Any, like: tuple[Array, ...]) -> Any:

@@ -13,7 +13,7 @@ from ._doors import values_of
 from ._qk import ReadyCache, heads_first, heads_last, ready_vjp
 from ._tangents import check_tangent, one_dtype
 from ._xp import Array, namespace, widen
-from .biases import Relative
+from .biases import RelativeBias
 from .forward import attention_jvp, norm_jvp
 from .forward_mha import check_mha_tangents, head_ranges, inner_tangents, project_jvp, visible_inputs, wide
 from .heads import (
@@ -44,7 +44,7 @@ def mha_vjp_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | Relative = None,
+    bias_dot: Array | RelativeBias = None,
     /,
     *,
     dlse: Array = None,

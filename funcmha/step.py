@@ -1,6 +1,6 @@
 """Self-attention of new tokens over a key/value cache: a layer of a decoder, for a prompt, one token or several.
 
-    turn = rotary(np.arange(2048), frequencies(64))                          # of the whole context, once
+    turn = table(np.arange(2048), frequencies(64))                           # of the whole context, once
     (y, kv), cache = self_attention_step(params, x, kv, rotary=turn)         # kv is None before the first token
     dparams, dx, dkv, _ = self_attention_step_vjp(cache, (dy, dkv))          # from the last step to the first
 
@@ -12,7 +12,6 @@ heads, D query/key width, E value width, C input width, O output width; `...` is
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from numbers import Integral
 from operator import or_
@@ -26,9 +25,9 @@ from ._doors import values_of
 from ._doors_of_heads import check_options
 from ._qk import ReadyCache, heads_first, heads_last, ready, ready_vjp
 from ._xp import Array, full, namespace, narrow, or_zeros, widen
-from .biases import Relative
+from .biases import RelativeBias
 from .decode import KV, AppendCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents
-from .dropout import Seeded
+from .dropout import Masked, Seeded
 from .engines import Engine
 from .heads import CombineCache, Options, ProjectCache, combine, combine_vjp, engine_of, project_qkv, project_qkv_vjp
 from .masks import Mask, intersection, window
@@ -48,24 +47,23 @@ class SelfAttentionStepCache(NamedTuple):
     appended: AppendCache | None  # None where there was no past
     attention: Any  # what the engine keeps, of T queries and N' keys
     out: CombineCache
-    bias: Array | Relative  # as it was given, or None
+    bias: Array | RelativeBias  # as it was given, or None
 
 
 def self_attention_step(
     params: Params,
     x: Array,
     kv: KV | None = None,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     /,
     *,
     left: int | None = None,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    norm: Norm | None = None,
+    softcap: float | Sequence[float] | None = None,
+    qk_norm: Norm | None = None,
     rotary: Rotary | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    dropout: Masked | Seeded | None = None,
     engine: Engine | None = None,
 ) -> tuple[tuple[Array, KV], SelfAttentionStepCache]:
     """y = Σₕ attention(qₕ, keys'ₕ, values'ₕ, bias, sinkₕ) woₕᵀ + bo     kv' = append(kv, k, v)     q, k, v of x
@@ -75,21 +73,21 @@ def self_attention_step(
     left    each token sees itself and so many before, as in `masks.window`, and kv' forgets what no other will see;
             None is all that is held
     mask    what is forbidden beside that; broadcasts to (..., H, T, N'), so (B, 1, 1, N') for padding
-    bias    broadcasts to (..., H, T, N'), differentiable. A `Relative` is that of a whole context, 2P − 1 values of
+    bias    broadcasts to (..., H, T, N'), differentiable. A `RelativeBias` is that of a whole context, 2P − 1 values of
             which the step takes those for its N' keys
     rotary  the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.seen on; those
             of each sample are (B, 1, P). Keys are held normed and turned
-    keep    as in `mha`, for (..., H, T, N'); a `Seeded` is that of a whole context, of which the step takes its part
+    dropout as in `mha`, for (..., H, T, N'); a seed is that of a whole context, of which the step takes its part
 
     All else is as in `mha`, and so is what it raises; also ValueError for a context that is too short, and for
     `bias_kv`, whose key comes from no token. In float16 and bfloat16 the new keys are rounded in kv', and not for y.
     """
-    given = Options(mask, scale, cap, False, norm, rotary, keep, rate, engine)
+    given = Options(mask, scale, softcap, False, qk_norm, rotary, dropout, engine)
     left, own, o = _door(params, x, kv, bias, left, given)
     dtype, params = x.dtype, tree.map(widen, params)
     (q, k, v), (q_cache, k_cache, v_cache) = project_qkv(params, (widen(x),) * 3, engine=o.engine)
-    q, q_ready = ready(q, params.get("q_norm", {}), norm=o.norm, rotary=o.rotary[0])
-    k, k_ready = ready(k, params.get("k_norm", {}), norm=o.norm, rotary=o.rotary[1])
+    q, q_ready = ready(q, params.get("q_norm", {}), norm=o.qk_norm, rotary=o.rotary[0])
+    k, k_ready = ready(k, params.get("k_norm", {}), norm=o.qk_norm, rotary=o.rotary[1])
     held, after, appended = _appended(kv, heads_first(k), heads_first(v), left, dtype)
     heads, attended = o.engine.attention(
         heads_first(q),
@@ -99,9 +97,8 @@ def self_attention_step(
         params["sink"]["w"] if "sink" in params else None,
         mask=o.mask,
         scale=o.scale,
-        cap=o.cap,
-        keep=o.keep,
-        rate=o.rate,
+        softcap=o.softcap,
+        dropout=o.dropout,
     )
     y, out = combine(params["out_proj"], heads_last(heads), engine=o.engine, onto=None)
     cache = SelfAttentionStepCache(q_cache, k_cache, v_cache, q_ready, k_ready, appended, attended, out, bias)
@@ -115,7 +112,7 @@ def self_attention_step_vjp(
     *,
     dweights: Array = None,
     dlse: Array = None,
-) -> tuple[Params, Array, KV | None, Array | Relative]:
+) -> tuple[Params, Array, KV | None, Array | RelativeBias]:
     """dparams, dx, dkv, dbias: `self_attention_step` from the bottom up
     from the cotangents of y and kv', either of which may be None for zero, and, where given, of the weights
     (..., H, T, N') and lse (..., H, T)
@@ -200,24 +197,24 @@ def _turns_from(rotary: Any, seen: Any, T: int) -> Any:
 
 
 def _differences(bias: Any, T: int, held: int) -> Any:
-    """T + N' − 1 of the 2P − 1 values of a `Relative`: query i stands at key i + N' − T. An array is the step's own."""
-    if not isinstance(bias, Relative):
+    """T + N' − 1 of the 2P − 1 values of a `RelativeBias`: query i stands at key i + N' − T. Arrays are of the step."""
+    if not isinstance(bias, RelativeBias):
         return bias
     shape = tuple(bias.values.shape)
     P, even = divmod(shape[-1] + 1 if shape else 0, 2)
     if even or held > P:
         raise ValueError(f"bias.values must be (..., H or 1, 2P − 1) of P={held} positions or more, got {shape}")
-    return Relative(bias.values[..., P - held : P + T - 1])
+    return RelativeBias(bias.values[..., P - held : P + T - 1])
 
 
 def _differences_vjp(bias: Any, T: int, dbias: Any) -> Any:
     """The gradient of all values: 0 for those that the step had no part of."""
-    if not isinstance(bias, Relative):
+    if not isinstance(bias, RelativeBias):
         return dbias
     d, P = dbias.values, (bias.values.shape[-1] + 1) // 2
     held = d.shape[-1] - T + 1
     before, after = (full((*d.shape[:-1], n), 0.0, d) for n in (P - held, P - T))
-    return Relative(namespace(d).concat([before, d, after], axis=-1))
+    return RelativeBias(namespace(d).concat([before, d, after], axis=-1))
 
 
 # ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,11 +232,11 @@ def _door(params: Params, x: Array, kv: Any, bias: Any, left: Any, given: Option
     T, (N, seen) = axes["T"], _check_past(axes, x, kv, left)
     held = T + (N if left is None else min(N, left))
     axes.size["S"] = held
-    own, turns, keep = _differences(bias, T, held), _turns_from(given.rotary, seen, T), given.keep
-    if isinstance(keep, Seeded):
+    own, turns, dropout = _differences(bias, T, held), _turns_from(given.rotary, seen, T), given.dropout
+    if isinstance(dropout, Seeded):
         first = seen + T - held  # of the keys held
-        keep = replace(keep, first_query=keep.first_query + seen, first_key=keep.first_key + first)
-    o = check_options(axes, leaves, x, own, given._replace(rotary=(turns, None), keep=keep))
+        dropout = dropout._replace(first_query=dropout.first_query + seen, first_key=dropout.first_key + first)
+    o = check_options(axes, leaves, x, own, given._replace(rotary=(turns, None), dropout=dropout))
     mask = intersection(window(left, 0, held - T), o.mask)
     return left, own, o._replace(mask=mask, rotary=(turns, turns))
 

@@ -249,12 +249,12 @@ def test_dropout_of_cudnn_is_its_rng_dump_and_a_scale(library, p):
 
 def test_a_soft_cap_in_a_score_mod_is_funcmhas_cap(library):
     """`sdpa` has no cap, which cuDNN writes as operations on the scores; `funcmha.attention` has it at that place."""
-    problem, cap = Problem(Hk=3, Hv=3, D=8, E=16, scale=0.5), 1.5
+    problem, softcap = Problem(Hk=3, Hv=3, D=8, E=16, scale=0.5), 1.5
     inputs, (do, _) = problem.inputs(), problem.cotangents()
     static = {"attn_scale": problem.scale}
 
     def capped(graph):
-        number, saved = graph.tensor(np.full((1, 1, 1, 1), cap), "FLOAT"), []
+        number, saved = graph.tensor(np.full((1, 1, 1, 1), softcap), "FLOAT"), []
 
         def score_mod(inner, score):
             saved.append(inner.div(score, number))
@@ -269,7 +269,7 @@ def test_a_soft_cap_in_a_score_mod_is_funcmhas_cap(library):
         return {"score_mod": capped(graph)["score_mod"]}
 
     o, lse = o_and_stats(library, inputs, static, only_forward)
-    got, cache = attention(*inputs[:3], scale=problem.scale, cap=cap)
+    got, cache = attention(*inputs[:3], scale=problem.scale, softcap=softcap)
     close(got, o)
     close(log_sum_exp(cache)[..., None], lse)
     want = gradients(library, inputs, o, do, lse, static, capped)
@@ -336,7 +336,7 @@ NOT_SUPPORTED = {
     "paged_attention_k_table": "has no gradient in cuDNN",
     "paged_attention_v_table": "has no gradient in cuDNN",
     "paged_attention_max_seq_len_kv": "has no gradient in cuDNN",
-    "score_mod": "is a graph of cuDNN's; a soft cap is `cap` of funcmha.attention",
+    "score_mod": "is a graph of cuDNN's; a soft cap is `softcap` of funcmha.attention",
     "cu_seq_len_q": "seq_len_q is its differences",
     "cu_seq_len_kv": "seq_len_kv is its differences",
     "max_total_seq_len_q": "bounds the workspace",

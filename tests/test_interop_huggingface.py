@@ -377,7 +377,7 @@ def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name
     if name.startswith("GPT-OSS"):
         close(seen.y[~text], y[~text])
         return
-    of_all, _ = self_attention(layer.params, seen.x, scale=0.0, norm=layer.norm)  # scores of 0
+    of_all, _ = self_attention(layer.params, seen.x, scale=0.0, qk_norm=layer.qk_norm)  # scores of 0
     close(seen.y[~text], of_all[~text])
     assert np.abs(seen.y[~text] - y[~text]).max() > 0.1
 

@@ -70,7 +70,7 @@ PAIRS = {
     "attention with everything": (
         attention,
         attention_vjp,
-        {"mask": masks.window(2, 1), "cap": 3.0, "keep": seeded(2024, 0.3)},
+        {"mask": masks.window(2, 1), "softcap": 3.0, "dropout": seeded(2024, 0.3)},
         lambda: [*few(), leaf(2, 1, 5), leaf(2)],
     ),
     "merge, of two outputs": (merge, merge_vjp, {}, lambda: [leaf(3, 2), leaf(3), leaf(3, 2, seed=1), leaf(3, seed=1)]),
@@ -444,8 +444,8 @@ def test_an_operator_whose_function_is_gone_says_so():
 
 
 def test_a_tensor_given_once_that_wants_a_gradient_is_refused():
-    with pytest.raises(TypeError, match="keep has no gradient where it is given once"):
-        as_torch_function(attention, attention_vjp, keep=leaf(5, 7))
+    with pytest.raises(TypeError, match="mask has no gradient where it is given once"):
+        as_torch_function(attention, attention_vjp, mask=leaf(5, 7))
 
 
 @pytest.mark.parametrize(("answer", "got"), [("word", "str"), (np.zeros(3, dtype=np.int64), "ndarray of int64")])

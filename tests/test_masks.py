@@ -311,7 +311,7 @@ def sees(mask, shape):
 @given(problems())
 def test_seeing_is_the_loop_over_queries_and_keys(problem):
     mask, shape, *_ = problem
-    seeing = mask.seeing(*shape[-2:])
+    seeing = mask.attending_queries(*shape[-2:])
     assert seeing.shape == (*mask.shape(*shape[-2:])[:-1], 1)
     np.testing.assert_array_equal(np.broadcast_to(seeing, (*shape[:-1], 1)), sees(mask, shape))
 
@@ -332,7 +332,7 @@ def test_seeing_is_the_loop_over_queries_and_keys(problem):
     ],
 )
 def test_small_masks_are_seen_by(mask, sees):
-    rows = np.broadcast_to(mask.seeing(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
+    rows = np.broadcast_to(mask.attending_queries(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
     assert " ".join("".join("x" if some else "." for some in row) for row in rows) == sees
 
 
@@ -349,20 +349,22 @@ def small_tiles():
 @given(problems(lambda *sizes: st.lists(single_masks(*sizes), min_size=2, max_size=3).map(partial(reduce, and_))))
 def test_seeing_of_an_intersection_is_exact_in_many_tiles(problem):
     mask, shape, *_ = problem
-    np.testing.assert_array_equal(np.broadcast_to(mask.seeing(*shape[-2:]), (*shape[:-1], 1)), sees(mask, shape))
+    np.testing.assert_array_equal(
+        np.broadcast_to(mask.attending_queries(*shape[-2:]), (*shape[:-1], 1)), sees(mask, shape)
+    )
 
 
 def test_padding_on_the_left_leaves_the_queries_of_a_causal_mask_that_see_nothing_else():
     """Each part has a key for every query, and the first two have none that both allow."""
     mask = causal() & padding(np.array([False, False, True, True, True]))
-    assert mask.seeing(5, 5)[:, 0].tolist() == [False, False, True, True, True]
+    assert mask.attending_queries(5, 5)[:, 0].tolist() == [False, False, True, True, True]
 
 
 def test_seeing_needs_no_array_of_queries_and_keys():
     n = 2**14
     mask = causal() & padding(np.arange(n) >= 1000)
     tracemalloc.start()
-    seeing = mask.seeing(n, n)
+    seeing = mask.attending_queries(n, n)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seeing.sum() == n - 1000
@@ -599,10 +601,10 @@ def test_dense_is_in_the_library_and_on_the_device_of_like(mask, like):
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
 @pytest.mark.parametrize("mask", [*PARTS.values(), reduce(and_, PARTS.values())], ids=[*PARTS, "Intersection"])
 def test_seeing_is_in_the_library_and_on_the_device_of_like(mask, like):
-    made = mask.seeing(5, 7, like)
+    made = mask.attending_queries(5, 7, like)
     assert type(made) is type(like)
     assert made.device == like.device
-    np.testing.assert_array_equal(host(made), mask.seeing(5, 7))
+    np.testing.assert_array_equal(host(made), mask.attending_queries(5, 7))
 
 
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
@@ -613,7 +615,7 @@ def test_an_array_of_any_library_joins_a_mask(like):
     np.testing.assert_array_equal(host(dense(mask, 5, 7, like)), expected)
     np.testing.assert_array_equal(host(mask.tile((1, 4), (2, 7), like)), expected[..., 1:4, 2:7])
     np.testing.assert_array_equal(host(mask.at((1,)).dense(5, 7, like)), expected[1])
-    np.testing.assert_array_equal(host(mask.seeing(5, 7, like)), expected.any(axis=-1, keepdims=True))
+    np.testing.assert_array_equal(host(mask.attending_queries(5, 7, like)), expected.any(axis=-1, keepdims=True))
     assert mask.block((0, 2), (5, 7)) == "empty"
     assert mask.block((0, 5), (0, 7)) == "mixed"
 

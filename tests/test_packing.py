@@ -108,8 +108,8 @@ def test_a_window_is_its_definition(problem):
     mask, want = built(problem)
     T, S = want.shape
     np.testing.assert_array_equal(mask.dense(T, S), want)
-    np.testing.assert_array_equal(mask.seen(T, S), want.any(0)[None] if T else np.zeros((1, S), bool))
-    np.testing.assert_array_equal(mask.seeing(T, S), want.any(1)[:, None])
+    np.testing.assert_array_equal(mask.attended_keys(T, S), want.any(0)[None] if T else np.zeros((1, S), bool))
+    np.testing.assert_array_equal(mask.attending_queries(T, S), want.any(1)[:, None])
     assert mask.at((3, 1)) is mask
     assert mask.shape(T, S) == (T, S)
 
@@ -203,7 +203,7 @@ def test_a_mask_is_in_the_library_of_the_arrays_and_does_not_change(xp):
     got = mask.dense(5, 5, like)
     assert type(got) is type(like)
     np.testing.assert_array_equal(xp.back(got), want)
-    assert type(mask.seen(5, 5, like)) is type(mask.seeing(5, 5, like)) is type(like)
+    assert type(mask.attended_keys(5, 5, like)) is type(mask.attending_queries(5, 5, like)) is type(like)
     for array in (mask.start, mask.stop):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1

@@ -91,7 +91,7 @@ def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
     monkeypatch.setattr(few, "BLOCK", 3)
     monkeypatch.setattr(tiles, "ROWS", 4)
     monkeypatch.setattr(tiles, "COLS", 3)
-    options = {"cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
+    options = {"softcap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
     problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
     assert problem.G * problem.T <= few.ROWS
     for got, want in zip(both(problem, "float64", TILED), both(problem, "float64", REFERENCE), strict=True):

@@ -7,7 +7,7 @@
 
 What differs. Equinox has no batch axis, and batches come of `jax.vmap`; here (..., T, C) is one call. A weight is
 (H·D, C) and that of the output (O, H·E), head after head: reshapes, without a copy. Each of the four biases is there or
-not, by itself, and not by default. Dropout and `process_heads` are the call's: `keep=` here takes the place of the
+not, by itself, and not by default. Dropout and `process_heads` are the call's: `dropout=` here takes the place of the
 one, and of the other `rotary=` where it is `RotaryPositionalEmbedding`, whose pairs are "half".
 
 A mask is True = attend, (T, S) or (H, T, S), as here. A query that may see no key has the mean of the values in

@@ -1,21 +1,21 @@
 """`flax.nnx.MultiHeadAttention`: its parameters, in funcmha's words and back.
 
     params = from_module(module)                                   # or from_state(nnx.state(module, nnx.Param))
-    y, cache = mha(params, inputs_q, inputs_k, inputs_v, mask=mask, norm=Layer(1e-6))
+    y, cache = mha(params, inputs_q, inputs_k, inputs_v, mask=mask, qk_norm=LayerNorm(1e-6))
     dparams, *_ = mha_vjp(cache, dy)
     to_state(dparams)                                              # {"query": {"kernel": …}, …}: what nnx.grad returns
     nnx.update(module, to_state(params))
 
 What differs. A kernel of flax is (C, H, D), and that of the output (H, D, O): transposes, which are views in NumPy.
-With `normalize_qk` there are q_norm.w and k_norm.w, and `norm=Layer(1e-6)` is to be passed, as funcmha's own eps is
-another; without it, neither. What `decode` and dropout keep in the module are no parameters, so the state is to be
+With `normalize_qk` there are q_norm.w and k_norm.w, and `qk_norm=LayerNorm(1e-6)` is to be passed, as funcmha's own eps
+is another; without it, neither. What `decode` and dropout keep in the module are no parameters, so the state is to be
 `nnx.state(module, nnx.Param)`; a call with `decode=True` is `self_attention_step`, of one token. `dtype`, which flax
 computes with whatever the parameters are, is theirs here. The parameters of `flax.linen` have the same names.
 
 Masks are True = attend and broadcast to (..., H, T, S), as here; `is_causal=True` is `masks.causal()`. A query that may
 see no key has the mean of the values in flax, and here out's bias. flax's default path has a softmax of float32 even in
 float64; with `sow_weights=True` it keeps the dtype. Its dropout has one mask for all of the batch and heads, and so
-takes `keep` (T, S) here; with `broadcast_dropout=False`, (B, H, T, S).
+takes a mask (T, S) here, `dropout=masked(keep, rate)`; with `broadcast_dropout=False`, (B, H, T, S).
 
 flax is not imported.
 """

@@ -9,7 +9,7 @@
 What differs. **Keras takes the value before the key.** A kernel is (C, H, D), and (H, E, O) that of the output:
 transposes, which NumPy has as views. A gate (`use_gate`) has no place in funcmha, nor has an output of several axes.
 Of inputs (B, X, T, C) Keras attends over X and T together, which here is one axis X·T, unless `attention_axes=2` says
-that X is batch, as it is here. Dropout is the call's, `keep=`, and `flash_attention` a way to the same numbers.
+that X is batch, as it is here. Dropout is the call's, `dropout=`, and `flash_attention` a way to the same numbers.
 
 Masks are True = attend, but (B, T, S), where funcmha reads three axes as (H, T, S): `masks` puts the axis of heads in.
 `sliding_window` counts the query itself, so that 3 sees two before it *and* two behind, unless causality forbids. A

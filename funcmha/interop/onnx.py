@@ -103,9 +103,9 @@ def attention(
     structured = _structured(is_causal, left_window_size, right_window_size, offset, there)
     mask, bias = _mask_and_bias(attn_mask, structured, keys.shape[-2], opset)
     q, k, v, bias = (_computed(x, softmax_precision) for x in (q, keys, values, bias))
-    cap = None if softcap == 0 else softcap
-    o, heads = engines.attention(q, k, v, bias, mask=mask, scale=scale, cap=cap)
-    qk, shown = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), mask=mask, scale=scale, cap=cap)
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": None if softcap == 0 else softcap}
+    o, heads = engines.attention(q, k, v, bias, **options)
+    qk, shown = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), **options)
 
     Y, qk = narrow(_as_given(o, Q), Q.dtype), narrow(qk, Q.dtype)
     return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, shown)
@@ -137,7 +137,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
 
 
 def _qk_matmul_output(
-    mode: int | None, heads: Any, inputs: tuple[Array, ...], *, mask: Any, scale: Any, cap: Any
+    mode: int | None, heads: Any, inputs: tuple[Array, ...], *, mask: Any, scale: Any, softcap: Any
 ) -> tuple[Array, ScoresCache | Weights | None]:
     """The fourth output (B, H, T, S), and the cache of its own that its gradient needs"""
     q, k, bias = inputs
@@ -146,9 +146,9 @@ def _qk_matmul_output(
     if mode == 0:
         return scores(q, k, scale=scale)
     if mode == 1:
-        return scores(q, k, scale=scale, cap=cap)
+        return scores(q, k, scale=scale, softcap=softcap)
     if mode == 2:
-        return scores(q, k, bias, mask=mask, scale=scale, cap=cap)
+        return scores(q, k, bias, mask=mask, scale=scale, softcap=softcap)
     return attention_weights(heads), Weights()
 
 

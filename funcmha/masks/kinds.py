@@ -47,12 +47,12 @@ class Band(Mask):
         least, greatest = self.diagonals
         return int(max(0, rows[0] + least)), int(min(S, rows[1] + greatest))
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         start, stop = self.columns((0, T), S)
         keys = np.arange(S)
         return to_library(((start <= keys) & (keys < stop))[None], like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         i, (least, greatest) = np.arange(T), self.diagonals
         return to_library(((i >= -greatest) & (i < S - least) & (S > 0))[:, None], like)
 
@@ -88,12 +88,12 @@ class Bands(Mask):
         some = [(start, stop) for start, stop in (band.columns(rows, S) for band in self.bands) if start < stop]
         return (min(start for start, _ in some), max(stop for _, stop in some)) if some else (0, 0)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        seen = [self.at(index).seen(T, S) for index in np.ndindex(self.offset.shape)]
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+        seen = [self.at(index).attended_keys(T, S) for index in np.ndindex(self.offset.shape)]
         return to_library(np.array(seen, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
-        seeing = [self.at(index).seeing(T, S) for index in np.ndindex(self.offset.shape)]
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
+        seeing = [self.at(index).attending_queries(T, S) for index in np.ndindex(self.offset.shape)]
         return to_library(np.array(seeing, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
@@ -172,12 +172,12 @@ class Segments(Mask):
             seen |= np.isin(k, q)
         return _span(seen)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         seen = [np.isin(k, q) for q, k in self._samples((0, T), (0, S))]
         shape = self._shape(T, S)
         return to_library(np.array(seen).reshape(*shape[:-2], 1, S), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         seeing = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
         return to_library(np.array(seeing, bool).reshape(*self._shape(T, S)[:-1], 1), like)
 
@@ -223,12 +223,12 @@ class Spans(Mask):
         some = start < stop
         return int(start[some].min(initial=S)), int(stop[some].max(initial=0))
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
         seen = (np.cumsum(opened - closed) > 0)[None, :S]
         return to_library(seen, like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return to_library((self.start < self.stop)[:, None], like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:

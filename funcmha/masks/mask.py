@@ -60,20 +60,20 @@ class Mask(ABC):
         start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
         return (start, stop) if start < stop else (0, 0)
 
-    def seen(self, T: int, S: int, like: Array = None) -> Array:
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         """The keys that any query sees: the rows of `dense(T, S, like)` joined into one by or, at the cost of one.
 
         An array costs all its rows. An intersection says what each part sees, which may be more than all of them do.
         """
-        return self._seen(T, S, like)
+        return self._attended_keys(T, S, like)
 
-    def seeing(self, T: int, S: int, like: Array = None) -> Array:
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         """The queries that see any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
 
         Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
         array costs all its columns, and an intersection with one outside NumPy is made whole.
         """
-        return self._seeing(T, S, like)
+        return self._attending_queries(T, S, like)
 
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
@@ -106,10 +106,10 @@ class Mask(ABC):
     def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
         return self._tile((0, 1), (0, S), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:  # of the same
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:  # of the same
         return to_library(self._tile((0, 1), (0, S), None).any(axis=-1, keepdims=True), like)
 
     @abstractmethod
@@ -144,10 +144,10 @@ class Dense(Mask):
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return self._any(-2, T, S, like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return self._any(-1, T, S, like)
 
     def _any(self, axis: int, T: int, S: int, like: Array) -> Array:
@@ -187,14 +187,14 @@ class Intersection(Mask):
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        return reduce(and_, (part.seen(T, S, like) for part in self.parts))
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+        return reduce(and_, (part.attended_keys(T, S, like) for part in self.parts))
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
             whole = self._tile((0, T), (0, S), like)
             return namespace(whole).any(whole, axis=-1, keepdims=True)
-        may = reduce(and_, (part.seeing(T, S) for part in self.parts))
+        may = reduce(and_, (part.attending_queries(T, S) for part in self.parts))
         return to_library(self._found(np.broadcast_to(may, (*self._shape(T, S)[:-1], 1)), S), like)
 
     def _found(self, may: np.ndarray, S: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from funcmha import _check
 from funcmha._bias import bias_of_heads, bias_of_sample, on_bias
 from funcmha._doors import blank_keys, blank_queries, check_attention
 from funcmha._xp import Array, narrow, of_heads, of_sample, widen
-from funcmha.biases import Relative
-from funcmha.dropout import Seeded
+from funcmha.biases import RelativeBias
+from funcmha.dropout import Masked, Seeded
 from funcmha.masks import Mask, Range
 from funcmha.ops import attention_weights, cut_heads, cut_sample, log_sum_exp
 
@@ -30,7 +30,7 @@ class AttentionCache(NamedTuple):
     q: Array  # (..., H, T, D), 0 at the queries that may see no key
     k: Array  # (..., K, S, D), 0 at the keys that nobody may see
     v: Array  # (..., K, S, E), 0 at the keys that nobody may see
-    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    bias: Array | RelativeBias  # broadcasts to (..., H, T, S), or None
     sink: Array  # (H,), or () without a head axis, or None
     o: Array  # (..., H, T, E)
     total: Array  # (..., H, T), Σ 2^(s − c) and the sink's share, 0 where no key is seen and there is no sink
@@ -38,7 +38,7 @@ class AttentionCache(NamedTuple):
     keep: Array | Seeded  # broadcasts to (..., H, T, S), or None
     mask: Mask | None
     scale: Array | float  # of every head, or (H,)
-    cap: Array | float | None  # of every head, or (H,)
+    softcap: Array | float | None  # of every head, or (H,)
     rate: float
 
 
@@ -46,22 +46,21 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     sink: Array = None,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    softcap: float | Sequence[float] | None = None,
+    dropout: Masked | Seeded | None = None,
 ) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     as `funcmha.ops.attention`
 
     Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
     """
-    mask, scale, cap, rate = check_attention(q, k, v, bias, sink, mask, scale, cap, keep, rate)
+    mask, scale, softcap = check_attention(q, k, v, bias, sink, mask, scale, softcap, dropout)
     if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
         raise TypeError(f"q must be a real NumPy array for the tiled engine, got {type(q).__name__} of {q.dtype}")
 
@@ -69,9 +68,10 @@ def attention(
     q, k, v, bias, sink = widen(q), widen(k), widen(v), on_bias(_in_range, on_bias(widen, bias)), widen(sink)
     q, k, v = blanked(q, k, v, mask)
     k = _in_rows(k)
+    keep, rate = (dropout.keep if isinstance(dropout, Masked) else dropout), 0.0 if dropout is None else dropout.rate
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     total, shift = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
-    cache = AttentionCache(q, k, v, bias, sink, o, total, shift, keep, mask, scale, cap, rate)
+    cache = AttentionCache(q, k, v, bias, sink, o, total, shift, keep, mask, scale, softcap, rate)
     with threads.single_threaded_blas():
         shifted = _forward(_Views.of(cache))
     return narrow(o, dtype), cache if shifted else cache._replace(shift=None)
@@ -113,11 +113,11 @@ def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias, x = None, _Views.again(cache)
     if bias is not None:
-        of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
+        of_bias = RelativeGradient if isinstance(bias, RelativeBias) else BiasGradient
         dbias = of_bias(bias, (*q.shape[:-1], k.shape[-2]))
     dsink = np.zeros(x.q.shape[:-2], q.dtype)
     inverse = np.where(x.total == 0, 0.0, 1 / np.where(x.total == 0, 1.0, x.total))[..., None]
-    seeing = None if cache.mask is None else cache.mask.seeing(q.shape[-2], k.shape[-2])
+    seeing = None if cache.mask is None else cache.mask.attending_queries(q.shape[-2], k.shape[-2])
     given = (_with_head(blank_queries(do, seeing)), _with_head(dweights), _with_head(dlse, 1))
     with threads.single_threaded_blas():
         _backward(_Backward(x, inverse, *given, _with_head(dq), _with_head(dk), _with_head(dv), dbias, dsink))
@@ -137,8 +137,8 @@ def blanked(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Arr
     if mask is None:
         return q, k, v
     T, S = q.shape[-2], k.shape[-2]
-    seen = mask.seen(T, S)
-    return blank_queries(q, mask.seeing(T, S)), blank_keys(k, seen), blank_keys(v, seen)
+    seen = mask.attended_keys(T, S)
+    return blank_queries(q, mask.attending_queries(T, S)), blank_keys(k, seen), blank_keys(v, seen)
 
 
 def _in_rows(k: Array) -> Array:
@@ -165,10 +165,10 @@ def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
         o=cache.o[..., h, :, :],
         total=cache.total[..., h, :],
         shift=None if cache.shift is None else cache.shift[..., h, :],
-        keep=cache.keep.heads(h.start) if isinstance(cache.keep, Seeded) else of_heads(cache.keep, h),
+        keep=cache.keep.heads(h) if isinstance(cache.keep, Seeded) else of_heads(cache.keep, h),
         mask=None if cache.mask is None else cache.mask.heads(h.start, h.stop),
         scale=cache.scale[h] if isinstance(cache.scale, np.ndarray) else cache.scale,
-        cap=cache.cap[h] if isinstance(cache.cap, np.ndarray) else cache.cap,
+        softcap=cache.softcap[h] if isinstance(cache.softcap, np.ndarray) else cache.softcap,
     )
 
 
@@ -194,7 +194,7 @@ class _Views(NamedTuple):
     q: Array  # (..., H, T, D)
     k: Array  # (..., K, S, D)
     v: Array  # (..., K, S, E)
-    bias: Array  # (..., H, T, S), or (..., H, T + S − 1) of a `Relative`, or None
+    bias: Array  # (..., H, T, S), or (..., H, T + S − 1) of a `RelativeBias`, or None
     sink: Array  # (H,) or None
     o: Array  # (..., H, T, E)
     total: Array  # (..., H, T)
@@ -202,7 +202,7 @@ class _Views(NamedTuple):
     keep: Array | Seeded  # (..., H, T, S) or None
     mask: Mask | None
     scale: Array  # (H,)
-    cap: Array  # (H,) or None
+    softcap: Array  # (H,) or None
     rate: float
 
     @staticmethod
@@ -223,21 +223,23 @@ class _Views(NamedTuple):
         q, k, v, o = (_with_head(a) for a in (cache.q, cache.k, cache.v, cache.o))
         scores, (*batch, H, _, _) = (*q.shape[:-1], k.shape[-2]), q.shape
         bias = cache.bias
-        if isinstance(bias, Relative):
+        if isinstance(bias, RelativeBias):
             bias = np.broadcast_to(bias.values, (*batch, H, bias.values.shape[-1]))
         elif bias is not None:
             bias = np.broadcast_to(bias, scores)
         keep = (
             cache.keep if cache.keep is None or isinstance(cache.keep, Seeded) else np.broadcast_to(cache.keep, scores)
         )
-        sink, scale, cap = (None if a is None else np.broadcast_to(a, H) for a in (cache.sink, cache.scale, cache.cap))
+        sink, scale, softcap = (
+            None if a is None else np.broadcast_to(a, H) for a in (cache.sink, cache.scale, cache.softcap)
+        )
         total, shift = _with_head(cache.total, 1), _with_head(cache.shift, 1)
-        return _Views(q, k, v, bias, sink, o, total, shift, keep, cache.mask, scale, cap, cache.rate)
+        return _Views(q, k, v, bias, sink, o, total, shift, keep, cache.mask, scale, softcap, cache.rate)
 
     def head(self, b: tuple[int, ...], h: int) -> Head:
         """Head h of sample b."""
         kv, keep = h // (self.q.shape[-3] // self.k.shape[-3]), self.keep
-        sink, cap = (None if a is None else float(a[h]) for a in (self.sink, self.cap))
+        sink, softcap = (None if a is None else float(a[h]) for a in (self.sink, self.softcap))
         return Head(
             self.q[(*b, h)],
             self.k[(*b, kv)],
@@ -249,7 +251,7 @@ class _Views(NamedTuple):
             h,
             keep if keep is None or isinstance(keep, Seeded) else keep[(*b, h)],
             float(self.scale[h]),
-            cap,
+            softcap,
             self.rate,
         )
 

@@ -86,7 +86,7 @@ class _Forward(NamedTuple):
         acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
         for tile in head.all_tiles(rows):
             i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
-            slope = None if head.cap is None else scratch("slope", tile.shape, q.dtype)
+            slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
             e = head.exponentials(q[i], tile, None if shift is None else shift[i], slope)
             ez = self.scores(head_dot, tile, left[i], right[j], slope)
             ez *= e

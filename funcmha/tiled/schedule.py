@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from funcmha._xp import Array, unbroadcast
-from funcmha.biases import Relative, diagonal_sums, diagonals
+from funcmha.biases import RelativeBias, diagonal_sums, diagonals
 
 from . import tiles
 from .tiles import Head, Tile, blocks, columns
@@ -32,9 +32,9 @@ def steps(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) 
 
 
 class RelativeGradient:
-    """The gradient of a `Relative`, tile by tile. Tiles of a step share diagonals: what they give is added after it."""
+    """The gradient of a `RelativeBias`, tile by tile. Tiles of a step share diagonals: they are added after it."""
 
-    def __init__(self, bias: Relative, scores: tuple[int, ...]) -> None:
+    def __init__(self, bias: RelativeBias, scores: tuple[int, ...]) -> None:
         self.T, self.sums_samples = scores[-2], False  # `settle` keeps the order
         self.sum = np.zeros_like(bias.values)
         self.given: dict[Any, Array] = {}
@@ -52,9 +52,9 @@ class RelativeGradient:
             whole[place][diagonals(rows, cols, self.T)] += sums
         self.given.clear()
 
-    def total(self) -> Relative:
+    def total(self) -> RelativeBias:
         """The gradient."""
-        return Relative(self.sum)
+        return RelativeBias(self.sum)
 
 
 class BiasGradient:

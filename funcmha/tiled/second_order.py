@@ -19,7 +19,7 @@ from funcmha._bias import Bias, on_bias
 from funcmha._doors import blank_queries
 from funcmha._tangents import Cotangents, check_cotangents, check_tangents
 from funcmha._xp import Array, narrow
-from funcmha.biases import Relative
+from funcmha.biases import RelativeBias
 
 from . import threads
 from .attention import AttentionCache, _total_sink, _Views, _with_head
@@ -45,13 +45,13 @@ def attention_vjp_jvp(
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.second.attention_vjp_jvp`"""
     y = check_cotangents(cache, do, do_dot, dlse, dlse_dot, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     if cache.mask is not None:
-        seeing = cache.mask.seeing(cache.q.shape[-2], cache.k.shape[-2])
+        seeing = cache.mask.attending_queries(cache.q.shape[-2], cache.k.shape[-2])
         y = y._replace(do=blank_queries(y.do, seeing), do_dot=blank_queries(y.do_dot, seeing))
     dot = check_tangents(cache, q_dot, k_dot, v_dot, bias_dot, sink_dot)
     x, bias = _Views.again(cache), cache.bias
     cache = cache._replace(total=x.total.reshape(cache.total.shape))
     dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in cache[:3])
-    of_bias = RelativeGradient if isinstance(bias, Relative) else BiasGradient
+    of_bias = RelativeGradient if isinstance(bias, RelativeBias) else BiasGradient
     dbias = None if bias is None else of_bias(bias, (*cache.q.shape[:-1], cache.k.shape[-2]))
     rows = _Rows.of(cache, y, *attention_jvp(cache, *dot))
     views = tangent_views(cache, dot)
@@ -125,12 +125,12 @@ class _Second(NamedTuple):
 
 
 def _soft_cap(head: Head, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
-    """slope = 1 − tanh(u / cap)²     slope˙ = −2 tanh(u / cap) slope u̇ / cap"""
-    if head.cap is None:
+    """slope = 1 − tanh(u / softcap)²     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap"""
+    if head.softcap is None:
         return 1.0, 0.0
     t = np.tanh((head.unit * q) @ k.T)
     slope = 1 - t * t
-    return slope, -2 * t * slope * (u_dot / head.cap)
+    return slope, -2 * t * slope * (u_dot / head.softcap)
 
 
 def _change(head_dot: Head, tile: Tile, u_dot: Array, slope: Any) -> Array:

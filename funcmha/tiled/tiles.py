@@ -48,28 +48,28 @@ class Head(NamedTuple):
     q: Array  # (T, D)
     k: Array  # (S, D)
     v: Array  # (S, E)
-    bias: Array  # (T, S), or (T + S − 1) as of a `Relative`, or None
+    bias: Array  # (T, S), or (T + S − 1) as of a `RelativeBias`, or None
     sink: float | None  # a score of −∞ is as good as none
     mask: Mask | None  # (T, S), or with a head axis
     sample: int  # which one
     h: int  # which head of it
     keep: Array | Seeded  # (T, S), or by the sample and the head, or None
     scale: float
-    cap: float | None
+    softcap: float | None
     rate: float
 
     @property
     def unit(self) -> float:
-        """What q is multiplied by before its products with the keys, for these to be s, z less the bias, or u / cap"""
-        if self.cap is not None:
-            return self.scale / self.cap
+        """What q is multiplied by before its products with the keys, to give s, z less the bias, or u / softcap"""
+        if self.softcap is not None:
+            return self.scale / self.softcap
         return self.scale * LOG2E if self.bias is None else self.scale
 
     @property
     def scale_by_unit(self) -> float:
         """Also where the scale is 0"""
-        if self.cap is not None:
-            return self.cap
+        if self.softcap is not None:
+            return self.softcap
         return LN2 if self.bias is None else 1.0
 
     def columns(self, rows: Range) -> Range:
@@ -92,7 +92,7 @@ class Head(NamedTuple):
         return found
 
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
-        """s = log₂e · (cap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ    q (R, D), of these rows, times `unit`
+        """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ   q (R, D) of the rows, times `unit`
 
         Into `slope`, where it is given, goes what the soft cap's gradient is multiplied by, 1 − tanh².
         """
@@ -101,11 +101,11 @@ class Head(NamedTuple):
 
     def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
         """`scores` from the product with the keys, in its place"""
-        if self.cap is not None:
+        if self.softcap is not None:
             np.tanh(s, out=s)
             if slope is not None:
                 np.subtract(1.0, np.multiply(s, s, out=slope), out=slope)
-            s *= self.cap * LOG2E if self.bias is None else self.cap
+            s *= self.softcap * LOG2E if self.bias is None else self.softcap
         if self.bias is not None:  # before log₂e, whose rounding would be that of a large bias, however small the sum
             s += self.bias_of(tile)
             s *= LOG2E
@@ -182,8 +182,8 @@ def forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Arra
     """o (R, E), the sums of exponentials, the sink's included (R), and the shift of the rows (R) or None"""
     q = head.unit * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
-    if head.cap is not None or head.bias is not None:
-        m = LOG2E * (m if head.cap is None else head.cap * np.minimum(m, 1.0))
+    if head.softcap is not None or head.bias is not None:
+        m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
     shift, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
         total, acc = _sums(head, q, rows, all_tiles, shift)
@@ -294,7 +294,7 @@ def backward(
     v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
     """
     (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
-    slope = None if head.cap is None else scratch("slope", tile.shape, dtype)
+    slope = None if head.softcap is None else scratch("slope", tile.shape, dtype)
     e = head.exponentials(x.q, tile, x.shift, slope)
     dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=scratch("n", (N, E), dtype))
     if head.keep is None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from funcmha import _check, masks
 from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
-from funcmha.biases import Relative, alibi_slopes, dense, distances
+from funcmha.biases import RelativeBias, alibi_slopes, dense, distances
+from funcmha.dropout import Masked, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask
 from funcmha.ops import _per_key_head, _per_query_head, log_sum_exp
@@ -79,7 +80,7 @@ def sdpa(
     _check.flag("use_alibi_mask", use_alibi_mask)
     if use_alibi_mask and right != 0:
         raise ValueError(f"diagonal_band_right_bound must be 0 with use_alibi_mask, got {right!r}")
-    keep, rate = _check_dropout(axes, dropout)
+    kept = _check_dropout(axes, dropout)
 
     dtype = q.dtype
     mask, q, kh, vh = _within(axes, lengths, band), widen(q), widen(k), widen(v)
@@ -87,7 +88,7 @@ def sdpa(
         kh, vh = _per_query_head(kh, q), _per_query_head(vh, q)
     added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
     sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
-    o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, keep=keep, rate=rate)
+    o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, dropout=kept)
     return narrow(o, dtype), SdpaCache(inner, k, v, bias, sink_token)
 
 
@@ -121,11 +122,11 @@ def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
     return LOG2E * lse if log2 else lse
 
 
-def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative:
+def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | RelativeBias:
     """bias + slope · (j − i): in linear memory if there is no bias"""
     T, S = axes["S_q"], axes["S_kv"]
     values = alibi_slopes(axes["H_q"])[:, None] * distances(T, S)
-    relative = Relative(narrow(from_host(values, like), like.dtype))
+    relative = RelativeBias(narrow(from_host(values, like), like.dtype))
     return relative if bias is None else bias + dense(relative, T, S)
 
 
@@ -240,10 +241,10 @@ def _check_bound(name: str, x: Any) -> int | None:
     return None if x is None else _check.integer(name, x, or_else=" or None")
 
 
-def _check_dropout(axes: _check.Axes, dropout: Any) -> tuple[Array, float]:
-    """The mask as booleans, True = keep, and the rate whose 1 / (1 − rate) is the scale."""
+def _check_dropout(axes: _check.Axes, dropout: Any) -> Masked | None:
+    """The mask as booleans, True = keep, with the rate whose 1 / (1 − rate) is the scale."""
     if dropout is None:
-        return None, 0.0
+        return None
     if not isinstance(dropout, tuple) or len(dropout) != 2:
         raise TypeError(
             "dropout must be (mask, scale): only cuDNN can draw the mask of (probability, seed, offset); "
@@ -259,4 +260,4 @@ def _check_dropout(axes: _check.Axes, dropout: Any) -> tuple[Array, float]:
         mask = mask != 0
     if (scale := _check.number("dropout[1]", scale)) < 1:
         raise ValueError(f"dropout[1] must be 1 / (1 − p) and so at least 1, got {scale}")
-    return mask, 1 - 1 / scale
+    return masked(mask, 1 - 1 / scale)

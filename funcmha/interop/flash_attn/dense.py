@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._doors import check_rate
 from funcmha._qk import heads_first, heads_last
 from funcmha._xp import Array, namespace, narrow, outline, widen
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
-from funcmha.dropout import Seeded
+from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask
 
@@ -39,7 +38,7 @@ class Scores(NamedTuple):
     left: int | None  # None is no bound
     right: int | None  # 0 where causal
     chunk: int  # 0 is none
-    cap: float | None
+    softcap: float | None
 
     @property
     def positional(self) -> bool:
@@ -154,9 +153,8 @@ def flash_attn_func(
     check_tokens(axes, {"q": (q, "B T H D"), "k": (k, "B S K D"), "v": (v, "B S K E"), "qv": (qv, "B T H E")})
     listed = check_listed(axes, gather_kv_indices, "B T")
     check_per_head(axes, q, alibi_slopes, learnable_sink)
-    rate = check_dropout(axes, keep, dropout_p)
-    drop = {"keep": keep, "rate": rate}
-    out, cache = attend(q, k, v, alibi_slopes, learnable_sink, qv, scores=scores, listed=listed, **drop)
+    inputs, dropout = (q, k, v, alibi_slopes, learnable_sink, qv), check_dropout(axes, keep, dropout_p)
+    out, cache = attend(*inputs, scores=scores, listed=listed, dropout=dropout)
     return narrow(out, q.dtype), cache
 
 
@@ -176,7 +174,7 @@ def flash_attn_func_vjp(
 
 
 def attend(
-    q: Array, k: Array, v: Array, slopes: Array, sink: Array, qv: Array, /, *, scores: Scores, listed: Any, **drop: Any
+    q: Array, k: Array, v: Array, slopes: Array, sink: Array, qv: Array, /, *, scores: Scores, listed: Any, dropout: Any
 ) -> tuple[Array, FlashAttnFuncCache]:
     """out = attention([q, qv], [k, v], v, −slopes |i + S − T − j|, sink), unchecked and not yet rounded
     q (..., T, H, D)   k (..., S, K, D)   v (..., S, K, E)   slopes (H,) or (..., H)   sink (H,)   qv (..., T, H, E)
@@ -190,8 +188,9 @@ def attend(
     if qv is not None:
         xp = namespace(rows)
         rows, keys = xp.concat([rows, heads_first(widen(qv))], axis=-1), xp.concat([keys, values], axis=-1)
-    static: dict[str, Any] = {"mask": scores.mask(T, S, listed), "scale": scores.scale, "cap": scores.cap, **drop}
-    o, cache = attention(rows, keys, values, bias, widen(sink), **static)
+    mask, scale, softcap = scores.mask(T, S, listed), scores.scale, scores.softcap
+    inputs = rows, keys, values, bias, widen(sink)
+    o, cache = attention(*inputs, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
     return heads_last(o), FlashAttnFuncCache(slopes, sink, of_slopes, cache, D)
 
 
@@ -248,10 +247,17 @@ def check_listed(axes: _check.Axes, gather_kv_indices: Any, symbols: str) -> np.
     return listed
 
 
-def check_dropout(axes: _check.Axes, keep: Any, dropout_p: Any) -> float:
-    """The rate: of a mask with a probability, of a seed, which has its own, or 0."""
-    if not isinstance(keep, Seeded):
-        _check.boolean("keep", keep, "True = keep")
-        axes.broadcast("keep", _check.shape_of(keep), "B H T S")
+def check_dropout(axes: _check.Axes, keep: Any, dropout_p: Any) -> Masked | Seeded | None:
+    """A mask with its probability, a seed, which has its own, or neither."""
     p = _check.number("dropout_p", dropout_p, 0.0, 1.0)
-    return check_rate("dropout_p", p if p > 0 else None, keep)
+    if isinstance(keep, Seeded):
+        if p not in (0.0, keep.rate):
+            raise ValueError(f"dropout_p must be left out, as keep has rate={keep.rate}, got {p}")
+        return keep
+    _check.boolean("keep", keep, "True = keep")
+    axes.broadcast("keep", _check.shape_of(keep), "B H T S")
+    if keep is None and p > 0:
+        raise ValueError(f"keep must be given with dropout_p={p}: dropout takes its mask as an input")
+    if keep is not None and p == 0:
+        raise ValueError("dropout_p must be given with keep: what is kept is divided by 1 − dropout_p")
+    return None if keep is None else Masked(keep, p)

@@ -12,7 +12,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._xp import Array, from_host, full, namespace, narrow, of_sample, outline, unbroadcast, widen
-from funcmha.dropout import Seeded
+from funcmha.dropout import Masked, Seeded
 from funcmha.ops import INF, attention_weights, log_sum_exp
 
 from .dense import (
@@ -96,9 +96,8 @@ def flash_attn_varlen_func(
     rows, keys = _keys(axes, table, cu_seqlens_k, seqused_k)
     T, S = longest(axes, "q", max_seqlen_q, queries), longest(axes, "k", max_seqlen_k, keys)
     check_per_head(axes, q, alibi_slopes, learnable_sink)
-    drop: dict[str, Any] = {"keep": keep, "rate": check_dropout(axes, keep, dropout_p)}
-    at = Sequences(queries, keys, (T, S), rows, listed)
-    return attend_each(q, k, v, alibi_slopes, learnable_sink, qv, at=at, scores=scores, **drop)
+    inputs, dropout = (q, k, v, alibi_slopes, learnable_sink, qv), check_dropout(axes, keep, dropout_p)
+    return attend_each(*inputs, at=Sequences(queries, keys, (T, S), rows, listed), scores=scores, dropout=dropout)
 
 
 def flash_attn_varlen_func_vjp(
@@ -137,8 +136,7 @@ def attend_each(
     *,
     at: Sequences,
     scores: Scores,
-    keep: Array | Seeded = None,
-    rate: float = 0.0,
+    dropout: Masked | Seeded | None = None,
 ) -> tuple[Array, FlashAttnVarlenFuncCache]:
     """out[queries b] = attend(q[queries b], k[keys b], v[keys b], slopes[b], sink, qv[queries b]), unchecked
     q (N, H, D) or (B, T, H, D)   k (M, K, D) or (P, L, K, D)   v (M, K, E) or (P, L, K, E)   slopes (H,) or (B, H)
@@ -153,8 +151,8 @@ def attend_each(
     for b, (i, j) in enumerate(at.slices()):
         inputs = queries[i, ...], keys[j, ...], values[j, ...], of_sample(slopes, (b,), 1), sink
         own = None if qv is None else of_values[i, ...]
-        drop = _keep_of(keep, b, i.stop - i.start, j.stop - j.start)
-        out, cache = attend(*inputs, own, scores=scores, listed=at.listed_by(i), keep=drop, rate=rate)
+        drop = _dropout_of(dropout, b, i.stop - i.start, j.stop - j.start)
+        out, cache = attend(*inputs, own, scores=scores, listed=at.listed_by(i), dropout=drop)
         outs.append(out)
         parts.append(cache)
     of_q, of_k, of_v, of_qv = (widen(outline(x)) for x in (q, k, v, qv))
@@ -256,13 +254,13 @@ def _uses(rows: np.ndarray, N: int) -> np.ndarray:
     return found
 
 
-def _keep_of(keep: Array | Seeded, b: int, T: int, S: int) -> Array | Seeded:
+def _dropout_of(dropout: Masked | Seeded | None, b: int, T: int, S: int) -> Masked | Seeded | None:
     """Of one sequence: the upper left T × S of its booleans."""
-    if keep is None or isinstance(keep, Seeded):
-        return keep if keep is None else keep.sample(b)
-    own = of_sample(keep, (b,))
-    own = namespace(own).reshape(own, (*(1,) * (2 - own.ndim), *own.shape))
-    return own[..., : T if own.shape[-2] > 1 else 1, : S if own.shape[-1] > 1 else 1]
+    if dropout is None or isinstance(dropout, Seeded):
+        return dropout if dropout is None else dropout.sample(b)
+    keep = of_sample(dropout.keep, (b,))
+    keep = namespace(keep).reshape(keep, (*(1,) * (2 - keep.ndim), *keep.shape))
+    return Masked(keep[..., : T if keep.shape[-2] > 1 else 1, : S if keep.shape[-1] > 1 else 1], dropout.rate)
 
 
 def _placed(parts: Any, spans: np.ndarray, shape: tuple[int, ...], like: Array, fill: float = 0.0) -> Array:

@@ -10,14 +10,14 @@ qwen2_moe, qwen3, qwen3_moe, gpt_oss, phi3 (Phi-4 too), smollm3, granite, olmo, 
 stablelm; and what their configs say of attention, each kind of rope included.
 
 What differs. `sliding_window` counts the query itself: W there is `window(W - 1, 0)` here. Rotary pairs are as they are
-there, so nothing is permuted. Gemma 3's norms have the weight 1 + w: `Rms(offset=1)`. GPT-2 stores its matrices
+there, so nothing is permuted. Gemma 3's norms have the weight 1 + w: `RMSNorm(offset=1)`. GPT-2 stores its matrices
 transposed, and q, k and v in one; Phi-3 stores them in one.
 
 Angles, norms and softmax are computed in float32 there, whatever the dtype (GPT-2 alone has none of these); here in
 the dtype of x, and angles in float64. So with float64 the outputs of a small Llama differ by 2e-7, and by 1e-3 at
 position 100,000, where a float32 angle is off by 2⁻²⁴ of the position. Half precision is computed in float32 here, and
 rounded once. A query that may see no key (padding before the text) gives out_proj.bias here; there the mean of all
-values, but for GPT-OSS. Dropout is the caller's: `keep=seeded(seed, config.attention_dropout)`.
+values, but for GPT-OSS. Dropout is the caller's: `dropout=seeded(seed, config.attention_dropout)`.
 
 Two kinds of rope depend on the length of the text, "dynamic" and "longrope". Here that is the length that `options` is
 told, and all keys are turned for it; there, keys in a cache stay turned for the length that they came at, and "dynamic"

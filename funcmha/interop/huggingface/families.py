@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from funcmha import _check
-from funcmha.norms import Rms
+from funcmha.norms import RMSNorm
 
 from .defaults import DEFAULTS, SHARED, YARN
 
@@ -87,10 +87,10 @@ def scale(c: dict[str, Any], n: int) -> float:
     return float(plain / (n + 1) if c["scale_attn_by_inverse_layer_idx"] else plain)
 
 
-def norm(c: dict[str, Any]) -> Rms | None:
+def norm(c: dict[str, Any]) -> RMSNorm | None:
     """The norm of queries and keys."""
     offset = NORM_OFFSET.get(c["model_type"])
-    return None if offset is None else Rms(c["rms_norm_eps"], offset)
+    return None if offset is None else RMSNorm(c["rms_norm_eps"], offset)
 
 
 def leaves(c: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from funcmha import _check
 from funcmha._xp import Array
 from funcmha.interop._tensors import to_array
 from funcmha.masks import Mask, intersection, padding, window
-from funcmha.norms import Rms
+from funcmha.norms import RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import Rotary
 
@@ -20,8 +20,8 @@ class Layer(NamedTuple):
 
     params: Params
     scale: float
-    cap: float | None
-    norm: Rms | None  # of queries and keys
+    softcap: float | None
+    qk_norm: RMSNorm | None  # of queries and keys
     rope: ropes.Rope | None  # rotary positions; None where nothing turns
     left: int | None  # how many keys before its own a query may see: `masks.window(left, right)`
     right: int | None  # how many after it
@@ -40,8 +40,8 @@ class Layer(NamedTuple):
         turn: Any = self.rotary(offset + np.arange(T), length)
         return {
             "scale": self.scale,
-            "cap": self.cap,
-            "norm": self.norm,
+            "softcap": self.softcap,
+            "qk_norm": self.qk_norm,
             "rotary": turn if S is None else (turn, self.rotary(np.arange(S), length)),
             "mask": self.mask(0 if S is None else offset, attention_mask=attention_mask),
         }
@@ -63,8 +63,8 @@ def static(c: dict[str, Any], n: int, prefix: str, *, cross: bool = False) -> La
     return Layer(
         params={},
         scale=families.scale(c, n),
-        cap=c["attn_logit_softcapping"],
-        norm=families.norm(c),
+        softcap=c["attn_logit_softcapping"],
+        qk_norm=families.norm(c),
         rope=None if said is None else ropes.rope(said, form.sizes.D, families.pairs(c)),
         left=left,
         right=right,

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from funcmha import _check
+from funcmha import _check, rotary
 from funcmha._xp import Array
-from funcmha.rotary import Rotary, frequencies, llama3_frequencies, ntk_base, rotary, yarn_frequencies
+from funcmha.rotary import Rotary, frequencies, llama3_frequencies, ntk_base, yarn_frequencies
 
 Said = dict[str, Any]  # rope_parameters, in which nothing is missing that has a default
 Turns = tuple[np.ndarray, float]  # frequencies (N,), gain
@@ -32,7 +32,7 @@ class Rope(NamedTuple):
     def table(self, positions: Array, length: int) -> Rotary:
         """cos, sin (..., T, N) at `positions` (..., T) of a text of `length` tokens"""
         freqs, gain = self.turns(length)
-        return rotary(positions, freqs, pairs=self.pairs, gain=gain)
+        return rotary.table(positions, freqs, pairs=self.pairs, gain=gain)
 
 
 def rope(said: Said, width: int, pairs: Literal["half", "interleaved"]) -> Rope:

@@ -70,6 +70,8 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
 def _given_once(name: str, x: Any) -> Any:
     """What is static, an array where it was a tensor."""
+    if isinstance(x, tuple) and hasattr(x, "_fields"):  # such as dropout by a mask
+        return type(x)(*(_given_once(f"{name}.{field}", part) for field, part in zip(x._fields, x, strict=True)))
     if not isinstance(x, torch.Tensor):
         return x
     if x.requires_grad:

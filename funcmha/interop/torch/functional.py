@@ -18,7 +18,7 @@ import numpy as np
 from funcmha import _check
 from funcmha._doors import check_rate
 from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
-from funcmha.dropout import Seeded
+from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
 from funcmha.ops import _per_key_head, _per_query_head
@@ -56,12 +56,12 @@ def scaled_dot_product_attention(
     2.13. `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
     """
     batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    keep, rate = kept(dropout_p, keep, query)
+    dropout = kept(dropout_p, keep, query)
     q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
         k, v = _per_query_head(k, q), _per_query_head(v, q)
     mask, bias = _mask_and_bias(attn_mask, is_causal, q)
-    o, cache = attention(q, k, v, bias, mask=mask, scale=scale, keep=keep, rate=rate)
+    o, cache = attention(q, k, v, bias, mask=mask, scale=scale, dropout=dropout)
     return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
 
 
@@ -93,11 +93,13 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
     return None, narrow(attn_mask, q.dtype)
 
 
-def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> tuple[Array | Seeded, float]:
-    """`keep` and `rate` of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
+def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded | None:
+    """The dropout of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
     if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
-        return from_host(np.zeros((1, 1), dtype=bool), like), 0.0
-    return keep, check_rate("dropout_p", p if p > 0 else None, keep)
+        return Masked(from_host(np.zeros((1, 1), dtype=bool), like), 0.0)
+    rate = check_rate("dropout_p", p if p > 0 else None, keep)
+    _check.boolean("keep", None if isinstance(keep, Seeded) else keep, "True = keep")
+    return keep if keep is None or isinstance(keep, Seeded) else Masked(keep, rate)
 
 
 def _check_sdpa(

@@ -44,8 +44,9 @@ SHAPES = PACKED | SEPARATE | BIASES | BIAS_KV | OUT
 def from_module(module: Any, /) -> Params:
     """The parameters of a `torch.nn.MultiheadAttention`, as NumPy arrays that share its memory
 
-    What is no parameter is for the caller to pass on: `zero_attn=module.add_zero_attn`, and `rate=module.dropout` with
-    a keep-mask. Raises TypeError for another kind of module, and what `from_state_dict` raises.
+    What is no parameter is for the caller to pass on: `zero_attn=module.add_zero_attn`, and
+    `dropout=masked(keep, module.dropout)`. Raises TypeError for another kind of module, and what `from_state_dict`
+    raises.
     """
     if not hasattr(module, "num_heads") or not hasattr(module, "state_dict"):
         raise TypeError(f"module must be a torch.nn.MultiheadAttention, got {type(module).__name__}")

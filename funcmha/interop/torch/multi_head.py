@@ -22,7 +22,7 @@ import numpy as np
 from funcmha import _check
 from funcmha._qk import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
-from funcmha.dropout import Seeded
+from funcmha.dropout import Masked, Seeded
 from funcmha.heads import PROJECTIONS, num_keys
 from funcmha.mha import MhaCache, mha, mha_vjp
 from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
@@ -65,8 +65,7 @@ class Inputs(NamedTuple):
 class MultiHeadAttentionForwardCache(NamedTuple):
     mha: MhaCache
     inputs: Inputs  # as given
-    keep: Array | Seeded  # broadcasts to (N, H, L, S'), or None
-    rate: float
+    dropout: Masked | Seeded | None  # broadcasts to (N, H, L, S')
     num_heads: int
     need_weights: bool
     average_attn_weights: bool
@@ -126,12 +125,12 @@ def multi_head_attention_forward(
     _check_mha(x, embed_dim_to_check, num_heads, use_separate_proj_weight, is_causal)
     if keep is not None and not training:
         raise ValueError("keep must be None with training=False, where nothing is dropped")
-    keep, rate = kept(dropout_p if training else 0.0, keep, query)
+    dropout = kept(dropout_p if training else 0.0, keep, query)
     mask, bias = joined(attn_mask, key_padding_mask, num_heads)
     inputs = _batch_first(query), _keys(key, static_k, query), _keys(value, static_v, query)
-    y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, keep=keep, rate=rate)
-    weights = _weights(attention_weights(cache), keep, rate, average_attn_weights) if need_weights else None
-    ours = MultiHeadAttentionForwardCache(cache, x, keep, rate, num_heads, need_weights, average_attn_weights)
+    y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, dropout=dropout)
+    weights = _weights(attention_weights(cache), dropout, average_attn_weights) if need_weights else None
+    ours = MultiHeadAttentionForwardCache(cache, x, dropout, num_heads, need_weights, average_attn_weights)
     return (_batch_first(y), narrow(weights, query.dtype)), ours
 
 
@@ -230,10 +229,9 @@ def _masks_vjp(x: Inputs, dbias: Array, H: int) -> dict[str, Array]:
     return grads
 
 
-def _weights(p: Array, keep: Array | Seeded, rate: float, average: bool) -> Array:
+def _weights(p: Array, dropout: Masked | Seeded | None, average: bool) -> Array:
     """The weights after dropout, (N, H, L, S') or their mean over the heads, (N, L, S')"""
-    keep = keep.dense(tuple(p.shape), p) if isinstance(keep, Seeded) else keep
-    a = _dropout(p, keep, rate)
+    a = _dropped(p, dropout)
     return namespace(a).mean(a, axis=-3) if average else a
 
 
@@ -241,12 +239,16 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
     """dp, from the bottom up: the mean, then dropout, which is its own adjoint"""
     if dweights is None:
         return None
-    g, H, keep = widen(dweights), cache.num_heads, cache.keep
+    g, H = widen(dweights), cache.num_heads
     if cache.average_attn_weights:
         *batch, L, S = g.shape
         g = namespace(g).broadcast_to(g[..., None, :, :] / H, (*batch, H, L, S))
-    keep = keep.dense(tuple(g.shape), g) if isinstance(keep, Seeded) else keep
-    return _dropout(g, keep, cache.rate)
+    return _dropped(g, cache.dropout)
+
+
+def _dropped(p: Array, dropout: Masked | Seeded | None) -> Array:
+    """a = p ⊙ keep / (1 − rate)"""
+    return p if dropout is None else _dropout(p, dropout.dense(tuple(p.shape), p), dropout.rate)
 
 
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
