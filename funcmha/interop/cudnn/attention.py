@@ -1,32 +1,4 @@
-"""cuDNN's graph node `sdpa` and its `sdpa_backward`, as functions of arrays in cuDNN's words.
-
-    o, cache = sdpa(q, k, v, attn_scale=D_qk**-0.5, diagonal_band_right_bound=0)       # causal
-    dq, dk, dv, dbias, dsink_token = sdpa_vjp(cache, do)
-    stats(cache)                                                     # (B, H_q, S_q, 1), the node's second output
-
-What differs from funcmha:
-
-  * `attn_scale=None` is no scaling, a scale of 1, and not D_qk ** -0.5.
-  * H_k may differ from H_v. Both divide H_q, and query head h reads key head h // (H_q // H_k).
-  * The left bound is exclusive: query i sees keys from i − left + 1 on, so 1 is the query's own key and none before
-    it. The right bound is inclusive. With "bottom_right" the diagonal ends in the last query and key: of each sequence,
-    where there are lengths. The older words for both are spoken too, but not beside the newer: one would win unseen.
-  * Queries, keys and values beyond `seq_len_q` and `seq_len_kv` count as 0, and so does `do`: even a NaN there has no
-    effect. Such a query has o = 0 and stats −∞ (or its sink), as any query that sees no key, and gradient 0.
-  * ALiBi is + slope · (j − i) and not − slope · |j − i|: the same under a top-left causal mask, the only one with which
-    cuDNN has it. Its slopes are `biases.alibi_slopes`.
-  * A sink is (1, H_q, 1, 1), and float32 beside 16-bit inputs. Stats count it in.
-  * Packed tensors, which have a ragged offset, go through `from_ragged` and `to_ragged` of `interop.cudnn_ragged`.
-
-The order is scale, bias, ALiBi, padding, band, sink, dropout. There is no cap, which cuDNN has in a `score_mod`, and no
-block masks and paged keys, of which it has no gradient. Where there are `cu_seq_len_q`, the lengths are differences.
-What cuDNN refuses for want of a kernel is done: any width and dtype, and left bounds and the bottom-right diagonal
-beside bias, ALiBi, dropout, and more queries than keys. What it refuses as a contradiction is refused.
-
-Written from the documentation and the Python reference of cudnn-frontend, `docs/operations/Attention.md` at commit
-0512390, for cuDNN up to 9.29, `test/python/sdpa/fp16_ref.py` at 0b648e4 and, for what is refused,
-`include/cudnn_frontend/node/sdpa_support_surface.h` at 05067ca. Held in float64 to the operations that
-cudnn-frontend 1.28 and 1.32 take both nodes apart into for cuDNN 9.20; not run beside its kernels, which need a GPU.
+"""The node `sdpa`, and its gradient: the package says what differs from funcmha.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
 width.
@@ -86,15 +58,15 @@ def sdpa(
 
     bias        added to the scaled scores, differentiable, four axes that broadcast to (B, H_q, S_q, S_kv)
     sink_token  (1, H_q, 1, 1), a logit for each head in the softmax's denominator only, differentiable
-    use_alibi_mask      asks for a right bound of 0
-    use_padding_mask    needs the lengths, NumPy arrays (B,) or (B, 1, 1, 1) of integers
+    use_alibi_mask      requires a right bound of 0
+    use_padding_mask    requires the lengths, NumPy arrays (B,) or (B, 1, 1, 1) of integers
     diagonal_alignment  "top_left" or "bottom_right", or the member of `cudnn.diagonal_alignment`
     diagonal_band_left_bound    forbids j ≤ i + offset − left, where None is no bound
     diagonal_band_right_bound   forbids j > i + offset + right, where None is no bound
     use_causal_mask, use_causal_mask_bottom_right, sliding_window_length
-                the older words for a right bound of 0, top-left or bottom-right, and for a left bound
-    dropout     (mask, scale): booleans, or numbers 0 and 1, that broadcast as bias does, and 1 / (1 − p), by which the
-                weights are multiplied that are kept
+                the older options for a right bound of 0, top-left or bottom-right, and for a left bound
+    dropout     (mask, scale): booleans, or numbers 0 and 1, that broadcast as bias does, and 1 / (1 − p), the factor of
+                the weights that are kept
 
     Raises TypeError and ValueError before any arithmetic.
     """
@@ -125,7 +97,7 @@ def sdpa_vjp(
     cache: SdpaCache, do: Array, /, *, dstats: Array = None
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """dq, dk, dv, dbias, dsink_token: `sdpa` from the bottom up
-    from the cotangents of o and, where given, of `stats(cache)` (B, H_q, S_q, 1), which cuDNN takes none of
+    from the cotangents of o and, where given, of `stats(cache)` (B, H_q, S_q, 1); cuDNN takes no second one
     """
     _check.cache(cache, SdpaCache, "sdpa")
     inner, k, v, bias, sink_token = cache
@@ -142,9 +114,9 @@ def sdpa_vjp(
 
 
 def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
-    """log (Σ exp(score) + exp(sink))   (B, H_q, S_q, 1), natural; with `log2` times log₂ e, as `stats_use_log2` has it
+    """log (Σ exp(score) + exp(sink))   (B, H_q, S_q, 1), natural; with `log2` times log₂ e, as with `stats_use_log2`
 
-    −∞ for a query that sees no key, or the sink. In float32 for 16-bit inputs. `sdpa_backward` takes the natural ones.
+    −∞ or the sink for fully masked rows. In float32 for 16-bit inputs. `sdpa_backward` takes natural ones.
     """
     _check.flag("log2", log2)
     lse = log_sum_exp(cache)[..., None]
@@ -152,7 +124,7 @@ def stats(cache: SdpaCache, /, *, log2: bool = False) -> Array:
 
 
 def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | RelativeBias:
-    """bias + slope · (j − i): in linear memory, if there is no bias"""
+    """bias + slope · (j − i): in linear memory if there is no bias"""
     T, S = axes["S_q"], axes["S_kv"]
     values = alibi_slopes(axes["H_q"])[:, None] * distances(T, S)
     relative = RelativeBias(narrow(from_host(values, like), like.dtype))
@@ -160,7 +132,7 @@ def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative
 
 
 def _causal(top_left: bool, bottom_right: bool, alignment: Any, right: int | None) -> tuple[str, int | None]:
-    """The alignment and the right bound, which may be said by one of the older flags instead."""
+    """The alignment and the right bound, also from one of the older flags."""
     _check.flag("use_causal_mask", top_left)
     _check.flag("use_causal_mask_bottom_right", bottom_right)
     name = str(getattr(alignment, "name", alignment)).lower()
@@ -177,7 +149,7 @@ def _causal(top_left: bool, bottom_right: bool, alignment: Any, right: int | Non
 
 
 def _left(bound: int | None, length: int | None) -> int | None:
-    """The left bound, by its newer or its older name."""
+    """The left bound under its newer or its older name."""
     if length is None:
         return bound
     if bound is not None:
@@ -191,7 +163,7 @@ def _band(axes: _check.Axes, lengths: Any, alignment: str, left: int | None, rig
     if right is not None and right < 0:
         raise ValueError(f"diagonal_band_right_bound must be at least 0, or None for no bound, got {right}")
     if left is not None and right is not None and left + right < 1:
-        raise ValueError(f"diagonal_band_left_bound must be above {-right}, else no query sees a key, got {left}")
+        raise ValueError(f"diagonal_band_left_bound must be above {-right}, else no key is allowed, got {left}")
     ends = (axes["S_q"], axes["S_kv"]) if lengths is None else lengths
     offset = 0 if alignment == "top_left" else ends[1] - ends[0]
     if right is not None:
@@ -200,7 +172,7 @@ def _band(axes: _check.Axes, lengths: Any, alignment: str, left: int | None, rig
 
 
 def _within(axes: _check.Axes, lengths: Any, band: Mask | None) -> Mask | None:
-    """The band within the lengths, where a query of no sequence sees nothing."""
+    """The band within the lengths; queries beyond them are fully masked."""
     if lengths is None:
         return band
     n_q, n_kv = lengths
@@ -208,7 +180,7 @@ def _within(axes: _check.Axes, lengths: Any, band: Mask | None) -> Mask | None:
     return masks.intersection(masks.lengths(n_kv), rows, band)
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_inputs(q: Array, k: Array, v: Array, bias: Array, sink_token: Array) -> _check.Axes:
@@ -225,7 +197,7 @@ def _check_inputs(q: Array, k: Array, v: Array, bias: Array, sink_token: Array) 
         _check.one_dtype([("sink_token", sink_token)])
         if sink_token.dtype != q.dtype and not (dtype_name(q) in HALF and dtype_name(sink_token) == "float32"):
             raise TypeError(
-                f"sink_token must have dtype {q.dtype} as q has, or be float32 beside 16 bits, got {sink_token.dtype}"
+                f"sink_token must have dtype {q.dtype} as q has, or be float32 with 16-bit q, got {sink_token.dtype}"
             )
         if tuple(sink_token.shape) != (1, axes["H_q"], 1, 1):
             raise ValueError(
@@ -276,7 +248,7 @@ def _check_dropout(axes: _check.Axes, dropout: Any) -> Masked | None:
         return None
     if not isinstance(dropout, tuple) or len(dropout) != 2:
         raise TypeError(
-            "dropout must be (mask, scale): (probability, seed, offset) draws from a stream that only cuDNN can draw; "
+            "dropout must be (mask, scale): only cuDNN can draw the mask of (probability, seed, offset); "
             f"take its rng_dump for the mask, and 1 / (1 − probability) for the scale; got {dropout!r}"
         )
     mask, scale = dropout

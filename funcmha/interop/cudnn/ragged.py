@@ -1,12 +1,8 @@
-"""cuDNN's packed tensors, which have a ragged offset, as padded ones and back: in its words THD and BHSD.
+"""Packed tensors with a ragged offset (THD) as padded ones (BHSD), and back.
 
-    q, q_cache = from_ragged(tokens, ragged_offset=offset, seq_len=n, s=S)      # (N, H, D)  →  (B, H, S, D)
-    o, cache = sdpa(q, k, v, use_padding_mask=True, seq_len_q=n, seq_len_kv=n)
-    packed, o_cache = to_ragged(o, ragged_offset=offset, seq_len=n, n=N)        # (B, H, S, D)  →  (N, H, D)
-
-In cuDNN each of q, k, v, o and the gradients may have an offset or not, and keeps the padded shape in the graph. So it
-is a step of its own here, before `sdpa` and after. The padding is really made: attention without it is
-`funcmha.attention` with the masks of `funcmha.packing`.
+In cuDNN each of q, k, v, o and the gradients may have an offset or not, and keeps its padded shape in the graph. Here
+padding is an op of its own, and the padded array exists. Attention without padding is `funcmha.attention` with the
+masks of `funcmha.packing`.
 
 From the documentation of cudnn-frontend, `docs/operations/Attention.md` at commit 0512390, note 3.
 
@@ -21,7 +17,7 @@ from funcmha import _check
 from funcmha._xp import Array, from_host, namespace
 from funcmha.packing import _scatter
 
-from .cudnn import check_integers
+from .attention import check_integers
 
 
 class FromRaggedCache(NamedTuple):
@@ -35,13 +31,13 @@ def from_ragged(
 ) -> tuple[Array, FromRaggedCache]:
     """y[b, h, i] = x[ragged_offset[b] / stride + i, h]  for i < seq_len[b], else 0     x (N, H, D)   →   y (B, H, S, D)
 
-    ragged_offset  (B + 1, 1, 1, 1) or (B + 1,), NumPy: where each sequence begins, counted in elements, as the tensor's
-                   `set_ragged_offset` takes it. The last one is not needed, since the lengths say where sequences end
+    ragged_offset  (B + 1, 1, 1, 1) or (B + 1,), NumPy: the start of each sequence in elements, as for the tensor's
+                   `set_ragged_offset`. The last one is ignored, as the lengths give the ends
     seq_len        (B, 1, 1, 1) or (B,), NumPy
     s              S, the length of the graph's tensor
     stride         from a token to the next, in elements: H · D unless given, 3 · H · D for views of (N, 3, H, D)
 
-    There may be gaps between the sequences; they may not overlap.
+    Sequences may have gaps between them, and may not overlap.
     """
     _check.one_dtype([("x", x)])
     axes = _check.Axes()
@@ -70,7 +66,7 @@ def to_ragged(
 ) -> tuple[Array, ToRaggedCache]:
     """x[ragged_offset[b] / stride + i, h] = y[b, h, i]  for i < seq_len[b], else 0     y (B, H, S, D)   →   x (N, H, D)
 
-    As `from_ragged`, its inverse but for what lies in the gaps; n is N. Stats are packed by it too.
+    The inverse of `from_ragged`, except in the gaps; n is N. It packs stats too.
     """
     _check.one_dtype([("y", y)])
     axes = _check.Axes()
@@ -98,14 +94,14 @@ def _pack(y: Array, slots: Array) -> Array:
 def _places(
     axes: _check.Axes, ragged_offset: Any, seq_len: Any, s: Any, stride: Any, like: Array
 ) -> tuple[Array, Array]:
-    """rows (B, S) and slots (1, N), which are each other's inverse, in the library of `like`."""
+    """rows (B, S) and slots (1, N), inverse to each other, in the library of `like`."""
     N, S = axes["N"], _check.integer("s", s, 0)
     start, n = _check_offsets(axes, ragged_offset, seq_len, stride)
     used, tokens = np.arange(S) < n[:, None], start[:, None] + np.arange(S)
     found = np.sort(tokens[used])
     if n.max(initial=0) > S or found.min(initial=0) < 0 or found.max(initial=-1) >= N or (np.diff(found) == 0).any():
         raise ValueError(
-            f"ragged_offset and seq_len must be sequences of at most s={S} that lie apart within N={N} tokens, "
+            f"ragged_offset and seq_len must be sequences of at most s={S} tokens that do not overlap within N={N}, "
             f"got tokens {start} and lengths {n}"
         )
     rows, slots = np.where(used, tokens, N), np.full((1, N), used.size)
@@ -114,7 +110,7 @@ def _places(
 
 
 def _check_offsets(axes: _check.Axes, ragged_offset: Any, seq_len: Any, stride: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The first token of each sequence, and how many it has, (B,) each."""
+    """The first token and the length of each sequence, (B,) each."""
     offset, n = check_integers("ragged_offset", ragged_offset), check_integers("seq_len", seq_len)
     if n.ndim != 1 or n.size != axes.size.get("B", n.size):
         raise ValueError(f"seq_len must be (B, 1, 1, 1) or (B,) with B as in y, got {n.shape}")
