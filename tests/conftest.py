@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from funcmha import engines, tree
-from funcmha.tiled import few, tiles
+from funcmha.engines.tiled import few, tiles
 
 # The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -101,6 +101,6 @@ def _always(engine: engines.Engine) -> Any:
     def pick(given: engines.Engine | None, x: Any, longest: int) -> engines.Engine:
         if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":
             return engine
-        return engines.REFERENCE if given is None else given
+        return engines.SEQUENTIAL if given is None else given
 
     return pick

@@ -20,7 +20,7 @@ from torch.utils import _pytree as torch_pytree
 import funcmha
 from funcmha import biases, norms, rotary
 from funcmha.biases import RelativeBias
-from funcmha.engines import REFERENCE
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
@@ -41,7 +41,7 @@ MODERN = MhaProblem(
     K=1, G=2, S=5, mask="window", bias="... H T+S-1", qk_norm="layer", turned="half of some", sink=True, softcap=0.5,
     per_head=True, scale=0.5, rate=0.3, seeded=True,
 )  # fmt: skip
-ENGINE = {"engine": REFERENCE}  # whose caches hold nothing but arrays and numbers
+ENGINE = {"engine": SEQUENTIAL}  # whose caches hold nothing but arrays and numbers
 ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
 MODERN_ATTENTION = AttentionProblem(
     mask="window", bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, rate=0.3, seeded=True

@@ -22,7 +22,7 @@ from funcmha import tree
 from funcmha._xp import Array
 from funcmha.interop.torch import from_state_dict, masks, to_state_dict
 from funcmha.mha import mha, mha_vjp
-from funcmha.ops import attention_weights
+from funcmha.engines import attention_weights
 from funcmha.params import Params, init
 
 from .tolerance import mha_bounds, unit_roundoff, worst_ratio

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._doors import check_rate
 from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
-from funcmha.dropout import Masked, Seeded
+from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
 from funcmha.ops import per_key_head, per_query_head
@@ -97,9 +96,14 @@ def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded
     """The dropout of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
     if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
         return Masked(from_host(np.zeros((1, 1), dtype=bool), like), 0.0)
-    rate = check_rate("dropout_p", p if p > 0 else None, keep)
-    _check.boolean("keep", None if isinstance(keep, Seeded) else keep, "True = keep")
-    return keep if keep is None or isinstance(keep, Seeded) else Masked(keep, rate)
+    if isinstance(keep, Seeded):
+        if p not in (0.0, keep.rate):
+            raise ValueError(f"dropout_p must be left out, as keep has rate={keep.rate}, got {dropout_p}")
+        return keep
+    if (p > 0) != (keep is not None):
+        missing, given = ("keep", f"dropout_p={p}") if keep is None else ("dropout_p", "keep")
+        raise ValueError(f"{missing} must be given with {given}: dropout takes its mask as an input")
+    return None if keep is None else masked(keep, _check.number("dropout_p", p, 0.0, 1.0))
 
 
 def _check_sdpa(
