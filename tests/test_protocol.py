@@ -11,11 +11,10 @@ from typing import NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-import optree
 import oracles
 import pytest
 import torch
-from torch.utils import _pytree as torch_pytree
+from pytrees import PYTREES
 
 import funcmha
 from funcmha import biases, norms, rotary
@@ -175,11 +174,7 @@ def test_docstrings_open_with_the_formula_or_the_gradients(pair):
 def test_the_cache_is_a_plain_pytree_named_after_its_op(pair):
     _, cache = pair.f(*pair.inputs("float64"), **pair.static)
     assert type(cache).__name__ == f"{pair.f.__name__.title().replace('_', '')}Cache"
-    for flatten, unflatten in (
-        (lambda c: jax.tree.flatten(c), lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
-        (lambda c: optree.tree_flatten(c), lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
-        (lambda c: torch_pytree.tree_flatten(c), torch_pytree.tree_unflatten),
-    ):
+    for flatten, unflatten in PYTREES.values():
         leaves, spec = flatten(cache)
         again = unflatten(leaves, spec)
         assert type(again) is type(cache)
