@@ -230,10 +230,14 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
 
 def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seeded | None:
     """A `Masked` whose booleans broadcast to `scores`, a `Seeded`, or None."""
-    if dropout is not None and not isinstance(dropout, Masked | Seeded):
-        made = "dropout.masked(keep, rate) or dropout.seeded(seed, rate)"
-        raise TypeError(f"dropout must be {made}, or None, got {type(dropout).__name__}")
+    if dropout is None:
+        return None
+    if not isinstance(dropout, Masked | Seeded):
+        got = f"{type(dropout).__module__}.{type(dropout).__name__}"
+        raise TypeError(f"dropout must be dropout.masked(keep, rate), dropout.seeded(seed, rate) or None, got {got}")
+    _check.number("dropout.rate", dropout.rate, 0.0, 1.0)
     if isinstance(dropout, Masked):
+        _check.boolean("dropout.keep", dropout.keep, "True = keep")
         axes.broadcast("dropout.keep", _check.shape_of(dropout.keep), scores)
     return dropout
 

@@ -411,7 +411,7 @@ def heads(cache: MhaCache | HeadCache | SelfAttentionCache) -> Iterator[OneHeadC
             q_h, k_h, v_h = _slice(q, one), _slice(k, kv), _slice(v, kv)
             yield OneHeadCache(
                 one_head(group.params, h),
-                *(LinearCache(x.project.x, x.project.w[0], None if x.project.b is None else x.project.b[0])
+                *(LinearCache(x.project.x, x.project.w[0, ...], None if x.project.b is None else x.project.b[0, ...])
                   for x in (q_h, k_h, v_h)),
                 _position_of_one(q_h),
                 _position_of_one(k_h),
