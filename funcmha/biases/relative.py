@@ -1,196 +1,16 @@
-"""Relative position biases: a number per head and difference of positions, added to the scores in linear memory.
+"""Relative biases of models: ALiBi, T5's buckets, clipped distances. Each makes a `RelativeBias`.
 
-    bias, cache = alibi(alibi_slopes(8), T=T, S=S)                                            # ALiBi
-    bias, cache = lookup(table, index=t5_buckets(distances(T, S), bidirectional=False))       # T5
-    bias, cache = lookup(table, index=clipped(distances(T, S), 16))                           # Shaw et al.
-    y, cache = attention(q, k, v, bias)
-
-A bias that depends on j − i alone is constant along its diagonals, of which T × S scores have T + S − 1. `RelativeBias`
-holds those; the array that it stands for is never made, but tile by tile, as views. Query i stands at key position
-i + offset, as it does for masks: with a key/value cache, the offset is its length.
-
-Axes: T queries, S keys, H heads, B rows of a table; R rows and N columns of a tile; `...` is batch. L is short for
-T + S − 1, the number of diagonals, and for 0 where T = S = 0.
+Axes: T queries, S keys, H heads, B rows of a table; `...` is batch. L is short for T + S − 1, the number of diagonals.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check
-from ._xp import Array, from_host, full, namespace, narrow, of_heads, outline, unbroadcast, widen
-from .masks import Range
+from funcmha import _check
+from funcmha._xp import Array, from_host, full, namespace, narrow, outline, widen
 
-ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
-
-
-class _Bias:
-    values: Array
-    rank = 3
-
-    def map(self, f):
-        return type(self)(f(self.values))
-
-    def heads(self, h):
-        return type(self)(of_heads(self.values, h, self.rank))
-
-    def with_head_axis(self):
-        v = self.values
-        return self if v.ndim < self.rank else self.map(lambda v: v[(..., None, *(slice(None),) * (self.rank - 1))])
-
-    def without_head_axis(self):
-        v = self.values
-        return self if v.ndim <= self.rank else self.map(lambda v: v[(..., 0, *(slice(None),) * (self.rank - 1))])
-
-    def join(self, parts):
-        if len(parts) == 1:
-            return parts[0]
-        v = self.values
-        own = v.ndim >= self.rank and v.shape[-self.rank] > 1
-        arrays = [p.values for p in parts]
-        return type(self)(namespace(v).concat(arrays, axis=-self.rank) if own else sum(arrays[1:], arrays[0]))
-
-
-class _A(NamedTuple):
-    values: Array
-
-
-class ArrayBias(_Bias, _A):
-    __slots__ = ()
-    rank = 3
-    name = "bias"
-
-    @property
-    def given(self):
-        return self.values
-
-    def dense(self, T, S):
-        return self.values
-
-    def dense_vjp(self, dz):
-        return ArrayBias(unbroadcast(dz, tuple(self.values.shape)))
-
-    def append_keys(self, S, extra):
-        a = self.values
-        if not extra:
-            return self
-        xp = namespace(a)
-        return ArrayBias(xp.concat([xp.broadcast_to(a, (*a.shape[:-1], S)), full((*a.shape[:-1], extra), 0.0, a)], axis=-1))
-
-    def append_keys_vjp(self, S, dbias):
-        d = dbias.values if isinstance(dbias, _Bias) else dbias
-        return ArrayBias(unbroadcast(d[..., :S], tuple(self.values.shape)) if d.shape != self.values.shape else d)
-
-    def check(self, axes, scores):
-        axes.broadcast("bias", tuple(self.values.shape), scores)
-
-
-class RelativeBias(_Bias, _A):
-    __slots__ = ()
-    rank = 2
-    name = "bias.values"
-
-    @property
-    def given(self):
-        return self
-
-    def dense(self, T, S):
-        return dense(self, T, S)
-
-    def dense_vjp(self, dz):
-        return RelativeBias(unbroadcast(diagonal_sums(dz), tuple(self.values.shape)))
-
-    def append_keys(self, S, extra):
-        assert not extra
-        return self
-
-    def append_keys_vjp(self, S, dbias):
-        return dbias if isinstance(dbias, _Bias) else RelativeBias(dbias)
-
-    def check(self, axes, scores):
-        check_relative("bias", self, axes["T"], axes["S"])
-        axes.size["T+S-1"] = self.values.shape[-1]
-        axes.broadcast("bias.values", tuple(self.values.shape), scores.replace("T S", "T+S-1"))
-
-
-def as_bias(x):
-    return x if x is None or isinstance(x, _Bias) else ArrayBias(x)
-
-
-# ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def dense(relative: RelativeBias, T: int, S: int) -> Array:
-    """bias (..., H or 1, T, S) of values (..., H or 1, T + S − 1)        in NumPy a view, that cannot be written to
-
-    Its adjoint is `diagonal_sums`. Raises ValueError unless there are T + S − 1 values.
-    """
-    check_relative("relative", relative, T, S)
-    return toeplitz(relative.values, (0, T), (0, S), T)
-
-
-def toeplitz(values: Array, rows: Range, cols: Range, T: int) -> Array:
-    """tile (..., R, N) of values (..., L): entry (i, j) of these rows and columns is values[..., j − i + T − 1]
-
-    In NumPy a view, that cannot be written to; elsewhere a copy. Raises ValueError if the values do not reach so far.
-    """
-    R, N = rows[1] - rows[0], cols[1] - cols[0]
-    part = values[..., diagonals(rows, cols, T)]
-    if part.shape[-1] != max(R + N - 1, 0):
-        raise ValueError(f"values must reach rows {rows} and columns {cols} with T={T}, got {tuple(values.shape)}")
-    if isinstance(part, np.ndarray):
-        *batch, step = part.strides
-        first = part[..., R - 1 :]  # entry (0, 0), from which rows go down and columns up
-        strides = (*batch, -step, step)
-        return np.lib.stride_tricks.as_strided(first, (*part.shape[:-1], R, N), strides, writeable=False)
-    index = np.arange(N) - np.arange(R)[:, None] + (R - 1)
-    xp = namespace(part)
-    return xp.reshape(xp.take(part, from_host(index.ravel(), part), axis=-1), (*part.shape[:-1], R, N))
-
-
-def diagonals(rows: Range, cols: Range, T: int) -> slice:
-    """The values of a tile among all T + S − 1, so that a gradient adds up tile by tile:
-
-    whole[..., diagonals(rows, cols, T)] += diagonal_sums(dz)
-    """
-    start = cols[0] - rows[1] + T
-    return slice(start, max(cols[1] - rows[0] + T - 1, start))
-
-
-def diagonal_sums(dz: Array) -> Array:
-    """dvalues (..., R + N − 1) of dz (..., R, N): entry j − i + R − 1 is the sum along that diagonal
-
-    The adjoint of `toeplitz`. One pass over dz, in NumPy with a buffer of 128 rows, elsewhere of all.
-    """
-    g, (R, N) = widen(dz), dz.shape[-2:]
-    if R < 2 or not isinstance(g, np.ndarray):
-        return narrow(_sheared(g), dz.dtype)
-    size = min(R, ROWS)
-    width = size + N - 1
-    # Rows one shorter than the buffer's begin one further left each time: there a diagonal of g is a column.
-    flat = np.zeros((*g.shape[:-2], size * width), g.dtype)
-    skewed = flat[..., size - 1 : -1].reshape(*g.shape[:-2], size, width - 1)[..., :N]
-    buffer, ones = flat.reshape(*g.shape[:-2], size, width), np.ones(size, g.dtype)
-    total = np.zeros((*g.shape[:-2], R + N - 1), g.dtype)
-    for start, stop in _blocks(R, size):
-        skewed[..., : stop - start, :] = g[..., start:stop, :]
-        total[..., R - start - size : R - start + N - 1] += ones @ buffer
-    return narrow(total, dz.dtype)
-
-
-def _blocks(n: int, size: int) -> list[Range]:
-    """0 … n in ranges of `size`, the first one shorter: what it leaves of the buffer is still 0"""
-    return [(max(stop - size, 0), stop) for stop in range(n % size or size, n + 1, size)]
-
-
-def _sheared(g: Array) -> Array:
-    """`diagonal_sums`, all rows at once: in rows one shorter than they were made, diagonals lie below each other."""
-    xp, (*batch, R, N) = namespace(g), g.shape
-    zeros = xp.broadcast_to(full((1,), 0.0, g), (*batch, R, R))
-    padded = xp.concat([xp.flip(g, axis=-2), zeros], axis=-1)
-    flat = xp.reshape(padded, (*batch, R * (R + N)))[..., : R * (R + N) - R]
-    return xp.sum(xp.reshape(flat, (*batch, R, max(R + N - 1, 0))), axis=-2)
-
+from .bias import RelativeBias
 
 # ── alibi ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -331,17 +151,7 @@ def _bounds(n: int, m: int, furthest: int) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def check_relative(name: str, relative: Any, T: int, S: int) -> None:
-    """Raise unless `relative` is a RelativeBias of T + S − 1 values."""
-    if not isinstance(relative, RelativeBias):
-        raise TypeError(f"{name} must be a RelativeBias, got {type(relative).__name__}")
-    _check.one_dtype([(f"{name}.values", relative.values)])
-    shape = tuple(relative.values.shape)
-    if not shape or shape[-1] != max(T + S - 1, 0):
-        raise ValueError(f"{name}.values must be (..., H or 1, T + S − 1) with T={T} and S={S}, got {shape}")
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_dbias(dbias: Any, shape: tuple[int, ...], computed: Array) -> None:
