@@ -247,10 +247,11 @@ def self_attention_vjp(
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias      dx = dquery + dkey + dvalue; the rest as in `mha_vjp`"""
     _check.cache(cache, SelfAttentionCache, "self_attention")
+    _check.one_dtype([("dy", dy)])
     dparams, dquery, dkey, dvalue, dbias = mha_vjp(
-        cache.mha, dy, dweights=dweights, dlse=dlse, per_sample=per_sample
+        cache.mha, widen(dy), dweights=dweights, dlse=dlse, per_sample=per_sample
     )
-    return dparams, dquery + dkey + dvalue, dbias
+    return rounded((dparams, dquery + dkey + dvalue, as_bias(dbias)), dy.dtype)
 
 
 # ── the parts of a head ──────────────────────────────────────────────────────────────────────────────────────────
