@@ -62,6 +62,20 @@ def narrow(x: Array, dtype: Any) -> Array:
     return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
+def own(y: Array, kept: Array) -> Array:
+    """y, copied where it is the very array that a cache keeps: what is returned belongs to the caller."""
+    return namespace(y).astype(y, y.dtype, copy=True) if y is kept else y
+
+
+def read_only(x: Array) -> Array:
+    """A view that cannot be written to; a copy where the library has no such thing."""
+    if not isinstance(x, np.ndarray):
+        return own(x, x)
+    view = x.view()
+    view.flags.writeable = False
+    return view
+
+
 def from_host(a: np.ndarray, like: Array) -> Array:
     """The NumPy array `a` in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._xp import Array, blocks_of_root, from_host, namespace, narrow, sum_over_batch, widen
+from ._xp import Array, blocks_of_root, from_host, namespace, narrow, own, sum_over_batch, widen
 from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
@@ -88,7 +88,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes.broadcast("where", _check.shape_of(where), "... S")
 
     p, *_ = softmax_with_sink(widen(x), where)
-    return narrow(p, x.dtype), SoftmaxCache(p)
+    return own(narrow(p, x.dtype), p), SoftmaxCache(p)
 
 
 @underflow_is_zero
@@ -148,7 +148,7 @@ class ScoresCache(NamedTuple):
     k: Array  # (..., K, S, D), 0 at unattended keys
     bias: Bias  # broadcasts to (..., H, T, S), or None
     slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
-    z: Array  # (..., H, T, S)
+    allowed: Array  # booleans (..., H, T, S), where z is not −∞
     scale: Array | float  # of every head, or (H, 1, 1)
 
 
@@ -172,7 +172,7 @@ def scores(
     scale = _per_head(x.scale, q)
     z, slope = _scores(q, k, bias, scale, _per_head(x.softcap, q))
     z = z if mask is None else xp.where(mask, z, -INF)
-    return narrow(z, dtype), ScoresCache(q, k, bias, slope, z, scale)
+    return narrow(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
 
 def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
@@ -181,10 +181,10 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
     """
     _check.cache(cache, ScoresCache, "scores")
-    q, k, bias, slope, z, scale = cache
-    _check.cotangent("dz", dz, z.shape, z, "... H T S")
+    q, k, bias, slope, allowed, scale = cache
+    _check.cotangent("dz", dz, allowed.shape, q, "... H T S")
     dtype, xp = dz.dtype, namespace(q)
-    g = xp.where(z == -INF, 0.0, widen(dz))
+    g = xp.where(allowed, widen(dz), 0.0)
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
     return narrow(dq, dtype), narrow(dk, dtype), given(dbias, dtype)
 

@@ -21,7 +21,7 @@ from funcmha._arguments import (
     check_mha,
     check_one_input,
 )
-from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, sum_over_batch, widen
+from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, own, sum_over_batch, widen
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
 from funcmha.masks.zero import zero_inputs
@@ -260,7 +260,8 @@ def head(
     dtype, params, bias = query.dtype, join_heads([tree.map(widen, params)], 1), None if bias is None else bias.map(widen)
     inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
-    return narrow(o[..., 0, :], dtype), HeadCache(group)
+    o = o[..., 0, :]
+    return own(narrow(o, dtype), o), HeadCache(group)
 
 
 def head_vjp(

@@ -4,7 +4,7 @@ from functools import singledispatch
 from typing import Any
 
 from funcmha import ops
-from funcmha._xp import Array
+from funcmha._xp import Array, own, read_only
 from funcmha.biases import RelativeBias
 
 from . import batched, tiled
@@ -26,7 +26,7 @@ def attention_vjp(
 def attention_weights(cache: Any, /) -> Array:
     """p = softmax(z, sink)    (..., H, T, S), z the scores of `attention`, before dropout, from the cache of any op
 
-    In the dtype computed with: float32 for float16 and bfloat16.
+    In the dtype computed with: float32 for float16 and bfloat16. Not to be written to: it may be the cache's own.
     """
     if isinstance(cache, tuple) and hasattr(cache, "attention"):
         return attention_weights(cache.attention)
@@ -48,10 +48,10 @@ attention_vjp.register(ops.AttentionCache, ops.attention_vjp)
 attention_vjp.register(batched.AttentionCache, batched.attention_vjp)
 attention_vjp.register(tiled.AttentionCache, tiled.attention_vjp)
 
-attention_weights.register(ops.AttentionCache, lambda cache: cache.p)
-attention_weights.register(batched.AttentionCache, lambda cache: cache.rest.p)
+attention_weights.register(ops.AttentionCache, lambda cache: read_only(cache.p))
+attention_weights.register(batched.AttentionCache, lambda cache: read_only(cache.rest.p))
 attention_weights.register(tiled.AttentionCache, tiled.attention_weights)
 
-log_sum_exp.register(ops.AttentionCache, lambda cache: cache.lse)
-log_sum_exp.register(batched.AttentionCache, lambda cache: cache.rest.lse)
+log_sum_exp.register(ops.AttentionCache, lambda cache: own(cache.lse, cache.lse))
+log_sum_exp.register(batched.AttentionCache, lambda cache: own(cache.rest.lse, cache.rest.lse))
 log_sum_exp.register(tiled.AttentionCache, tiled.log_sum_exp)

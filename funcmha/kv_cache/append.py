@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._xp import Array, dtype_name, full, is_array, namespace, outline
+from funcmha._xp import Array, dtype_name, full, is_array, namespace, outline, own
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,7 +99,7 @@ def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tup
 
 def _split(dx: Array, N: int, kept: int) -> tuple[Array, Array]:
     """dx (..., N', ·)   →   (..., N, ·), with 0 for what was dropped, and (..., T, ·)"""
-    dpast, dnew = dx[..., :kept, :], dx[..., kept:, :]
+    dpast, dnew = (own(part, part) for part in (dx[..., :kept, :], dx[..., kept:, :]))
     if kept < N:
         dpast = namespace(dx).concat([full(_sized(dx, N - kept), 0.0, dx), dpast], axis=-2)
     return dpast, dnew
