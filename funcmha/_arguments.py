@@ -21,7 +21,7 @@ from .norms import L2Norm, LayerNorm, RMSNorm
 from .params import HEAD_SPEC, SPEC, Params, check
 from .rotary import Rotary, check_table
 
-Bias = ArrayBias | RelativeBias | None
+Bias = Any  # an ArrayBias, a RelativeBias, or None
 
 # ── the options ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +135,7 @@ def default_of(name: str) -> Any:
     return False if name == "zero_attn" else None
 
 
-def check_names(options: dict[str, Any], kind: type) -> None:
+def check_names(options: Any, kind: type) -> None:
     """Raise TypeError for an option that there is not, with what to write instead."""
     names = _names(kind)
     for name in options:
@@ -246,7 +246,7 @@ def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seed
 
 
 def check_mha(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, options: dict[str, Any]
+    params: Params, query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `mha`: the sizes, the bias as a `Bias` and the options, checked."""
     axes, leaves = check(params, SPEC)
@@ -254,7 +254,7 @@ def check_mha(
 
 
 def check_head(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, options: dict[str, Any]
+    params: Params, query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `head`: as those of `mha`; bias, mask and dropout get a head axis of 1."""
     axes, leaves = check(params, HEAD_SPEC)
@@ -285,7 +285,7 @@ def check_inputs(
     key: Array,
     value: Array,
     bias: Any,
-    options: dict[str, Any],
+    options: Any,
 ) -> tuple[_check.Axes, Bias, Options]:
     """The inputs beside the parameters, of which `axes` knows the sizes."""
     inputs, bias = [("query", query), ("key", key), ("value", value)], as_bias(bias)
@@ -297,7 +297,7 @@ def check_inputs(
 
 
 def check_options(
-    axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: dict[str, Any]
+    axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: Any
 ) -> tuple[Bias, Options]:
     """The bias and the options of heads whose sizes `axes` knows."""
     check_names(options, HeadOptions)

@@ -10,17 +10,8 @@ width, E value width, O output width, Cq Ck Cv input widths; `...` is batch. Par
 
 from typing import Any, NamedTuple, Unpack
 
-from . import _check, tree
-from ._arguments import (
-    Bias,
-    HeadOptions,
-    Options,
-    check_cotangents_of_mha,
-    check_head,
-    check_mha,
-    check_one_input,
-    takes,
-)
+from . import _arguments, _check, tree
+from ._arguments import Bias, HeadOptions, Options, takes
 from ._xp import Array, full, namespace, narrow, sum_over_batch, widen
 from .biases import RelativeBias, as_bias
 from .masks.appended import append_keys
@@ -62,7 +53,7 @@ def head(
     v (E). `bias` and `mask` broadcast to (..., T, S), the booleans of `dropout` to (..., T, S'). All else is as in
     `mha`.
     """
-    _, bias, x = check_head(params, query, key, value, bias, options)
+    _, bias, x = _arguments.check_head(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
     inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, cache = _head(params, *inputs, bias, x)
@@ -178,7 +169,7 @@ def mha(
     TypeError for wrong dtypes, ValueError for shapes that do not fit; each names the argument, before any arithmetic.
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
-    axes, bias, x = check_mha(params, query, key, value, bias, options)
+    axes, bias, x = _arguments.check_mha(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
     inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
     y, heads, out = 0.0, [], []
@@ -206,7 +197,7 @@ def mha_vjp(
     _check.cache(cache, MhaCache, "mha")
     _check.flag("per_sample", per_sample)
     o, w, keys = cache.out[0].x, leaf(cache.params, "out_proj.w"), cache.heads[0].attention.k.shape[-2]
-    check_cotangents_of_mha(dy, dweights, dlse, o, w.shape[0], w.shape[1], keys)
+    _arguments.check_cotangents_of_mha(dy, dweights, dlse, o, w.shape[0], w.shape[1], keys)
     g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
     batch_axes = o.ndim - 2 if per_sample else 0
     dheads, dquery, dkey, dvalue, dbiases = [], 0.0, 0.0, 0.0, []
@@ -218,8 +209,9 @@ def mha_vjp(
         dquery, dkey, dvalue = dquery + dq, dkey + dk, dvalue + dv
         dheads.append(present(dhead | {"out_proj": {"w": dw, "b": db}}))
         dbiases.append(dbias)
+    dparams = join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0])
     dbias = cache.bias if cache.bias is None else cache.bias.join(dbiases[::-1])
-    return rounded((join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0]), dquery, dkey, dvalue, dbias), dy.dtype)
+    return rounded((dparams, dquery, dkey, dvalue, dbias), dy.dtype)
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,7 +229,7 @@ def self_attention(
 
     Takes the options of `mha`, and raises what it raises.
     """
-    check_one_input(params, x, bias)
+    _arguments.check_one_input(params, x, bias)
     y, cache = mha(params, x, x, x, bias, **options)
     return y, SelfAttentionCache(cache)
 

@@ -18,13 +18,13 @@ from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import (
     AttentionCache,
     LinearCache,
+    attended,
     drop,
+    given,
+    linear_vjp,
     per_key_head,
     per_query_head,
     softmax_with_sink_vjp,
-    attended,
-    given,
-    linear_vjp,
     underflow_is_zero,
 )
 
@@ -65,7 +65,9 @@ def linear_vjp_jvp(
     _check.tangent("w_dot", w_dot, w.shape, x, "O I")
     _check.tangent("b_dot", b_dot, shape_of(b), x, "O")
     zeros, dtype = namespace(x).zeros_like, dy.dtype
-    dy_dot, x_dot, w_dot = (zeros(a) if dot is None else widen(dot) for dot, a in ((dy_dot, widen(dy)), (x_dot, x), (w_dot, w)))
+    dy_dot, x_dot, w_dot = (
+        zeros(a) if dot is None else widen(dot) for dot, a in ((dy_dot, widen(dy)), (x_dot, x), (w_dot, w))
+    )
     dx_dot, dw_dot, db_dot = linear_vjp(cache, dy_dot)
     dx_more, dw_more, _ = linear_vjp(LinearCache(x_dot, w_dot, None), widen(dy))
     return narrow(dx_dot + dx_more, dtype), narrow(dw_dot + dw_more, dtype), narrow(db_dot, dtype)
@@ -122,7 +124,11 @@ attention_jvp.register(tiled.AttentionCache, forward_mode.attention_jvp)
 def _zeroed(cache: AttentionCache, x: Tangents) -> Tangents:
     """The tangents with 0 at fully masked queries and unattended keys, whatever is there: 0 · NaN would spread"""
     keys = None if x.k is None and x.v is None else cache.p != 0
-    q, k, v = zero_masked_queries(x.q, attended(cache)), zero_unattended_keys(x.k, keys), zero_unattended_keys(x.v, keys)
+    q, k, v = (
+        zero_masked_queries(x.q, attended(cache)),
+        zero_unattended_keys(x.k, keys),
+        zero_unattended_keys(x.v, keys),
+    )
     return x._replace(q=q, k=k, v=v)
 
 
@@ -217,9 +223,7 @@ def _attention_vjp_jvp(
     dq_dot = cache.scale * (du_dot @ per_query_head(k, q) + du @ per_query_head(x.k, q))
     dk_dot = xp.matrix_transpose(du_dot) @ (cache.scale * q) + xp.matrix_transpose(du) @ (cache.scale * x.q)
     dbias_dot = None if cache.bias is None else cache.bias.dense_vjp(dz_dot)
-    dq_dot, dk_dot, dv_dot, dsink_dot = (
-        narrow(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot)
-    )
+    dq_dot, dk_dot, dv_dot, dsink_dot = (narrow(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot))
     return dq_dot, dk_dot, dv_dot, given(dbias_dot, dtype), dsink_dot
 
 

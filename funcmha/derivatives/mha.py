@@ -77,7 +77,11 @@ def _inner(cache: HeadCache, x: Dots) -> _Inner:
     query, key, value = _zeroed(cache, x.query, x.key, x.value)
     q, k, v = (
         _project_jvp(of, dot, leaf(x.params, f"{name}.w"), leaf(x.params, f"{name}.b"))
-        for of, dot, name in ((cache.query, query, "q_proj"), (cache.key, key, "k_proj"), (cache.value, value, "v_proj"))
+        for of, dot, name in (
+            (cache.query, query, "q_proj"),
+            (cache.key, key, "k_proj"),
+            (cache.value, value, "v_proj"),
+        )
     )
     S, keys = cache.key.x.shape[-2], cache.attention.k.shape[-2]
     q_dot = _position_jvp(cache.q_position, q, x.params.get("q_norm", {}))

@@ -4,8 +4,8 @@ The heads of the specification, in groups. A group is some key/value heads and t
 projections are one product, their attention is one call, and each group adds to the sum of those before it. The
 gradient goes group by group from the last, in smaller ones, and projects again what was not worth keeping.
 
-Axes: T queries, S keys, S' keys with appended ones, H query heads and K key/value heads of the group, D query/key width,
-E value width, O output width, C input width; `...` is batch.
+Axes: T queries, S keys, S' keys with appended ones, H query heads and K key/value heads of the group, D query/key
+width, E value width, O output width, C input width; `...` is batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -124,11 +124,11 @@ class GroupCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
     rest: Any  # what the engine's attention keeps beside q, k and v
 
-
     @property
     def plan(self) -> Plan:
         """That of the engine"""
-        return Plan() if self.rest.plan is None else self.rest.plan
+        plan: Plan | None = self.rest.plan
+        return Plan() if plan is None else plan
 
 
 class Method(NamedTuple):
@@ -176,12 +176,13 @@ def _without(group: GroupCache, plan: Plan) -> GroupCache:
     """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
     T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
     names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
-    return group._replace(**{name: Recomputed(*getattr(group, name)[:2]) for name in names})
+    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
+    return group._replace(**recomputed)
 
 
 def _width(group: GroupCache) -> int:
     """The largest of the input widths"""
-    return max(x.project.x.shape[-1] for x in (group.q, group.k, group.v))
+    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
 
 
 def _attend_vjp(
@@ -257,7 +258,11 @@ def head(
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)     as `funcmha.mha.head`"""
     _, bias, x = check_head(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, join_heads([tree.map(widen, params)], 1), None if bias is None else bias.map(widen)
+    dtype, params, bias = (
+        query.dtype,
+        join_heads([tree.map(widen, params)], 1),
+        None if bias is None else bias.map(widen),
+    )
     inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
@@ -412,13 +417,19 @@ def heads(cache: MhaCache | HeadCache | SelfAttentionCache) -> Iterator[OneHeadC
             q_h, k_h, v_h = _slice(q, one), _slice(k, kv), _slice(v, kv)
             yield OneHeadCache(
                 one_head(group.params, h),
-                *(LinearCache(x.project.x, x.project.w[0, ...], None if x.project.b is None else x.project.b[0, ...])
-                  for x in (q_h, k_h, v_h)),
+                _project_of_one(q_h),
+                _project_of_one(k_h),
+                _project_of_one(v_h),
                 _position_of_one(q_h),
                 _position_of_one(k_h),
                 None if group.bias is None else group.bias.heads(one),
                 group.rest.heads(one).beside(q_h.y, k_h.y, v_h.y),
-            )  # fmt: skip
+            )
+
+
+def _project_of_one(x: Kept) -> LinearCache:
+    project = x.project
+    return LinearCache(project.x, project.w[0, ...], None if project.b is None else project.b[0, ...])
 
 
 def _position_of_one(x: Kept) -> PositionCache:

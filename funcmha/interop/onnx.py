@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, dtype_name, full, is_array, namespace, narrow, widen
-from funcmha.kv_cache import KVCache as KV, AppendCache, append, append_vjp
-from funcmha.masks import Mask
+from funcmha._xp import Array, dtype_name, full, heads_first, heads_last, is_array, namespace, narrow, widen
 from funcmha.engines import attention_weights
+from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp
+from funcmha.masks import Mask
 from funcmha.ops import ScoresCache, scores, scores_vjp
 
 OPSETS = (23, 24, 25)
@@ -129,7 +128,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
     dk, dv = dk if dkeys is None else dk + dkeys, dv if dvalues is None else dv + dvalues
 
     dq, dk, dv, dbias = (narrow(dx, Q.dtype) for dx in (dq, dk, dv, dbias))
-    dpast = KV(None, None, None)  # type: ignore[arg-type]
+    dpast = KVCache(None, None, None)  # type: ignore[arg-type]
     if appended is not None:
         dpast, dk, dv = append_vjp(appended, (dk, dv))
     dmask = None if dbias is None else dbias[..., : attn_mask.shape[-1]]
@@ -173,7 +172,7 @@ def _present(past_key: Array, past_value: Array, k: Array, v: Array) -> tuple[Ar
     """[past_key; k]   [past_value; v]"""
     if past_key is None:
         return k, v, None
-    present, cache = append(KV(past_key, past_value, past_key.shape[-2]), k, v)
+    present, cache = append(KVCache(past_key, past_value, past_key.shape[-2]), k, v)
     return present.keys, present.values, cache
 
 

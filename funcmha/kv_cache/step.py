@@ -149,9 +149,7 @@ def step_vjp(
     cache = _zeroed(cache, dq, dk, dv)
     dk, dk_norm = positioned_vjp(cache.k_position, cache.k_projected, dk, 0)
     dq, dq_norm = positioned_vjp(cache.q_position, cache.q_projected, dq, 0)
-    dparams, (dx,) = project_qkv_vjp(
-        (cache.q, cache.k, cache.v), (dq, dk, dv), add_to=(None,), batch_axes=0, plan=plan
-    )
+    dparams, (dx,) = project_qkv_vjp((cache.q, cache.k, cache.v), (dq, dk, dv), add_to=(None,), batch_axes=0, plan=plan)
     dparams |= {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
@@ -177,7 +175,9 @@ def _zeroed(cache: StepCache, *dys: Array) -> StepCache:
     return cache._replace(q=q, k=k, v=v, q_projected=q_projected, k_projected=k_projected)
 
 
-def _append(kv: KVCache | None, k: Array, v: Array, left: int | None, dtype: Any) -> tuple[KVCache, KVCache, AppendCache | None]:
+def _append(
+    kv: KVCache | None, k: Array, v: Array, left: int | None, dtype: Any
+) -> tuple[KVCache, KVCache, AppendCache | None]:
     """What the queries attend, in the dtype computed with; what is handed on, in `dtype`; and for the gradient"""
     past = empty(k, v) if kv is None else KVCache(widen(kv.keys), widen(kv.values), kv.seen)
     held, cache = append(past, k, v, left=left)
@@ -207,7 +207,7 @@ def _rows_from(rotary: Any, seen: Any, T: int) -> Any:
 
 
 def _differences(bias: Bias, T: int, held: int) -> Bias:
-    """T + N' − 1 of the 2P − 1 values of a `RelativeBias`: query i stands at key i + N' − T. An array is the step's own"""
+    """T + N' − 1 of the 2P − 1 values of a `RelativeBias`: query i stands at key i + N' − T. An array is as it is"""
     if not isinstance(bias, RelativeBias):
         return bias
     shape = tuple(bias.values.shape)
@@ -231,7 +231,7 @@ def _differences_vjp(bias: Bias, T: int, dbias: Bias) -> Bias:
 
 
 def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> tuple[int | None, int, Bias, Options]:
-    """`left`, N', the bias of this step, and its options: its mask, its rows of the table, its part of what is dropped"""
+    """`left`, N', the bias of this step, and its options: its mask, its rows of the table, its part of the dropout"""
     axes, leaves = check(params, SPEC)
     if "bias_kv.k" in leaves:
         raise ValueError("params must have no bias_kv: its key comes from no token, and has no place among the past")
@@ -244,7 +244,11 @@ def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> t
     T, (N, seen) = axes["T"], _check_past(axes, x, kv, left)
     held = T + (N if left is None else min(N, left))
     axes.size["S"] = held
-    own, table, dropout = _differences(bias, T, held), _rows_from(options.get("rotary"), seen, T), options.get("dropout")
+    own, table, dropout = (
+        _differences(bias, T, held),
+        _rows_from(options.get("rotary"), seen, T),
+        options.get("dropout"),
+    )
     if isinstance(dropout, Seeded):
         first = seen + T - held  # of the keys held
         dropout = dropout._replace(first_query=dropout.first_query + seen, first_key=dropout.first_key + first)

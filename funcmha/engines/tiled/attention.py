@@ -116,7 +116,7 @@ def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -
     inverse = np.where(x.row_sum == 0, 0.0, 1 / np.where(x.row_sum == 0, 1.0, x.row_sum))[..., None]
     attending = None if rest.mask is None else rest.mask.attending_queries(q.shape[-2], k.shape[-2])
     cotangents = with_head_axis(zero_masked_queries(do, attending)), with_head_axis(dweights), with_head_axis(dlse, 1)
-    grads = (with_head_axis(dx) for dx in (dq, dk, dv))
+    grads = with_head_axis(dq), with_head_axis(dk), with_head_axis(dv)
     with threads.single_threaded_blas():
         Backward(x, inverse, *cotangents, *grads, dbias, dsink).run()
     dbias_of_kind = None if dbias is None else rest.bias._replace(values=dbias.total())

@@ -92,7 +92,8 @@ class Views(NamedTuple):
             bias = np.broadcast_to(bias.values, (*batch, H, bias.values.shape[-1]))
         elif bias is not None:
             bias = np.broadcast_to(bias.values, scores)
-        keep, rate = rest.dropout, 0.0 if rest.dropout is None else rest.dropout.rate
+        keep: Any = rest.dropout
+        rate = 0.0 if keep is None else keep.rate
         keep = np.broadcast_to(keep.keep, scores) if isinstance(keep, Masked) else keep
         sink, scale, softcap = (
             None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)

@@ -51,7 +51,9 @@ def attention_jvp(
     samples = list(np.ndindex(*batch))
     tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     with threads.single_threaded_blas():
-        threads.run(lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan)
+        threads.run(
+            lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan
+        )
     return narrow(o_dot, dtype), narrow(lse_dot, dtype)
 
 

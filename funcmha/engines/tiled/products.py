@@ -10,6 +10,7 @@ from funcmha._xp import Array
 
 from . import threads
 
+
 def product(a: Array, b: Array, /, *, out: Array, terms: int, add: bool = False) -> Array:
     """out = a b, or out += a b      a (R, I)   b (I, N)   →   out (R, N)     in partial sums of so many terms"""
     for i in range(0, max(len(b), 1), terms):

@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 from funcmha._xp import Array
 from funcmha.engines.plan import Plan
 
+
 def num_threads() -> int:
     """FUNCMHA_NUM_THREADS, or the cores that this process may use."""
     given = os.environ.get("FUNCMHA_NUM_THREADS")

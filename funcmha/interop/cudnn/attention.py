@@ -12,9 +12,8 @@ from funcmha import _check, masks
 from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.biases import RelativeBias, alibi_slopes, dense, distances
 from funcmha.dropout import Masked, masked
-from funcmha.engines import attention, attention_vjp
+from funcmha.engines import attention, attention_vjp, log_sum_exp
 from funcmha.masks import Mask
-from funcmha.engines import log_sum_exp
 from funcmha.ops import per_key_head, per_query_head
 
 LOG2E = float(np.log2(np.e))

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, namespace, narrow, outline, widen
+from funcmha._xp import Array, heads_first, heads_last, namespace, narrow, outline, widen
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp

@@ -30,10 +30,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, widen
-from funcmha.masks import Mask
+from funcmha._xp import (
+    HALF,
+    Array,
+    dtype_name,
+    from_host,
+    full,
+    heads_first,
+    heads_last,
+    is_array,
+    namespace,
+    narrow,
+    widen,
+)
 from funcmha.engines import attention_weights, log_sum_exp
+from funcmha.masks import Mask
 
 FILL = -0.7 * float(np.finfo(np.float32).max)  # a forbidden score: _get_large_negative in jax/_src/nn/functions.py
 CHUNK = 256  # rows of a mask to look at together, for those without a key: memory stays linear

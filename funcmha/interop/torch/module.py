@@ -26,9 +26,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
 from funcmha._xp import Array, dtype_name, namespace
-from funcmha.params import PROJECTIONS
 from funcmha.interop._tensors import to_array
-from funcmha.params import SPEC, Params, check
+from funcmha.params import PROJECTIONS, SPEC, Params, check
 
 PACKED = {"in_proj_weight": "3C C"}
 SEPARATE = {"q_proj_weight": "C C", "k_proj_weight": "C Ck", "v_proj_weight": "C Cv"}

@@ -20,15 +20,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._xp import (
+    Array,
+    dtype_name,
+    from_host,
+    full,
+    heads_first,
+    heads_last,
+    is_array,
+    namespace,
+    narrow,
+    unbroadcast,
+    widen,
+)
 from funcmha.dropout import Masked, Seeded
-from funcmha.params import PROJECTIONS
+from funcmha.engines import attention_weights, log_sum_exp, mha, mha_vjp
 from funcmha.engines import heads as heads_of
-from funcmha.engines import mha, mha_vjp
-from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.ops import INF, drop
-from funcmha.params import Params
+from funcmha.params import PROJECTIONS, Params
 
 from .functional import kept
 from .module import BIAS_KV, SEPARATE, joined, per_head, per_query
