@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from . import _check
 from ._bias import on_bias
 from ._doors import values_of
-from ._xp import HALF, Array, dtype_name, widen
+from ._xp import Array, widen
 from .biases import RelativeBias
 
+check_tangent = _check.tangent
 INPUTS = ("q_dot", "k_dot", "v_dot", "bias_dot", "sink_dot")
 
 
@@ -71,23 +72,6 @@ def check_bias_tangent(bias_dot: Any, bias: Any, computed: Array) -> None:
         raise TypeError(f"bias_dot must be a {type(bias).__name__} as bias is, got {type(bias_dot).__name__}")
     name = "bias_dot.values" if isinstance(bias_dot, RelativeBias) else "bias_dot"
     check_tangent(name, values_of(bias_dot), _check.shape_of(values_of(bias)), computed)
-
-
-def check_tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
-    """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that widens to it.
-
-    `shape` is that of what it is the tangent of, None if there is no such thing.
-    """
-    if x is None:
-        return
-    of, got = name.replace("_dot", ""), tuple(x.shape)
-    if shape is None:
-        raise ValueError(f"{name} must be None, as there is no {of}, got shape {got}")
-    if got != tuple(shape):
-        spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
-        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
-    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
-        raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
 
 
 def one_dtype(tangents: list[tuple[str, Array]]) -> None:

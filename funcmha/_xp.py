@@ -1,6 +1,7 @@
 """The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
 
 from functools import cache
+from math import isqrt
 from types import ModuleType
 from typing import Any
 
@@ -83,6 +84,12 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
     axes = (*range(extra), *repeated)
     return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
+
+
+def row_blocks(n: int) -> list[slice]:
+    """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
+    size = max(isqrt(n), 1)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def of_heads(a: Array, h: slice, rank: int = 3) -> Array:

@@ -24,9 +24,9 @@ from .norms import (
     L2NormCache,
     LayerNormCache,
     RmsNormCache,
-    l2_norm_vjp,
-    layer_norm_vjp,
-    rms_norm_vjp,
+    l2_norm_jvp,
+    layer_norm_jvp,
+    rms_norm_jvp,
 )
 from .ops import AttentionCache, LinearCache, _dropout, _per_query_head, _softmax_vjp, seeing_queries
 from .tiled import forward_mode
@@ -51,47 +51,17 @@ def linear_jvp(cache: LinearCache, x_dot: Array = None, w_dot: Array = None, b_d
 
 
 # ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
-#
-# The Jacobian of each, without its parameters, is symmetric: (I − n nᵀ / D) / root for `rms_norm`. So its vjp is its
-# jvp.
 
 
 @singledispatch
-def norm_jvp(cache: Any, x_dot: Array, w_dot: Array = None, b_dot: Array = None, /) -> Array:
+def norm_jvp(cache: Any, x_dot: Array = None, w_dot: Array = None, b_dot: Array = None, /) -> Array:
     """ẏ = w ṅ + ẇ n + ḃ        x (..., D)   w, b (D,) or None   →   ẏ (..., D)     from the cache of any norm"""
     raise TypeError(f"cache must come from a norm of funcmha.norms, got {type(cache).__name__}")
 
 
-@norm_jvp.register
-def _(cache: RmsNormCache, x_dot: Array, w_dot: Array = None, /) -> Array:
-    one_dtype([("x_dot", x_dot), ("w_dot", w_dot)])
-    check_tangent("x_dot", x_dot, cache.n.shape, cache.n, "... D")
-    check_tangent("w_dot", w_dot, shape_of(cache.w), cache.n, "D")
-    n_dot, _ = rms_norm_vjp(cache._replace(w=None), widen(x_dot))
-    return narrow(_affine_jvp(cache.n, n_dot, cache.w, widen(w_dot), None), x_dot.dtype)
-
-
-@norm_jvp.register
-def _(cache: L2NormCache, x_dot: Array, /) -> Array:
-    check_tangent("x_dot", x_dot, cache.y.shape, cache.y, "... D")
-    (y_dot,) = l2_norm_vjp(cache, x_dot)
-    return y_dot
-
-
-@norm_jvp.register
-def _(cache: LayerNormCache, x_dot: Array, w_dot: Array = None, b_dot: Array = None, /) -> Array:
-    one_dtype([("x_dot", x_dot), ("w_dot", w_dot), ("b_dot", b_dot)])
-    check_tangent("x_dot", x_dot, cache.n.shape, cache.n, "... D")
-    check_tangent("w_dot", w_dot, shape_of(cache.w), cache.n, "D")
-    check_tangent("b_dot", b_dot, shape_of(cache.b), cache.n, "D")
-    n_dot, _, _ = layer_norm_vjp(cache._replace(w=None, b=None), widen(x_dot))
-    return narrow(_affine_jvp(cache.n, n_dot, cache.w, widen(w_dot), widen(b_dot)), x_dot.dtype)
-
-
-def _affine_jvp(n: Array, n_dot: Array, w: Array, w_dot: Array, b_dot: Array) -> Array:
-    y_dot = n_dot if w is None else w * n_dot
-    y_dot = y_dot if w_dot is None else y_dot + w_dot * n
-    return y_dot if b_dot is None else y_dot + b_dot
+norm_jvp.register(RmsNormCache, rms_norm_jvp)
+norm_jvp.register(L2NormCache, l2_norm_jvp)
+norm_jvp.register(LayerNormCache, layer_norm_jvp)
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from ._qk import ReadyCache, heads_first, heads_last
 from ._tangents import check_bias_tangent, check_tangent, dtype_of, one_dtype
 from ._xp import Array, namespace, narrow, widen
 from .biases import RelativeBias
-from .forward import attention_jvp, norm_jvp
+from .forward import attention_jvp
 from .heads import (
     AttendCache,
     CombineCache,
@@ -138,7 +138,7 @@ def ready_jvp(cache: ReadyCache, params_dot: Params, x_dot: Array) -> Array:
         return None
     if cache.norm is not None:
         _, normed = cache.norm.apply(cache.x, cache.w)
-        x_dot = norm_jvp(normed, x_dot, *(params_dot.get(leaf) for leaf in cache.norm.leaves))
+        x_dot = cache.norm.apply_jvp(normed, x_dot, params_dot)
     if cache.rotary is not None:
         x_dot, _ = rotate(heads_first(x_dot), rotary=cache.rotary.rotary)
         x_dot = heads_last(x_dot)

@@ -12,13 +12,13 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 
 from collections.abc import Sequence
 from functools import singledispatch
-from math import isqrt, prod
+from math import prod
 from typing import Any, NamedTuple
 
 from . import _check
 from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
 from ._doors import blank_keys, blank_queries, check_attention, check_linear
-from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, unbroadcast, widen
+from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, row_blocks, unbroadcast, widen
 from .biases import RelativeBias
 from .dropout import Masked, Seeded
 from .masks import Mask, dense
@@ -57,15 +57,9 @@ def linear_vjp(cache: LinearCache, dy: Array, /) -> tuple[Array, Array, Array]:
     n = prod(x.shape[:-1])
     rows_g, rows_x = xp.reshape(g, (n, w.shape[0])), xp.reshape(x, (n, w.shape[1]))
     dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[i, :]) @ rows_x[i, :] for i in _blocks(n)), start=xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[i, :], axis=0) for i in _blocks(n)), start=xp.zeros_like(b))
+    dw = sum((xp.matrix_transpose(rows_g[i, :]) @ rows_x[i, :] for i in row_blocks(n)), start=xp.zeros_like(w))
+    db = None if b is None else sum((xp.sum(rows_g[i, :], axis=0) for i in row_blocks(n)), start=xp.zeros_like(b))
     return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
-
-
-def _blocks(n: int) -> list[slice]:
-    """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
-    size = max(isqrt(n), 1)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 # ── softmax ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,6 @@ Axes: T queries, S keys, S' keys with those of `bias_kv` and `zero_attn`, H quer
 width, E value width, O output width, C input width; `...` is batch. Parameters: `funcmha.params.SPEC`.
 """
 
-from functools import singledispatch
 from typing import Any, NamedTuple
 
 from . import _check
@@ -14,7 +13,7 @@ from ._qk import ReadyCache, heads_first, heads_last, ready_vjp
 from ._tangents import check_tangent, one_dtype
 from ._xp import Array, namespace, widen
 from .biases import RelativeBias
-from .forward import attention_jvp, norm_jvp
+from .forward import attention_jvp
 from .forward_mha import check_mha_tangents, head_ranges, inner_tangents, project_jvp, visible_inputs, wide
 from .heads import (
     AttendCache,
@@ -30,7 +29,6 @@ from .heads import (
     w_and_b,
 )
 from .mha import MhaCache, narrow_all
-from .norms import L2NormCache, LayerNormCache, RmsNormCache, _mean, _row_sum, l2_norm_vjp, layer_norm_vjp, rms_norm_vjp
 from .params import Params, group_params, join_groups
 from .rotary import rotate_vjp
 from .second import attention_vjp_jvp
@@ -176,59 +174,7 @@ def _ready(
     x_dot = project_jvp(projected, params.get(f"{which}_proj"), x_dot)
     x_dot = namespace(dy).zeros_like(dy) if x_dot is None else x_dot
     _, normed = cache.norm.apply(cache.x, cache.w)
-    dx_dot, dw_dot, db_dot = norm_vjp_jvp(normed, dy, dy_dot, x_dot, params.get(f"{which}_norm", {}).get("w"))
-    return dx, dx_dot, {leaf: g for leaf, g in (("w", dw_dot), ("b", db_dot)) if g is not None}
-
-
-# ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@singledispatch
-def norm_vjp_jvp(cache: Any, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
-    """ḋx = J ġ − (ṅ ⟨n, g⟩ + n ⟨ṅ, g⟩ + J g ⟨n, ẋ⟩) / root     ḋw = Σ ṅ dy + n ḋy     ḋb = Σ ḋy
-
-    With g = w dy, and so ġ = w ḋy + ẇ dy; J = ∂n/∂x, which is symmetric; ⟨·,·⟩ the mean over D, but for `l2_norm` the
-    sum, and 0 where the norm is below its floor: J g = (g − n ⟨n, g⟩) / root differentiated, with root˙ = ⟨n, ẋ⟩.
-    """
-    raise TypeError(f"cache must come from a norm of funcmha.norms, got {type(cache).__name__}")
-
-
-@norm_vjp_jvp.register
-def _(cache: RmsNormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
-    n, root, unit, w = cache
-    plain, (g, g_dot) = cache._replace(w=None), _through(w, w_dot, dy, dy_dot)
-    n_dot, (j_g, _), (j_g_dot, _) = norm_jvp(plain, x_dot), rms_norm_vjp(plain, g), rms_norm_vjp(plain, g_dot)
-    bent = n_dot * _mean(n * g) + n * _mean(n_dot * g) + j_g * _mean(n * x_dot)
-    return j_g_dot - bent / root / unit, None if w is None else _row_sum(n_dot * dy + n * dy_dot, w), None
-
-
-@norm_vjp_jvp.register
-def _(cache: LayerNormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
-    n, root, unit, scale, w, b = cache
-    plain, (g, g_dot) = cache._replace(w=None, b=None), _through(w, w_dot, dy, dy_dot)
-    n_dot, (j_g, *_), (j_g_dot, *_) = norm_jvp(plain, x_dot), layer_norm_vjp(plain, g), layer_norm_vjp(plain, g_dot)
-    bent = n_dot * _mean(n * g) + n * _mean(n_dot * g) + j_g * _mean(n * x_dot)
-    dw_dot = None if w is None else _row_sum(n_dot * dy + n * dy_dot, w)
-    return j_g_dot - bent / root / unit * scale, dw_dot, None if b is None else _row_sum(dy_dot, b)
-
-
-@norm_vjp_jvp.register
-def _(cache: L2NormCache, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array, /) -> tuple[Array, Array, Array]:
-    (y, root, unit, below), xp = cache, namespace(dy)
-
-    def along(a: Array, b: Array) -> Array:
-        return xp.where(below, 0.0, xp.sum(a * b, axis=-1, keepdims=True))
-
-    (y_dot,), (j_g,), (j_g_dot,) = (l2_norm_vjp(cache, a) for a in (x_dot, dy, dy_dot))
-    bent = y_dot * along(y, dy) + y * along(y_dot, dy) + j_g * along(y, x_dot)
-    return j_g_dot - bent / root / unit, None, None
-
-
-def _through(w: Array, w_dot: Array, dy: Array, dy_dot: Array) -> tuple[Array, Array]:
-    """g = w dy     ġ = w ḋy + ẇ dy"""
-    if w is None:
-        return dy, dy_dot
-    return w * dy, w * dy_dot if w_dot is None else w * dy_dot + w_dot * dy
+    return dx, *cache.norm.apply_vjp_jvp(normed, dy, dy_dot, x_dot, params.get(f"{which}_norm", {}))
 
 
 # ── the door ─────────────────────────────────────────────────────────────────────────────────────────────────────
