@@ -16,7 +16,7 @@ from ._xp import HALF, Array, dtype_name, is_array
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-def one_dtype(arrays: Iterable[tuple[str, Array]], optional: Iterable[tuple[str, Array]] = ()) -> None:
+def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
     """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
     first = None
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
@@ -145,6 +145,11 @@ def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array,
         raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
     if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
         raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
+
+
+def dtype_of(computed: Array, *tangents: Array) -> Any:
+    """The dtype of the tangents, and so of what is made of them; without any, the one computed with."""
+    return next((x.dtype for x in tangents if x is not None), computed.dtype)
 
 
 def shape_of(x: Array) -> tuple[int, ...] | None:

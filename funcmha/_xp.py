@@ -106,7 +106,7 @@ def sum_over_batch(g: Array, rank: int, batch_axes: int) -> Array:
     return namespace(g).sum(g, axis=axes) if axes else g
 
 
-def blocks_of_root(n: int) -> list[slice]:
+def row_blocks(n: int) -> list[slice]:
     """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
     size = max(isqrt(n), 1)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]

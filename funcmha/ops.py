@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._xp import Array, blocks_of_root, from_host, namespace, narrow, own, sum_over_batch, widen
+from ._xp import Array, from_host, namespace, narrow, own, row_blocks, sum_over_batch, widen
 from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
@@ -61,8 +61,8 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
     dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in blocks_of_root(n)), xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in blocks_of_root(n)), xp.zeros_like(b))
+    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
+    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
     return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
 
 
