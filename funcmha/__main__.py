@@ -101,7 +101,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise BadInputError("verify compares with PyTorch, which is not installed: pip install 'funcmha[torch]'")
     if args.width % args.heads:
         raise BadInputError(f"argument --width: must be a multiple of --heads {args.heads}, got {args.width}")
-    from .verify import TOLERANCE, verify
+    from .testing.verify import TOLERANCE, verify
 
     dtypes = (args.dtype,) if args.dtype else ("float32", "float64")
     sides = {name: getattr(args, name) for name in ("batch", "length", "width", "heads", "seed")}

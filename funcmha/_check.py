@@ -128,6 +128,25 @@ def cotangent(
         raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
 
 
+def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
+    """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that upcasts to it.
+
+    `shape` is that of what it is the tangent of, None if there is no such thing.
+    """
+    if x is None:
+        return
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array, or None for zero, got {type(x).__name__}")
+    of, got = name.replace("_dot", ""), tuple(x.shape)
+    if shape is None:
+        raise ValueError(f"{name} must be None, as there is no {of}, got shape {got}")
+    if got != tuple(shape):
+        spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
+        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
+    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
+        raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
+
+
 def shape_of(x: Array) -> tuple[int, ...] | None:
     """The shape of an array, None for None."""
     return None if x is None else tuple(x.shape)

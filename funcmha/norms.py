@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from . import _check
 from ._xp import Array, namespace, narrow, widen
-from .ops import _blocks
+from ._xp import blocks_of_root as _blocks
 
 INF = float("inf")
 

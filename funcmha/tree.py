@@ -5,12 +5,15 @@ An optimiser step is three lines:
     y, cache = mha(params, x, x, x)
     grads, *_ = mha_vjp(cache, dy)
     params = tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+
+A leaf is anything but a container: an array, a number, None, a NamedTuple. Lists, tuples, sets and mappings that are no
+dict are none and make no branch either: every function here raises TypeError, with the path to the first one.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Tree = Any  # a dict of trees, or a leaf: anything that is not a dict
+Tree = Any  # a dict of trees, or a leaf: anything that is no container
 
 
 def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A001 — it is `tree.map` where it is used
@@ -23,6 +26,8 @@ def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A00
 
 def _map(f: Callable[..., Any], trees: tuple[Tree, ...], path: str) -> Tree:
     first = trees[0]
+    for each in trees:
+        _check(each, path)
     for other in trees[1:]:
         if isinstance(first, dict) != isinstance(other, dict) or (
             isinstance(first, dict) and first.keys() != other.keys()
@@ -37,6 +42,15 @@ def _kind(tree: Tree) -> str:
     return f"keys {sorted(tree)}" if isinstance(tree, dict) else "a leaf"
 
 
+def _check(node: Any, path: str) -> None:
+    """Raise TypeError for what is neither a dict nor a leaf: f would be called with it whole, and [w] * 2 is [w, w]."""
+    if isinstance(node, dict) or not isinstance(node, list | tuple | set | frozenset | Mapping):
+        return
+    if not hasattr(node, "_fields"):  # those of a NamedTuple have names: it is a value, as a mask is
+        keys = "" if isinstance(node, Mapping) else ', with the keys "0", "1", … for layers in a row'
+        raise TypeError(f"{path or 'a tree'} must be an array or a dict of them{keys}, got a {type(node).__name__}")
+
+
 def flatten(tree: Mapping[str, Tree], /) -> dict[str, Any]:
     """{"a": {"b": x}, "c": y}  →  {"a.b": x, "c": y}, in the order of `tree`
 
@@ -45,18 +59,24 @@ def flatten(tree: Mapping[str, Tree], /) -> dict[str, Any]:
     """
     if not isinstance(tree, Mapping):
         raise TypeError(f"a tree must be a dict of dicts of arrays, got {type(tree).__name__}")
+    return _flatten(tree, "")
+
+
+def _flatten(tree: Mapping[str, Tree], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, node in tree.items():
         if not isinstance(key, str):
             raise TypeError(f"keys of a tree must be strings, got {key!r}")
         if not key or "." in key:
             raise ValueError(f"keys of a tree must be non-empty and without dots, got {key!r}")
+        path = prefix + key
+        _check(node, path)
         if not isinstance(node, dict):
-            flat[key] = node
+            flat[path] = node
         elif not node:
-            raise ValueError(f"a tree may not hold an empty dict, as {key} is")
+            raise ValueError(f"a tree may not hold an empty dict, as {path} is")
         else:
-            flat |= {f"{key}.{path}": leaf for path, leaf in flatten(node).items()}
+            flat |= _flatten(node, f"{path}.")
     return flat
 
 
@@ -67,6 +87,7 @@ def unflatten(flat: Mapping[str, Any], /) -> dict[str, Tree]:
     """
     tree: dict[str, Tree] = {}
     for path, leaf in flat.items():
+        _check(leaf, path)
         *parents, last = path.split(".")
         if not all((*parents, last)):
             raise ValueError(f"the parts of a path must be non-empty, got {path!r}")

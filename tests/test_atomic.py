@@ -1,4 +1,4 @@
-"""funcmha._atomic and save: whatever happens on the way, the old file or the new one is there, whole, and no other."""
+"""funcmha.npz.atomic and save: whatever happens on the way, the old file or the new one is there, whole."""
 
 import errno
 import io
@@ -18,7 +18,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from funcmha import _atomic, npz
+from funcmha import npz
+from funcmha.npz import atomic
 
 STEPS = ["open", "fchmod", "fsync", "link", "replace"]  # of os, besides the writes
 
@@ -37,7 +38,7 @@ def path(tmp_path):
 
 @pytest.fixture(params=["nameless", "named"])
 def temporary(request, path, monkeypatch):
-    """The two ways of `_atomic` to write a file that is not there yet."""
+    """The two ways of `atomic` to write a file that is not there yet."""
     if request.param == "named":
         monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     elif not nameless(path.parent):
@@ -45,7 +46,7 @@ def temporary(request, path, monkeypatch):
 
 
 def nameless(directory):
-    fd, nameless = _atomic._create(directory, directory / "probe")
+    fd, nameless = atomic._create(directory, directory / "probe")
     os.close(fd)
     if not nameless:
         (directory / "probe").unlink()
@@ -82,7 +83,7 @@ class Faults:
             return lambda *args, **kwargs: self(name, f, *args, **kwargs)
 
         steps = {name: step(name, getattr(os, name)) for name in STEPS}
-        opened = mock.patch.object(_atomic, "open", lambda fd, mode: File(io.FileIO(fd, mode)), create=True)
+        opened = mock.patch.object(atomic, "open", lambda fd, mode: File(io.FileIO(fd, mode)), create=True)
         with mock.patch.multiple(os, **steps), opened:
             yield
 
@@ -129,7 +130,7 @@ def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_directory_after(
     events, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd)))
     monkeypatch.setattr(os, "replace", lambda *args: [replace(*args), events.append("replace")])
-    with _atomic.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"whole")
     file, what, directory = events
     assert (file.st_ino, file.st_size) == (path.stat().st_ino, path.stat().st_size)
@@ -148,16 +149,16 @@ def test_the_file_is_beside_the_one_it_replaces(path):
 def test_a_file_has_no_name_until_it_is_complete(path):
     if not nameless(path.parent):
         pytest.skip("no O_TMPFILE on this file system")
-    with _atomic.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"half")
         assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.usefixtures("temporary")
 def test_of_two_writers_at_once_the_one_that_ends_last_stays(path):
-    with _atomic.replacing(path) as last:
+    with atomic.replacing(path) as last:
         last.write(b"last")
-        with _atomic.replacing(path) as first:
+        with atomic.replacing(path) as first:
             first.write(b"first")
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"last"

@@ -7,11 +7,19 @@ import sys
 import numpy as np
 import pytest
 
-import funcmha.verify
+import funcmha.testing.verify
 from funcmha import init, npz, tree
 from funcmha.__main__ import main
 from funcmha.testing.tolerance import mha_bounds
-from funcmha.verify import PROBLEMS, Row, everything_problem, run_bounds, run_funcmha, self_attention_problem, verify
+from funcmha.testing.verify import (
+    PROBLEMS,
+    Row,
+    everything_problem,
+    run_bounds,
+    run_funcmha,
+    self_attention_problem,
+    verify,
+)
 
 SMALL = ["--batch", "3", "--length", "11", "--width", "14", "--heads", "2"]
 SIZES = {"batch": 3, "length": 11, "width": 14, "heads": 2}
@@ -58,11 +66,11 @@ def test_a_row_fails_by_its_tolerance_by_its_bound_and_by_nan(numbers):
 def test_the_tolerance_is_that_of_allclose(monkeypatch):
     """The verdict at 0.9 and at 1.1 of the tolerance, with the bound out of the way."""
     want = {"output": np.array([0.0, 100.0], np.float32)}
-    monkeypatch.setattr(funcmha.verify, "run_torch", lambda problem: want)
-    monkeypatch.setattr(funcmha.verify, "run_bounds", lambda problem: {"output": np.array([1.0, 1.0])})
+    monkeypatch.setattr(funcmha.testing.verify, "run_torch", lambda problem: want)
+    monkeypatch.setattr(funcmha.testing.verify, "run_bounds", lambda problem: {"output": np.array([1.0, 1.0])})
     for factor in (0.9, 1.1):
         got = {"output": want["output"] + np.array([0, factor * (1e-5 + 1e-5 * 100)], np.float32)}
-        monkeypatch.setattr(funcmha.verify, "run_funcmha", lambda problem, got=got: got)
+        monkeypatch.setattr(funcmha.testing.verify, "run_funcmha", lambda problem, got=got: got)
         (row, *_) = verify(**SIZES, dtypes=["float32"])
         assert row.ok == np.allclose(got["output"], want["output"], rtol=1e-5, atol=1e-5) == (factor < 1)
 
@@ -137,8 +145,8 @@ def test_verify_prints_json(capsys):
 
 def plant(monkeypatch, wrong):
     """Let `wrong` spoil what mha_vjp returns."""
-    right = funcmha.verify.mha_vjp
-    monkeypatch.setattr(funcmha.verify, "mha_vjp", lambda *args, **kwargs: wrong(right(*args, **kwargs)))
+    right = funcmha.testing.verify.mha_vjp
+    monkeypatch.setattr(funcmha.testing.verify, "mha_vjp", lambda *args, **kwargs: wrong(right(*args, **kwargs)))
 
 
 def test_verify_fails_on_a_fault(monkeypatch, capsys):
@@ -178,13 +186,13 @@ def test_verify_fails_on_an_error_that_the_tolerance_cannot_see(dtype, error, mo
 def test_the_bound_is_held_against_torch_in_float64(monkeypatch):
     """A PyTorch that is off in float32 changes the error, but not the error over the bound."""
     want = list(verify(**SIZES, dtypes=["float32"]))
-    right = funcmha.verify.run_torch
+    right = funcmha.testing.verify.run_torch
 
     def wrong(problem):
         off = 1e-4 if problem.dy.dtype == np.float32 else 0.0
         return {name: x + x.dtype.type(off) for name, x in right(problem).items()}
 
-    monkeypatch.setattr(funcmha.verify, "run_torch", wrong)
+    monkeypatch.setattr(funcmha.testing.verify, "run_torch", wrong)
     for row, wanted in zip(verify(**SIZES, dtypes=["float32"]), want, strict=True):
         assert row.error > 9e-5
         assert row.of_bound == wanted.of_bound

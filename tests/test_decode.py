@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given
 
 from funcmha import attention, attention_vjp, attention_weights, decode, masks
-from funcmha.decode import KV, AppendCache, append, append_vjp, empty, step_mask
+from funcmha.kv_cache import KV, AppendCache, append, append_vjp, empty, step_mask
 from funcmha.rotary import frequencies, rotate, rotate_vjp, table
 from funcmha.testing import check_vjp
 

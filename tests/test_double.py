@@ -24,11 +24,11 @@ from test_forward import (
 )
 
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
-from funcmha.engines import REFERENCE
-from funcmha.forward import attention_jvp
-from funcmha.forward_mha import mha_jvp
-from funcmha.second import attention_vjp_jvp
-from funcmha.second_mha import mha_vjp_jvp
+from funcmha.engines import SEQUENTIAL
+from funcmha.derivatives import attention_jvp
+from funcmha.derivatives import mha_jvp
+from funcmha.derivatives import attention_vjp_jvp
+from funcmha.derivatives import mha_vjp_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -37,7 +37,7 @@ from funcmha.testing.strategies import (
     attention_problems,
     mha_problems,
 )
-from funcmha.tiled import threads
+from funcmha.engines.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -142,7 +142,7 @@ def test_second_order_of_every_array_library_is_the_same(xp):
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     want = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    _, cache = attention(*map(xp.to, arrays), **static, engine=REFERENCE)
+    _, cache = attention(*map(xp.to, arrays), **static, engine=SEQUENTIAL)
     do, do_dot, dlse, dlse_dot = map(xp.to, (do, do_dot, dlse, dlse_dot))
     got = attention_vjp_jvp(cache, do, do_dot, *map(xp.to, dots), dlse=dlse, dlse_dot=dlse_dot)
     for a, b in zip(got, want, strict=True):
@@ -287,10 +287,10 @@ def test_a_tangent_of_an_input_that_nobody_sees_has_no_effect(garbage):
 
 def test_second_order_of_mha_in_every_array_library_is_the_same(xp):
     problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
-    problem, cache, (dy, dy_dot), _, dots = double_mha(REFERENCE, problem)
+    problem, cache, (dy, dy_dot), _, dots = double_mha(SEQUENTIAL, problem)
     want, static = mha_vjp_jvp(cache, dy, dy_dot, *dots), problem.static()
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    _, cache = mha(*map(xp.tree, problem.inputs("float64")), **static, engine=REFERENCE)
+    _, cache = mha(*map(xp.tree, problem.inputs("float64")), **static, engine=SEQUENTIAL)
     got = mha_vjp_jvp(cache, xp.to(dy), xp.to(dy_dot), *map(xp.tree, dots))
     for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
         assert type(a) is type(xp.to(b))

@@ -9,7 +9,7 @@ import pytest
 from funcmha import attention, attention_weights, log_sum_exp
 from funcmha.interop import cudnn, equinox, flash_attn, flax, huggingface, keras, onnx, torch
 from funcmha.interop import jax as jax_nn
-from funcmha.scores import scores, scores_vjp
+from funcmha.ops import scores, scores_vjp
 
 
 def close(got, want):

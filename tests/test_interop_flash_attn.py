@@ -37,7 +37,7 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache_vjp,
 )
 from funcmha.testing import check_vjp
-from funcmha.tiled import tiles
+from funcmha.engines.tiled import tiles
 
 K, G, D, E = 2, 3, 5, 7  # key/value heads, query heads of each, widths
 H = K * G

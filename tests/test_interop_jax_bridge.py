@@ -8,6 +8,7 @@ import pytest
 
 from funcmha import attention, attention_vjp, engines, init, masks, mha, mha_vjp, tree
 from funcmha.biases import RelativeBias, alibi, alibi_vjp
+from funcmha.dropout import masked
 from funcmha.interop.jax import as_jax_function, dot_product_attention, dot_product_attention_vjp
 from funcmha.interop.jax.bridge import _numpy
 
@@ -200,3 +201,5 @@ def test_what_is_no_function_is_refused_at_once():
         as_jax_function(attention, attention_vjp, vmap_method="fast")
     with pytest.raises(TypeError, match="mask must be of NumPy, as f is called with NumPy arrays, got an array of JAX"):
         as_jax_function(attention, attention_vjp, mask=jnp.ones((3, 3), bool))
+    with pytest.raises(TypeError, match="dropout must be of NumPy, as f is called with NumPy arrays, got an array"):
+        as_jax_function(attention, attention_vjp, dropout=masked(jnp.ones((3, 3), bool), 0.1))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from funcmha import attention, attention_vjp, init, masks, merge, merge_vjp, mha, mha_vjp, seeded, tree
+from funcmha.dropout import Masked, masked
 from funcmha.engines import TILED
 from funcmha.interop.torch import autograd as bridge
 from funcmha.interop.torch import (
@@ -427,6 +428,7 @@ ELSEWHERE = torch.empty(7, 4, device="meta")
         (TypeError, r"inputs.1.w must be a tensor, None, or dicts and tuples", [0, {"w": 3.0}, 2], {}),
         (TypeError, r"options.scale must be .* are given once, to as_torch_function", [0, 1, 2], {"scale": 0.3}),
         (TypeError, r"options.mask must be .* got Band", [0, 1, 2], {"mask": masks.causal()}),
+        (TypeError, r"options.dropout must be .* got Masked", [0, 1, 2], {"dropout": masked(np.ones(7, bool), 0)}),
         (ValueError, r"k must be \(\.\.\., K, S, D\)", [0, 2, 2], {}),
         (TypeError, "unexpected keyword argument 'weight'", [0, 1, 2], {"weight": None}),
     ],
@@ -446,6 +448,22 @@ def test_an_operator_whose_function_is_gone_says_so():
 def test_a_tensor_given_once_that_wants_a_gradient_is_refused():
     with pytest.raises(TypeError, match="mask has no gradient where it is given once"):
         as_torch_function(attention, attention_vjp, mask=leaf(5, 7))
+    with pytest.raises(TypeError, match=r"dropout\.keep has no gradient where it is given once"):
+        as_torch_function(attention, attention_vjp, dropout=Masked(leaf(5, 7), 0.1))
+
+
+def test_a_mask_of_dropout_is_a_tensor_or_an_array():
+    """Given once, or at each call through a function that makes dropout of it: the numbers of the array."""
+    tensors, keep = qkv(), np.random.default_rng(0).random((5, 7)) < 0.7
+    want, _ = attention(*(x.detach().numpy() for x in tensors), dropout=masked(keep, 0.3))
+    once = as_torch_function(attention, attention_vjp, dropout=masked(torch.tensor(keep), 0.3))
+
+    def dropped(*inputs, keep):
+        return attention(*inputs, dropout=masked(keep, 0.3))
+
+    each = as_torch_function(dropped, attention_vjp)
+    assert np.array_equal(once(*tensors).detach(), want)
+    assert np.array_equal(each(*tensors, keep=torch.tensor(keep)).detach(), want)
 
 
 @pytest.mark.parametrize(("answer", "got"), [("word", "str"), (np.zeros(3, dtype=np.int64), "ndarray of int64")])

@@ -24,11 +24,11 @@ from funcmha import (
 )
 from funcmha.biases import RelativeBias, dense, diagonal_sums
 from funcmha.dropout import Seeded
-from funcmha.engines import ENGINES, REFERENCE, TILED
+from funcmha.engines import ENGINES, SEQUENTIAL, TILED
 from funcmha.norms import L2Norm, RMSNorm
 from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
-from funcmha.tiled import tiles
+from funcmha.engines.tiled import tiles
 
 MHA, HEADS = (importlib.import_module(f"funcmha.{name}") for name in ("mha", "heads"))  # as funcmha.mha is the function
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
@@ -268,7 +268,7 @@ def test_large_scores_under_a_cap(sign, softcap):
     q, k = 20 + 0.1 * rng.random((2, 3, 7, 4)), sign * (20 + 0.1 * rng.random((2, 3, 11, 4)))
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     results = []
-    for engine in (TILED, REFERENCE):
+    for engine in (TILED, SEQUENTIAL):
         o, cache = attention(q, k, v, softcap=softcap, scale=1.0, engine=engine)
         results.append([o, log_sum_exp(cache), *attention_vjp(cache, do)[:3]])
     for got, want in zip(*results, strict=True):
@@ -296,7 +296,7 @@ def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
     do, dweights, dlse = problem.cotangents("float64")
     bias = RelativeBias(np.random.default_rng(0).standard_normal((4, 11)))
     o, cache = attention(q, k, v, bias, engine=engine)
-    want_o, want = attention(q, k, v, dense(bias, 5, 7), engine=REFERENCE)
+    want_o, want = attention(q, k, v, dense(bias, 5, 7), engine=SEQUENTIAL)
     close(o, want_o)
     *grads, dbias, _ = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
     *want_grads, want_dbias, _ = attention_vjp(want, do, dweights=dweights, dlse=dlse)

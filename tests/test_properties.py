@@ -19,7 +19,7 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha.engines import REFERENCE
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing.strategies import AttentionProblem, MhaProblem, attention_problems, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -177,7 +177,7 @@ def test_the_future_has_no_effect_and_no_gradient(problem, offset):
     k2[..., n:, :] += 1
     v2[..., n:, :] -= 1
     past = slice(0, min(max(n - offset, 0), problem.T))
-    (o, cache), (o2, _) = (attention(q, *kv, mask=mask, engine=REFERENCE) for kv in ((k, v), (k2, v2)))
+    (o, cache), (o2, _) = (attention(q, *kv, mask=mask, engine=SEQUENTIAL) for kv in ((k, v), (k2, v2)))
     assert np.array_equal(o[..., past, :], o2[..., past, :])
     do = do.copy()
     do[..., past.stop :, :] = 0
@@ -190,7 +190,7 @@ def test_the_first_causal_query_returns_the_first_value():
     q, k, v, *_ = AttentionProblem(G=1).inputs("float32")
     o, _ = attention(q, k, v, mask=masks.causal())
     np.testing.assert_array_max_ulp(o[..., 0, :], v[..., 0, :], 2)
-    o, _ = attention(q, k, v, mask=masks.causal(), engine=REFERENCE)
+    o, _ = attention(q, k, v, mask=masks.causal(), engine=SEQUENTIAL)
     assert np.array_equal(o[..., 0, :], v[..., 0, :])
 
 

@@ -11,16 +11,15 @@ from typing import NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-import optree
 import oracles
 import pytest
 import torch
-from torch.utils import _pytree as torch_pytree
+from pytrees import PYTREES
 
 import funcmha
 from funcmha import biases, norms, rotary
 from funcmha.biases import RelativeBias
-from funcmha.engines import REFERENCE
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
@@ -41,7 +40,7 @@ MODERN = MhaProblem(
     K=1, G=2, S=5, mask="window", bias="... H T+S-1", qk_norm="layer", turned="half of some", sink=True, softcap=0.5,
     per_head=True, scale=0.5, rate=0.3, seeded=True,
 )  # fmt: skip
-ENGINE = {"engine": REFERENCE}  # whose caches hold nothing but arrays and numbers
+ENGINE = {"engine": SEQUENTIAL}  # whose caches hold nothing but arrays and numbers
 ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
 MODERN_ATTENTION = AttentionProblem(
     mask="window", bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, rate=0.3, seeded=True
@@ -136,7 +135,8 @@ def test_purity_structure_and_gradient(pair):
 
 
 @pytest.mark.parametrize(
-    "module", ["ops", "scores", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing", "step"]
+    "module",
+    ["ops", "scores", "heads", "mha", "rotary", "norms", "biases.relative", "merge", "decode", "packing", "step"],
 )
 def test_the_vjp_is_the_next_function_in_the_file(module):
     source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
@@ -175,11 +175,7 @@ def test_docstrings_open_with_the_formula_or_the_gradients(pair):
 def test_the_cache_is_a_plain_pytree_named_after_its_op(pair):
     _, cache = pair.f(*pair.inputs("float64"), **pair.static)
     assert type(cache).__name__ == f"{pair.f.__name__.title().replace('_', '')}Cache"
-    for flatten, unflatten in (
-        (lambda c: jax.tree.flatten(c), lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
-        (lambda c: optree.tree_flatten(c), lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
-        (lambda c: torch_pytree.tree_flatten(c), torch_pytree.tree_unflatten),
-    ):
+    for flatten, unflatten in PYTREES.values():
         leaves, spec = flatten(cache)
         again = unflatten(leaves, spec)
         assert type(again) is type(cache)
@@ -252,7 +248,7 @@ def cast(node, dtype):
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
     rounded = set()
-    for name in ("ops", "scores", "mha", "rotary", "norms", "biases"):
+    for name in ("ops", "scores", "mha", "rotary", "norms", "biases.relative", "biases.tiles"):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
             module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)

@@ -39,8 +39,8 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.decode import KV, append, append_vjp, step_mask
-from funcmha.engines import ENGINES, REFERENCE
+from funcmha.kv_cache import KV, append, append_vjp, step_mask
+from funcmha.engines import ENGINES, SEQUENTIAL
 from funcmha.rotary import HalfPairs, frequencies, rotate, rotate_vjp, table
 from funcmha.testing.strategies import MhaProblem
 
@@ -251,7 +251,7 @@ def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
 def test_a_mask_with_a_rate_of_0_is_not_scaled():
     """What is kept stays as it is."""
     half = np.arange(7) % 2 == 0
-    o, _ = attention(Q, K, V, dropout=dropout.masked(half, 0.0), engine=REFERENCE)
+    o, _ = attention(Q, K, V, dropout=dropout.masked(half, 0.0), engine=SEQUENTIAL)
     close(o, np.full(o.shape, 4 / 7))
 
 

@@ -12,7 +12,7 @@ from test_ops import close
 
 from funcmha import attention, attention_weights, log_sum_exp, masks
 from funcmha.biases import RelativeBias
-from funcmha.scores import scores, scores_vjp
+from funcmha.ops import scores, scores_vjp
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 

@@ -26,8 +26,8 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.decode import KV
-from funcmha.engines import REFERENCE
+from funcmha.kv_cache import KV
+from funcmha.engines import SEQUENTIAL
 from funcmha.rotary import frequencies, table
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, MODERN_MHA, RELATIVE, MhaProblem, mha_problems
@@ -215,7 +215,7 @@ def f_vjp(cache, dy):
     return dparams, dx, dkeys, dvalues, None if dbias is None else dbias.values
 
 
-@pytest.mark.parametrize("engine", [None, REFERENCE], ids=["picked", "reference"])
+@pytest.mark.parametrize("engine", [None, SEQUENTIAL], ids=["picked", "reference"])
 def test_the_step_keeps_the_protocol(engine):
     inputs, static = one_step("float64", engine=engine)
     check_vjp(f, f_vjp, inputs, static)
@@ -289,7 +289,7 @@ def test_every_array_library_gives_the_same(xp):
 
 
 def test_the_cache_is_a_plain_pytree_named_after_its_op():
-    (params, x, keys, values, bias), static = one_step("float64", engine=REFERENCE)
+    (params, x, keys, values, bias), static = one_step("float64", engine=SEQUENTIAL)
     (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), RelativeBias(bias), **static)
     assert type(cache).__name__ == "SelfAttentionStepCache"
     want = jax.tree.leaves(self_attention_step_vjp(cache, (y, after)))

@@ -15,7 +15,7 @@ from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
 from funcmha.dropout import masked
-from funcmha.engines import REFERENCE
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact
 from funcmha.testing.rounding_ready import ready, ready_vjp, turn
 from funcmha.testing.strategies import (
@@ -69,7 +69,7 @@ def run_attention(inputs, static, cotangents, ops=ops):
 def run_mha(inputs, static, cotangents):
     *x, dy = inputs
     with np.errstate(under="ignore"):
-        y, cache = mha(*x, **static, engine=REFERENCE)
+        y, cache = mha(*x, **static, engine=SEQUENTIAL)
         return MhaBounds(y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, **cotangents))
 
 
@@ -464,8 +464,8 @@ FAULTS = {  # what is wrong: a line of ops.py, the wrong line
     "scale off by 1e-4 in dq": ("    dq = scale * (", "    dq = 1.0001 * scale * ("),
     "no 1/(1 - rate)": ("0.0) / (1 - rate)", "0.0) + 0 * rate"),
     "no dropout in dp": ("dp = _dropout(g @", "dp = (lambda a, *_: a)(g @"),
-    "dropout before Σ p dp only": ("dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate))",
-                                   "dv = _per_key_head(xp.matrix_transpose(p)"),
+    "dropout before Σ p dp only": ("dv = per_key_head(xp.matrix_transpose(_dropout(p, keep, rate))",
+                                   "dv = per_key_head(xp.matrix_transpose(p)"),
     "no dlse": ("dlse is None else r + dlse[..., None]", "dlse is None else r"),
     "no dweights": ("dp = dp if dweights is None else", "dp = dp if True else"),
     "no Σ p dp": ("r = -xp.sum(p * h, axis=-1, keepdims=True)", "r = 0 * m"),

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, full, is_array, namespace, narrow, widen
-from funcmha.decode import KV, AppendCache, append, append_vjp
+from funcmha.kv_cache import KVCache as KV, AppendCache, append, append_vjp
 from funcmha.masks import Mask
-from funcmha.ops import attention_weights
-from funcmha.scores import ScoresCache, scores, scores_vjp
+from funcmha.engines import attention_weights
+from funcmha.ops import ScoresCache, scores, scores_vjp
 
 OPSETS = (23, 24, 25)
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # onnx.TensorProto.DataType

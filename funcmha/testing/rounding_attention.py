@@ -201,7 +201,7 @@ def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
 
 
 def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Rounded:
-    """`_bias.dense_bias_vjp` of a `RelativeBias`: the sums along the diagonals, over the axes that `shape` repeats"""
+    """`RelativeBias.dense_vjp`: the sums along the diagonals, over the axes that `shape` repeats"""
     value, size, square = (diagonal_sums(a) for a in (dz.value, np.abs(dz.value), dz.error**2))
     n = diagonal_sums(np.ones(dz.value.shape[-2:])) * (size.size / max(prod(shape), 1))
     error = fl.rounding(unbroadcast(size, shape), n) + np.sqrt(unbroadcast(square, shape))
@@ -209,7 +209,7 @@ def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Round
 
 
 def per_key_head(fl: Arithmetic, g: Rounded, group: int) -> Rounded:
-    """`ops._per_key_head`"""
+    """`ops.per_key_head`"""
     if group == 1:
         return g
     *batch, H, S, D = g.value.shape

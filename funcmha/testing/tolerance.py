@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import tree
-from funcmha._bias import dense_bias
 from funcmha._xp import HALF, Array
-from funcmha.biases import RelativeBias
+from funcmha.biases import RelativeBias, as_bias
 from funcmha.dropout import Masked, Seeded
-from funcmha.heads import extend, extend_scores
-from funcmha.masks import Mask, dense
+from funcmha.engines.grouped import append_rows
+from funcmha.masks import Mask, as_mask, dense
+from funcmha.masks.appended import append_keys
 from funcmha.norms import Norm
 from funcmha.params import Params
 from funcmha.rotary import Rotary
@@ -171,7 +171,8 @@ def mha_bounds(
     rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
     extra = (rows["k"] is not None) + zero
     turns: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
-    mask, added = extend_scores(host(dense(mask, T, S, None)), S, extra, True), _exact_bias(bias, T, S)
+    mask, added = append_keys(None if mask is None else as_mask(mask), T, S, extra, None), _exact_bias(bias, T, S)
+    mask = host(dense(mask, T, S + extra, None))
 
     q, q_ready = ready(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, turns[0])
     k, k_ready = ready(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), qk_norm, turns[1])
@@ -180,7 +181,7 @@ def mha_bounds(
     q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
     keep, rate = _keep(dropout, (*q.value.shape[:-1], S + extra))
     static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
-    added = each(lambda a: extend_scores(a, S, extra, 0.0), added)
+    added = None if added is None else each(lambda a: as_bias(a).append_keys(S, extra).values, added)
     o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, added, sink["w"], do, static)
     o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
     y, dout_proj = fl.combine(params["out_proj"], o, dy)
@@ -211,19 +212,19 @@ def _swap_heads(a: Array) -> Array:
 
 
 def _extend(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
-    """`heads.extend`"""
+    """`grouped.append_rows`"""
     value, none = (None, None) if row is None else (row.value, np.zeros(row.value.shape))
-    rows = tuple(extend(row, none, zero) for row in x.rows)
-    return Rounded(extend(x.value, value, zero), extend(x.error, none, zero), rows)
+    rows = tuple(append_rows(row, none, zero) for row in x.rows)
+    return Rounded(append_rows(x.value, value, zero), append_rows(x.error, none, zero), rows)
 
 
 def _exact_bias(bias: Any, T: int, S: int) -> Any:
     """A bias without error, as an array that broadcasts to (..., H, T, S)."""
-    return exact(dense_bias(RelativeBias(host(bias.values)), T, S) if isinstance(bias, RelativeBias) else bias)
+    return exact(RelativeBias(host(bias.values)).dense(T, S) if isinstance(bias, RelativeBias) else bias)
 
 
 def _dbias(fl: Arithmetic, bias: Any, dz: Rounded) -> Any:
-    """`_bias.dense_bias_vjp`"""
+    """`dense_vjp` of a bias"""
     if isinstance(bias, RelativeBias):
         return over_diagonals(fl, dz, tuple(bias.values.shape))
     return None if bias is None else fl.unbroadcast(dz, tuple(bias.shape))

@@ -14,7 +14,8 @@ from funcmha.biases import RelativeBias, alibi_slopes, dense, distances
 from funcmha.dropout import Masked, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask
-from funcmha.ops import _per_key_head, _per_query_head, log_sum_exp
+from funcmha.engines import log_sum_exp
+from funcmha.ops import per_key_head, per_query_head
 
 LOG2E = float(np.log2(np.e))
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -85,7 +86,7 @@ def sdpa(
     dtype = q.dtype
     mask, q, kh, vh = _within(axes, lengths, band), widen(q), widen(k), widen(v)
     if axes["H_k"] != axes["H_v"]:
-        kh, vh = _per_query_head(kh, q), _per_query_head(vh, q)
+        kh, vh = per_query_head(kh, q), per_query_head(vh, q)
     added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
     sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
     o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, dropout=kept)
@@ -107,7 +108,7 @@ def sdpa_vjp(
     dq, dk, dv, dadded, dsink = attention_vjp(inner, widen(do), dlse=dlse)
     dsink_token = None if sink_token is None else narrow(dsink[None, :, None, None], sink_token.dtype)
     dbias = None if bias is None else unbroadcast(dadded, bias.shape)
-    dk, dv = _per_key_head(dk, k), _per_key_head(dv, v)
+    dk, dv = per_key_head(dk, k), per_key_head(dv, v)
     dq, dk, dv, dbias = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dbias))
     return dq, dk, dv, dbias, dsink_token
 

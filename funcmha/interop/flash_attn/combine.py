@@ -8,7 +8,8 @@ from typing import NamedTuple
 from funcmha import _check
 from funcmha._xp import Array, full, namespace, narrow, or_zeros, outline, widen
 from funcmha.merge import MergeCache, merge, merge_vjp
-from funcmha.ops import INF, log_sum_exp
+from funcmha.engines import log_sum_exp
+from funcmha.ops import INF
 
 
 class FlashAttnCombineCache(NamedTuple):

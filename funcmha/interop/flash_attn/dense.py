@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, namespace, narrow, outline, widen
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
 from funcmha.dropout import Masked, Seeded

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, from_host, namespace, narrow, or_zeros, outline
 from funcmha.packing import cumulative, positions
 from funcmha.rotary import PAIRS, Rotary, RotateCache, rotate, rotate_vjp

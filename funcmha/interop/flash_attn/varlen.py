@@ -13,7 +13,8 @@ import numpy as np
 from funcmha import _check
 from funcmha._xp import Array, from_host, full, namespace, narrow, of_sample, outline, unbroadcast, widen
 from funcmha.dropout import Masked, Seeded
-from funcmha.ops import INF, attention_weights, log_sum_exp
+from funcmha.engines import attention_weights, log_sum_exp
+from funcmha.ops import INF
 
 from .dense import (
     FlashAttnFuncCache,

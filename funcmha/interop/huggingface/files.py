@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._atomic import replacing
+from funcmha.npz.atomic import replacing
 
 from .layer import Layer
 from .state import from_state_dict, to_state_dict

@@ -45,7 +45,7 @@ def as_jax_function(
     import jax
 
     for name, x in static.items():
-        if isinstance(x, jax.Array):
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
             raise TypeError(f"{name} must be of NumPy, as f is called with NumPy arrays, got an array of JAX")
 
     def host(*inputs: Any) -> Any:

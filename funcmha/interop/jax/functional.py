@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import HALF, Array, dtype_name, from_host, full, is_array, namespace, narrow, widen
 from funcmha.masks import Mask
-from funcmha.ops import attention_weights, log_sum_exp
+from funcmha.engines import attention_weights, log_sum_exp
 
 FILL = -0.7 * float(np.finfo(np.float32).max)  # a forbidden score: _get_large_negative in jax/_src/nn/functions.py
 CHUNK = 256  # rows of a mask that are searched together for fully masked ones: memory stays linear

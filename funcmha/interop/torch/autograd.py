@@ -37,7 +37,8 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
     f, f_vjp  a pair by funcmha's protocol, whose cache is made of tuples, dicts and arrays
     inputs    tensors on the CPU, None, or dicts and tuples of them; floating ones have gradients
-    options   the same, without gradients: keywords that change from call to call, such as masks
+    options   the same, without gradients: keywords that change from call to call, such as masks. For the mask of dropout
+              give an f of its own: `lambda *x, keep: attention(*x, dropout=masked(keep, 0.1))`
     static    all other keywords of f, the same for all calls
 
     y is a tensor, or dicts and tuples of tensors and None as f returns them. Where f returns memory of an input, or
@@ -117,7 +118,7 @@ def _spell(node: Any, leaves: list[Any], path: str) -> str:
         return "None"
     if isinstance(node, dict):
         return "{" + "".join(f"{key!r}: {_spell(x, leaves, f'{path}.{key}')}, " for key, x in node.items()) + "}"
-    if isinstance(node, tuple | list):
+    if isinstance(node, tuple | list) and not (path.startswith("options") and hasattr(node, "_fields")):
         return "(" + "".join(f"{_spell(x, leaves, f'{path}.{i}')}, " for i, x in enumerate(node)) + ")"
     _check_leaf(node, path)
     leaves.append(node)

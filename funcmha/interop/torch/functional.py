@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._doors import check_rate
 from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
-from funcmha.dropout import Masked, Seeded
+from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
-from funcmha.ops import _per_key_head, _per_query_head
+from funcmha.ops import per_key_head, per_query_head
 
 
 class ScaledDotProductAttentionCache(NamedTuple):
@@ -59,7 +58,7 @@ def scaled_dot_product_attention(
     dropout = kept(dropout_p, keep, query)
     q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
-        k, v = _per_query_head(k, q), _per_query_head(v, q)
+        k, v = per_query_head(k, q), per_query_head(v, q)
     mask, bias = _mask_and_bias(attn_mask, is_causal, q)
     o, cache = attention(q, k, v, bias, mask=mask, scale=scale, dropout=dropout)
     return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
@@ -74,7 +73,7 @@ def scaled_dot_product_attention_vjp(
     _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
     *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
     dquery, dkey, dvalue = (
-        narrow(unbroadcast(_per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
+        narrow(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
     )
     return dquery, dkey, dvalue, None if dbias is None else narrow(dbias, attn_mask.dtype)
 
@@ -97,9 +96,14 @@ def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded
     """funcmha's dropout. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
     if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
         return Masked(from_host(np.zeros((1, 1), dtype=bool), like), 0.0)
-    rate = check_rate("dropout_p", p if p > 0 else None, keep)
-    _check.boolean("keep", None if isinstance(keep, Seeded) else keep, "True = keep")
-    return keep if keep is None or isinstance(keep, Seeded) else Masked(keep, rate)
+    if isinstance(keep, Seeded):
+        if p not in (0.0, keep.rate):
+            raise ValueError(f"dropout_p must be left out, as keep has rate={keep.rate}, got {dropout_p}")
+        return keep
+    if (p > 0) != (keep is not None):
+        missing, given = ("keep", f"dropout_p={p}") if keep is None else ("dropout_p", "keep")
+        raise ValueError(f"{missing} must be given with {given}: dropout takes its mask as an input")
+    return None if keep is None else masked(keep, _check.number("dropout_p", p, 0.0, 1.0))
 
 
 def _check_sdpa(

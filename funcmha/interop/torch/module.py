@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
 from funcmha._xp import Array, dtype_name, namespace
-from funcmha.heads import PROJECTIONS
+from funcmha.params import PROJECTIONS
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params, check
 

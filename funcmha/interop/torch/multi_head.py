@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._qk import heads_first, heads_last
+from funcmha._xp import heads_first, heads_last
 from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
 from funcmha.dropout import Masked, Seeded
-from funcmha.heads import PROJECTIONS, num_keys
-from funcmha.mha import MhaCache, mha, mha_vjp
-from funcmha.ops import INF, _dropout, attention_weights, log_sum_exp
+from funcmha.params import PROJECTIONS
+from funcmha.engines import heads as heads_of
+from funcmha.engines import mha, mha_vjp
+from funcmha.engines import attention_weights, log_sum_exp
+from funcmha.ops import INF, drop
 from funcmha.params import Params
 
 from .functional import kept
@@ -62,7 +64,7 @@ class Inputs(NamedTuple):
 
 
 class MultiHeadAttentionForwardCache(NamedTuple):
-    mha: MhaCache
+    mha: Any
     inputs: Inputs  # as given
     dropout: Masked | Seeded | None  # broadcasts to (N, H, L, S')
     num_heads: int
@@ -246,7 +248,7 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
 
 def _dropped(p: Array, dropout: Masked | Seeded | None) -> Array:
     """a = p ⊙ keep / (1 − rate)"""
-    return p if dropout is None else _dropout(p, dropout.dense(tuple(p.shape), p), dropout.rate)
+    return p if dropout is None else drop(p, dropout.dense(tuple(p.shape), p), dropout.rate)
 
 
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
@@ -259,7 +261,8 @@ def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[A
     if dweights is not None and not cache.need_weights:
         raise ValueError("dattn_output_weights must be None, as the weights are with need_weights=False")
     heads = () if cache.average_attn_weights else (cache.num_heads,)
-    shape = (*x.query.shape[1:-1], *heads, x.query.shape[0], num_keys(cache.mha.groups[0].heads))
+    keys = next(heads_of(cache.mha)).attention.k.shape[-2] if dweights is not None else 0
+    shape = (*x.query.shape[1:-1], *heads, x.query.shape[0], keys)
     spelt = "N " * (x.query.ndim == 3) + "H " * len(heads) + "L S'"
     _check.cotangent("dattn_output_weights", dweights, shape, computed, spelt, optional=True)
     return g, dweights

@@ -1,0 +1,302 @@
+"""Engines: who computes `attention`, `head`, `mha` and `self_attention`, and the choice among them.
+
+An engine overrides whole functions of the specification, by its protocol and with its results, to rounding. There are
+three: SEQUENTIAL is the specification, for any array library, the heads one after another; BATCHED takes all heads and
+samples at once, for any array library; TILED takes tiles of the scores, for NumPy arrays, on all cores and in linear
+memory. The choice is made here, once for each call; the type of a cache says whose vjp it is for.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from funcmha import mha as specification
+from funcmha import ops
+from funcmha._arguments import AttentionOptions, HeadOptions, takes
+from funcmha._xp import Array, namespace
+from funcmha.biases import RelativeBias
+from funcmha.mha import HeadCache
+from funcmha.params import Params
+
+from . import batched, grouped, tiled
+from .grouped import Method
+from .plan import SHORT, Plan
+from .table import attention_vjp, attention_weights, log_sum_exp
+
+__all__ = [
+    "BATCHED",
+    "ENGINES",
+    "SEQUENTIAL",
+    "TILED",
+    "Engine",
+    "Plan",
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "head",
+    "head_vjp",
+    "heads",
+    "log_sum_exp",
+    "mha",
+    "mha_vjp",
+    "outputs",
+    "pick",
+    "self_attention",
+    "self_attention_vjp",
+]
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+class Engine(NamedTuple):
+    name: str
+    attention: Pair
+    head: Pair
+    mha: Pair
+    self_attention: Pair
+    attend: Callable[..., Any]  # attention whose o stays the cache's own: not to be written to, nor handed out
+    plan: Plan | None = None  # None: there is nothing to plan
+    numpy_only: bool = False
+
+    def call(self, function: str) -> Callable[..., Any]:
+        """The forward of a pair, which knows the plan"""
+        f: Callable[..., Any] = self.attend if function == "attend" else getattr(self, function)[0]
+        if self.plan is None:
+            return f
+        if function in ("attention", "attend"):
+            return partial(f, plan=self.plan)
+        return partial(f, method=Method(self.attend, self.plan))
+
+
+_GROUPED: tuple[Pair, ...] = (
+    (grouped.head, grouped.head_vjp),
+    (grouped.mha, grouped.mha_vjp),
+    (grouped.self_attention, grouped.self_attention_vjp),
+)
+SEQUENTIAL = Engine(
+    "sequential",
+    (ops.attention, ops.attention_vjp),
+    (specification.head, specification.head_vjp),
+    (specification.mha, specification.mha_vjp),
+    (specification.self_attention, specification.self_attention_vjp),
+    ops.attention,
+)
+# Of short sequences projections take longest and want to be wide: eight times as many heads at once.
+BATCHED = Engine("batched", (batched.attention, batched.attention_vjp), *_GROUPED, batched.attention, Plan(group_numbers=2**21))
+TILED = Engine("tiled", (tiled.attention, tiled.attention_vjp), *_GROUPED, tiled.attend, Plan(), numpy_only=True)
+ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
+
+
+def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
+    """The engine given, or of this name; else the fastest for arrays like x and so many queries and keys at most:
+    for real NumPy arrays TILED, or BATCHED where sequences are short; BATCHED for all others
+    """
+    real = isinstance(x, np.ndarray) and x.dtype.kind != "c"
+    if engine is None:
+        return TILED if real and longest > SHORT else BATCHED
+    chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
+    if not isinstance(chosen, Engine):
+        names = ", ".join(map(repr, ENGINES))
+        raise TypeError(f"engine must be one of {names}, one of funcmha.engines, or None for the fastest, got {engine!r}")
+    if chosen.numpy_only and not real and hasattr(x, "dtype"):
+        got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
+        raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
+    return chosen
+
+
+def _length(x: Any) -> int:
+    """T of x (..., T, ·), and 0 of what is no such array, which the checks refuse"""
+    return int(x.shape[-2]) if getattr(x, "ndim", 0) > 1 else 0
+
+
+def _pick_for_heads(engine: Any, params: Any, query: Any, key: Any, options: HeadOptions) -> Engine:
+    appended = ("bias_kv" in params if isinstance(params, dict) else 0) + (options.get("zero_attn") is True)
+    return pick(engine, query, max(_length(query), _length(key) + appended))
+
+
+def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
+    """The docstring of the specification, with that of the engine; and a signature that spells out all options"""
+
+    def dress(g: Any) -> Any:
+        first, shapes, *rest = f.__doc__.split("\n", 2) if f.__doc__ else ("", "")
+        g.__doc__ = "\n".join([first, shapes, *rest]).rstrip() + _ENGINE
+        return takes(kind)(g)
+
+    return dress
+
+
+_ENGINE = """
+
+    engine     who computes it: "sequential", "batched", "tiled", an `Engine` of `funcmha.engines`, or None for the
+               fastest. The results are the same, to rounding
+    """
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_public(ops.attention, AttentionOptions)
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | RelativeBias = None,
+    sink: Array = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Any]:
+    chosen = pick(engine, q, max(_length(q), _length(k)))
+    result: tuple[Array, Any] = chosen.call("attention")(q, k, v, bias, sink, **options)
+    return result
+
+
+# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_public(specification.head, HeadOptions)
+def head(
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    chosen = _pick_for_heads(engine, params, query, key, options)
+    result: tuple[Array, Any] = chosen.call("head")(params, query, key, value, bias, **options)
+    return result
+
+
+def head_vjp(
+    cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    return _vjp_of(cache, "head")(cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
+
+
+@_public(specification.mha, HeadOptions)
+def mha(
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    chosen = _pick_for_heads(engine, params, query, key, options)
+    result: tuple[Array, Any] = chosen.call("mha")(params, query, key, value, bias, **options)
+    return result
+
+
+def mha_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    return _vjp_of(cache, "mha")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+
+
+@_public(specification.self_attention, HeadOptions)
+def self_attention(
+    params: Params,
+    x: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    chosen = _pick_for_heads(engine, params, x, x, options)
+    result: tuple[Array, Any] = chosen.call("self_attention")(params, x, bias, **options)
+    return result
+
+
+def self_attention_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    return _vjp_of(cache, "self_attention")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+
+
+for _of_spec, _own in ((specification.head_vjp, head_vjp), (specification.mha_vjp, mha_vjp)):
+    _own.__doc__ = _of_spec.__doc__
+self_attention_vjp.__doc__ = specification.self_attention_vjp.__doc__
+
+
+# ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VJPS: dict[str, dict[type, Callable[..., Any]]] = {
+    "head": {specification.HeadCache: specification.head_vjp, grouped.HeadCache: grouped.head_vjp},
+    "mha": {specification.MhaCache: specification.mha_vjp, grouped.MhaCache: grouped.mha_vjp},
+    "self_attention": {
+        specification.SelfAttentionCache: specification.self_attention_vjp,
+        grouped.SelfAttentionCache: grouped.self_attention_vjp,
+    },
+}
+
+
+def check_cache(cache: Any, op: str) -> None:
+    """Raise TypeError unless the cache is that of `op`, by any engine."""
+    if type(cache) not in VJPS[op]:
+        raise TypeError(f"cache must come from {op}, got {type(cache).__name__}")
+
+
+def _vjp_of(cache: Any, op: str) -> Callable[..., Any]:
+    check_cache(cache, op)
+    return VJPS[op][type(cache)]
+
+
+def heads(cache: Any, /) -> Iterator[HeadCache]:
+    """The `HeadCache` of each head, from the first to the last, from the cache of `mha`, `self_attention` or `head`
+
+    Complete, whoever made it: of views where arrays were kept, projected again where they were not. Its attention, of
+    one head with an axis for it, is that of the engine.
+    """
+    if isinstance(cache, grouped.HeadCache | grouped.MhaCache | grouped.SelfAttentionCache):
+        yield from grouped.heads(cache)
+    elif isinstance(cache, specification.SelfAttentionCache):
+        yield from cache.mha.heads
+    elif isinstance(cache, specification.MhaCache):
+        yield from cache.heads
+    elif isinstance(cache, specification.HeadCache):
+        yield cache
+    else:
+        raise TypeError(f"cache must come from mha, self_attention or head, got {type(cache).__name__}")
+
+
+def outputs(cache: Any, /) -> Iterator[ops.LinearCache]:
+    """The cache of the output projection of each head, from the cache of `mha`; the bias goes with the first"""
+    if isinstance(cache, specification.MhaCache):
+        yield from cache.out
+        return
+    for start, out in enumerate(cache.out):
+        for i in range(out.o.shape[-2]):
+            first = start == i == 0
+            yield ops.LinearCache(out.o[..., i, :], out.w[:, i, :], out.b if first else None)
+
+
+def _of_one_head(read: Callable[..., Array], rank: int) -> Callable[[Any], Array]:
+    return lambda cache: read(next(heads(cache)).attention)[(..., 0, *(slice(None),) * rank)]
+
+
+def _of_all_heads(read: Callable[..., Array], rank: int) -> Callable[[Any], Array]:
+    def joined(cache: Any) -> Array:
+        parts = [read(one.attention) for one in heads(cache)]
+        return namespace(parts[0]).concat(parts, axis=-1 - rank)
+
+    return joined
+
+
+for _read, _rank in ((attention_weights, 2), (log_sum_exp, 1)):
+    for _kind in VJPS["head"]:
+        _read.register(_kind, _of_one_head(_read, _rank))
+    for _kind in (*VJPS["mha"], *VJPS["self_attention"]):
+        _read.register(_kind, _of_all_heads(_read, _rank))

@@ -1,0 +1,232 @@
+r"""Zip archives, read strictly: every byte belongs to one record, and all records agree.
+
+    local header, data │ local header, data │ … │ central directory │ end record
+
+`zipfile` finds what it can in a damaged file. Parameters are whole or refused, so this reader takes the archives that
+`numpy.savez`, `numpy.savez_compressed` and `funcmha.npz.save` write to a file, and no looser ones: members stored or
+deflated, back to back in the order of the directory; no comment, no encryption, no extra field but zip64's, no sizes
+that follow the data. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile
+
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+
+WIDE = 0xFFFFFFFF  # stands for a number that does not fit, and is in the zip64 extra field
+HARMLESS = 0x0806  # flags that say how hard deflate tried, and that the name is UTF-8
+RATIO = 1032  # the most that deflate can: 258 bytes in two bits, as of zeros
+CHUNK = 1 << 18  # bytes read at a time: they stay in a core's cache for the checksum and the copy
+
+
+Fields = tuple[str, int, int, int, int, int]  # name, flags, method, crc, stored, size
+
+
+class Source(NamedTuple):
+    """The bytes of a file from a position on: those before are somebody else's."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+    def read(self, at: int, n: int) -> bytes:
+        """The n bytes at `at`; BadZipFile where there are fewer."""
+        data = b""
+        if 0 <= at <= self.length - n:
+            self.file.seek(self.start + at)
+            while len(data) < n and (piece := self.file.read(n - len(data))):  # a raw file may give less than asked for
+                data = data + piece if data else piece
+        if len(data) < n:
+            raise BadZipFile(f"the file must have {n} bytes at byte {at}, but it ends before")
+        return data
+
+
+class Member(NamedTuple):
+    """One file in the archive, as its local header and the directory both describe it."""
+
+    name: str
+    flags: int
+    method: int
+    crc: int
+    stored: int  # bytes in the archive
+    size: int  # bytes when unpacked
+    start: int  # where its data are in the archive
+
+
+def members(source: Source) -> list[Member]:
+    """The archive's members, in order; nothing of their data is read."""
+    start, end, count = _directory(source)
+    found: list[Member] = []
+    at = 0
+    for fields, offset in _central(source.read(start, end - start)):
+        name = fields[0]
+        if offset != at:
+            raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {offset}")
+        local, data = _local(source, at)
+        if local != fields:
+            raise BadZipFile(f"{name} must be alike in its local header and in the directory, got {local} and {fields}")
+        member = Member(*fields, data)
+        _check(member)
+        at = data + member.stored
+        if at > start:
+            raise BadZipFile(f"{name} must end before the directory at byte {start}, got {at}")
+        found.append(member)
+    if at != start:
+        raise BadZipFile(f"the directory must begin at byte {at}, where the last member ends, got {start}")
+    if len(found) != count:
+        raise BadZipFile(f"the directory must list {count} members as the end record says, got {len(found)}")
+    return found
+
+
+def contents(source: Source, member: Member, skip: int = 0) -> Iterator[bytes]:
+    """The unpacked bytes of `member` after the first `skip`, in pieces; BadZipFile unless size and CRC are right."""
+    pieces = _pieces(source, member)
+    size = crc = 0
+    for piece in pieces if member.method == ZIP_STORED else _inflate(pieces, member):
+        crc = zlib.crc32(piece, crc)
+        skipped = max(skip - size, 0)
+        size += len(piece)
+        if size > member.size:
+            raise BadZipFile(f"{member.name} must unpack to {member.size} bytes, got more")
+        yield piece[skipped:]
+    if size != member.size:
+        raise BadZipFile(f"{member.name} must unpack to {member.size} bytes, got {size}")
+    if crc != member.crc:
+        raise BadZipFile(f"{member.name} must have CRC {member.crc:08x}, got {crc:08x}")
+
+
+def head(source: Source, member: Member, n: int) -> bytes:
+    """The first `n` unpacked bytes of `member`, or all."""
+    if member.method == ZIP_STORED:
+        return source.read(member.start, min(n, member.size))
+    first = bytearray()
+    for piece in contents(source, member):
+        first += piece[: n - len(first)]
+        if len(first) == n:
+            break
+    return bytes(first)
+
+
+def unpack(source: Source, member: Member) -> None:
+    """Unpack `member` to its end if it is deflated, and keep nothing: its size is only a claim until then."""
+    if member.method != ZIP_STORED:
+        for _ in contents(source, member):
+            pass
+
+
+def _directory(source: Source) -> tuple[int, int, int]:
+    """Where the central directory begins and ends, and how many members it lists."""
+    at = source.length - END.size
+    if at < 0:
+        after = f" after its position {source.start}" if source.start else ""
+        raise BadZipFile(f"a zip archive has at least {END.size} bytes, got {source.length}{after}")
+    signature, *fields, comment = END.unpack(source.read(at, END.size))
+    if signature != b"PK\5\6" or comment:
+        begins, ends = source.read(0, 8), source.read(source.length - 8, 8)
+        raise BadZipFile(f"the last {END.size} bytes must be a zip end record, got a file {begins!r} … {ends!r}")
+    if at >= LOCATOR.size and source.read(at - LOCATOR.size, 4) == b"PK\6\7":
+        at -= LOCATOR.size + END64.size
+        fields = _end64(source, at, fields)
+    disk, directory_disk, here, count, size, start = fields
+    if disk or directory_disk or here != count:
+        raise BadZipFile(f"the archive must be whole, got part {disk} of one with {count} members, {here} of them here")
+    if start + size != at:
+        raise BadZipFile(f"the directory must end at byte {at}, where the end record begins, got {start} + {size}")
+    return start, at, count
+
+
+def _end64(source: Source, at: int, narrow: list[Any]) -> list[Any]:
+    """The fields of the zip64 end record at `at`, which those of the plain end record must equal, or stand for."""
+    signature, size, _, _, *fields = END64.unpack(source.read(at, END64.size))
+    locator = LOCATOR.unpack(source.read(at + END64.size, LOCATOR.size))
+    if (signature, size) != (b"PK\6\6", END64.size - 12) or locator != (b"PK\6\7", 0, at, 1):
+        raise BadZipFile(f"a zip64 end record must be at byte {at}, and its locator say so, got {locator}")
+    limits = 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, WIDE, WIDE
+    if any(short not in (long, limit) for short, long, limit in zip(narrow, fields, limits, strict=True)):
+        raise BadZipFile(f"both end records must agree, got {narrow} and {fields}")
+    return fields
+
+
+def _central(directory: bytes) -> Iterator[tuple[Fields, int]]:
+    """Of each record of the directory: its fields, and where its local header is."""
+    at = 0
+    while at < len(directory):
+        record = directory[at : at + CENTRAL.size]
+        if len(record) < CENTRAL.size or record[:4] != b"PK\1\2":
+            raise BadZipFile(f"the directory must be one record after another, got {record[:8]!r} at its byte {at}")
+        _, _, _, flags, method, _, _, crc, stored, size, n, e, comment, disk, _, _, offset = CENTRAL.unpack(record)
+        at += CENTRAL.size + n + e
+        name, extra = _name(directory[at - e - n : at - e]), directory[at - e : at]
+        if at > len(directory) or comment or disk:
+            raise BadZipFile(f"{name} must end within the directory, without a comment, on disk 0, got disk {disk}")
+        size, stored, offset = _widen(name, extra, size, stored, offset)
+        yield (name, flags, method, crc, stored, size), offset
+
+
+def _local(source: Source, at: int) -> tuple[Fields, int]:
+    """The fields of the local header at `at`, and where the data begin."""
+    record = source.read(at, LOCAL.size)
+    signature, _, flags, method, _, _, crc, stored, size, n, e = LOCAL.unpack(record)
+    if signature != b"PK\3\4":
+        raise BadZipFile(f"a local header must be at byte {at}, got {record[:8]!r}")
+    tail = source.read(at + LOCAL.size, n + e)
+    name = _name(tail[:n])
+    size, stored = _widen(name, tail[n:], size, stored)
+    return (name, flags, method, crc, stored, size), at + LOCAL.size + n + e
+
+
+def _widen(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
+    """The numbers, where WIDE stands for the next one of the zip64 extra field, which must have just those."""
+    n = numbers.count(WIDE)
+    if extra[:4] != (struct.pack("<2H", 1, 8 * n) if n else b"") or len(extra) != (4 + 8 * n if n else 0):
+        raise BadZipFile(f"{name} must have no extra field but zip64's, with {n} numbers, got {extra[:36]!r}")
+    wide = iter(struct.unpack(f"<{n}Q", extra[4:]))
+    return tuple(next(wide) if number == WIDE else number for number in numbers)
+
+
+def _check(member: Member) -> None:
+    name, flags, method, _, stored, size, _ = member
+    if flags & 1:
+        raise BadZipFile(f"{name} must not be encrypted")
+    if flags & ~HARMLESS:
+        raise BadZipFile(
+            f"{name} must be written to a file, not to a pipe (flags at most {HARMLESS:#06x}), got {flags:#06x}"
+        )
+    if method not in (ZIP_STORED, ZIP_DEFLATED):
+        raise BadZipFile(f"{name} must be stored or deflated (method 0 or 8), got method {method}")
+    if method == ZIP_STORED and stored != size:
+        raise BadZipFile(f"{name} is stored, so it must take its own size {size} in the archive, got {stored}")
+    if size > RATIO * stored:
+        raise BadZipFile(f"{name} must unpack to at most {RATIO} times its own {stored} bytes, got {size}")
+
+
+def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        while not inflater.eof:
+            packed = inflater.unconsumed_tail or next(pieces, b"")
+            unpacked = inflater.decompress(packed, CHUNK)
+            if not packed and not unpacked:
+                raise BadZipFile(f"{member.name} must hold a whole deflate stream, got one that breaks off")
+            yield unpacked
+    except zlib.error as error:
+        raise BadZipFile(f"{member.name} must hold a deflate stream, got one with {error}") from error
+    if inflater.unused_data or next(pieces, b""):
+        raise BadZipFile(f"{member.name} must hold one deflate stream and nothing after it")
+
+
+def _pieces(source: Source, member: Member) -> Iterator[bytes]:
+    for at in range(member.start, member.start + member.stored, CHUNK):
+        yield source.read(at, min(CHUNK, member.start + member.stored - at))
+
+
+def _name(raw: bytes) -> str:
+    """Printable ASCII as it is, the rest as escapes: they may be shown, and no rule for names lets a backslash pass."""
+    return repr(raw)[2:-1]

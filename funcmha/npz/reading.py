@@ -1,0 +1,155 @@
+"""A file read with distrust: all that can be known of it is known before its numbers take memory."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from funcmha import tree
+
+from . import archive, npy
+from .files import File, read
+from .names import keys, ordered
+
+MAX_BYTES = 8 * 2**30
+
+
+class ParameterFileError(ValueError):
+    """The file holds no parameters, or is damaged: the message names file and member, what must be, and what came."""
+
+
+class ParameterNameError(KeyError):
+    """The file has other leaves than `like`. Prints as its message, where a KeyError prints the message's repr."""
+
+    __str__ = Exception.__str__
+
+
+class Entry(NamedTuple):
+    """What the file says of one leaf."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class _Leaf(NamedTuple):
+    member: archive.Member
+    header: npy.Header
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(np.dtype(self.header.dtype.type), self.header.shape, self.header.nbytes)
+
+
+def load(
+    path: File, *, like: tree.Tree | None = None, max_bytes: int = MAX_BYTES, check_finite: bool = False
+) -> dict[str, tree.Tree]:
+    """The file with the members q_proj.w.npy, …  →  {"q_proj": {"w": x}, …}
+
+    The tree that was saved, in its order: that of the members in the file, or of `like`; but where all keys of a branch
+    are numbers, and `like` is not given, they go up. (The first version of `save` sorted names: of its files `like`
+    alone can tell another order.)
+
+    Arrays are NumPy's, in native byte order and C order, writable, and own their memory. Nothing is allocated before
+    names, dtypes, shapes and sizes are known to be sound and to agree with the file's length.
+
+    `path` may be a binary file object too, one with `seek`, which is read from its position to its end.
+
+    like: a tree of arrays (or of anything with `shape` and `dtype`) with the names, shapes and dtypes that must come,
+        in its order.
+    max_bytes: the most that the file may unpack to. Of a deflated file that may be 1032 times its own length, as of
+        zeros: give less where a stranger's file may not cost as much. Each member is unpacked twice, the first time
+        to see that it holds what its header says, byte for byte, and to keep nothing.
+    check_finite: whether NaN and infinities are refused.
+
+    Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
+    ValueError for one of another shape or dtype than in `like` and for a file object without `seek`, OSError where the
+    file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of safetensors,
+    CVE-2019-6446, numpy #20033.
+    """
+    flat: dict[str, np.ndarray] = {}
+    with read(path) as (name, source):
+        leaves = _leaves(source, name, max_bytes)
+        if like is not None:
+            leaves = _alike(name, leaves, like)
+        for key, leaf in leaves.items():
+            with _refusing(name):
+                flat[key] = _array(source, leaf)
+                if check_finite:
+                    _check_finite(key, flat[key])
+    return tree.unflatten(flat)
+
+
+def entries(path: File, *, max_bytes: int = MAX_BYTES) -> dict[str, Entry]:
+    """The file with the members q_proj.w.npy, …  →  {"q_proj.w": Entry(dtype, shape, nbytes), …}
+
+    Makes every check of `load` but one, the checksum of stored members, and reads their headers only. (Deflated members
+    are unpacked, to see how long they are, but not kept.) Raises as `load` does.
+    """
+    with read(path) as (name, source):
+        return {key: leaf.entry for key, leaf in _leaves(source, name, max_bytes).items()}
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError:  # of which io.UnsupportedOperation is a ValueError too
+        raise
+    except (BadZipFile, ValueError) as error:
+        raise ParameterFileError(f"{name}: {error}") from error
+
+
+def _leaves(source: archive.Source, name: str, max_bytes: int) -> dict[str, _Leaf]:
+    """Every leaf by its key, with nothing left to check but the bytes of its numbers."""
+    with _refusing(name):
+        members = archive.members(source)
+        names = keys(member.name for member in members)
+        unpacked = sum(member.size for member in members)
+        if unpacked > max_bytes:
+            raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
+        headers = [_header(source, member) for member in members]
+        for member in members:
+            archive.unpack(source, member)
+        return ordered(dict(zip(names, map(_Leaf, members, headers), strict=True)))
+
+
+def _header(source: archive.Source, member: archive.Member) -> npy.Header:
+    try:
+        return npy.parse(archive.head(source, member, npy.HEAD), member.size)
+    except ValueError as error:
+        raise ValueError(f"{member.name} {error}") from error
+
+
+def _array(source: archive.Source, leaf: _Leaf) -> np.ndarray:
+    dtype, shape, fortran, start, _ = leaf.header
+    a = np.empty(shape[::-1] if fortran else shape, dtype)
+    flat, at = a.reshape(-1).view(np.uint8).data, 0
+    for piece in archive.contents(source, leaf.member, skip=start):
+        flat[at : at + len(piece)] = piece
+        at += len(piece)
+    return np.require(a.T if fortran else a, leaf.entry.dtype, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])
+
+
+def _check_finite(key: str, a: np.ndarray) -> None:
+    bad = ~np.isfinite(a)
+    if bad.any():
+        first = tuple(int(i) for i in np.unravel_index(bad.argmax(), a.shape))
+        raise ValueError(f"{key} must be finite, got {a[first]} at {first} and {bad.sum() - 1} more")
+
+
+def _alike(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> dict[str, _Leaf]:
+    """The leaves in the order of `like`; raises unless they have its names, shapes and dtypes."""
+    want = tree.flatten(like)
+    odd = [f"misses {key}" for key in want if key not in leaves] + [f"has {key}" for key in leaves if key not in want]
+    if odd:
+        more = f", and {len(odd) - 8} more" if len(odd) > 8 else ""
+        raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
+    for key, leaf in want.items():
+        dtype, shape = np.dtype(leaf.dtype).newbyteorder("="), tuple(leaf.shape)
+        got = leaves[key].entry
+        if (got.dtype, got.shape) != (dtype, shape):
+            raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
+    return {key: leaves[key] for key in want}

@@ -1,0 +1,253 @@
+"""funcmha against `torch.nn.MultiheadAttention`, value by value: `python -m funcmha verify`.
+
+Two problems, with the same weights, inputs and cotangents on both sides:
+
+    self-attention   no biases, no masks
+    everything on    biases, boolean mask + floating mask + key padding, bias_kv, zero_attn, kdim, vdim, S ≠ T, and a
+                     cotangent through the weights of every head as well
+
+Every value is judged twice. It must agree with PyTorch in the same precision, within `TOLERANCE`; and its error against
+PyTorch in float64 on the same numbers must be within the bound of `funcmha.testing.tolerance`, which knows what
+rounding may cost at that entry.
+
+Axes: B batch, T queries, S keys, C embed_dim, H heads.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import tree
+from funcmha._xp import Array
+from funcmha.interop.torch import from_state_dict, masks, to_state_dict
+from funcmha.mha import mha, mha_vjp
+from funcmha.engines import attention_weights
+from funcmha.params import Params, init
+
+from .tolerance import mha_bounds, unit_roundoff, worst_ratio
+
+PROBLEMS = ("self-attention", "everything on")
+TOLERANCE = {"float32": "|got − want| ≤ 1e-5 + 1e-5 |want|", "float64": "|got − want| ≤ 1e-11 max(1, max |want|)"}
+
+
+class Row(NamedTuple):
+    """One value of funcmha and how far it is from PyTorch's."""
+
+    problem: str  # one of PROBLEMS
+    dtype: str
+    quantity: str
+    shape: tuple[int, ...]
+    error: float  # the largest |funcmha − PyTorch|
+    of_tolerance: float  # the largest |funcmha − PyTorch| / tolerance
+    of_bound: float  # the largest |funcmha − PyTorch in float64| / bound
+
+    @property
+    def ok(self) -> bool:
+        """False for NaN too."""
+        return self.of_tolerance <= 1 and self.of_bound <= 1
+
+
+class Problem(NamedTuple):
+    """The arguments of both sides. Self-attention has no key and no value of its own."""
+
+    params: Params
+    query: Array  # (B, T, C)
+    key: Array  # (B, S, Ck) or None
+    value: Array  # (B, S, Cv) or None
+    bias: Array  # (B, H, T, S) or None
+    forbidden: Array  # (T, S), True = may not attend, or None
+    padding: Array  # (B, S), True = may not be attended to, or None
+    zero_attn: bool
+    dy: Array  # (B, T, C)
+    dweights: Array  # (B, H, T, S + 2) or None
+
+    @property
+    def heads(self) -> int:
+        """H"""
+        return int(self.params["q_proj"]["w"].shape[0])
+
+    def astype(self, dtype: str) -> "Problem":
+        """The same numbers in another precision."""
+
+        def cast(x: Any) -> Any:
+            return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype != bool else x
+
+        return Problem(*(tree.map(cast, x) for x in self))
+
+
+def verify(
+    *,
+    batch: int = 16,
+    length: int = 256,
+    width: int = 384,
+    heads: int = 6,
+    dtypes: Sequence[str] = ("float32", "float64"),
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """The comparison, row by row; `progress` is told what is being computed
+
+    Raises ModuleNotFoundError where PyTorch is not installed, ValueError for sizes that do not fit.
+    """
+    bounds: dict[str, dict[str, Array]] = {}
+    for dtype in dtypes:
+        for name, draw in zip(PROBLEMS, (self_attention_problem, everything_problem), strict=True):
+            problem = draw(seed, batch, length, width, heads)
+            if name not in bounds:
+                progress(f"{name}: error bounds")
+                bounds[name] = run_bounds(problem)
+            progress(f"{name}, {dtype}")
+            yield from _compare(name, dtype, problem.astype(dtype), bounds[name])
+
+
+def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array]) -> Iterator[Row]:
+    got, want = run_funcmha(problem), run_torch(problem)
+    exact = want if dtype == "float64" else run_torch(problem.astype("float64"))
+    roundoff = unit_roundoff(dtype) / unit_roundoff("float32")
+    for quantity, x in want.items():
+        error = np.abs(got[quantity] - x)
+        tolerance = 1e-5 + 1e-5 * np.abs(x) if dtype == "float32" else 1e-11 * max(1.0, float(np.abs(x).max()))
+        yield Row(
+            name,
+            dtype,
+            quantity,
+            x.shape,
+            float(error.max()),
+            float((error / tolerance).max()),
+            worst_ratio(got[quantity], exact[quantity], roundoff * bounds[quantity]),
+        )
+
+
+# ── the two problems ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def self_attention_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
+    """Weights as PyTorch draws them, standard normal input and cotangent."""
+    rng = np.random.default_rng(seed)
+    x, dy = rng.standard_normal((2, B, T, C))
+    params = init(seed, C, H, bias=False, dtype=np.float64)
+    return Problem(params, x, None, None, None, None, None, False, dy, None)
+
+
+def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
+    """All that the module can do, at once. No row is empty: PyTorch has no answer there.
+
+    The cotangents have standard deviation 1 / √(B·T), as of a loss averaged over rows, so that a gradient that is
+    summed over all rows is of size 1. At size √(B·T) its rounding errors alone would exceed 1e-5, on either side.
+    """
+    rng = np.random.default_rng(seed)
+    S, Ck, Cv = T + T // 4, C + C // 2, max(C // 2, 1)
+    dy, dweights = (rng.standard_normal(shape) / (B * T) ** 0.5 for shape in ((B, T, C), (B, H, T, S + 2)))
+    params = init(seed, C, H, kdim=Ck, vdim=Cv, bias_kv=True, dtype=np.float64)
+    for group in params.values():
+        if "b" in group:  # drawn as 0
+            group["b"] = rng.standard_normal(group["b"].shape)
+    return Problem(
+        params,
+        query=rng.standard_normal((B, T, C)),
+        key=rng.standard_normal((B, S, Ck)),
+        value=rng.standard_normal((B, S, Cv)),
+        bias=rng.standard_normal((B, H, T, S)),
+        forbidden=np.arange(S) > np.arange(T)[:, None] + T // 2,
+        padding=np.arange(S) >= rng.integers(1, S + 1, B)[:, None],
+        zero_attn=True,
+        dy=dy,
+        dweights=dweights,
+    )
+
+
+# ── the two sides, and the bounds ────────────────────────────────────────────────────────────────────────────────
+
+
+def run_funcmha(problem: Problem) -> dict[str, Array]:
+    """Every value by name."""
+    y, cache = mha(problem.params, *_inputs(problem), problem.bias, mask=_mask(problem), zero_attn=problem.zero_attn)
+    dparams, *dinputs, dbias = mha_vjp(cache, problem.dy, dweights=problem.dweights)
+    return _named(problem, y, attention_weights(cache), dparams, dinputs, dbias)
+
+
+def run_bounds(problem: Problem) -> dict[str, Array]:
+    """How far off a correct implementation may be in float32, by name. The bounds of three summed gradients add.
+
+    Bounds are proportional to the unit roundoff, to within 1 % here, so that these serve float64 too: they take longer
+    than all the rest.
+    """
+    bounds = mha_bounds(
+        problem.params,
+        *_inputs(problem),
+        problem.bias,
+        problem.dy,
+        mask=_mask(problem),
+        zero_attn=problem.zero_attn,
+        dweights=problem.dweights,
+        dtype="float32",
+    )
+    dinputs = [bounds.dquery, bounds.dkey, bounds.dvalue]
+    return _named(problem, bounds.y, bounds.weights, bounds.dparams, dinputs, bounds.dbias)
+
+
+def run_torch(problem: Problem) -> dict[str, Array]:
+    """Every value by name, from `torch.nn.MultiheadAttention` in training mode and its autograd."""
+    import torch
+
+    module = torch.nn.MultiheadAttention(
+        problem.dy.shape[-1],
+        problem.heads,
+        batch_first=True,
+        bias="b" in problem.params["q_proj"],
+        add_bias_kv="bias_kv" in problem.params,
+        add_zero_attn=problem.zero_attn,
+        kdim=problem.params["k_proj"]["w"].shape[-1],
+        vdim=problem.params["v_proj"]["w"].shape[-1],
+        dtype=getattr(torch, str(problem.dy.dtype)),
+    )
+    module.load_state_dict({name: torch.from_numpy(a) for name, a in to_state_dict(problem.params).items()})
+
+    inputs: list[Any] = [torch.tensor(a, requires_grad=True) for a in problem[1:4] if a is not None]
+    bias: Any = None if problem.bias is None else torch.tensor(problem.bias, requires_grad=True)
+    attn_mask, padding = None, None
+    if bias is not None:
+        attn_mask = bias.masked_fill(torch.from_numpy(problem.forbidden), -torch.inf).flatten(0, 1)
+        nothing = torch.zeros(problem.padding.shape, dtype=bias.dtype)
+        padding = nothing.masked_fill(torch.from_numpy(problem.padding), -torch.inf)
+    y, weights = module(
+        *(inputs if len(inputs) == 3 else 3 * inputs),
+        attn_mask=attn_mask,
+        key_padding_mask=padding,
+        need_weights=problem.dweights is not None,
+        average_attn_weights=False,
+    )
+    outputs = [(y, problem.dy)] if weights is None else [(y, problem.dy), (weights, problem.dweights)]
+    torch.autograd.backward([out for out, _ in outputs], [torch.from_numpy(d) for _, d in outputs])
+
+    dparams = from_state_dict({name: parameter.grad for name, parameter in module.named_parameters()}, problem.heads)
+    dinputs = [x.grad.numpy() for x in inputs]
+    y, weights = (None if x is None else x.detach().numpy() for x in (y, weights))
+    return _named(problem, y, weights, dparams, dinputs, None if bias is None else bias.grad.numpy())
+
+
+def _inputs(problem: Problem) -> tuple[Array, Array, Array]:
+    x, key, value = problem[1:4]
+    return (x, x, x) if key is None else (x, key, value)
+
+
+def _mask(problem: Problem) -> Array:
+    return masks(problem.forbidden, problem.padding, problem.heads)[0]
+
+
+def _named(
+    problem: Problem, y: Array, weights: Array, dparams: Params, dinputs: Sequence[Array], dbias: Array
+) -> dict[str, Array]:
+    """What is compared, under the name it has in the table."""
+    named = {"output": y}
+    if problem.dweights is not None:
+        named["weights"] = weights
+    if problem.key is None:
+        named["input gradient"] = sum(dinputs)
+    else:
+        named |= {f"{name} gradient": dx for name, dx in zip(("query", "key", "value"), dinputs, strict=True)}
+    named |= {f"{leaf} gradient": g for leaf, g in tree.flatten(dparams).items()}
+    if problem.bias is not None:
+        named["bias gradient"] = dbias
+    return named
