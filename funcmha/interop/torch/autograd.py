@@ -37,7 +37,7 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
     f, f_vjp  a pair by funcmha's protocol, whose cache is made of tuples, dicts and arrays
     inputs    tensors on the CPU, None, or dicts and tuples of them; floating ones have gradients
-    options   the same, without gradients: keywords that change from call to call, such as masks. For the mask of dropout
+    options   the same, without gradients: keywords that change from call to call, such as masks. For a mask of dropout
               give an f of its own: `lambda *x, keep: attention(*x, dropout=masked(keep, 0.1))`
     static    all other keywords of f, the same for all calls
 
