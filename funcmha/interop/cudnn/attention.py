@@ -1,4 +1,4 @@
-"""The node `sdpa`, and its gradient: the package says what differs from funcmha.
+"""The node `sdpa`, and its gradient. The package docstring lists the differences from funcmha.
 
 Axes: B batch, H_q query heads, H_k key heads, H_v value heads, S_q queries, S_kv keys, D_qk query/key width, D_v value
 width.

@@ -225,7 +225,7 @@ def check_tokens(axes: _check.Axes, arrays: dict[str, tuple[Array, str]], *optio
 
 
 def check_per_head(axes: _check.Axes, q: Array, alibi_slopes: Any, learnable_sink: Any) -> None:
-    """Slopes (H,) or (B, H) and a sink (H,), in the dtype of q or in float32 beside half types, as FA2 wants slopes."""
+    """Slopes (H,) or (B, H) and a sink (H,), in the dtype of q or in float32 with half types, as in FA2."""
     own = "B H" if getattr(alibi_slopes, "ndim", 1) == 2 else "H"
     for name, x, symbols in (("alibi_slopes", alibi_slopes, own), ("learnable_sink", learnable_sink, "H")):
         if x is None:

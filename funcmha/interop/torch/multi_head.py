@@ -5,11 +5,10 @@
         key_padding_mask, attn_mask, embed_dim_to_check=64, num_heads=4, add_zero_attn=False, dropout_p=0.0)
     dquery, dkey, dvalue, din_proj_weight, *_ = multi_head_attention_forward_vjp(cache, (dy, dweights))
 
-What differs from funcmha. Positions come before the batch, boolean masks are True where attention is *forbidden*, the
-projections of q, k and v are one matrix, and the weights are those after dropout. What differs from PyTorch. What is
-differentiable comes first and by position, in the order of `Inputs`, the rest by name. PyTorch draws its dropout mask
-where nobody can draw it again, so here dropout takes its mask, `keep`. A query that may attend to nothing never gives
-NaN.
+Differences from funcmha: positions come before the batch, boolean masks are True where attention is *forbidden*, the
+projections of q, k and v are one matrix, and the weights are those after dropout. Differences from PyTorch: the
+differentiable inputs come first and by position, in the order of `Inputs`, the rest by name; dropout takes its mask,
+`keep`, as an input, as PyTorch's cannot be drawn again; fully masked rows never give NaN.
 
 Axes: L queries, S keys, S' keys with those of bias_k and add_zero_attn, N batch, H heads, D width of a head, E =
 embed_dim = H·D, Ek and Ev the widths of key and value, O output.
@@ -55,10 +54,10 @@ FLAGS = (
 class Inputs(NamedTuple):
     """The differentiable inputs of `multi_head_attention_forward`, or their gradients."""
 
-    query: Array  # (L, N, E), or without N as all that has one
+    query: Array  # (L, N, E), or all without N
     key: Array  # (S, N, Ek)
     value: Array  # (S, N, Ev)
-    in_proj_weight: Array  # (3E, E), or None beside the three of q, k and v
+    in_proj_weight: Array  # (3E, E), or None with the three of q, k and v
     in_proj_bias: Array  # (3E,) or None
     bias_k: Array  # (1, 1, E) or None
     bias_v: Array  # (1, 1, E) or None
@@ -116,15 +115,14 @@ def multi_head_attention_forward(
     query (L, N, E)   key (S, N, Ek)   value (S, N, Ev)   →   y (L, N, O), weights (N, L, S') or (N, H, L, S') or None
 
     The inputs are those of `Inputs`, in its order. Boolean masks are True where attention is forbidden, and have no
-    gradient; floating ones add up, and each has its own. `weights` are None without need_weights; they are those after
-    dropout, and their mean over the heads with average_attn_weights. keep broadcasts to (N, H, L, S').
+    gradient; floating ones are added, and each has a gradient. `weights` are None without need_weights; they are those
+    after dropout, and their mean over the heads with average_attn_weights. keep broadcasts to (N, H, L, S').
 
-    A query that may attend to nothing gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
+    A fully masked row gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
 
-    static_k, static_v stand for the projected keys and values, at the cost of a product with the identity; what they
-    replace has gradient 0. is_causal promises that attn_mask is the causal one: PyTorch may then overlook attn_mask,
-    and the keys of bias_k and add_zero_attn with it. Here attn_mask counts in any case, and a promise that does not
-    hold is refused.
+    static_k, static_v replace the projected keys and values, at the cost of a product with the identity; the inputs
+    that they replace have gradient 0. is_causal states that attn_mask is the causal one: PyTorch may then ignore
+    attn_mask, and with it the keys of bias_k and add_zero_attn. Here attn_mask always counts, and must be causal.
     """
     x = Inputs(
         query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
@@ -169,7 +167,7 @@ def _batch_first(x: Array) -> Array:
 
 
 def _keys(x: Array, static: Array, query: Array) -> Array:
-    """x (S, N, Ek)   →   (N, S, Ek), or in its place static (N·H, S, D), its heads side by side   →   (N, S, E)"""
+    """x (S, N, Ek)   →   (N, S, Ek), or instead static (N·H, S, D), its heads side by side   →   (N, S, E)"""
     if static is None:
         return _batch_first(x)
     reshape, (_, S, D), (*batch, E) = namespace(static).reshape, static.shape, query.shape[1:]
@@ -186,7 +184,7 @@ def _keys_vjp(x: Array, static: Array, dx: Array) -> tuple[Array, Array]:
 
 
 def _params(x: Inputs, H: int) -> Params:
-    """The tree of `mha`. What stands for projected keys or values is projected by the identity."""
+    """The tree of `mha`. Static keys or values are projected by the identity."""
     E = x.query.shape[-1]
     reshape = namespace(x.query).reshape
     params: Params = {}
@@ -280,7 +278,7 @@ def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[A
 
 
 def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: bool, is_causal: bool) -> None:
-    """The door of `multi_head_attention_forward`."""
+    """The argument checks of `multi_head_attention_forward`."""
     given = x._asdict().items()
     masks = {name: mask for name, mask in given if name.endswith("mask") and mask is not None}
     _check.one_dtype(
@@ -301,11 +299,11 @@ def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: boo
 
 
 def _check_weights_given(x: Inputs, separate: bool) -> None:
-    """Which weights go together."""
+    """The weights and biases that must be given together."""
     packed = x.in_proj_weight is not None
     names = [name for name in SEPARATE if getattr(x, name) is not None]
     if packed == separate or len(names) != 3 * separate:
-        wanted = "None beside q_proj_weight, k_proj_weight and v_proj_weight" if separate else "given, and they None,"
+        wanted = "None with q_proj_weight, k_proj_weight and v_proj_weight" if separate else "given, and they None,"
         got = ", ".join(names + ["in_proj_weight"] * packed) or "none of them"
         raise ValueError(f"in_proj_weight must be {wanted} with use_separate_proj_weight={separate}, got {got}")
     if (x.bias_k is None) != (x.bias_v is None):
@@ -325,7 +323,7 @@ def _check_shapes(x: Inputs, H: int) -> None:
     known = {"3E": 3 * E, "D": E // H, "N·H": H * (axes["N"] if n else 1)}
     axes.size |= known
     axes.owner |= dict.fromkeys(known, "query")
-    s = "S" if x.static_k is None or x.static_v is None else "Sk"  # where both are static, those of key do not count
+    s = "S" if x.static_k is None or x.static_v is None else "Sk"  # where both are static, those of key are ignored
     width_k, width_v = ("E", "E") if x.in_proj_weight is not None else ("Ek", "Ev")
     letters = {
         "key": f"{s} {n}{width_k}", "value": f"{s} {n}{width_v}", "static_k": "N·H S D", "static_v": "N·H S D",
@@ -342,12 +340,12 @@ def _check_shapes(x: Inputs, H: int) -> None:
 
 def _check_causal(attn_mask: Array) -> None:
     if attn_mask is None:
-        raise ValueError("attn_mask must be given with is_causal=True, which says that it is the causal mask")
+        raise ValueError("attn_mask must be given with is_causal=True, which states that it is the causal mask")
     xp = namespace(attn_mask)
     forbidden = from_host(np.tri(*attn_mask.shape[-2:]) == 0, attn_mask)
     want = forbidden if dtype_name(attn_mask) == "bool" else xp.where(forbidden, -INF, 0.0)
     if not bool(xp.all(attn_mask == want)):
-        raise ValueError("attn_mask must forbid j > i and nothing else, as is_causal=True says it does")
+        raise ValueError("attn_mask must forbid j > i and nothing else with is_causal=True")
 
 
 @attention_weights.register
