@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import Array, from_host, of_heads
+from ._arrays import Array, from_host, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1

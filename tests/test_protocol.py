@@ -275,7 +275,9 @@ def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     ):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
-            module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)
+            module,
+            "downcast",
+            lambda x, d, downcast=module.downcast: rounded.add(getattr(x, "dtype", None)) or downcast(x, d),
         )
     y, cache = pair.f(*pair.inputs(dtype), **pair.static)
     pair.f_vjp(cache, y)

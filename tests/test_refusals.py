@@ -39,8 +39,8 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.kv_cache import KV, append, append_vjp, step_mask
 from funcmha.engines import ENGINES, SEQUENTIAL
+from funcmha.kv_cache import KV, append, append_vjp, step_mask
 from funcmha.rotary import HalfPairs, frequencies, rotate, rotate_vjp, table
 from funcmha.testing.strategies import MhaProblem
 

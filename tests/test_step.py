@@ -26,8 +26,8 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.kv_cache import KV
 from funcmha.engines import SEQUENTIAL
+from funcmha.kv_cache import KV
 from funcmha.rotary import frequencies, table
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, MODERN_MHA, RELATIVE, MhaProblem, mha_problems

@@ -16,7 +16,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import AttentionOptions, HeadOptions, takes
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.biases import RelativeBias
 from funcmha.params import Params
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import Bias
-from funcmha._xp import Array, of_heads
+from funcmha._arrays import Array, of_heads
 
 from .plan import Plan
 from .tiled.threads import single_threaded_blas

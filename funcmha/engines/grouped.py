@@ -21,7 +21,7 @@ from funcmha._arguments import (
     check_mha,
     check_one_input,
 )
-from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, own, sum_over_batch, widen
+from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
 from funcmha.masks.zero import zero_inputs
@@ -260,13 +260,13 @@ def head(
     _, bias, x = check_head(params, query, key, value, bias, options)
     dtype, params, bias = (
         query.dtype,
-        join_heads([tree.map(widen, params)], 1),
-        None if bias is None else bias.map(widen),
+        join_heads([tree.map(upcast, params)], 1),
+        None if bias is None else bias.map(upcast),
     )
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
-    return own(narrow(o, dtype), o), HeadCache(group)
+    return own(downcast(o, dtype), o), HeadCache(group)
 
 
 def head_vjp(
@@ -284,10 +284,10 @@ def head_vjp(
     _check.cotangent("do", do, (*x.shape[:-1], group.v.project.w.shape[-2]), x, "... T E")
     _check.cotangent("dweights", dweights, (*x.shape[:-1], group.rest.num_keys), x, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
-    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
-    dlse = None if dlse is None else widen(dlse)[..., None, :]
+    dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
+    dlse = None if dlse is None else upcast(dlse)[..., None, :]
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)
-    dgroup, dxs, dbias = _attend_vjp(group, widen(do)[..., None, :], dweights, dlse, nothing, batch_axes)
+    dgroup, dxs, dbias = _attend_vjp(group, upcast(do)[..., None, :], dweights, dlse, nothing, batch_axes)
     dbias = None if dbias is None else dbias.without_head_axis()
     return rounded((one_head(dgroup, 0), *dxs, dbias), do.dtype)
 
@@ -307,8 +307,8 @@ def mha(
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
@@ -319,7 +319,7 @@ def mha(
         for piece, of_piece in _pieces(group, out, plan):
             groups.append(piece)
             outs.append(of_piece)
-    return narrow(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
+    return downcast(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
 
 
 def mha_vjp(
@@ -347,7 +347,7 @@ def _mha_vjp(
     _check.flag("per_sample", per_sample)
     w, o, like = leaf(cache.params, "out_proj.w"), cache.out[0].o, cache.out[0].o[..., 0, :]
     check_cotangents_of_mha(dy, dweights, dlse, like, w.shape[0], w.shape[1], cache.groups[0].rest.num_keys)
-    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    g, dweights, dlse = upcast(dy), upcast(dweights), upcast(dlse)
     batch_axes, stop = o.ndim - 3 if per_sample else 0, w.shape[1]
     dgroups, dbiases = [], []
     for group, out in zip(reversed(cache.groups), reversed(cache.out), strict=True):

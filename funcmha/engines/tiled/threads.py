@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
 
 

@@ -49,7 +49,7 @@ def _name(kind: Any, dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def widen(x: Array) -> Array:
+def upcast(x: Array) -> Array:
     """`x` in the dtype to compute in: float16 and bfloat16 become float32, everything else is already there."""
     if x is None or dtype_name(x) not in HALF:
         return x
@@ -57,8 +57,8 @@ def widen(x: Array) -> Array:
     return xp.astype(x, xp.float32)
 
 
-def narrow(x: Array, dtype: Any) -> Array:
-    """`x` in `dtype`: the one rounding at the end of a computation that `widen` began."""
+def downcast(x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`: the one rounding at the end of a computation that `upcast` began."""
     return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
@@ -88,7 +88,7 @@ def from_host(a: np.ndarray, like: Array) -> Array:
 
 def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:
     """A cotangent in the dtype to compute in, and for None 0 in the library, dtype and on the device of `like`."""
-    return full(shape, 0.0, like) if x is None else widen(x)
+    return full(shape, 0.0, like) if x is None else upcast(x)
 
 
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
