@@ -33,6 +33,7 @@ WORKERS = 2
 SECONDS = 300  # for the tests of one fault
 PLANTED = table(ROOT / "tests/faults.txt")
 MORE = {  # tests beside those of the same name
+    "masks/kinds.py": ["test_packing.py"],
     "ops.py": ["test_modern.py", "test_garbage.py"],
     "testing/gradcheck.py": ["test_testing.py"],
     "testing/rounding.py": ["test_tolerance.py"],
