@@ -47,19 +47,22 @@ class Fault(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file, from funcmha/ on; ValueError if there is none."""
-        parts = self.function.split(".")
-        for n in range(len(parts) - 1, 0, -1):
-            for path in (Path(*parts[:n]).with_suffix(".py"), Path(*parts[:n], "__init__.py")):
-                if (ROOT / "funcmha" / path).exists():
-                    return path
-        raise ValueError(f"{self.function}: there is no such module")
+        """The file, from funcmha/ on: that of the module, or the one of a package that has the name."""
+        return self._found()[0]
 
     @property
     def name(self) -> str:
         """The function in that file."""
-        module = self.path.parent if self.path.name == "__init__.py" else self.path.with_suffix("")
-        return self.function.removeprefix(".".join(module.parts) + ".")
+        return self._found()[1]
+
+    def _found(self) -> tuple[Path, str]:
+        parts, package = self.function.split("."), ROOT / "funcmha"
+        for n in range(len(parts) - 1, 0, -1):
+            file, folder = package.joinpath(*parts[:n]).with_suffix(".py"), package.joinpath(*parts[:n])
+            found = [path for path in (file, *sorted(folder.rglob("*.py"))) if path.exists() and defines(path, parts[n])]
+            if len(found) == 1:
+                return found[0].relative_to(package), ".".join(parts[n:])
+        raise ValueError(f"{self.function} must be in one module, and is in none, or in many of a package")
 
     def plant(self, source: str) -> str:
         """The source with the fault in it; ValueError if it does not apply."""
@@ -69,6 +72,10 @@ class Fault(NamedTuple):
             raise ValueError(f"{self.function} must have {n} places for {self.operation!r}, and has {len(found)}")
         node, new = found[k - 1]
         return replaced(source, node, new)
+
+
+def defines(path: Path, name: str) -> bool:
+    return any(name in names(node) for node in ast.parse(path.read_text()).body)
 
 
 def table(path: Path) -> list[Fault]:
