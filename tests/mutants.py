@@ -32,14 +32,22 @@ from planting import ROOT, Fault, everywhere, scope, sites, table
 WORKERS = 2
 SECONDS = 300  # for the tests of one fault
 PLANTED = table(ROOT / "tests/faults.txt")
-MORE = {  # tests beside those of the same name
+MORE = {  # tests beside those of the same name, of all files whose path begins so
+    "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
+    "mha.py": ["test_modern.py"],
+    "params.py": ["test_modern.py"],
+    "biases/": ["test_bias.py"],
     "masks/kinds.py": ["test_packing.py"],
-    "ops.py": ["test_modern.py", "test_garbage.py"],
-    "testing/gradcheck.py": ["test_testing.py"],
-    "testing/rounding.py": ["test_tolerance.py"],
-    "testing/rounding_attention.py": ["test_tolerance.py"],
-    "testing/rounding_ready.py": ["test_tolerance.py"],
-    "testing/strategies.py": ["test_testing.py"],
+    "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py"],
+    "derivatives/": ["test_forward.py", "test_double.py"],
+    "engines/tiled/forward_mode.py": ["test_forward.py"],
+    "engines/tiled/second_order.py": ["test_double.py"],
+    "kv_cache/append.py": ["test_decode.py"],
+    "kv_cache/step.py": ["test_step.py"],
+    "npz/atomic.py": ["test_atomic.py"],
+    "npz/": ["test_npz_refused.py"],
+    "testing/": ["test_testing.py"],
+    "testing/rounding": ["test_tolerance.py"],
     "testing/tolerance.py": ["test_tolerance.py"],
 }
 ELSE = ["test_protocol.py", "test_mha.py", "test_properties.py"]  # of what has no tests of its name
@@ -50,7 +58,8 @@ def catching(path: Path) -> list[str]:
     parts = [part.strip("_") for part in path.with_suffix("").parts if part != "__init__"]
     named = ["_".join(["test", *parts[:n]]) + ".py" for n in range(len(parts), 0, -1)]
     own = [name for name in named if (ROOT / "tests" / name).exists()][:1]
-    return list(dict.fromkeys(own + MORE.get(str(path), []))) or ELSE
+    more = [test for begin, tests in MORE.items() if str(path).startswith(begin) for test in tests]
+    return list(dict.fromkeys(own + more)) or ELSE
 
 
 def copied(where: Path) -> Path:

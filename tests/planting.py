@@ -59,7 +59,9 @@ class Fault(NamedTuple):
         parts, package = self.function.split("."), ROOT / "funcmha"
         for n in range(len(parts) - 1, 0, -1):
             file, folder = package.joinpath(*parts[:n]).with_suffix(".py"), package.joinpath(*parts[:n])
-            found = [path for path in (file, *sorted(folder.rglob("*.py"))) if path.exists() and defines(path, parts[n])]
+            found = [
+                path for path in (file, *sorted(folder.rglob("*.py"))) if path.exists() and defines(path, parts[n])
+            ]
             if len(found) == 1:
                 return found[0].relative_to(package), ".".join(parts[n:])
         raise ValueError(f"{self.function} must be in one module, and is in none, or in many of a package")
@@ -228,7 +230,8 @@ def filled(new: str, bound: dict, old: ast.expr, node: ast.AST) -> ast.AST:
     tree = parsed(new)
     if isinstance(tree, ast.Name) and isinstance(node, ast.Attribute) and not greek(tree):
         return ast.Attribute(node.value, tree.id)
-    return Fill(bound, bound.get(f"{old.func.id}()") if isinstance(old, ast.Call) else None).visit(tree)
+    outermost = f"{getattr(old.func, 'id', '')}()" if isinstance(old, ast.Call) else ""
+    return Fill(bound, bound.get(outermost)).visit(tree)
 
 
 def replaced(source: str, node: ast.AST, new: str) -> str:

@@ -28,7 +28,7 @@ def test_the_table_names_each_fault_once():
 
 def test_every_module_has_tests():
     assert all((ROOT / "tests" / test).exists() for module in MODULES for test in catching(module))
-    assert all((ROOT / "funcmha" / module).exists() for module in MORE)
+    assert all(any(str(module).startswith(begin) for module in MODULES) for begin in MORE)
 
 
 # ── operations ───────────────────────────────────────────────────────────────────────────────────────────────────
