@@ -13,14 +13,14 @@ import numpy as np
 
 from funcmha import init, masks, self_attention, self_attention_step
 from funcmha.norms import rms_norm
-from funcmha.rotary import frequencies, rotary
+from funcmha.rotary import frequencies, table
 
 VOCABULARY, C, H, K, LAYERS = 256, 96, 6, 2, 4
 PROMPT, NEW = 200, 56
 
 LAYER_PARAMS = [init(seed, C, H, num_kv_heads=K, dtype=np.float64) for seed in range(LAYERS)]
 EMBEDDING, UNEMBEDDING = np.random.default_rng(0).standard_normal((2, VOCABULARY, C)) / 10
-COS, SIN = TURNS = rotary(np.arange(PROMPT + NEW), frequencies(C // H))
+COS, SIN = TURNS = table(np.arange(PROMPT + NEW), frequencies(C // H))
 
 
 def full_forward(tokens, left):

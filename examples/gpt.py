@@ -20,7 +20,7 @@ from funcmha import init, linear, linear_vjp, load, masks, save, self_attention,
 from funcmha.mha import SelfAttentionCache
 from funcmha.norms import RmsNormCache, rms_norm, rms_norm_vjp
 from funcmha.ops import LinearCache
-from funcmha.rotary import frequencies, rotary
+from funcmha.rotary import frequencies, table
 
 C, M, H, BLOCKS = 64, 128, 4, 2
 EPS = 1e-6
@@ -144,7 +144,7 @@ class GptCache(NamedTuple):
 
 def gpt(params, /, *, tokens):
     """logits (T, V) of the character after each of the tokens (T,)"""
-    turn, caches = rotary(np.arange(len(tokens)), FREQUENCIES), {}
+    turn, caches = table(np.arange(len(tokens)), FREQUENCIES), {}
     x, lookup = embed(params["embedding"], tokens=tokens)
     for name, each in params["blocks"].items():
         x, caches[name] = block(each, x, turn=turn)

@@ -11,8 +11,8 @@ conjugate gradients, stopped at negative curvature, a step of Newton's method.
 import numpy as np
 
 from funcmha import init, mha, mha_vjp, tree
-from funcmha.forward_mha import mha_jvp
-from funcmha.second_mha import mha_vjp_jvp
+from funcmha.derivatives import mha_jvp
+from funcmha.derivatives import mha_vjp_jvp
 
 B, T, C, H = 4, 12, 16, 4
 DECAY = 1e-2

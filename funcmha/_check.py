@@ -16,7 +16,7 @@ from ._xp import HALF, Array, dtype_name, is_array
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-def one_dtype(arrays: Iterable[tuple[str, Array]], optional: Iterable[tuple[str, Array]] = ()) -> None:
+def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
     """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
     first = None
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
@@ -126,6 +126,30 @@ def cotangent(
         raise ValueError(f"{name} must be ({spelt}) = {tuple(shape)} as the output is, got {tuple(x.shape)}")
     if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
         raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
+
+
+def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
+    """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that upcasts to it.
+
+    `shape` is that of what it is the tangent of, None if there is no such thing.
+    """
+    if x is None:
+        return
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array, or None for zero, got {type(x).__name__}")
+    of, got = name.replace("_dot", ""), tuple(x.shape)
+    if shape is None:
+        raise ValueError(f"{name} must be None, as there is no {of}, got shape {got}")
+    if got != tuple(shape):
+        spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
+        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
+    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
+        raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
+
+
+def dtype_of(computed: Array, *tangents: Array) -> Any:
+    """The dtype of the tangents, and so of what is made of them; without any, the one computed with."""
+    return next((x.dtype for x in tangents if x is not None), computed.dtype)
 
 
 def shape_of(x: Array) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
 
 from functools import cache
+from math import isqrt
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +62,20 @@ def narrow(x: Array, dtype: Any) -> Array:
     return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
+def own(y: Array, kept: Array) -> Array:
+    """y, copied where it is the very array that a cache keeps: what is returned belongs to the caller."""
+    return namespace(y).astype(y, y.dtype, copy=True) if y is kept else y
+
+
+def read_only(x: Array) -> Array:
+    """A view that cannot be written to; a copy where the library has no such thing."""
+    if not isinstance(x, np.ndarray):
+        return own(x, x)
+    view = x.view()
+    view.flags.writeable = False
+    return view
+
+
 def from_host(a: np.ndarray, like: Array) -> Array:
     """The NumPy array `a` in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
@@ -85,6 +100,18 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
 
 
+def sum_over_batch(g: Array, rank: int, batch_axes: int) -> Array:
+    """g (b₁, …, bₙ, ..., and `rank` axes)   →   (b₁, …, bₙ, and `rank` axes), summed over all between"""
+    axes = tuple(range(batch_axes, g.ndim - rank))
+    return namespace(g).sum(g, axis=axes) if axes else g
+
+
+def row_blocks(n: int) -> list[slice]:
+    """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
+    size = max(isqrt(n), 1)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 def of_heads(a: Array, h: slice, rank: int = 3) -> Array:
     """a (..., H or 1, and `rank` − 1 axes), or without a head axis, or None, as the heads `h` see it"""
     if a is None or a.ndim < rank or a.shape[-rank] == 1:
@@ -99,6 +126,16 @@ def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
     batch = a.shape[: a.ndim - rank]
     own = b[len(b) - len(batch) :]
     return a[(*(0 if n == 1 else i for i, n in zip(own, batch, strict=True)), ...)]
+
+
+def heads_first(x: Array) -> Array:
+    """x (..., T, H, D)   →   (..., H, T, D)"""
+    return namespace(x).moveaxis(x, -2, -3)
+
+
+def heads_last(x: Array) -> Array:
+    """x (..., H, T, D)   →   (..., T, H, D)"""
+    return namespace(x).moveaxis(x, -3, -2)
 
 
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:

@@ -1,8 +1,10 @@
-"""Dropout masks from a seed: any tile of one can be drawn again, by anyone, at the cost of the tile.
+"""Dropout of the weights: by a mask, or by a seed, from which any tile of a mask can be drawn again, by anyone.
 
-    drop = seeded(2024, 0.1)                                     # a value: nothing is drawn, nothing is remembered
-    o, cache = attention(q, k, v, keep=drop.dense((B, H, T, S)), rate=drop.rate)
-    drop.tile(b, h, (256, 512), (0, 128))                        # the same booleans as dense[b, h, 256:512, 0:128]
+    drop = seeded(2024, 0.1)                                     # a value: nothing is drawn, nothing is stored
+    o, cache = attention(q, k, v, dropout=drop)
+    keep = drop.dense((B, H, T, S))                              # booleans, True = keep
+    o, cache = attention(q, k, v, dropout=masked(keep, 0.1))     # the same o
+    drop.tile(b, h, (256, 512), (0, 128))                        # keep[b, h, 256:512, 0:128], at the cost of the tile
 
 The generator is Philox 4x32-10 (Salmon, Moraes, Dror and Shaw 2011), a function of a counter and a key. The key is the
 seed, and the counter says which element is meant: a boolean depends on the seed and its own place and on nothing else,
@@ -12,14 +14,14 @@ layer and each step.
 Axes: T queries, S keys, H heads; `...` is batch, whose elements are the samples.
 """
 
-from dataclasses import dataclass, replace
 from math import prod
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 
 from . import _check
-from ._xp import Array, from_host
+from ._xp import Array, from_host, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -53,8 +55,33 @@ def philox(counter: tuple[Array | int, ...], key: tuple[int, int], /) -> tuple[A
     return a, b, c, d
 
 
-@dataclass(frozen=True)
-class Seeded:
+class Masked(NamedTuple):
+    """a = p ⊙ keep / (1 − rate): which weights to keep, by a mask. Made by `masked`, which checks what it is given."""
+
+    keep: Array  # booleans, True = keep, that broadcast to (..., H, T, S)
+    rate: float
+
+    def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
+        """The booleans as they are, which broadcast to `shape`."""
+        return self.keep
+
+    def heads(self, h: slice) -> "Masked":
+        """Of the heads `h`, where it has a head axis."""
+        return Masked(of_heads(self.keep, h), self.rate)
+
+
+def masked(keep: Array, rate: float, /) -> Masked:
+    """a = p ⊙ keep / (1 − rate)        keep booleans, True = keep   rate 0 ≤ … < 1   →   `Masked`
+
+    `keep` broadcasts to the weights, (..., H, T, S), and whoever drew it kept each with probability 1 − rate.
+    """
+    if keep is None:
+        raise TypeError("keep must be a boolean array, True = keep, got None")
+    _check.boolean("keep", keep, "True = keep")
+    return Masked(keep, _check.number("rate", rate, 0.0, 1.0))
+
+
+class Seeded(NamedTuple):
     """Which weights to keep, by a seed: booleans (..., H, T, S), True = keep, none of which is stored.
 
     Key j of query i in head h of sample b is kept where
@@ -99,13 +126,13 @@ class Seeded:
         keep = keep.reshape(shape)
         return keep if like is None else from_host(keep, like)
 
-    def heads(self, start: int) -> "Seeded":
-        """The same from head `start` on."""
-        return replace(self, first_head=self.first_head + start)
+    def heads(self, h: slice) -> "Seeded":
+        """Of the heads `h`: the same from its first head on."""
+        return self._replace(first_head=self.first_head + (h.start or 0))
 
     def sample(self, n: int) -> "Seeded":
         """The same from sample `n` on."""
-        return replace(self, first_sample=self.first_sample + n)
+        return self._replace(first_sample=self.first_sample + n)
 
     def _place(self, name: str, of: Range, size: int) -> Range:
         """The range in the coordinates of the whole."""

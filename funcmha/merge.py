@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import _check
 from ._xp import HALF, Array, dtype_name, namespace, narrow, widen
-from .ops import log_sum_exp
+from .engines import log_sum_exp
 
 INF = float("inf")
 

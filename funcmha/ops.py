@@ -1,4 +1,4 @@
-"""Primitives and their gradients, in pairs: the specification that every engine must equal.
+"""The specification of attention: `linear`, `softmax`, `scores`, `attention`, each followed by its gradient.
 
     y, cache = f(*inputs, **static)      positional inputs are differentiable, keyword ones are not
     grads    = f_vjp(cache, dy)          one gradient per input, in order, of its shape; None where the input was None
@@ -10,20 +10,21 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 `...` is batch.
 """
 
-from collections.abc import Sequence
-from functools import singledispatch
-from math import isqrt, prod
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
 
 from . import _check
-from ._bias import bias_of_heads, bias_of_sample, dense_bias, dense_bias_vjp, on_bias
-from ._doors import blank_keys, blank_queries, check_attention, check_linear
-from ._xp import Array, from_host, namespace, narrow, of_heads, of_sample, unbroadcast, widen
-from .biases import Relative
-from .dropout import Seeded
-from .masks import Mask, dense
+from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
+from ._xp import Array, from_host, namespace, narrow, own, row_blocks, sum_over_batch, widen
+from .biases import RelativeBias
+from .masks import dense
+from .masks.zero import zero_masked_queries, zero_unattended_keys
 
 INF = float("inf")
+
+underflow_is_zero = np.errstate(under="ignore")  # of the weight of a key far below the largest: that is no error
 
 
 # ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -48,24 +49,21 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
     return narrow(y, dtype), LinearCache(x, w, b)
 
 
-def linear_vjp(cache: LinearCache, dy: Array, /) -> tuple[Array, Array, Array]:
-    """dx = dy w     dw = Σ dy xᵀ     db = Σ dy        sums over the batch axes"""
+def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:
+    """dx = dy w     dw = Σ dy xᵀ     db = Σ dy        sums over all axes but the first `batch_axes`
+
+    So dw is (O, I), or with batch_axes=n it is (b₁, …, bₙ, O, I), a gradient for each element of the batch.
+    """
     _check.cache(cache, LinearCache, "linear")
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
-    xp, g = namespace(x), widen(dy)
-    n = prod(x.shape[:-1])
-    rows_g, rows_x = xp.reshape(g, (n, w.shape[0])), xp.reshape(x, (n, w.shape[1]))
+    xp, g, batch = namespace(x), widen(dy), tuple(x.shape[:batch_axes])
+    n = prod(x.shape[batch_axes:-1])
+    rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
     dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[i, :]) @ rows_x[i, :] for i in _blocks(n)), start=xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[i, :], axis=0) for i in _blocks(n)), start=xp.zeros_like(b))
+    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
+    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
     return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
-
-
-def _blocks(n: int) -> list[slice]:
-    """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
-    size = max(isqrt(n), 1)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 # ── softmax ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,6 +73,7 @@ class SoftmaxCache(NamedTuple):
     p: Array  # (..., S)
 
 
+@underflow_is_zero
 def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     """p = exp(x) / Σ exp(x)    over the last axis, where `where` is True      x (..., S)   →   p (..., S)
 
@@ -88,20 +87,21 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
-    p, *_ = _softmax(widen(x), where)
-    return narrow(p, x.dtype), SoftmaxCache(p)
+    p, *_ = softmax_with_sink(widen(x), where)
+    return own(narrow(p, x.dtype), p), SoftmaxCache(p)
 
 
+@underflow_is_zero
 def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     """dx = p (dp − Σ p dp)        needs p alone, never x"""
     _check.cache(cache, SoftmaxCache, "softmax")
     (p,) = cache
     _check.cotangent("dp", dp, p.shape, p, "... S")
-    dx, _ = _softmax_vjp(p, widen(dp))
+    dx, _ = softmax_with_sink_vjp(p, widen(dp))
     return (narrow(dx, dp.dtype),)
 
 
-def _softmax(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
+def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
     """p = exp(x − lse) (..., S), lse = log (Σ exp(x) + exp(sink)) (...), and exp(sink − lse) (...), 0 without a sink
 
     Without a sink, a row with nothing allowed has p = 0 and lse = −∞.
@@ -121,7 +121,7 @@ def _softmax(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, 
     return e / total, lse[..., 0], (e_sink / total)[..., 0]
 
 
-def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
+def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
     """dx = p (dp − δ + dlse)     dsink = p_sink (dlse − δ)     δ = Σ p dp
 
     dp is first centred at the largest weight, m = dp there: with h = dp − m and Σ p = 1 − p_sink, δ = Σ p h + m (1 −
@@ -140,233 +140,208 @@ def _softmax_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) 
     return xp.where(p == 0, 0.0, p * (h + r)), None if p_sink is None else p_sink * (r - m)[..., 0]
 
 
+# ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ScoresCache(NamedTuple):
+    q: Array  # (..., H, T, D), 0 at fully masked queries
+    k: Array  # (..., K, S, D), 0 at unattended keys
+    bias: Bias  # broadcasts to (..., H, T, S), or None
+    slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
+    allowed: Array  # booleans (..., H, T, S), where z is not −∞
+    scale: Array | float  # of every head, or (H, 1, 1)
+
+
+@takes(ScoresOptions)
+def scores(
+    q: Array, k: Array, bias: Array | RelativeBias = None, /, **options: Unpack[ScoresOptions]
+) -> tuple[Array, ScoresCache]:
+    """z = softcap · tanh(scale · q kᵀ / softcap) + bias, and −∞ where not mask
+    q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
+
+    What `attention` with the same arguments takes the softmax of: its weights are exp(z − lse). A key that no query
+    attends has z = −∞ and no effect, even if it is NaN, and so has a query that attends no key. Time and memory
+    O(H T S).
+    """
+    bias, x = check_attention(q, k, k, bias, None, options, ScoresOptions)  # no values
+    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
+
+    dtype, xp = q.dtype, namespace(q)
+    q, k = zero_masked_queries(widen(q), mask), zero_unattended_keys(widen(k), mask)
+    bias = None if bias is None else bias.map(widen)
+    scale = _per_head(x.scale, q)
+    z, slope = _scores(q, k, bias, scale, _per_head(x.softcap, q))
+    z = z if mask is None else xp.where(mask, z, -INF)
+    return narrow(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
+
+
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
+    """dq, dk, dbias: `scores` from the bottom up
+
+    A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
+    """
+    _check.cache(cache, ScoresCache, "scores")
+    q, k, bias, slope, allowed, scale = cache
+    _check.cotangent("dz", dz, allowed.shape, q, "... H T S")
+    dtype, xp = dz.dtype, namespace(q)
+    g = xp.where(allowed, widen(dz), 0.0)
+    dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
+    return narrow(dq, dtype), narrow(dk, dtype), given(dbias, dtype)
+
+
+def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
+    """z = c + bias   with   c = softcap · tanh(u / softcap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
+    xp = namespace(q)
+    z, slope = (scale * q) @ xp.matrix_transpose(per_query_head(k, q)), None
+    if softcap is not None:
+        c = xp.tanh(z / softcap)
+        z, slope = softcap * c, 1 - c * c
+    return z if bias is None else z + bias.dense(q.shape[-2], k.shape[-2]), slope
+
+
+def _scores_vjp(q: Array, k: Array, bias: Bias, scale: Any, slope: Array, dz: Array) -> tuple[Array, Array, Bias]:
+    """dq, dk, dbias"""
+    xp = namespace(q)
+    dbias = None if bias is None else bias.dense_vjp(dz)
+    du = dz if slope is None else slope * dz
+    dq = scale * (du @ per_query_head(k, q))
+    dk = per_key_head(xp.matrix_transpose(du) @ (scale * q), k)
+    return dq, dk, dbias
+
+
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class AttentionCache(NamedTuple):
-    q: Array  # (..., H, T, D), 0 at the queries that may see no key
-    k: Array  # (..., K, S, D), 0 at the keys that nobody may see
-    v: Array  # (..., K, S, E), 0 at the keys that nobody may see
-    bias: Array | Relative  # broadcasts to (..., H, T, S), or None
+    q: Array  # (..., H, T, D), 0 at fully masked queries
+    k: Array  # (..., K, S, D), 0 at unattended keys
+    v: Array  # (..., K, S, E), 0 at unattended keys
+    bias: Bias  # broadcasts to (..., H, T, S), or None
     sink: Array  # (H,), or () without a head axis, or None
     slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
     p: Array  # (..., H, T, S), the weights before dropout
     lse: Array  # (..., H, T)
-    keep: Array  # broadcasts to (..., H, T, S), or None
+    keep: Array  # booleans that broadcast to (..., H, T, S), or None
     scale: Array | float  # of every head, or (H, 1, 1)
-    cap: Array | float | None  # of every head, or (H, 1, 1)
+    softcap: Array | float | None  # of every head, or (H, 1, 1)
     rate: float
 
 
+@takes(AttentionOptions)
+@underflow_is_zero
 def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | Relative = None,
+    bias: Array | RelativeBias = None,
     sink: Array = None,
     /,
-    *,
-    mask: Array | Mask = None,
-    scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    keep: Array | Seeded = None,
-    rate: float | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(cap · tanh(scale · q kᵀ / cap) + bias, sink)) v
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
 
-    bias    added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend", but only a mask
-            keeps out a NaN of the key. Or a `Relative` of `funcmha.biases`, in linear memory: ALiBi, T5, tables
-    sink    a logit for each head, (H,), that joins the softmax's denominator and lse, and nothing else: the weights of
-            a row sum to 1 − exp(sink − lse) (Xiao et al. 2023; gpt-oss)
-    mask    boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A query that may see no key
-            gets o = 0, weights 0, lse = −∞ (or the sink) and gradients 0, and has no effect, even if it or its
-            cotangent is NaN. A key that no query may see has no effect, even if NaN. Read as (..., H, T, S) from the
-            right: a mask per sample is (B, 1, T, S), for (B, T, S) would be per head
-    scale   D ** -0.5 unless given; 0 is zero. A number, or one for each head
-    cap     soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
-    keep    boolean, True = keep: inverted dropout of the weights at `rate`, broadcasts to (..., H, T, S); or a
-            `Seeded` of `funcmha.dropout`, which has a rate of its own
+    bias      added to the scores, differentiable, broadcasts to (..., H, T, S); −∞ means "do not attend", but only a
+              mask keeps out a NaN of the key. Or a `RelativeBias` of `funcmha.biases`: ALiBi, T5, tables
+    sink      a logit for each head, (H,), that joins the softmax's denominator and lse, and nothing else: the weights
+              of a row sum to 1 − exp(sink − lse) (Xiao et al. 2023; gpt-oss)
+    mask      boolean or from `funcmha.masks`, True = attend, broadcasts to (..., H, T, S). A fully masked query gets
+              o = 0, weights 0, lse = −∞ (or the sink) and gradients 0, and has no effect, even if it or its cotangent
+              is NaN. A key that no query attends has no effect, even if NaN. Read as (..., H, T, S) from the right: a
+              mask per sample is (B, 1, T, S), for (B, T, S) would be per head
+    scale     D ** -0.5 unless given; 0 is zero. A number, or one for each head
+    softcap   soft cap of the scores before the bias (Gemma 2, section 2): a positive number, or one for each head
+    dropout   inverted dropout of the weights: `dropout.masked(keep, rate)`, whose keep broadcasts to (..., H, T, S), or
+              `dropout.seeded(seed, rate)`
 
     H is a multiple of K, and query head h reads key/value head h // (H // K): grouped-query attention (Ainslie et al.
     2023), multi-query where K = 1. Time and memory O(H T S). Raises TypeError for a mask that is not boolean and for
     mixed dtypes, ValueError for shapes that do not fit and options that contradict, before any arithmetic.
     Vaswani et al. 2017, eq. 1.
     """
-    mask, scale, cap, rate = check_attention(q, k, v, bias, sink, mask, scale, cap, keep, rate)
-    mask = dense(mask, q.shape[-2], k.shape[-2], q)
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
 
     dtype = q.dtype
-    q, k, v = blank_queries(widen(q), mask), blank_keys(widen(k), mask), blank_keys(widen(v), mask)
-    bias, sink = on_bias(widen, bias), widen(sink)
-    scale, cap = _per_head(scale, q), _per_head(cap, q)
-    z, slope = _scores(q, k, bias, scale, cap)
-    p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])
-    keep = keep.dense(p.shape, q) if isinstance(keep, Seeded) else keep
-    o = _dropout(p, keep, rate) @ _per_query_head(v, q)
-    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate)
+    q = zero_masked_queries(widen(q), mask)
+    k, v = zero_unattended_keys(widen(k), mask), zero_unattended_keys(widen(v), mask)
+    bias, sink = None if bias is None else bias.map(widen), widen(sink)
+    scale, softcap, keep, rate = _per_head(x.scale, q), _per_head(x.softcap, q), *_kept(x, q, k)
+    z, slope = _scores(q, k, bias, scale, softcap)
+    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    o = drop(p, keep, rate) @ per_query_head(v, q)
+    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
+@underflow_is_zero
 def attention_vjp(
-    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None
-) -> tuple[Array, Array, Array, Array | Relative, Array]:
+    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
+) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
+
+    dsink is (H,), or with batch_axes=n it keeps the first n axes of the batch before it.
     """
     _check.cache(cache, AttentionCache, "attention")
     q, k, v, bias, sink, slope, p, lse, keep, scale, _, rate = cache
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    xp, g = namespace(q), blank_queries(widen(do), seeing_queries(cache))
+    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(widen(do), attended(cache))
 
     # o = a v   with   a = dropout(p)
-    dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate)) @ g, v)
-    dp = _dropout(g @ xp.matrix_transpose(_per_query_head(v, q)), keep, rate)
+    dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
+    dp = drop(g @ xp.matrix_transpose(per_query_head(v, q)), keep, rate)
     dp = dp if dweights is None else dp + widen(dweights)
     # p, lse = softmax(z, sink)
     p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
-    dz, drows = _softmax_vjp(p, dp, widen(dlse), p_sink)
-    dsink = None if sink is None else unbroadcast(xp.sum(drows, axis=-1), sink.shape)
-    # z = cap · tanh(scale · q kᵀ / cap) + bias
+    dz, drows = softmax_with_sink_vjp(p, dp, widen(dlse), p_sink)
+    dsink = None if sink is None else sum_over_batch(xp.sum(drows, axis=-1), sink.ndim, batch_axes)
+    # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
-    dq, dk, dv, dsink = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dsink))
-    return dq, dk, dv, on_bias(lambda dx: narrow(dx, do.dtype), dbias), dsink
+    dq, dk, dv, dsink = (narrow(dx, dtype) for dx in (dq, dk, dv, dsink))
+    return dq, dk, dv, given(dbias, dtype), dsink
 
 
-def seeing_queries(cache: AttentionCache) -> Array:
-    """Booleans (..., H, T, S or 1), over whose columns `any` says which queries see a key"""
+def attended(cache: AttentionCache) -> Array:
+    """Booleans (..., H, T, S or 1), over whose columns `any` says which queries attend a key"""
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
-def _scores(q: Array, k: Array, bias: Array | Relative, scale: Any, cap: Any) -> tuple[Array, Array]:
-    """z = c + bias   with   c = cap · tanh(u / cap)   and   u = scale · q kᵀ     and dc/du for the gradient"""
-    u = (scale * q) @ namespace(q).matrix_transpose(_per_query_head(k, q))
-    c, slope = _soft_cap(u, cap)
-    return c if bias is None else c + dense_bias(bias, *u.shape[-2:]), slope
-
-
-def _scores_vjp(
-    q: Array, k: Array, bias: Array | Relative, scale: Any, slope: Array, dz: Array
-) -> tuple[Array, Array, Array | Relative]:
-    """dq, dk, dbias"""
-    dbias = None if bias is None else dense_bias_vjp(bias, dz)
-    du = dz if slope is None else dz * slope
-    dk = _per_key_head(namespace(q).matrix_transpose(du) @ (scale * q), k)
-    dq = scale * (du @ _per_query_head(k, q))
-    return dq, dk, dbias
-
-
-def _soft_cap(u: Array, cap: Array | float | None) -> tuple[Array, Array]:
-    """c = cap · tanh(u / cap)     and     dc/du = 1 − tanh(u / cap)²     for the gradient, None without a cap"""
-    if cap is None:
-        return u, None
-    t = namespace(u).tanh(u / cap)
-    return cap * t, 1 - t * t
+def given(dbias: Bias, dtype: Any) -> Any:
+    """The gradient of a bias as the bias was given, an array or a `RelativeBias`, rounded to `dtype`."""
+    return None if dbias is None else dbias.map(lambda g: narrow(g, dtype)).given
 
 
 def _per_head(x: Any, q: Array) -> Any:
-    """A number as it is, and one for each head as (H, 1, 1), in the library and dtype of q."""
+    """A number of every head, or (H,) of NumPy as (H, 1, 1) beside q, or None"""
     return x if x is None or isinstance(x, float) else namespace(q).astype(from_host(x, q), q.dtype)[:, None, None]
 
 
-@singledispatch
-def attention_weights(cache: Any, /) -> Array:
-    """p = softmax(z, sink)    (..., H, T, S), z the scores of `attention`, before dropout, from any attention's cache
-
-    In the dtype computed with: float32 for float16 and bfloat16.
-    """
-    return attention_weights(_attention_in(cache))
+def _kept(x: Options, q: Array, k: Array) -> tuple[Array, float]:
+    """The booleans and the rate of dropout"""
+    if x.dropout is None:
+        return None, 0.0
+    return x.dropout.dense((*q.shape[:-1], k.shape[-2]), q), x.dropout.rate
 
 
-@singledispatch
-def log_sum_exp(cache: Any, /) -> Array:
-    """lse = log (Σ exp(z) + exp(sink))    (..., H, T), natural, z the scores of `attention`, from any attention's cache
-
-    −∞, or the sink, for a query that may see no key. In the dtype computed with: float32 for float16 and bfloat16.
-    """
-    return log_sum_exp(_attention_in(cache))
-
-
-def _attention_in(cache: Any) -> Any:
-    """What a cache that is not an attention's own has of one, in its field `attention`."""
-    if isinstance(cache, tuple) and hasattr(cache, "attention"):
-        return cache.attention
-    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
-
-
-@singledispatch
-def cut_heads(cache: Any, h: slice, kv: slice, /) -> Any:
-    """The cache of query heads `h` and of the key/value heads `kv` that they read, as views."""
-    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
-
-
-@singledispatch
-def cut_sample(cache: Any, b: tuple[int, ...], /) -> Any:
-    """The cache of one element of the batch, as views."""
-    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
-
-
-@cut_sample.register
-def _(cache: AttentionCache, b: tuple[int, ...], /) -> AttentionCache:
-    return cache._replace(
-        q=None if cache.q is None else cache.q[b],
-        k=None if cache.k is None else cache.k[b],
-        v=None if cache.v is None else cache.v[b],
-        bias=bias_of_sample(cache.bias, b),
-        slope=None if cache.slope is None else cache.slope[b],
-        p=cache.p[b],
-        lse=cache.lse[b],
-        keep=of_sample(cache.keep, b),
-    )
-
-
-@cut_heads.register
-def _(cache: AttentionCache, h: slice, kv: slice, /) -> AttentionCache:
-    q, k, v, bias, sink, slope, p, lse, keep, scale, cap, rate = cache
-    return AttentionCache(
-        None if q is None else q[..., h, :, :],
-        None if k is None else k[..., kv, :, :],
-        None if v is None else v[..., kv, :, :],
-        bias_of_heads(bias, h),
-        None if sink is None else sink[h],
-        of_heads(slope, h),
-        p[..., h, :, :],
-        lse[..., h, :],
-        of_heads(keep, h),
-        scale if isinstance(scale, float) else scale[h, ...],
-        cap if cap is None or isinstance(cap, float) else cap[h, ...],
-        rate,
-    )
-
-
-@attention_weights.register
-def _(cache: AttentionCache, /) -> Array:
-    return cache.p
-
-
-@log_sum_exp.register
-def _(cache: AttentionCache, /) -> Array:
-    return cache.lse
-
-
-def _dropout(p: Array, keep: Array, rate: float) -> Array:
+def drop(p: Array, keep: Array, rate: float) -> Array:
     """a = p ⊙ keep / (1 − rate)    linear in p and its own adjoint, so the gradient is the same function"""
     return p if keep is None else namespace(p).where(keep, p, 0.0) / (1 - rate)
 
 
-def _per_query_head(x: Array, q: Array) -> Array:
+def per_query_head(x: Array, q: Array) -> Array:
     """x (..., K, S, ·)  →  (..., H, S, ·): head h reads h // (H // K)"""
     if x.ndim < 3 or x.shape[-3] == q.shape[-3]:
         return x
     return namespace(x).repeat(x, q.shape[-3] // x.shape[-3], axis=-3)
 
 
-def _per_key_head(g: Array, x: Array) -> Array:
-    """g (..., H, S, ·)  →  (..., K, S, ·) as x: the adjoint of `_per_query_head` sums over each group"""
+def per_key_head(g: Array, x: Array) -> Array:
+    """g (..., H, S, ·)  →  (..., K, S, ·) as x: the adjoint of `per_query_head` sums over the heads that read one"""
     if x.ndim < 3 or x.shape[-3] == g.shape[-3]:
         return g
     *batch, heads, n, width = g.shape
-    groups = x.shape[-3]
+    K = x.shape[-3]
     xp = namespace(g)
-    return xp.sum(xp.reshape(g, (*batch, groups, heads // groups, n, width)), axis=-3)
+    return xp.sum(xp.reshape(g, (*batch, K, heads // K, n, width)), axis=-3)

@@ -35,6 +35,7 @@ SPEC = {  # leaf: axes
     "k_norm.w": "D",
     "k_norm.b": "D",
 }
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 REQUIRED = ("q_proj.w", "k_proj.w", "v_proj.w", "out_proj.w")
 HEAD_SPEC = {  # the same for one head, as `head_params` cuts it out
     leaf: " ".join(axis for axis in axes.split() if axis not in "HK")
@@ -80,6 +81,8 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
         if leaf in leaves:
             axes(leaf, leaves[leaf], symbols)
     if "H" in axes.size:
+        if not axes["H"]:
+            raise ValueError(f"q_proj.w must have at least one head, got shape {tuple(leaves['q_proj.w'].shape)}")
         _check.multiple("q_proj.w", axes["H"], "k_proj.w", axes["K"])
     return axes, leaves
 
@@ -90,57 +93,80 @@ def head_params(params: Params, h: int, /) -> Params:
     `head` takes them. The output projection belongs to no single head and is left out. Raises IndexError unless
     0 ≤ h < H.
     """
-    H, K, *_ = sizes(params)
+    H = sizes(params).H
     if not isinstance(h, Integral) or isinstance(h, bool):
         raise TypeError(f"h must be an int, got {h!r} of type {type(h).__name__}")
     if not 0 <= h < H:
         raise IndexError(f"h must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {h}")
+    return one_head(params, h)
+
+
+def one_head(params: Params, h: int) -> Params:
+    """`head_params` of parameters and a head that are checked; they may have batch axes, as gradients of samples do."""
+    H, K = params["q_proj"]["w"].shape[-3], params["k_proj"]["w"].shape[-3]
     index = {"H": h, "K": h // (H // K)}
-    cut = {
-        leaf: a[(*(index.get(axis, slice(None)) for axis in SPEC[leaf].split()), ...)]
-        for leaf, a in tree.flatten(params).items()
-        if leaf in HEAD_SPEC
-    }
-    return tree.unflatten(cut)
+    return tree.unflatten(
+        {
+            name: a[(..., *(index.get(axis, slice(None)) for axis in SPEC[name].split()))]
+            for name, a in tree.flatten(params).items()
+            if name in HEAD_SPEC
+        }
+    )
 
 
-def stack_head(params: Params) -> Params:
-    """The parameters of a head as a stack of one, where `SPEC` has an axis of heads."""
-    leaves = tree.flatten(params)
-    return tree.unflatten({leaf: a if SPEC[leaf] == HEAD_SPEC[leaf] else a[None, ...] for leaf, a in leaves.items()})
+def join_heads(heads: list[Params], K: int) -> Params:
+    """A tree from those of its heads, or its gradient, whose leaves may have batch axes before their own:
+    side by side over H, side by side over K of the sums of the heads that read one, or summed where heads share a leaf
+    """
+    leaves, joined, readers = [tree.flatten(head) for head in heads], {}, len(heads) // K
+    for name, symbols in SPEC.items():
+        parts, axes = [own[name] for own in leaves if name in own], symbols.split()
+        if not parts:
+            continue
+        if "K" in axes:
+            parts = [sum(parts[i + 1 : i + readers], parts[i]) for i in range(0, len(parts), readers)]
+        where = next((i - len(axes) for i, axis in enumerate(axes) if axis in "HK"), None)
+        joined[name] = sum(parts[1:], parts[0]) if where is None else namespace(parts[0]).stack(parts, axis=where)
+    return tree.unflatten(joined)
 
 
-def unstack_head(params: Params) -> Params:
-    """The head that `stack_head` made a stack of."""
-    leaves = tree.flatten(params)
-    return tree.unflatten({leaf: a if SPEC[leaf] == HEAD_SPEC[leaf] else a[0, ...] for leaf, a in leaves.items()})
+def leaf(params: Params, name: str) -> Array:
+    """The array under a dotted name of `SPEC`, None where there is none."""
+    branch, _, last = name.partition(".")
+    return params.get(branch, {}).get(last)
 
 
-def group_params(params: Params, start: int, stop: int) -> Params:
-    """The parameters of key/value heads start … stop and of the query heads that read them, as views.
+def present(params: Params) -> Params:
+    """The tree without leaves that are None, and without branches that have no other."""
+    kept = {name: {last: a for last, a in branch.items() if a is not None} for name, branch in params.items()}
+    return {name: branch for name, branch in kept.items() if branch}
+
+
+def group_params(params: Params, kv: slice) -> Params:
+    """The parameters of key/value heads kv and of the query heads that read them, as views
 
     The output's bias, which is added once, goes with the first of them.
     """
-    per_key_head = params["q_proj"]["w"].shape[0] // max(params["k_proj"]["w"].shape[0], 1)
-    heads = {"H": slice(start * per_key_head, stop * per_key_head), "K": slice(start, stop)}
-    cut = {
-        leaf: a[tuple(heads.get(axis, slice(None)) for axis in SPEC[leaf].split())]
-        for leaf, a in tree.flatten(params).items()
-        if leaf != "out_proj.b" or start == 0
-    }
-    return tree.unflatten(cut)
+    readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
+    heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
+    return tree.unflatten(
+        {
+            name: a[tuple(heads.get(axis, slice(None)) for axis in SPEC[name].split())]
+            for name, a in tree.flatten(params).items()
+            if name != "out_proj.b" or kv.start == 0
+        }
+    )
 
 
 def join_groups(groups: list[Params]) -> Params:
-    """The gradient of all parameters from those of all groups: side by side, or summed where groups share a leaf."""
+    """The gradient of all parameters from those of groups of heads: side by side, or summed where they share a leaf."""
     if len(groups) == 1:
         return groups[0]
-    leaves = [tree.flatten(group) for group in groups]
-    joined = {}
-    for leaf in list(leaves[0]):
-        parts = [group.pop(leaf) for group in leaves if leaf in group]
-        head = next((i for i, axis in enumerate(SPEC[leaf].split()) if axis in "HK"), None)
-        joined[leaf] = sum(parts[1:], parts[0]) if head is None else namespace(parts[0]).concat(parts, axis=head)
+    leaves, joined = [tree.flatten(group) for group in groups], {}
+    for name in list(leaves[0]):
+        parts, axes = [group.pop(name) for group in leaves if name in group], SPEC[name].split()
+        where = next((i - len(axes) for i, axis in enumerate(axes) if axis in "HK"), None)
+        joined[name] = sum(parts[1:], parts[0]) if where is None else namespace(parts[0]).concat(parts, axis=where)
     return tree.unflatten(joined)
 
 

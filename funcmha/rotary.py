@@ -1,11 +1,11 @@
 """Rotary position embeddings: pairs of features turned by an angle that grows with the position.
 
-    turn = rotary(np.arange(T), frequencies(64))
+    turn = table(np.arange(T), frequencies(64))
     q, cache = rotate(q, rotary=turn)
 
-A score of a query at position m and a key at n then depends on m − n alone. The tables of `rotary` are static values,
-as masks are; `rotate` is the op. What extends the context acts on what `rotary` is given: interpolation (Chen et al.
-2023) is `rotary(positions / factor, …)`, the others are `ntk_base`, `llama3_frequencies` and `yarn_frequencies`, and
+A score of a query at position m and a key at n then depends on m − n alone. Tables are static values,
+as masks are; `rotate` is the op. What extends the context acts on what `table` is given: interpolation (Chen et al.
+2023) is `table(positions / factor, …)`, the others are `ntk_base`, `llama3_frequencies` and `yarn_frequencies`, and
 any other array of frequencies will do.
 
 Axes: T positions, D width, N pairs of features that turn (N ≤ D / 2); `...` is batch.
@@ -43,7 +43,7 @@ PAIRS: dict[str, type[HalfPairs] | type[InterleavedPairs]] = {"half": HalfPairs,
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rotary(
+def table(
     positions: Array, frequencies: np.ndarray, *, pairs: Literal["half", "interleaved"] = "half", gain: float = 1.0
 ) -> Rotary:
     """gain · cos, sin of position · frequency        positions (..., T)   frequencies (N,)   →   cos, sin (..., T, N)
@@ -59,7 +59,7 @@ def rotary(
     2⁻⁵² |position| at most, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256
     or 2048. Su et al. 2021, eq. 34.
     """
-    _check_rotary(positions, frequencies, pairs)
+    _check_table_of(positions, frequencies, pairs)
     xp, gain = namespace(positions), _check.number("gain", gain)
     angle = xp.astype(positions, xp.float64)[..., None] * from_host(frequencies, positions)
     return PAIRS[pairs](gain * xp.cos(angle), gain * xp.sin(angle))
@@ -118,7 +118,7 @@ def yarn_frequencies(
 
     Pair number `low` turns `fast` times within the `context` that was trained on, number `high` turns `slow` times, for
     some i that need not be whole: `truncate` takes them outwards to whole ones. Peng et al. 2023, YaRN, section 3.2, in
-    the form of its reference code; "yarn" in `transformers`. See `gain` of `rotary` too.
+    the form of its reference code; "yarn" in `transformers`. See `gain` of `table` too.
     """
     freqs, factor = frequencies(width, base=base), _check.number("factor", factor, 1.0)
     context, slow = _check.number("context", context, 1.0), _check.number("slow", slow, 0.0)
@@ -195,7 +195,7 @@ def _beside(table: Array, x: Array) -> Array:
 
 
 def check_table(rotary: Any) -> None:
-    """A table that `rotary` could have made: cos and sin are real arrays of one dtype and one shape (..., T, N)."""
+    """A table that `table` could have made: cos and sin are real arrays of one dtype and one shape (..., T, N)."""
     if not isinstance(rotary, (HalfPairs, InterleavedPairs)):
         raise TypeError(f"rotary must come from funcmha.rotary, got {type(rotary).__name__}")
     _check.one_dtype([("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)])
@@ -206,7 +206,7 @@ def check_table(rotary: Any) -> None:
         raise ValueError(f"rotary must have cos and sin of one shape (..., T, N), got {cos} and {sin}")
 
 
-def _check_rotary(positions: Array, frequencies: np.ndarray, pairs: str) -> None:
+def _check_table_of(positions: Array, frequencies: np.ndarray, pairs: str) -> None:
     if not is_array(positions):
         raise TypeError(f"positions must be an array, got {type(positions).__name__}")
     name = dtype_name(positions)

@@ -8,11 +8,11 @@ from numbers import Integral
 from typing import Any
 
 from . import _check, tree
-from ._doors import check_mask
+from ._arguments import check_mask
 from ._xp import Array, namespace
-from .heads import num_keys, recall
+from .engines import heads
 from .masks import Mask
-from .mha import MhaCache, SelfAttentionCache
+from .ops import AttentionCache
 from .params import SPEC, Params, sizes
 
 ROWS = 512  # queries whose scores are held at once
@@ -32,35 +32,27 @@ def head_norms(params: Params, /) -> dict[str, Array]:
     return norms
 
 
-def max_logit(cache: MhaCache | SelfAttentionCache, /, *, mask: Array | Mask = None) -> Array:
+def max_logit(cache: Any, /, *, mask: Array | Mask = None) -> Array:
     """max over i, j of scale · qᵢ · kⱼ        from the cache of `mha` or `self_attention`   →   (..., H)
 
     Before soft cap and bias: what QK-clip bounds (Kimi K2 2025, section 2.1). Over all keys, or those that `mask`, as
-    given to `mha`, lets be seen; −∞ where there are none. Holds the scores of 512 queries of a head at a time.
+    given to `mha`, allows; −∞ where there are none. Holds the scores of 512 queries of a head at a time.
     """
-    if isinstance(cache, SelfAttentionCache):
-        return max_logit(cache.mha, mask=mask)
-    _check.cache(cache, MhaCache, "mha or self_attention")
-    seen = _seen(cache, mask)
-    parts, first = [], 0
-    for heads, _ in cache.groups:
-        kept = recall(heads).attention
-        H, K = kept.q.shape[-3], kept.k.shape[-3]
-        for h in range(H):
-            q, k = kept.q[..., h, :, :], kept.k[..., h // (H // K), :, :]
-            own = None if seen is None else seen.heads(first + h, first + h + 1)
-            scale = kept.scale if isinstance(kept.scale, float) else kept.scale.reshape(-1)[h]
-            parts.append(_largest(q, k, own, scale))
-        first += H
+    allowed, parts = None, []
+    for h, one in enumerate(heads(cache)):
+        q, k = one.attention.q[..., 0, :, :], one.attention.k[..., 0, :, :]
+        if h == 0:
+            allowed = _allowed(cache, mask, q, k)
+        own = None if allowed is None else allowed.heads(h, h + 1)
+        parts.append(_largest(q, k, own, _scale(one.attention)))
     return namespace(parts[0]).stack(parts, axis=-1)
 
 
-def _seen(cache: MhaCache, mask: Any) -> Mask | None:
-    """The mask, which must broadcast to the scores."""
-    axes, heads = _check.Axes(), cache.groups[0].heads
-    *batch, T, _ = heads.q.x.shape
-    H = sum(group.heads.q.w.shape[0] for group in cache.groups)
-    axes.size |= {"...": tuple(batch), "H": H, "T": T, "S": num_keys(heads)}
+def _allowed(cache: Any, mask: Any, q: Array, k: Array) -> Mask | None:
+    """The mask, which must broadcast to the scores"""
+    params = getattr(cache, "mha", cache).params
+    axes, H = _check.Axes(), params["q_proj"]["w"].shape[0]
+    axes.size |= {"...": tuple(q.shape[:-2]), "H": H, "T": q.shape[-2], "S": k.shape[-2]}
     return check_mask(axes, mask, "... H T S")
 
 
@@ -71,11 +63,17 @@ def _largest(q: Array, k: Array, mask: Mask | None, scale: Any) -> Array:
         rows = (start, min(start + ROWS, T))
         u = scale * (q[..., rows[0] : rows[1], :] @ xp.matrix_transpose(k))
         if mask is not None:
-            seen = mask.tile(rows, (0, S), q)
-            u = xp.where(seen[..., 0, :, :] if seen.ndim > 2 else seen, u, -float("inf"))
+            allowed = mask.tile(rows, (0, S), q)
+            u = xp.where(allowed[..., 0, :, :] if allowed.ndim > 2 else allowed, u, -float("inf"))
         found = xp.max(u, axis=(-2, -1))
         top = found if top is None else xp.where(found > top, found, top)
     return xp.full(q.shape[:-2], -float("inf"), dtype=q.dtype) if top is None else top
+
+
+def _scale(cache: Any) -> Any:
+    """Of an attention of one head: a number"""
+    scale = cache.scale if isinstance(cache, AttentionCache) else cache.rest.scale
+    return scale if isinstance(scale, float) else scale.reshape(-1)[0]
 
 
 def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:

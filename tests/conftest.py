@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from funcmha import engines, tree
-from funcmha.tiled import few, tiles
 
 # The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -72,35 +71,35 @@ def xp(request: pytest.FixtureRequest) -> Library:
     return _LIBRARIES[request.param]()
 
 
-@pytest.fixture(scope="module", params=engines.ENGINES, ids=lambda engine: engine.name)
-def each_engine(request: pytest.FixtureRequest) -> Any:
-    """What is tested of NumPy arrays is tested of every engine, in tiles so small that it takes many of them.
+# Tiles so small that it takes many of them, heads one by one, and projections that the gradient makes again.
+SMALL = engines.Plan(
+    tile_rows=4, tile_cols=3, few_queries=2, few_block=3, kept_numbers=0, group_numbers=0, linear_rows=5, weight_block=4
+)
+EACH = (engines.SEQUENTIAL, engines.BATCHED._replace(plan=SMALL), engines.TILED._replace(plan=SMALL))
 
-    And with projections that the gradient makes again.
-    """
+
+@pytest.fixture(scope="module", params=EACH, ids=lambda engine: engine.name)
+def each_engine(request: pytest.FixtureRequest) -> Any:
+    """What is tested of NumPy arrays is tested of every engine: it is the default while the fixture lasts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "ROWS", 4)
-        patch.setattr(tiles, "COLS", 3)
-        patch.setattr(importlib.import_module("funcmha.heads"), "SMALL", 0)
-        patch.setattr(few, "ROWS", 2)
-        patch.setattr(few, "BLOCK", 3)
-        if request.param is engines.TILED:  # and the gradient head by head, where the other takes all at once
-            patch.setattr(importlib.import_module("funcmha.mha"), "GROUP", 0)
-        for module in ("engines", "_doors_of_heads"):
+        for module in ("engines", "kv_cache.step"):
             patch.setattr(importlib.import_module(f"funcmha.{module}"), "pick", _always(request.param))
         yield request.param
 
 
-@pytest.fixture(params=[few.ROWS, 0], ids=["as few", "in tiles"])
-def few_queries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested of a few queries, which the tiled engine does not cut into tiles, is tested of tiles too."""
-    monkeypatch.setattr(few, "ROWS", request.param)
+@pytest.fixture(params=[engines.Plan().few_queries, 0], ids=["few queries", "tiles"])
+def few_queries(request: pytest.FixtureRequest) -> Any:
+    """The tiled engine with the path of few queries, and without it."""
+    return engines.TILED._replace(plan=engines.Plan(few_queries=request.param))
 
 
 def _always(engine: engines.Engine) -> Any:
-    def pick(given: engines.Engine | None, x: Any, longest: int) -> engines.Engine:
+    def pick(given: Any, x: Any, longest: int) -> engines.Engine:
         if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":
             return engine
-        return engines.REFERENCE if given is None else given
+        return engines_pick(given, x, longest)
 
     return pick
+
+
+engines_pick = engines.pick

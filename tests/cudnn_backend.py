@@ -3,12 +3,12 @@
 cuDNN is two libraries. The front end, `nvidia-cudnn-frontend`, takes `graph.sdpa(...)` apart into products, pointwise
 operations and reductions, and hands these to the back end, libcudnn, whose engines fuse them into a kernel. Below
 version 9.21 of the back end nothing is left for it to define: the scale, bias, masks, softmax, sink, dropout, and all
-of the gradient, come as operations of a few words each. So here is a back end that has no kernels: it says that it is
+of the gradient, come as operations of few attributes each. So here is a back end that has no kernels: it claims to be
 version 9.20, takes the descriptors of the operations, and computes each as it is documented, with float64 tensors of
 PyTorch. Everything else is NVIDIA's compiled code: the checks, the expansion, the slopes, the scalars.
 
 What it cannot show is where the engines differ from the operations that they are given, as they must in three places:
-of a query that sees no key the operations make NaN, where the documentation has 0, and the gradient of a sink has the
+of fully masked rows the operations make NaN, where the documentation has 0, and the gradient of a sink has the
 wrong sign (`test_interop_cudnn_graph.py` has both); and the row maximum beside a sink is declared as wide as the scores
 (`reduction`).
 

@@ -6,23 +6,23 @@ import numpy as np
 import torch
 
 from funcmha import masks, norms, rotary, tree
-from funcmha.biases import Relative
-from funcmha.dropout import Seeded
+from funcmha.biases import RelativeBias
+from funcmha.dropout import Masked
 
 F64 = torch.float64
 
 
 def tensor(a: Any) -> Any:
     """A float64 leaf that wants a gradient, of anything like an array; None for None."""
-    if isinstance(a, Relative):
-        return Relative(tensor(a.values))
+    if isinstance(a, RelativeBias):
+        return RelativeBias(tensor(a.values))
     return None if a is None else torch.tensor(np.array(a, np.float64), requires_grad=True)
 
 
 def gradients(outputs: list[Any], cotangents: list[Any], leaves: list[Any]) -> list[Any]:
     """The gradient of Σ ⟨output, cotangent⟩ with respect to each leaf, as NumPy arrays; None for None."""
     total = sum((o * torch.tensor(np.array(c, np.float64))).sum() for o, c in zip(outputs, cotangents, strict=True))
-    leaves = [leaf.values if isinstance(leaf, Relative) else leaf for leaf in leaves]
+    leaves = [leaf.values if isinstance(leaf, RelativeBias) else leaf for leaf in leaves]
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if wanted else [])
     grads = [None if leaf is None else (leaf, next(found)) for leaf in leaves]
@@ -38,19 +38,18 @@ def attention(
     *,
     mask: Any,
     scale: Any,
-    cap: Any = None,
-    keep: Any,
-    rate: float,
+    softcap: Any = None,
+    dropout: Any = None,
 ) -> tuple[Any, ...]:
     """o, weights, log-sum-exp of tensors q (..., H, T, D), k (..., K, S, D), v (..., K, S, E).
 
-    A bias (..., T + S − 1) that is a `Relative`'s is looked up for each query and key.
+    A bias (..., T + S − 1) that is a `RelativeBias`'s is looked up for each query and key.
     """
     T, S = q.shape[-2], k.shape[-2]
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     scores = torch.einsum("...td,...sd->...ts", q, k) * (q.shape[-1] ** -0.5 if scale is None else each_head(scale))
-    scores = scores if cap is None else each_head(cap) * torch.tanh(scores / each_head(cap))
-    if isinstance(bias, Relative):
+    scores = scores if softcap is None else each_head(softcap) * torch.tanh(scores / each_head(softcap))
+    if isinstance(bias, RelativeBias):
         difference = torch.arange(S)[None, :] - torch.arange(T)[:, None] + T - 1
         bias = bias.values[..., difference]
     scores = scores if bias is None else scores + bias
@@ -66,10 +65,13 @@ def attention(
     some = total > 0
     p = e / torch.where(some, total, 1.0)
     lse = torch.where(some, top + torch.log(torch.where(some, total, 1.0)), -torch.inf)[..., 0]
-    if isinstance(keep, Seeded):
-        keep, rate = keep.dense(tuple(p.shape)), keep.rate
-    a = p if keep is None else p * torch.tensor(np.array(keep)) / (1 - rate)
+    a = p if dropout is None else p * torch.tensor(np.array(dropout.dense(tuple(p.shape)))) / (1 - dropout.rate)
     return a @ v, p, lse
+
+
+def on_keep(f: Any, dropout: Any) -> Any:
+    """The dropout with f of its mask, if it has one."""
+    return dropout._replace(keep=f(dropout.keep)) if isinstance(dropout, Masked) else dropout
 
 
 def each_head(x: Any) -> Any:
@@ -78,9 +80,9 @@ def each_head(x: Any) -> Any:
 
 def normalised(x: Any, norm: Any, params: Any) -> Any:
     w, b = params.get("w"), params.get("b")
-    if isinstance(norm, norms.Rms):
+    if isinstance(norm, norms.RMSNorm):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], w if w is None else norm.offset + w, norm.eps)
-    if isinstance(norm, norms.L2):
+    if isinstance(norm, norms.L2Norm):
         return torch.nn.functional.normalize(x, dim=-1, eps=norm.eps)
     return x if norm is None else torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
 
@@ -106,7 +108,7 @@ def mha(
     *,
     zero_attn: bool,
     mask: Any,
-    norm: Any = None,
+    qk_norm: Any = None,
     rotary: Any = None,
     **static: Any,
 ) -> tuple[Any, ...]:
@@ -118,11 +120,11 @@ def mha(
         q, k, v = (
             x + params[n]["b"][:, None, :] for x, n in zip((q, k, v), ("q_proj", "k_proj", "v_proj"), strict=True)
         )
-    q, k = normalised(q, norm, params.get("q_norm", {})), normalised(k, norm, params.get("k_norm", {}))
+    q, k = normalised(q, qk_norm, params.get("q_norm", {})), normalised(k, qk_norm, params.get("k_norm", {}))
     q, k = (turned(x, table) for x, table in zip((q, k), rotary or (None, None), strict=True))
     T, S = q.shape[-2], k.shape[-2]
     mask = None if mask is None else np.array(masks.dense(mask, T, S, np.zeros(0)))
-    bias = bias if bias is None or isinstance(bias, Relative) else bias.expand(*bias.shape[:-1], S)
+    bias = bias if bias is None or isinstance(bias, RelativeBias) else bias.expand(*bias.shape[:-1], S)
     columns = (
         [] if "bias_kv" not in params else [(params["bias_kv"]["k"][:, None, :], params["bias_kv"]["v"][:, None, :])]
     )

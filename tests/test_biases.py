@@ -15,7 +15,7 @@ from hypothesis import example, given
 from funcmha.biases import (
     AlibiCache,
     LookupCache,
-    Relative,
+    RelativeBias,
     alibi,
     alibi_slopes,
     alibi_vjp,
@@ -65,7 +65,7 @@ def relatives(draw):
     batch = draw(st.lists(st.integers(0, 3), max_size=2))
     T, S = draw(st.integers(0, 13)), draw(st.integers(0, 13))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    return Relative(rng.standard_normal((*batch, max(T + S - 1, 0)))), T, S
+    return RelativeBias(rng.standard_normal((*batch, max(T + S - 1, 0)))), T, S
 
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,19 +99,19 @@ def test_a_tile_is_a_view_that_cannot_be_written_to():
 
 def test_tiles_of_strided_and_broadcast_values():
     values = np.random.default_rng(0).standard_normal((11, 3)).T[:, ::-1]
-    assert np.array_equal(dense(Relative(values), 5, 7), dense_loop(values, 5, 7))
+    assert np.array_equal(dense(RelativeBias(values), 5, 7), dense_loop(values, 5, 7))
     spread = np.broadcast_to(values[:1], (4, 11))
-    assert np.array_equal(dense(Relative(spread), 5, 7), dense_loop(spread, 5, 7))
+    assert np.array_equal(dense(RelativeBias(spread), 5, 7), dense_loop(spread, 5, 7))
 
 
 @given(relatives())
-@example((Relative(np.zeros((2, 401))), 131, 271))
-@example((Relative(np.zeros((2, 260))), 257, 4))
+@example((RelativeBias(np.zeros((2, 401))), 131, 271))
+@example((RelativeBias(np.zeros((2, 260))), 257, 4))
 def test_diagonal_sums_are_the_adjoint_of_dense(problem):
     relative, T, S = problem
     rng = np.random.default_rng(1)
     values, dz = rng.standard_normal(relative.values.shape), rng.standard_normal((*relative.values.shape[:-1], T, S))
-    terms = dz * dense(Relative(values), T, S)
+    terms = dz * dense(RelativeBias(values), T, S)
     assert abs(terms.sum() - (diagonal_sums(dz) * values).sum()) <= 1e-13 * max(np.abs(terms).sum(), 1)
 
 
@@ -160,7 +160,7 @@ def test_dense_and_diagonal_sums_are_torch(problem):
 def test_tiles_of_every_array_library(xp, T, S):
     values = np.random.default_rng(6).standard_normal((3, max(T + S - 1, 0)))
     dz = np.random.default_rng(7).standard_normal((3, T, S))
-    tile, sums = dense(Relative(xp.to(values)), T, S), diagonal_sums(xp.to(dz))
+    tile, sums = dense(RelativeBias(xp.to(values)), T, S), diagonal_sums(xp.to(dz))
     assert type(tile) is type(sums) is type(xp.to(values))
     assert np.array_equal(xp.back(tile), dense_loop(values, T, S))
     np.testing.assert_allclose(xp.back(sums), sums_loop(dz), rtol=0, atol=1e-13)
@@ -173,10 +173,10 @@ def test_torch_and_jax_take_tiles():
     assert np.array_equal(toeplitz(torch.tensor(values), (1, 4), (2, 7), 5), dense_loop(values, 5, 7)[1:4, 2:7])
     np.testing.assert_allclose(diagonal_sums(torch.tensor(dz)), sums_loop(dz), rtol=0, atol=1e-13)
     with jax.enable_x64(True):
-        pull = jax.jit(jax.grad(lambda v: (dense(Relative(v), 5, 7) * dz).sum()))
+        pull = jax.jit(jax.grad(lambda v: (dense(RelativeBias(v), 5, 7) * dz).sum()))
         np.testing.assert_allclose(pull(jax.numpy.asarray(values)), sums_loop(dz), rtol=0, atol=1e-13)
         np.testing.assert_allclose(jax.jit(diagonal_sums)(dz), sums_loop(dz), rtol=0, atol=1e-13)
-        assert jax.tree.leaves(jax.tree.map(np.asarray, Relative(values)))[0] is not None
+        assert jax.tree.leaves(jax.tree.map(np.asarray, RelativeBias(values)))[0] is not None
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -185,7 +185,7 @@ def test_sums_of_half_types_are_float32_rounded_once(dtype):
     got = diagonal_sums(dz)
     assert got.dtype == dtype
     assert np.array_equal(got, diagonal_sums(dz.astype(np.float32)).astype(dtype))
-    assert np.array_equal(dense(Relative(dz[0]), 3, 5), dense_loop(dz[0], 3, 5))
+    assert np.array_equal(dense(RelativeBias(dz[0]), 3, 5), dense_loop(dz[0], 3, 5))
 
 
 # ── alibi ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,7 +233,7 @@ def test_alibi_and_its_gradient_are_torch(T, S, offset):
     leaf = oracles.tensor(slopes)
     want = -leaf[:, None, None] * (torch.arange(S) - torch.arange(T)[:, None] - offset).abs()
     np.testing.assert_allclose(got, want.detach(), rtol=0, atol=1e-11)
-    (dslopes,) = alibi_vjp(cache, Relative(diagonal_sums(dz)))
+    (dslopes,) = alibi_vjp(cache, RelativeBias(diagonal_sums(dz)))
     np.testing.assert_allclose(dslopes, *oracles.gradients([want], [dz], [leaf]), rtol=1e-13, atol=1e-11)
 
 
@@ -241,11 +241,11 @@ def test_slopes_of_each_sample_are_those_of_one_after_another():
     rng = np.random.default_rng(12)
     slopes, dvalues = rng.standard_normal((2, 3)), rng.standard_normal((2, 3, 11))
     bias, cache = alibi(slopes, T=5, S=7, offset=2)
-    (dslopes,) = alibi_vjp(cache, Relative(dvalues))
+    (dslopes,) = alibi_vjp(cache, RelativeBias(dvalues))
     for b in range(2):
         one, of_one = alibi(slopes[b], T=5, S=7, offset=2)
         assert np.array_equal(bias.values[b], one.values)
-        np.testing.assert_allclose(dslopes[b], *alibi_vjp(of_one, Relative(dvalues[b])), rtol=0, atol=1e-11)
+        np.testing.assert_allclose(dslopes[b], *alibi_vjp(of_one, RelativeBias(dvalues[b])), rtol=0, atol=1e-11)
 
 
 def test_an_offset_is_a_later_row():
@@ -263,7 +263,7 @@ def test_alibi_in_float32_is_off_by_two_roundings_beyond_2_to_the_24():
         assert bias.values.dtype == cache.distance.dtype == np.float32
         assert (np.abs(bias.values - want) <= (1 if offset == 0 else 2) * 1.01 * U32 * np.abs(want)).all()
         dvalues = np.random.default_rng(12).standard_normal(bias.values.shape).astype(np.float32)
-        (dslopes,) = alibi_vjp(cache, Relative(dvalues))
+        (dslopes,) = alibi_vjp(cache, RelativeBias(dvalues))
         terms = dvalues.astype(np.longdouble) * d
         bound = U32 * (3 + math.sqrt(203)) * np.abs(terms).sum(axis=1)
         assert (np.abs(dslopes + terms.sum(axis=1)) <= bound).all()
@@ -290,7 +290,7 @@ def test_lookup_and_its_gradient_are_torch(problem):
     want = torch.nn.functional.embedding(torch.tensor(index), leaf).T if len(table) else leaf.T[:, :0]
     assert np.array_equal(bias.values, want.detach())
     assert bias.values.flags.c_contiguous
-    (dtable,) = lookup_vjp(cache, Relative(dvalues))
+    (dtable,) = lookup_vjp(cache, RelativeBias(dvalues))
     np.testing.assert_allclose(dtable, *oracles.gradients([want], [dvalues], [leaf]), rtol=0, atol=1e-11)
 
 
@@ -299,7 +299,7 @@ def test_the_gradient_of_a_long_run_loses_few_digits():
     index = np.zeros(20_000, int)
     _, cache = lookup(np.zeros((1, 1), np.float32), index=index)
     third = np.float32(1 / 3)
-    (dtable,) = lookup_vjp(cache, Relative(np.full((1, 20_000), third)))
+    (dtable,) = lookup_vjp(cache, RelativeBias(np.full((1, 20_000), third)))
     assert abs(dtable[0, 0] - 20_000 * float(third)) <= 15 * U32 * 20_000 * float(third)
 
 
@@ -307,7 +307,7 @@ def test_what_is_not_finite_stays_in_its_row():
     index = np.array([0, 2, 2, 0, 4, 1, 2])
     dvalues = np.ones((1, 7))
     dvalues[0, 4], dvalues[0, 1] = np.nan, np.inf
-    (dtable,) = lookup_vjp(lookup(np.zeros((6, 1)), index=index)[1], Relative(dvalues))
+    (dtable,) = lookup_vjp(lookup(np.zeros((6, 1)), index=index)[1], RelativeBias(dvalues))
     assert np.array_equal(dtable[:, 0], [2, 1, np.inf, 0, np.nan, 0], equal_nan=True)
 
 
@@ -441,11 +441,11 @@ each_op = pytest.mark.parametrize(("f", "f_vjp", "shape", "static"), OPS.values(
 def test_ops_keep_the_protocol(f, f_vjp, shape, static, dtype):
     def on_values(x, /, **static):
         bias, cache = f(x, **static)
-        assert isinstance(bias, Relative)
+        assert isinstance(bias, RelativeBias)
         return bias.values, cache
 
     x = np.random.default_rng(14).standard_normal(shape).astype(dtype)
-    check_vjp(on_values, lambda cache, dy: f_vjp(cache, Relative(dy)), (x,), static)
+    check_vjp(on_values, lambda cache, dy: f_vjp(cache, RelativeBias(dy)), (x,), static)
 
 
 @each_op
@@ -454,10 +454,10 @@ def test_ops_of_every_array_library(xp, f, f_vjp, shape, static):
     bias, cache = f(x, **static)
     dvalues = np.random.default_rng(16).standard_normal(bias.values.shape)
     got, cache_got = f(xp.to(x), **static)
-    (dx,) = f_vjp(cache_got, Relative(xp.to(dvalues)))
+    (dx,) = f_vjp(cache_got, RelativeBias(xp.to(dvalues)))
     assert type(got.values) is type(dx) is type(xp.to(x))
     np.testing.assert_allclose(xp.back(got.values), bias.values, rtol=0, atol=1e-14)
-    np.testing.assert_allclose(xp.back(dx), f_vjp(cache, Relative(dvalues))[0], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(xp.back(dx), f_vjp(cache, RelativeBias(dvalues))[0], rtol=0, atol=1e-13)
 
 
 @each_op
@@ -467,10 +467,10 @@ def test_ops_of_torch_and_jax(f, f_vjp, shape, static):
     x = np.random.default_rng(17).standard_normal(shape)
     bias, cache = f(x, **static)
     dvalues = np.random.default_rng(18).standard_normal(bias.values.shape)
-    (want,) = f_vjp(cache, Relative(dvalues))
+    (want,) = f_vjp(cache, RelativeBias(dvalues))
     got, cache_got = f(torch.tensor(x), **static)
     np.testing.assert_allclose(got.values, bias.values, rtol=0, atol=1e-14)
-    np.testing.assert_allclose(f_vjp(cache_got, Relative(torch.tensor(dvalues)))[0], want, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(f_vjp(cache_got, RelativeBias(torch.tensor(dvalues)))[0], want, rtol=0, atol=1e-13)
     with jax.enable_x64(True):
         ours = jax.custom_vjp(lambda x: f(x, **static)[0])
         ours.defvjp(lambda x: f(x, **static), f_vjp)
@@ -486,8 +486,8 @@ def test_half_types_are_float32_rounded_once(f, f_vjp, shape, static, dtype):
     bias, cache = f(x, **static)
     wide, cache_wide = f(x.astype(np.float32), **static)
     dvalues = np.random.default_rng(20).standard_normal(bias.values.shape).astype(dtype)
-    (dx,) = f_vjp(cache, Relative(dvalues))
-    (dx_wide,) = f_vjp(cache_wide, Relative(dvalues.astype(np.float32)))
+    (dx,) = f_vjp(cache, RelativeBias(dvalues))
+    (dx_wide,) = f_vjp(cache_wide, RelativeBias(dvalues.astype(np.float32)))
     assert bias.values.dtype == dx.dtype == dtype
     assert dx_wide.dtype == np.float32
     assert np.array_equal(bias.values, wide.values.astype(dtype))
@@ -497,7 +497,7 @@ def test_half_types_are_float32_rounded_once(f, f_vjp, shape, static, dtype):
 def test_a_float32_cotangent_of_a_half_input_stays_float32():
     x = np.ones((6, 3), np.float16)
     _, cache = lookup(x, index=INDEX)
-    assert lookup_vjp(cache, Relative(np.ones((3, 7), np.float32)))[0].dtype == np.float32
+    assert lookup_vjp(cache, RelativeBias(np.ones((3, 7), np.float32)))[0].dtype == np.float32
 
 
 def test_caches_are_small():
@@ -518,16 +518,16 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: dense(X, 3, 4), TypeError, "relative must be a Relative, got ndarray"),
-        (lambda: dense(Relative([1.0]), 1, 1), TypeError, "relative.values must be an array, got list"),
-        (lambda: dense(Relative(D), 3, 5), TypeError, "relative.values must have a dtype of .*, got int64"),
+        (lambda: dense(X, 3, 4), TypeError, "relative must be a RelativeBias, got ndarray"),
+        (lambda: dense(RelativeBias([1.0]), 1, 1), TypeError, "relative.values must be an array, got list"),
+        (lambda: dense(RelativeBias(D), 3, 5), TypeError, "relative.values must have a dtype of .*, got int64"),
         (
-            lambda: dense(Relative(X), 3, 2),
+            lambda: dense(RelativeBias(X), 3, 2),
             ValueError,
             r"relative.values must be \(..., H or 1, T \+ S − 1\) with T=3 and S=2, got \(6, 3\)",
         ),
-        (lambda: dense(Relative(X), 0, 0), ValueError, r"with T=0 and S=0, got \(6, 3\)"),
-        (lambda: dense(Relative(np.array(1.0)), 1, 1), ValueError, r"with T=1 and S=1, got \(\)"),
+        (lambda: dense(RelativeBias(X), 0, 0), ValueError, r"with T=0 and S=0, got \(6, 3\)"),
+        (lambda: dense(RelativeBias(np.array(1.0)), 1, 1), ValueError, r"with T=1 and S=1, got \(\)"),
         (
             lambda: toeplitz(X[0], (0, 2), (0, 3), 2),
             ValueError,
@@ -542,13 +542,17 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: alibi(X[0], T=3, S=5.0), TypeError, "S must be an int, got 5.0 of type float"),
         (lambda: alibi(X[0], T=3, S=5, offset=True), TypeError, "offset must be an int, got True"),
         (lambda: alibi_slopes(-1), ValueError, "H must be at least 0, got -1"),
-        (lambda: alibi_vjp(ALIBI, np.ones((3, 7))), TypeError, "dbias must be a Relative, got ndarray"),
+        (lambda: alibi_vjp(ALIBI, np.ones((3, 7))), TypeError, "dbias must be a RelativeBias, got ndarray"),
         (
-            lambda: alibi_vjp(ALIBI, Relative(np.ones((2, 7)))),
+            lambda: alibi_vjp(ALIBI, RelativeBias(np.ones((2, 7)))),
             ValueError,
             r"dbias.values must be \(..., H, L\) = \(3, 7\) as the output is, got \(2, 7\)",
         ),
-        (lambda: alibi_vjp(ALIBI, Relative(np.ones((3, 7), "f4"))), TypeError, "dbias.values must have dtype float64"),
+        (
+            lambda: alibi_vjp(ALIBI, RelativeBias(np.ones((3, 7), "f4"))),
+            TypeError,
+            "dbias.values must have dtype float64",
+        ),
         (lambda: lookup([1.0], index=INDEX), TypeError, "table must be an array, got list"),
         (lambda: lookup(X[0], index=INDEX), ValueError, r"table must be \(B, H\), got \(3,\)"),
         (lambda: lookup(X, index=INDEX.tolist()), TypeError, "index must be a NumPy array of integers, got list"),
@@ -558,9 +562,9 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: lookup(X, index=INDEX[None]), ValueError, r"index must be \(T \+ S − 1,\), got \(1, 7\)"),
         (lambda: lookup(X, index=INDEX + 2), ValueError, "index must be within the B=6 rows of table, got 2 … 6"),
         (lambda: lookup(X, index=INDEX - 1), ValueError, "index must be within the B=6 rows of table, got -1 … 3"),
-        (lambda: lookup_vjp(LOOKUP, [X]), TypeError, "dbias must be a Relative, got list"),
+        (lambda: lookup_vjp(LOOKUP, [X]), TypeError, "dbias must be a RelativeBias, got list"),
         (
-            lambda: lookup_vjp(LOOKUP, Relative(np.ones((3, 6)))),
+            lambda: lookup_vjp(LOOKUP, RelativeBias(np.ones((3, 6)))),
             ValueError,
             r"\(..., H, L\) = \(3, 7\) .*, got \(3, 6\)",
         ),

@@ -16,8 +16,8 @@ import torch
 from hypothesis import example, given
 
 from funcmha import attention, attention_vjp, attention_weights, decode, masks
-from funcmha.decode import KV, AppendCache, append, append_vjp, empty, step_mask
-from funcmha.rotary import frequencies, rotary, rotate, rotate_vjp
+from funcmha.kv_cache import KV, AppendCache, append, append_vjp, empty, step_mask
+from funcmha.rotary import frequencies, rotate, rotate_vjp, table
 from funcmha.testing import check_vjp
 
 STEPS = {"one by one": [1] * 11, "a prompt, then one by one": [7, 1, 1, 1, 1], "several": [3, 5, 2, 1], "at once": [11]}
@@ -102,7 +102,7 @@ def test_outputs_and_gradients_are_torch(steps, left):
     leaves = [oracles.tensor(x) for x in (q, k, v)]
     i, j = np.arange(11)[:, None], np.arange(11)
     mask = (j <= i) & (i - j <= (11 if left is None else left))
-    want, *_ = oracles.attention(*leaves, None, mask=mask, scale=None, keep=None, rate=0.0)
+    want, *_ = oracles.attention(*leaves, None, mask=mask, scale=None)
     done, kv = forward(q, k, v, steps, left=left)
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want.detach(), rtol=0, atol=1e-13)
     got = backward(done, kv, cut(do, steps))
@@ -115,7 +115,7 @@ def test_outputs_and_gradients_are_torch(steps, left):
 def test_seen_is_the_position_for_rotary(steps, left):
     """Queries and keys turned step by step, where `seen` says they stand, and forgetting moves nobody."""
     q, k, v, do = problem(D=6)
-    freqs, turn = frequencies(6), rotary(np.arange(11), frequencies(6))
+    freqs, turn = frequencies(6), table(np.arange(11), frequencies(6))
     (q_all, q_cache), (k_all, k_cache) = rotate(q, rotary=turn), rotate(k, rotary=turn)
     want, cache = attention(q_all, k_all, v, mask=masks.window(left, 0))
     dq, dk, *_ = attention_vjp(cache, do)
@@ -123,7 +123,7 @@ def test_seen_is_the_position_for_rotary(steps, left):
 
     kv, done, turned = empty(k, v), [], []
     for q_t, k_t, v_t in zip(*(cut(x, steps) for x in (q, k, v)), strict=True):
-        turn = rotary(kv.seen + np.arange(q_t.shape[-2]), freqs)
+        turn = table(kv.seen + np.arange(q_t.shape[-2]), freqs)
         (q_t, q_cache), (k_t, k_cache) = rotate(q_t, rotary=turn), rotate(k_t, rotary=turn)
         kv, appended = append(kv, k_t, v_t, left=left)
         o, attended = attention(q_t, kv.keys, kv.values, mask=step_mask(kv, q_t.shape[-2], left=left))

@@ -24,11 +24,11 @@ from test_forward import (
 )
 
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
-from funcmha.engines import REFERENCE
-from funcmha.forward import attention_jvp
-from funcmha.forward_mha import mha_jvp
-from funcmha.second import attention_vjp_jvp
-from funcmha.second_mha import mha_vjp_jvp
+from funcmha.engines import SEQUENTIAL
+from funcmha.derivatives import attention_jvp
+from funcmha.derivatives import mha_jvp
+from funcmha.derivatives import attention_vjp_jvp
+from funcmha.derivatives import mha_vjp_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -37,7 +37,7 @@ from funcmha.testing.strategies import (
     attention_problems,
     mha_problems,
 )
-from funcmha.tiled import threads
+from funcmha.engines.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -141,8 +141,8 @@ def test_second_order_of_every_array_library_is_the_same(xp):
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     want = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
-    static["keep"] = xp.to(static["keep"])
-    _, cache = attention(*map(xp.to, arrays), **static, engine=REFERENCE)
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
+    _, cache = attention(*map(xp.to, arrays), **static, engine=SEQUENTIAL)
     do, do_dot, dlse, dlse_dot = map(xp.to, (do, do_dot, dlse, dlse_dot))
     got = attention_vjp_jvp(cache, do, do_dot, *map(xp.to, dots), dlse=dlse, dlse_dot=dlse_dot)
     for a, b in zip(got, want, strict=True):
@@ -273,7 +273,7 @@ def test_no_tangent_of_mha_is_a_tangent_of_zeros_at_second_order(each_engine, gi
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
 def test_a_tangent_of_an_input_that_nobody_sees_has_no_effect(garbage):
-    problem, seen = MhaProblem(norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
+    problem, seen = MhaProblem(qk_norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
     params_dot, query_dot, *dots, _ = other(problem).inputs("float64")
     dy, *_ = problem.cotangents("float64")
     _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": np.broadcast_to(seen, (5, 7))})
@@ -287,10 +287,10 @@ def test_a_tangent_of_an_input_that_nobody_sees_has_no_effect(garbage):
 
 def test_second_order_of_mha_in_every_array_library_is_the_same(xp):
     problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
-    problem, cache, (dy, dy_dot), _, dots = double_mha(REFERENCE, problem)
+    problem, cache, (dy, dy_dot), _, dots = double_mha(SEQUENTIAL, problem)
     want, static = mha_vjp_jvp(cache, dy, dy_dot, *dots), problem.static()
-    static["keep"] = xp.to(static["keep"])
-    _, cache = mha(*map(xp.tree, problem.inputs("float64")), **static, engine=REFERENCE)
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
+    _, cache = mha(*map(xp.tree, problem.inputs("float64")), **static, engine=SEQUENTIAL)
     got = mha_vjp_jvp(cache, xp.to(dy), xp.to(dy_dot), *map(xp.tree, dots))
     for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
         assert type(a) is type(xp.to(b))
@@ -298,7 +298,7 @@ def test_second_order_of_mha_in_every_array_library_is_the_same(xp):
 
 
 def test_half_types_of_mha_are_rounded_once_at_second_order():
-    problem = replace(MHA_EDGES[1], cap=None)
+    problem = replace(MHA_EDGES[1], softcap=None)
     groups = (problem.inputs(np.float16), other(problem).inputs(np.float16), problem.cotangents(np.float16)[:1])
     wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
     got, want = (

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from funcmha import attention, attention_vjp
-from funcmha.dropout import Seeded, philox, seeded
+from funcmha.dropout import Seeded, masked, philox, seeded
 
 ANSWERS = [  # Random123, tests/kat_vectors: philox4x32 10 <counter> <key> <answer>
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -158,12 +158,12 @@ def test_attention_drops_by_tiles_as_by_the_whole():
     rng = np.random.default_rng(0)
     q, k, v, do = (rng.standard_normal(s) for s in ((4, 3, 5, 2), (4, 3, 7, 2), (4, 3, 7, 2), (4, 3, 5, 2)))
     drop = seeded(3, 0.4)
-    o, cache = attention(q, k, v, keep=drop.dense((4, 3, 5, 7)), rate=drop.rate)
+    o, cache = attention(q, k, v, dropout=masked(drop.dense((4, 3, 5, 7)), drop.rate))
     grads = attention_vjp(cache, do)
     for n in (0, 2):
         part = np.s_[n : n + 2]
         keep = seeded(3, 0.4, first_sample=n).dense((2, 3, 5, 7))
-        o_part, cache = attention(q[part], k[part], v[part], keep=keep, rate=drop.rate)
+        o_part, cache = attention(q[part], k[part], v[part], dropout=masked(keep, drop.rate))
         np.testing.assert_allclose(o_part, o[part], rtol=1e-12, atol=1e-12)
         for got, want in zip(attention_vjp(cache, do[part])[:3], grads, strict=False):
             np.testing.assert_allclose(got, want[part], rtol=1e-12, atol=1e-12)

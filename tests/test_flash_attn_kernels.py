@@ -1,9 +1,9 @@
-"""flash-attention's own kernels beside funcmha: `make kernels`, which says what it takes and where it is installed.
+"""flash-attention's calls. The oracle is flash-attention's own kernels: `make kernels` installs and runs them.
 
-flash-attn 2.8.3.post2 has a backend in Triton behind its public functions, forward and backward, and Triton has an
+flash-attn 2.8.3.post2 has a Triton backend behind its public functions, forward and backward, and Triton has an
 interpreter: the kernels compute in float32 on the CPU, block by block. funcmha computes from the same float32 inputs in
-float64. What is said of flash-attention here is said of this version and backend. Its windows, softcap, left padding
-and pages are those of its CUDA kernels only: this backend takes them and does without, which is tested too.
+float64. All statements here are about this version and backend. Windows, softcap, left padding and pages exist in its
+CUDA kernels only: this backend accepts and ignores them, which is tested too.
 """
 
 import os
@@ -21,15 +21,15 @@ from test_interop_flash_attn import cu, normal
 from funcmha import log_sum_exp
 from funcmha.interop import flash_attn as ours
 
-# Where a query sees no key the kernels compute −∞ − (−∞), and put it right later. NumPy warns of it, a GPU does not.
+# In fully masked rows the kernels compute −∞ − (−∞), and put it right later. NumPy warns of it, a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 K, H, D = 2, 6, 11  # key/value heads, query heads, width: the kernels pad it to 16
-ULPS = 64  # of the largest entry: 12 were seen, and a wrong mask is off by more than 10⁵
+ULPS = 64  # of the largest entry: at most 12 were measured; a wrong mask is off by more than 10⁵
 
 
 def near(got, want, name="", dtype=torch.float32):
-    """float32 beside float64, or float16 beside itself; an lse of −∞ is no number, see `test_the_lse_…`"""
+    """float32 beside float64, or float16 beside itself; an lse of −∞ is not compared"""
     got, finite = got.detach().double().numpy(), want != -np.inf
     atol = ULPS * torch.finfo(dtype).eps / 2 * np.abs(want[finite]).max(initial=1.0)
     np.testing.assert_allclose(got[finite], want[finite], rtol=0, atol=atol, err_msg=name)
@@ -66,7 +66,7 @@ def causal(request):
 
 @pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
 @pytest.mark.parametrize(("T", "S"), [(13, 17), (17, 13), (64, 64), (70, 131), (131, 70)])
-def test_out_lse_and_gradients_are_the_kernels(causal, alibi, T, S):
+def test_dense_matches_the_kernels(causal, alibi, T, S):
     q, k, v = leaves(float32(2, T, H, D), float32(2, S, K, D, seed=1), float32(2, S, K, D, seed=2))
     slopes, dout = slopes_of(2) if alibi else None, float32(2, T, H, D, seed=3)
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, alibi_slopes=slopes, causal=causal, return_attn_probs=True)
@@ -76,7 +76,7 @@ def test_out_lse_and_gradients_are_the_kernels(causal, alibi, T, S):
     all_near("dq dk dv", grads, ours.flash_attn_func_vjp(cache, *wide(dout))[:3])
 
 
-def test_a_scale_is_the_kernels(causal):
+def test_a_scale_matches_the_kernels(causal):
     q, k, v = leaves(float32(2, 13, H, D), float32(2, 17, K, D, seed=1), float32(2, 17, K, D, seed=2))
     out = flash_attn.flash_attn_func(q, k, v, softmax_scale=0.7, causal=causal)
     want, cache = ours.flash_attn_func(*wide(q, k, v), softmax_scale=0.7, causal=causal)
@@ -85,8 +85,8 @@ def test_a_scale_is_the_kernels(causal):
     all_near("dq dk dv", torch.autograd.grad(out, (q, k, v), dout), ours.flash_attn_func_vjp(cache, *wide(dout))[:3])
 
 
-def test_dropout_is_the_kernels(causal):
-    """They draw the mask, and return the weights with the sign of what was dropped turned."""
+def test_dropout_matches_the_kernels(causal):
+    """They draw the mask, and return the weights with the sign flipped where dropped."""
     q, k, v = leaves(float32(2, 13, H, D), float32(2, 70, K, D, seed=1), float32(2, 70, K, D, seed=2))
     out, lse, drawn = flash_attn.flash_attn_func(q, k, v, dropout_p=0.3, causal=causal, return_attn_probs=True)
     keep = (drawn >= 0).numpy()
@@ -97,7 +97,7 @@ def test_dropout_is_the_kernels(causal):
     all_near("dq dk dv", torch.autograd.grad(out, (q, k, v), dout), ours.flash_attn_func_vjp(cache, *wide(dout))[:3])
 
 
-def test_float16_is_the_kernels(causal):
+def test_float16_matches_the_kernels(causal):
     q, k, v = leaves(float32(2, 13, H, D), float32(2, 17, K, D, seed=1), float32(2, 17, K, D, seed=2))
     half = [x.half() for x in (q, k, v)]
     out = flash_attn.flash_attn_func(*half, causal=causal)
@@ -112,7 +112,7 @@ def test_float16_is_the_kernels(causal):
 
 @pytest.mark.parametrize("mode", ["fused", "jingning"])
 @pytest.mark.parametrize(("T", "S"), [(13, 17), (17, 13), (70, 131)])
-def test_gradients_are_those_of_the_other_backward_kernels(monkeypatch, causal, mode, T, S):
+def test_gradients_match_the_other_backward_kernels(monkeypatch, causal, mode, T, S):
     """What BWD_MODE picks. With alibi_slopes both are wrong, as neither adds them to the scores again."""
     monkeypatch.setattr(interface_fa, "BWD_MODE", mode)
     q, k, v = leaves(float32(2, T, H, D), float32(2, S, K, D, seed=1), float32(2, S, K, D, seed=2))
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_other_backward_kernels(monkeypatch, causal, 
 # ── packed inputs and sequences ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_packed_inputs_are_the_kernels(causal):
+def test_packed_inputs_match_the_kernels(causal):
     q, qkv, kv = leaves(float32(2, 13, H, D), float32(2, 13, 3, H, D, seed=1), float32(2, 17, 2, K, D, seed=2))
     dout = float32(2, 13, H, D, seed=3)
     out = flash_attn.flash_attn_qkvpacked_func(qkv, causal=causal)
@@ -142,7 +142,7 @@ def test_packed_inputs_are_the_kernels(causal):
 @pytest.mark.parametrize(
     ("nq", "nk"), [((3, 5), (7, 2)), ((3, 70), (70, 131)), ((3, 0, 5), (2, 4, 7)), ((3, 2, 5), (2, 0, 7))], ids=str
 )
-def test_sequences_and_their_gradients_are_the_kernels(causal, nq, nk):
+def test_sequences_match_the_kernels(causal, nq, nk):
     """Their lse is (N, H) in this backend, and (H, N) in the documentation and in ours."""
     q, k, v = leaves(float32(sum(nq), H, D), float32(sum(nk), K, D, seed=1), float32(sum(nk), K, D, seed=2))
     slopes, dout, lengths = slopes_of(len(nq)), float32(sum(nq), H, D, seed=3), (cu(nq), cu(nk))
@@ -156,7 +156,7 @@ def test_sequences_and_their_gradients_are_the_kernels(causal, nq, nk):
     all_near("dq dk dv", grads, ours.flash_attn_varlen_func_vjp(cache, *wide(dout))[:3])
 
 
-def test_packed_sequences_are_the_kernels(causal):
+def test_packed_sequences_match_the_kernels(causal):
     q, qkv, kv = leaves(float32(8, H, D), float32(8, 3, H, D, seed=1), float32(9, 2, K, D, seed=2))
     dout, own, of_keys = float32(8, H, D, seed=3), cu([3, 5]), cu([7, 2])
     out = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, torch.tensor(own), 5, causal=causal)
@@ -178,7 +178,7 @@ def test_packed_sequences_are_the_kernels(causal):
 def both_with_kvcache(T=3, U=2, N=17, seqlens=(3, 9), pages=None, slopes=None, table=None, theirs=None, **options):
     """(out, k_cache', v_cache', lse) of the kernels, which write into the caches, and of ours, without what is `theirs`
 
-    A page for each sequence, one that nobody has, and options of both.
+    A page for each sequence, an unused one, and options of both.
     """
     B = len(seqlens)
     q, *held = float32(B, T, H, D), float32(B + 1, N, K, D, seed=1), float32(B + 1, N, K, D, seed=2)
@@ -211,21 +211,21 @@ def both_with_kvcache(T=3, U=2, N=17, seqlens=(3, 9), pages=None, slopes=None, t
 STEPS = {
     "nothing new": {"U": None},
     "one token": {"T": 1, "U": 1},
-    "queries that see nothing, if causal": {"T": 5, "U": 1, "seqlens": (2, 9)},
+    "fully masked rows, if causal": {"T": 5, "U": 1, "seqlens": (2, 9)},
     "many tokens": {"T": 70, "U": 70, "N": 300, "seqlens": (70, 131)},
     "a long cache, in splits": {"N": 300, "seqlens": (3, 131)},
     "pages": {"pages": (2, 0)},
     "pages, nothing new": {"pages": (2, 0), "U": None},
     "alibi": {"slopes": slopes_of(2)},
     "scale": {"softmax_scale": 0.7},
-    "turned, interleaved": {"table": float32(17, 4), "rotary_interleaved": True},
-    "turned, by halves": {"table": float32(17, 4), "rotary_interleaved": False},
-    "one token, turned": {"table": float32(17, 5), "rotary_interleaved": True, "T": 1, "U": 1},
+    "rotated, interleaved": {"table": float32(17, 4), "rotary_interleaved": True},
+    "rotated, by halves": {"table": float32(17, 4), "rotary_interleaved": False},
+    "one token, rotated": {"table": float32(17, 5), "rotary_interleaved": True, "T": 1, "U": 1},
 }
 
 
 @pytest.mark.parametrize("problem", STEPS.values(), ids=STEPS)
-def test_a_step_against_a_cache_is_the_kernels(causal, problem):
+def test_a_decoding_step_matches_the_kernels(causal, problem):
     """With the caches that come of it, and the kernel for rotary positions where there is a table."""
     got, want = both_with_kvcache(causal=causal, **problem)
     all_near("out k_cache v_cache lse", got, want)
@@ -234,7 +234,7 @@ def test_a_step_against_a_cache_is_the_kernels(causal, problem):
 # ── both answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_lse_of_a_query_that_sees_no_key_is_minus_infinity_and_in_their_prefill_kernel_0_if_causal():
+def test_fully_masked_rows_have_lse_0_in_the_causal_kernel():
     """fwd_prefill.py stores 0.0 for such rows if causal, and −∞ if not, as fwd_decode.py always does."""
     q, k, v = float32(1, 5, H, D), float32(1, 2, K, D), float32(1, 2, K, D)
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
@@ -254,7 +254,7 @@ def test_the_lse_of_a_query_that_sees_no_key_is_minus_infinity_and_in_their_pref
 
 
 @pytest.mark.parametrize("option", [{"window_size": (3, 0)}, {"softcap": 1.3}], ids=lambda option: next(iter(option)))
-def test_windows_and_softcap_are_taken_by_this_backend_and_have_no_effect(causal, option):
+def test_windows_and_softcap_have_no_effect_in_the_backend(causal, option):
     q, k, v = float32(2, 13, H, D), float32(2, 17, K, D, seed=1), float32(2, 17, K, D, seed=2)
     out = flash_attn.flash_attn_func(q, k, v, causal=causal, **option)
     without, _ = ours.flash_attn_func(*wide(q, k, v), causal=causal)
@@ -273,7 +273,7 @@ def test_windows_and_softcap_are_taken_by_this_backend_and_have_no_effect(causal
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_options_of_a_cache_are_taken_by_this_backend_and_have_no_effect(causal, option):
+def test_options_of_a_cache_have_no_effect_in_the_backend(causal, option):
     got, want = both_with_kvcache(N=256, causal=causal, theirs=option)
     all_near("out k_cache v_cache lse", got, want)
 
@@ -296,7 +296,7 @@ def test_the_other_backward_kernels_are_wrong_with_alibi(monkeypatch, mode):
     assert np.abs(ours.flash_attn_func_vjp(cache, *wide(dout))[2] - dv.numpy()).max() > 0.1
 
 
-def test_values_of_another_width_are_refused_by_this_backend():
+def test_the_backend_refuses_values_of_another_width():
     q, k, v = float32(2, 13, H, D), float32(2, 17, K, D), float32(2, 17, K, 7)
     with pytest.raises(AssertionError):
         flash_attn.flash_attn_func(q, k, v)

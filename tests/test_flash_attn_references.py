@@ -36,13 +36,13 @@ def sample(*shape, seed=0):
 
 
 size = st.sampled_from([1, 2, 3, 5])
-reach = st.sampled_from([0, 1, 2, 5])
-windows = st.one_of(st.tuples(st.just(-1), reach), st.tuples(reach, reach), st.just((-1, -1)))
+bound = st.sampled_from([0, 1, 2, 5])
+windows = st.one_of(st.tuples(st.just(-1), bound), st.tuples(bound, bound), st.just((-1, -1)))
 
 
 @both
 @given(st.data(), size, size, windows, st.booleans(), st.sampled_from([0.0, 1.7]))
-def test_out_weights_and_gradients_are_the_reference_s(each_engine, library, data, T, S, window, causal, softcap):
+def test_dense_matches_both_references(each_engine, library, data, T, S, window, causal, softcap):
     """With slopes by FA2's `attn_bias_from_alibi_slopes`, which if causal is slope · (j − S + 1): the same weights."""
     B, of_rows = 2, causal or window != (-1, -1)
     slopes = sample(B, H, seed=3) if data.draw(st.booleans()) else None
@@ -56,7 +56,7 @@ def test_out_weights_and_gradients_are_the_reference_s(each_engine, library, dat
     bias = None if slopes is None else FA2.attn_bias_from_alibi_slopes(leaves[3], T, S, causal=causal)
     if bias is not None:
         bias = bias.expand(B, H, T, S).clone() if bias.shape[2] == 1 else bias * 1
-        bias.register_hook(torch.nan_to_num)  # NaN where a query sees no key, and of no use
+        bias.register_hook(torch.nan_to_num)  # NaN in fully masked rows
     options = static | ({"attention_chunk": chunk} if chunk else {})
     drop = {"dropout_p": 0.4, "dropout_mask": torch.tensor(keep)}
     want = library.attention_ref(*leaves[:3], attn_bias=bias, upcast=False, **drop, **options)
@@ -69,7 +69,7 @@ def test_out_weights_and_gradients_are_the_reference_s(each_engine, library, dat
 
 
 @both
-def test_a_window_without_a_right_bound_ends_before_the_diagonal_in_the_references(each_engine, library):
+def test_minus_one_is_a_right_bound_in_the_references(each_engine, library):
     """They take the -1 of (1, -1) for a bound, where the docstrings of both and the kernels say that it is none.
 
     csrc/flash_attn/flash_api.cpp and hopper/flash_api.cpp: with a left bound, a right one below 0 becomes seqlen_k.
@@ -83,7 +83,7 @@ def test_a_window_without_a_right_bound_ends_before_the_diagonal_in_the_referenc
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_turned_steps_against_a_cache_are_the_reference_s(each_engine, causal, interleaved):
+def test_rotated_steps_match_the_reference(each_engine, causal, interleaved):
     """As `test_flash_attn_kvcache` in tests/test_flash_attn.py, with its rotary positions in PyTorch."""
     B, T, U, N, seqlens = 2, 3, 2, 11, np.array([4, 0])
     inputs = [sample(B, n, heads, D, seed=seed) for seed, (n, heads) in enumerate([(T, H), (N, K), (N, K)])]
@@ -96,13 +96,13 @@ def test_turned_steps_against_a_cache_are_the_reference_s(each_engine, causal, i
     leaves = q, k_cache, v_cache, k, v = [leaf(x) for x in inputs]
     first, slot = torch.tensor(seqlens)[:, None], torch.arange(N)
 
-    def turned(x, rows):
+    def rotated(x, rows):
         return apply_rotary_emb_torch(x, *(torch.tensor(table)[rows] for table in (cos, sin)), interleaved)
 
     written = (first <= slot) & (slot < first + U)
     keys, values = k_cache.clone(), v_cache.clone()
-    keys[written], values[written] = turned(k, first + torch.arange(U)).flatten(0, 1), v.flatten(0, 1)
-    q = turned(q, first + torch.arange(T) if causal else first.expand(B, T))
+    keys[written], values[written] = rotated(k, first + torch.arange(U)).flatten(0, 1), v.flatten(0, 1)
+    q = rotated(q, first + torch.arange(T) if causal else first.expand(B, T))
     mask = slot < first + U
     out, _ = FA2.attention_ref(q, keys, values, None, mask, causal=causal, upcast=False)
     want = out, keys, values

@@ -28,9 +28,9 @@ from funcmha import (
     self_attention,
     tree,
 )
-from funcmha.biases import Relative
-from funcmha.forward import attention_jvp, linear_jvp, norm_jvp
-from funcmha.forward_mha import head_jvp, mha_jvp
+from funcmha.biases import RelativeBias
+from funcmha.derivatives import attention_jvp, linear_jvp, norm_jvp
+from funcmha.derivatives import head_jvp, mha_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -39,7 +39,7 @@ from funcmha.testing.strategies import (
     attention_problems,
     mha_problems,
 )
-from funcmha.tiled import threads
+from funcmha.engines.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 
@@ -47,7 +47,7 @@ MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is 
 STEP = 1e-30
 
 EVERYTHING = AttentionProblem(
-    T=13, S=17, bias="... H T+S-1", sink=True, cap=0.5, per_head=True, scale=0.5, mask="intersection", rate=0.3
+    T=13, S=17, bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, mask="intersection", rate=0.3
 )
 EDGES = (
     EVERYTHING,
@@ -76,15 +76,15 @@ def numbers(x):
     """The arrays of inputs, gradients or tangents, in order."""
     if isinstance(x, dict):
         return [a for child in x.values() for a in numbers(child)]
-    if isinstance(x, tuple) and not isinstance(x, Relative):
+    if isinstance(x, tuple) and not isinstance(x, RelativeBias):
         return [a for child in x for a in numbers(child)]
-    return [] if x is None else [x.values if isinstance(x, Relative) else x]
+    return [] if x is None else [x.values if isinstance(x, RelativeBias) else x]
 
 
 def like(template, arrays):
     """The arrays of `numbers` in the place of those of a template."""
-    if isinstance(template, Relative):
-        return Relative(next(arrays))
+    if isinstance(template, RelativeBias):
+        return RelativeBias(next(arrays))
     if isinstance(template, dict):
         return {key: like(child, arrays) for key, child in template.items()}
     if isinstance(template, tuple):
@@ -169,7 +169,7 @@ def test_jvp_of_every_array_library_is_the_same(xp):
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     _, cache = attention(*arrays, **static)
     want = attention_jvp(cache, *dots)
-    static["keep"] = xp.to(static["keep"])
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
     _, cache = attention(*map(xp.to, arrays), **static)
     for a, b in zip(attention_jvp(cache, *map(xp.to, dots)), want, strict=True):
         assert type(a) is type(xp.to(b))
@@ -295,12 +295,12 @@ def test_norm_jvp_is_the_complex_step(norm, leaves):
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVERYTHING_MHA = MhaProblem(
-    T=5, S=5, mask="heads", bias="... H 1 S", sink=True, cap=0.5, rate=0.3, norm="layer", turned="half of all"
+    T=5, S=5, mask="heads", bias="... H 1 S", sink=True, softcap=0.5, rate=0.3, qk_norm="layer", turned="half of all"
 )
 MHA_EDGES = (
     EVERYTHING_MHA,
-    replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, norm="rms", turned="interleaved of some", Ck=17, Cv=17),
-    replace(EVERYTHING_MHA, norm="l2", bias="1 T+S-1", biases=False),
+    replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, qk_norm="rms", turned="interleaved of some", Ck=17, Cv=17),
+    replace(EVERYTHING_MHA, qk_norm="l2", bias="1 T+S-1", biases=False),
     replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are made again
     MhaProblem(K=3, G=2, mask="empty rows", zero_attn=True),
 )
@@ -350,7 +350,7 @@ def test_mha_jvp_of_every_array_library_is_the_same(xp):
     problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
     inputs, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     want = mha_jvp(mha(*inputs, **static)[1], *dots)
-    static["keep"] = xp.to(static["keep"])
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
     _, cache = mha(*map(xp.tree, inputs), **static)
     for a, b in zip(mha_jvp(cache, *map(xp.tree, dots)), want, strict=True):
         assert type(a) is type(xp.to(b))
@@ -370,7 +370,7 @@ def test_half_types_of_mha_are_rounded_once_forwards():
 
 HEADS = {
     "bias of each sample": (replace(EVERYTHING_MHA, mask="lengths", bias="none", rate=0.0, K=1, G=1), (2, 5, 5)),
-    "bias of all": (MhaProblem(K=1, G=1, bias_kv=True, zero_attn=True, norm="rms", rate=0.3, seeded=True), (1, 7)),
+    "bias of all": (MhaProblem(K=1, G=1, bias_kv=True, zero_attn=True, qk_norm="rms", rate=0.3, seeded=True), (1, 7)),
     "relative bias of each sample": (MhaProblem(K=1, G=1, mask="causal"), (2, 11)),
     "made again": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
 }
@@ -382,7 +382,7 @@ def test_head_jvp_is_the_complex_step(problem, shape):
     params, params_dot = head_params(params, 0), head_params(params_dot, 0)
     bias, bias_dot = (None,) * 2 if shape is None else some(5, shape, shape)
     if shape == (2, 11):
-        bias, bias_dot = Relative(bias), Relative(bias_dot)
+        bias, bias_dot = RelativeBias(bias), RelativeBias(bias_dot)
     inputs, dots = (params, *arrays, bias), (params_dot, *dots, bias_dot)
     _, cache = head(*inputs, **problem.static())
     moved = [like(x, (np.asarray(a + 1j * STEP * d) for a, d in zip(numbers(x), numbers(dot), strict=True)))
@@ -431,7 +431,7 @@ def test_self_attention_forwards_is_mha_of_one_input():
         (0, lambda x: x[..., :3], ValueError, r"q_dot must be \(..., H, T, D\) = \(2, 6, 5, 11\) as q is, got"),
         (1, lambda x: x[0], ValueError, r"k_dot must be \(..., K, S, D\) = .* as k is, got \(2, 7, 11\)"),
         (2, lambda x: x.astype(np.float32), TypeError, "v_dot must have dtype float64 as q_dot has, got float32"),
-        (3, Relative, TypeError, "bias_dot must be a ndarray as bias is, got Relative"),
+        (3, RelativeBias, TypeError, "bias_dot must be a ndarray as bias is, got RelativeBias"),
         (3, lambda x: x[0], ValueError, r"bias_dot must be \(2, 6, 5, 7\) as bias is, got \(6, 5, 7\)"),
         (4, lambda x: x[:1], ValueError, r"sink_dot must be \(H\) = \(6,\) as sink is, got \(1,\)"),
     ],

@@ -57,7 +57,7 @@ MASKS = {  # each hides all keys from some queries, of some heads or samples
 }
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 each_garbage = pytest.mark.parametrize("garbage", [np.nan, np.inf])
-EVERYTHING = AttentionProblem(bias="... H T S", sink=True, cap=0.5, seeded=True, rate=0.3)
+EVERYTHING = AttentionProblem(bias="... H T S", sink=True, softcap=0.5, seeded=True, rate=0.3)
 
 
 def empty_rows(mask, heads=6):
@@ -175,7 +175,9 @@ def test_nor_has_any_at_second_order(which, mask, garbage):
 
 @each_mask
 @each_garbage
-@pytest.mark.parametrize("problem", [MhaProblem(), MhaProblem(norm="rms", sink=True)], ids=["plain", "norm and sink"])
+@pytest.mark.parametrize(
+    "problem", [MhaProblem(), MhaProblem(qk_norm="rms", sink=True)], ids=["plain", "norm and sink"]
+)
 def test_a_query_that_sees_nothing_has_no_effect_on_mha(problem, mask, garbage):
     params, query, *others = problem.inputs("float64")
     dy, dweights, dlse = problem.cotangents("float64")
@@ -252,7 +254,7 @@ def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_
 
 @pytest.mark.parametrize("norm", ["none", "rms"])
 def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(norm):
-    problem = replace(SQUARE, norm=norm)
+    problem = replace(SQUARE, qk_norm=norm)
     (params, x, *_), (dy, *_), static = problem.inputs("float64"), problem.cotangents("float64"), problem.static()
     padded = np.arange(T) < 2  # on the left
 
@@ -260,7 +262,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
         tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
         for t in (slice(0, 3), slice(3, 5)):
             mask = masks.padding(~padded[: t.stop])
-            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, norm=static.get("norm"))
+            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
             ys.append(y)
             caches.append(cache)
         for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
@@ -274,7 +276,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
 @each_mask
 @each_garbage
 def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(mask, garbage):
-    problem = MhaProblem(norm="layer", sink=True)
+    problem = MhaProblem(qk_norm="layer", sink=True)
     _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": mask})
     params_dot, query_dot, *dots = other(problem).inputs("float64")
     (dy, *_), (dy_dot, *_) = problem.cotangents("float64"), other(problem).cotangents("float64")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from funcmha import attention, attention_weights, log_sum_exp
-from funcmha.interop import cudnn, cudnn_ragged, equinox, flash_attn, flax, huggingface, keras, onnx, torch
+from funcmha.interop import cudnn, equinox, flash_attn, flax, huggingface, keras, onnx, torch
 from funcmha.interop import jax as jax_nn
-from funcmha.scores import scores, scores_vjp
+from funcmha.ops import scores, scores_vjp
 
 
 def close(got, want):
@@ -41,12 +41,12 @@ CALLS = {  # name: module, inputs, options
     "sdpa": (cudnn, HEADS_FIRST, {}),
     "attention": (onnx, HEADS_FIRST, {}),
     "from_ragged": (
-        cudnn_ragged,
+        cudnn,
         (normal(T, H, D),),
         {"ragged_offset": np.array([0, 72]), "seq_len": np.array([3]), "s": 5},
     ),
     "to_ragged": (
-        cudnn_ragged,
+        cudnn,
         (normal(1, H, T, D),),
         {"ragged_offset": np.array([0, 72]), "seq_len": np.array([3]), "n": 5},
     ),

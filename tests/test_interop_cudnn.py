@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from oracles import gradients, tensor
 
 from funcmha import attention, attention_weights, log_sum_exp, masks
-from funcmha.interop.cudnn import sdpa, sdpa_vjp, stats
-from funcmha.interop.cudnn_ragged import from_ragged, from_ragged_vjp, to_ragged, to_ragged_vjp
+from funcmha.interop.cudnn import from_ragged, from_ragged_vjp, sdpa, sdpa_vjp, stats, to_ragged, to_ragged_vjp
 from funcmha.testing import check_vjp
 
 LAYOUTS = ("BHSD", "BSHD", "reversed", "read-only")
@@ -239,11 +238,11 @@ def test_the_problems_are_not_vacuous(flag):
     assert find(problems(), lambda problem: eval(flag, dict(vars(problem))), settings=settings(max_examples=5000))
 
 
-# ── which keys are seen ──────────────────────────────────────────────────────────────────────────────────────────
+# ── attended keys ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pictures(T, S, **static):
-    """For each sample, which key each query sees."""
+    """For each sample, the keys that each query attends to."""
     B = len(static.get("seq_len_q", [0]))
     q, k = np.zeros((B, 1, T, 2)), np.zeros((B, 1, S, 2))
     _, cache = sdpa(q, k, k, **static)
@@ -294,7 +293,7 @@ def test_bands_of_more_queries_than_keys():
         ({"sliding_window_length": 2, "use_causal_mask_bottom_right": True}, ".xx../..xx./...xx"),
     ],
 )
-def test_bands_in_the_older_words(older, drawn):
+def test_bands_by_their_older_names(older, drawn):
     assert pictures(3, 5, **older) == [drawn]
 
 
@@ -312,7 +311,7 @@ def test_the_bottom_right_of_a_padded_sequence_is_its_own(alignment, drawn):
     assert pictures(4, 5, use_padding_mask=True, **lengths, **band) == drawn
 
 
-def test_a_diagonal_alignment_is_a_string_or_a_member_of_the_enumeration():
+def test_a_diagonal_alignment_is_a_string_or_a_member():
     library = enum.Enum("diagonal_alignment", ["TOP_LEFT", "BOTTOM_RIGHT"])
     band = {"diagonal_band_right_bound": 0, "diagonal_alignment": library.BOTTOM_RIGHT}
     assert pictures(2, 3, **band) == ["xx./xxx"]
@@ -338,23 +337,23 @@ def test_alibi_slopes(H, expected):
     close(stats(cache)[0, :, 1, 0], np.log1p(np.exp(-np.array(expected))))
 
 
-# ── cuDNN's own answers, beside funcmha's ────────────────────────────────────────────────────────────────────────
+# ── where cuDNN and funcmha differ ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_scale_is_one_and_not_the_root_of_the_width():
+def test_no_scale_is_a_scale_of_one():
     q, k, v, *_ = Problem(Hk=3, Hv=3).inputs()
     np.testing.assert_array_equal(sdpa(q, k, v)[0], attention(q, k, v, scale=1.0)[0])
     np.testing.assert_array_equal(sdpa(q, k, v, attn_scale=11**-0.5)[0], attention(q, k, v)[0])
 
 
-def test_a_left_bound_of_one_is_a_left_reach_of_none():
+def test_a_left_bound_of_one_keeps_the_diagonal_only():
     q, k, v, *_ = Problem(Hk=3, Hv=3).inputs()
     want, _ = attention(q, k, v, scale=1.0, mask=masks.window(0, 0))
     np.testing.assert_array_equal(sdpa(q, k, v, diagonal_band_left_bound=1, diagonal_band_right_bound=0)[0], want)
 
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_what_lies_beyond_the_lengths_has_no_effect(each_engine, sink):
+def test_tokens_beyond_the_lengths_have_no_effect(each_engine, sink):
     """Not even NaN, in an input or a cotangent. There o is 0, stats −∞ or the sink, and every gradient 0."""
     problem = Problem(Hv=3, H=3, padding=True, sink=sink, bias="B 1 T S", alibi=True, right=0, seed=5)
     q, k, v, bias, sink_token = problem.inputs()
@@ -382,7 +381,7 @@ def test_what_lies_beyond_the_lengths_has_no_effect(each_engine, sink):
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_half_types_are_rounded_once(name):
-    """And a sink is float32 beside them, as cuDNN has it, with its gradient."""
+    """A sink is float32 with them, as in cuDNN, and so is its gradient."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     half = np.dtype(getattr(ml_dtypes, name, name))
     problem = Problem(H=6, Hk=2, Hv=3, bias="1 1 T S", alibi=True, right=0, padding=True, sink=True)
@@ -557,13 +556,13 @@ LENGTHS = {"seq_len_q": np.array([3, 1]), "seq_len_kv": np.array([7, 0])}
             (Q, K, K),
             {"diagonal_band_left_bound": -2, "diagonal_band_right_bound": 2},
             ValueError,
-            "diagonal_band_left_bound must be above -2, else no query sees a key, got -2",
+            "diagonal_band_left_bound must be above -2, else no key is allowed, got -2",
         ),
         (
             (Q, K, K),
             {"dropout": (0.1, 123, 456)},
             TypeError,
-            "dropout must be (mask, scale): (probability, seed, offset) draws from a stream that only cuDNN can draw",
+            "dropout must be (mask, scale): only cuDNN can draw the mask of (probability, seed, offset)",
         ),
         (
             (Q, K, K),
@@ -629,7 +628,7 @@ def packed(draw):
 
 
 @given(packed(), st.integers(0, 2))
-def test_a_ragged_tensor_is_its_sequences(problem, more):
+def test_a_ragged_tensor_equals_its_sequences(problem, more):
     H, D, S = 3, 2, max(problem.lengths, default=0) + more
     x = np.random.default_rng(0).standard_normal((problem.N, H, D))
     static = {"ragged_offset": problem.offset(H * D), "seq_len": np.array(problem.lengths, int)}
@@ -656,7 +655,7 @@ def test_the_ragged_tensors_of_the_documentation():
     np.testing.assert_array_equal(with_gaps, whole)
 
 
-def test_interleaved_tensors_have_offsets_in_elements_of_all_three():
+def test_interleaved_tensors_have_offsets_of_all_three():
     qkv = np.random.default_rng(0).standard_normal((5, 3, 2, 4))
     offset, n = np.array([0, 2, 5]) * 3 * 2 * 4, np.array([2, 3])
     for x in qkv.swapaxes(0, 1):
@@ -665,7 +664,7 @@ def test_interleaved_tensors_have_offsets_in_elements_of_all_three():
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-def test_packed_attention_is_one_sequence_after_another(alignment):
+def test_packed_attention_equals_its_sequences(alignment):
     rng, n_q, n_kv = np.random.default_rng(0), np.array([3, 1, 4]), np.array([2, 5, 4])
     band = {"diagonal_alignment": alignment, "diagonal_band_right_bound": 0, "diagonal_band_left_bound": 3}
     q, do = rng.standard_normal((2, 8, 6, 2))
@@ -696,18 +695,21 @@ def test_packed_attention_is_one_sequence_after_another(alignment):
         ({"ragged_offset": np.array([0, 2, 5])}, "ragged_offset must count elements, 6 from a token to the next"),
         (
             {"ragged_offset": np.array([0, 6, 30])},
-            "ragged_offset and seq_len must be sequences of at most s=3 that lie apart",
+            "ragged_offset and seq_len must be sequences of at most s=3 tokens that do not overlap",
         ),
         (
             {"ragged_offset": np.array([0, 18, 30])},
-            "ragged_offset and seq_len must be sequences of at most s=3 that lie",
+            "ragged_offset and seq_len must be sequences of at most s=3 tokens that do not overlap",
         ),
         (
             {"ragged_offset": np.array([-6, 12, 30])},
             "ragged_offset must be at least 0, got [-6, 12, 30]",
         ),
         ({"seq_len": np.array([[2, 3]])}, "seq_len must be (B, 1, 1, 1) or (B,)"),
-        ({"s": 2}, "ragged_offset and seq_len must be sequences of at most s=2 that lie apart within N=5 tokens, got"),
+        (
+            {"s": 2},
+            "ragged_offset and seq_len must be sequences of at most s=2 tokens that do not overlap within N=5",
+        ),
         ({"s": -1}, "s must be at least 0, got -1"),
         ({"seq_len": np.array([2, -3])}, "seq_len must be at least 0, got [2, -3]"),
         ({"stride": 10**400}, "stride must be below 2**63, got 1000"),

@@ -62,7 +62,7 @@ def of_cudnn(library, problem):
     graph, _, o, lse = forward(library, inputs, problem.static())
     graph.run()
     o, lse = graph.get(o), graph.get(lse)
-    if library.forward:  # the back end without kernels, which makes NaN of a query that sees no key
+    if library.forward:  # the back end without kernels, which makes NaN of fully masked rows
         o, lse = np.nan_to_num(o), np.where(np.isnan(lse), -np.inf, lse)
     graph, outputs = backward(library, inputs, o, do, lse, problem.static())
     graph.run()
@@ -81,7 +81,7 @@ def of_the_adapter(problem, io):
     p of stats in float32. Twice the bound, for sums in float32 and a fast exponential.
     """
     inputs, do = rounded(problem, io)
-    u, tiny = UNIT[io], 2.0**-24  # of float16's subnormals, and float32 beside numbers about 1
+    u, tiny = UNIT[io], 2.0**-24  # of float16's subnormals, and of float32 for numbers about 1
     static = problem.static()
     q, k, v, bias, sink = inputs
     o, cache = sdpa(*inputs, **static)

@@ -20,8 +20,7 @@ from test_interop_cudnn import Problem, close
 
 from funcmha import attention, attention_vjp, log_sum_exp
 from funcmha.biases import alibi_slopes
-from funcmha.interop.cudnn import sdpa, sdpa_vjp, stats
-from funcmha.interop.cudnn_ragged import from_ragged, from_ragged_vjp, to_ragged, to_ragged_vjp
+from funcmha.interop.cudnn import from_ragged, from_ragged_vjp, sdpa, sdpa_vjp, stats, to_ragged, to_ragged_vjp
 
 BIASES = ("none", "B H T S", "1 H T S", "B 1 T S", "1 1 T S")
 
@@ -102,8 +101,8 @@ def check(library, problem, static, of_graph):
 
 @settings(max_examples=2 * settings().max_examples)
 @given(problems())
-def test_o_and_stats_are_those_of_cudnns_graph(library, each_engine, problem):
-    """But for a query that sees no key, of which the operations make NaN, and the engines 0 and −∞ as `sdpa` does."""
+def test_o_and_stats_match_cudnns_graph(library, each_engine, problem):
+    """Except fully masked rows: there the operations make NaN, the engines 0 and −∞ as `sdpa` does."""
     inputs, static = problem.inputs(), problem.static()
     o, lse = o_and_stats(library, inputs, static)
     got, cache = sdpa(*inputs, **static)
@@ -115,7 +114,7 @@ def test_o_and_stats_are_those_of_cudnns_graph(library, each_engine, problem):
 
 @settings(max_examples=2 * settings().max_examples)
 @given(problems())
-def test_gradients_are_those_of_cudnns_graph(library, each_engine, problem):
+def test_gradients_match_cudnns_graph(library, each_engine, problem):
     """From o and stats of `sdpa`. The gradient of a sink has the other sign in the graph: see below."""
     inputs, static, (do, _) = problem.inputs(), problem.static(), problem.cotangents()
     o, cache = sdpa(*inputs, **static)
@@ -127,8 +126,8 @@ def test_gradients_are_those_of_cudnns_graph(library, each_engine, problem):
 
 
 @given(problems())
-def test_gradients_are_those_of_autograd_through_cudnns_forward_graph(library, problem):
-    """Those of stats too, and of a sink with its own sign; where each query sees a key, as NaN has no gradient."""
+def test_gradients_match_autograd_of_the_forward_graph(library, problem):
+    """Those of stats too, and of a sink with its own sign; where no row is fully masked, as NaN has no gradient."""
     inputs, static, (do, dstats) = problem.inputs(), problem.static(), problem.cotangents()
     graph, tensors, o, lse = forward(library, inputs, static, wants_gradient=True)
     graph.run()
@@ -193,12 +192,12 @@ def test_the_gradient_of_a_sink_has_the_wrong_sign_in_the_graph(library):
         {"use_causal_mask": True, "use_alibi_mask": True},
     ],
 )
-def test_the_older_words_mean_what_they_mean_there(library, older):
+def test_the_older_options_match_cudnns_graph(library, older):
     check(library, Problem(D=8, E=8), older, older)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, None), (-1, 3), (0, 2)])
-def test_left_bounds_below_one_are_taken_forward(library, left, right):
+def test_left_bounds_below_one_match_cudnns_graph(library, left, right):
     """Which the documentation does not tell of, and `sdpa_backward` refuses."""
     static = {"diagonal_band_left_bound": left, "diagonal_band_right_bound": right}
     inputs = Problem(D=8, E=8, S=11).inputs()
@@ -209,7 +208,7 @@ def test_left_bounds_below_one_are_taken_forward(library, left, right):
 
 
 @pytest.mark.parametrize("right", [0, 2])
-def test_a_bottom_right_diagonal_stands_beside_what_cudnn_has_it_not_with(library, right):
+def test_bottom_right_diagonals_equal_shifted_top_left_ones(library, right):
     """It is the top-left one, further right by S_kv − S_q, of which there is a graph with bias, sink and dropout."""
     problem = Problem(B=2, H=6, Hk=2, Hv=3, D=8, E=16, bias="B H T S", sink=True, dropout="booleans")
     static = {"dropout": problem.drop, "diagonal_band_right_bound": right, "diagonal_alignment": "bottom_right"}
@@ -227,7 +226,7 @@ def test_alibi_slopes_are_the_front_ends_table(library, H):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.75])
-def test_the_dropout_that_cudnn_draws_is_its_rng_dump_and_a_scale(library, p):
+def test_dropout_of_cudnn_is_its_rng_dump_and_a_scale(library, p):
     """The other form is (probability, seed, offset): the mask is what it dumps, and the scale 1 / (1 − probability)."""
     problem, dumps = Problem(D=8, E=8), []
     inputs, (do, _) = problem.inputs(), problem.cotangents()
@@ -250,12 +249,12 @@ def test_the_dropout_that_cudnn_draws_is_its_rng_dump_and_a_scale(library, p):
 
 def test_a_soft_cap_in_a_score_mod_is_funcmhas_cap(library):
     """`sdpa` has no cap, which cuDNN writes as operations on the scores; `funcmha.attention` has it at that place."""
-    problem, cap = Problem(Hk=3, Hv=3, D=8, E=16, scale=0.5), 1.5
+    problem, softcap = Problem(Hk=3, Hv=3, D=8, E=16, scale=0.5), 1.5
     inputs, (do, _) = problem.inputs(), problem.cotangents()
     static = {"attn_scale": problem.scale}
 
     def capped(graph):
-        number, saved = graph.tensor(np.full((1, 1, 1, 1), cap), "FLOAT"), []
+        number, saved = graph.tensor(np.full((1, 1, 1, 1), softcap), "FLOAT"), []
 
         def score_mod(inner, score):
             saved.append(inner.div(score, number))
@@ -270,7 +269,7 @@ def test_a_soft_cap_in_a_score_mod_is_funcmhas_cap(library):
         return {"score_mod": capped(graph)["score_mod"]}
 
     o, lse = o_and_stats(library, inputs, static, only_forward)
-    got, cache = attention(*inputs[:3], scale=problem.scale, cap=cap)
+    got, cache = attention(*inputs[:3], scale=problem.scale, softcap=softcap)
     close(got, o)
     close(log_sum_exp(cache)[..., None], lse)
     want = gradients(library, inputs, o, do, lse, static, capped)
@@ -297,7 +296,7 @@ CAUSAL = {"diagonal_band_right_bound": 0}
         ({"H": 4, "Hv": 3}, {}),
     ],
 )
-def test_what_is_a_contradiction_there_is_one_here(library, sizes, static):
+def test_contradictions_there_are_refused_here(library, sizes, static):
     inputs = Problem(D=8, E=8, **sizes).inputs()
     with pytest.raises((ValueError, RuntimeError, library.cudnn.cudnnGraphNotSupportedError)):
         o_and_stats(library, inputs, static)
@@ -318,7 +317,7 @@ def test_what_is_a_contradiction_there_is_one_here(library, sizes, static):
         ({}, CAUSAL | {"diagonal_alignment": "bottom_right", "dropout": (np.ones((1, 3, 5, 7)), 1.0)}),
     ],
 )
-def test_what_has_no_kernel_there_is_done_here(library, sizes, static):
+def test_what_has_no_kernel_there_is_supported_here(library, sizes, static):
     inputs = Problem(**{"D": 8, "E": 8} | sizes).inputs()
     with pytest.raises(library.cudnn.cudnnGraphNotSupportedError):
         o_and_stats(library, inputs, static)
@@ -326,7 +325,7 @@ def test_what_has_no_kernel_there_is_done_here(library, sizes, static):
     assert np.isfinite(o).all()
 
 
-NOT_SPOKEN = {
+NOT_SUPPORTED = {
     "is_inference": "`stats` reads stats",
     "generate_stats": "`stats` reads stats",
     "stats_use_log2": "`stats(log2=True)`",
@@ -337,7 +336,7 @@ NOT_SPOKEN = {
     "paged_attention_k_table": "has no gradient in cuDNN",
     "paged_attention_v_table": "has no gradient in cuDNN",
     "paged_attention_max_seq_len_kv": "has no gradient in cuDNN",
-    "score_mod": "is a graph of cuDNN's; a soft cap is `cap` of funcmha.attention",
+    "score_mod": "is a graph of cuDNN's; a soft cap is `softcap` of funcmha.attention",
     "cu_seq_len_q": "seq_len_q is its differences",
     "cu_seq_len_kv": "seq_len_kv is its differences",
     "max_total_seq_len_q": "bounds the workspace",
@@ -353,12 +352,12 @@ OF_THE_GRADIENT = {"o", "dO", "stats", "dBias", "dSink_token"}  # what `sdpa_vjp
 
 
 @pytest.mark.parametrize("node", ["sdpa", "sdpa_backward"])
-def test_every_argument_of_the_node_is_spoken_or_said_not_to_be(library, node):
+def test_every_argument_of_the_node_is_known(library, node):
     signature = getattr(library.cudnn._pybind_module.backend_graph, node).__doc__.split("\n")[0]
     there = dict(re.findall(r"(\w+): [^=()]*?(?: = ([^,)]+))?(?=, \w+:|\) ->)", signature))
     assert there.keys() >= {"q", "use_alibi_mask", "diagonal_alignment"}
     here = inspect.signature(sdpa).parameters
-    assert there.keys() - {"self"} - OF_THE_GRADIENT <= here.keys() | NOT_SPOKEN.keys()
+    assert there.keys() - {"self"} - OF_THE_GRADIENT <= here.keys() | NOT_SUPPORTED.keys()
     assert here.keys() <= there.keys()
     for name, parameter in here.items():
         if there[name] and parameter.default is not inspect.Parameter.empty:
@@ -417,7 +416,7 @@ def packed_backward(library, inputs, o, do, lse, static):
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-def test_packed_tensors_are_cudnns(library, alignment):
+def test_packed_tensors_match_cudnns_graph(library, alignment):
     """In a gap `to_ragged` has 0, and cuDNN what was there."""
     rng = np.random.default_rng(0)
     q, do = rng.standard_normal((QUERIES.N, 6, 8)), rng.standard_normal((QUERIES.N, 6, 16))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from funcmha import init, mha, mha_vjp, rotary, tree
+from funcmha.dropout import masked
 from funcmha.interop.equinox import from_module, from_state, to_module, to_state
 
 BIASES = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
@@ -98,7 +99,7 @@ def test_dropout_is_a_keep_of_its_draw():
     inputs, key = inputs_of(module), jax.random.key(5)
     want = eqx.filter_jit(module)(*map(jnp.asarray, inputs), key=key)
     keep = np.stack([np.asarray(jax.random.bernoulli(k, 0.75, (5, 7))) for k in jax.random.split(key, 3)])
-    close(mha(from_module(module), *inputs, keep=keep, rate=0.25)[0], np.asarray(want))
+    close(mha(from_module(module), *inputs, dropout=masked(keep, 0.25))[0], np.asarray(want))
     assert not keep.all()
 
 
@@ -108,7 +109,7 @@ def test_heads_processed_by_rotary_positions_are_rotary():
     embedding = eqx.nn.RotaryPositionalEmbedding(4, 1009.0)
     turn = jax.vmap(embedding, in_axes=1, out_axes=1)
     want = module(*[jnp.asarray(x)] * 3, process_heads=lambda q, k, v: (turn(q), turn(k), v))
-    table = rotary.rotary(np.arange(5), rotary.frequencies(4, base=1009.0))
+    table = rotary.table(np.arange(5), rotary.frequencies(4, base=1009.0))
     close(mha(from_module(module), x, x, x, rotary=table)[0], np.asarray(want))
 
 

@@ -1,7 +1,7 @@
-"""flash-attention's calls, of which the oracle is what their docstrings say, in loops over torch.
+"""flash-attention's calls. The oracle is their docstrings, written out in loops over torch.
 
-Beside flash-attention itself they are in tests/test_interop_flash_attn_itself.py and in `make kernels`.
-Loops over samples, heads, queries and keys in float64, differentiated by torch's autograd, without funcmha.
+The loops go over samples, heads, queries and keys in float64, without funcmha, differentiated by torch's autograd.
+flash-attention itself is the oracle in tests/test_interop_flash_attn_itself.py and in `make kernels`.
 """
 
 import ast
@@ -19,7 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
-from funcmha import attention_weights, log_sum_exp, seeded
+from funcmha import attention_weights, log_sum_exp
+from funcmha.dropout import seeded
 from funcmha.interop.flash_attn import (
     flash_attn_func,
     flash_attn_func_vjp,
@@ -37,7 +38,6 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache_vjp,
 )
 from funcmha.testing import check_vjp
-from funcmha.tiled import tiles
 
 K, G, D, E = 2, 3, 5, 7  # key/value heads, query heads of each, widths
 H = K * G
@@ -46,7 +46,7 @@ F64 = torch.float64
 # ── the oracle ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sees(i, j, T, S, causal, window, chunk):
+def attends(i, j, T, S, causal, window, chunk):
     at = i + S - T
     left, right = window
     return (
@@ -74,7 +74,7 @@ def one_sequence(
     sink=None,
     qv=None,
     *,
-    seen=None,
+    listed=None,
     keep=None,
     dropout_p=0.0,
     softmax_scale=None,
@@ -83,7 +83,7 @@ def one_sequence(
     attention_chunk=0,
     softcap=0.0,
 ):
-    """q (T, H, D)  k (S, K, D)  v (S, K, E)  slopes (H,)  sink (H,)  qv (T, H, E)  seen (T, R)  keep (H, T, S)
+    """q (T, H, D)  k (S, K, D)  v (S, K, E)  slopes (H,)  sink (H,)  qv (T, H, E)  listed (T, R)  keep (H, T, S)
 
     out (T, H, E), weights (H, T, S), lse (H, T)
     """
@@ -94,8 +94,8 @@ def one_sequence(
     )
     for h, i in np.ndindex(heads, T):
         of_key = h // (heads // k.shape[1])
-        js = [j for j in range(S) if sees(i, j, T, S, causal, window_size, attention_chunk)]
-        js = [j for j in js if seen is None or j in seen[i]]
+        js = [j for j in range(S) if attends(i, j, T, S, causal, window_size, attention_chunk)]
+        js = [j for j in js if listed is None or j in listed[i]]
         z = scale * (k[js, of_key] @ q[i, h] + (0 if qv is None else v[js, of_key] @ qv[i, h]))
         z = softcap * torch.tanh(z / softcap) if softcap else z
         if slopes is not None:
@@ -114,30 +114,30 @@ def at(x, b):
     return None if x is None else x[b]
 
 
-def dense_oracle(q, k, v, slopes=None, sink=None, qv=None, *, seen=None, keep=None, **static):
+def dense_oracle(q, k, v, slopes=None, sink=None, qv=None, *, listed=None, keep=None, **static):
     """out (B, T, H, E), weights (B, H, T, S), lse (B, H, T)"""
     found = [
         one_sequence(
-            q[b], k[b], v[b], of_each(slopes, b), sink, at(qv, b), seen=at(seen, b), keep=at(keep, b), **static
+            q[b], k[b], v[b], of_each(slopes, b), sink, at(qv, b), listed=at(listed, b), keep=at(keep, b), **static
         )
         for b in range(len(q))
     ]
     return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
-def varlen_oracle(q, k, v, slopes=None, sink=None, qv=None, *, queries, keys, seen=None, keep=None, **static):
+def varlen_oracle(q, k, v, slopes=None, sink=None, qv=None, *, queries, keys, listed=None, keep=None, **static):
     """out (N, H, E), weights (B, H, T, S), lse (H, N) for sequences that are lists of token numbers"""
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=F64)
     weights = torch.zeros(len(queries), q.shape[1], *(max(map(len, tokens)) for tokens in (queries, keys)), dtype=F64)
     lse = torch.full((q.shape[1], len(q)), -math.inf, dtype=F64)
     for b, (i, j) in enumerate(zip(queries, keys, strict=True)):
-        own = {"seen": at(seen, i), "keep": at(keep, b)}
+        own = {"listed": at(listed, i), "keep": at(keep, b)}
         found = one_sequence(q[i], k[j], v[j], of_each(slopes, b), sink, at(qv, i), **own, **static)
         out[i], weights[b, :, : len(i), : len(j)], lse[:, i] = found
     return out, weights, lse
 
 
-def turned(x, cos, sin, interleaved):
+def rotated(x, cos, sin, interleaved):
     """x (H, D) by one row of the tables, as complex numbers."""
     n = len(cos)
     a, b = (x[:, 0 : 2 * n : 2], x[:, 1 : 2 * n : 2]) if interleaved else (x[:, :n], x[:, n : 2 * n])
@@ -170,15 +170,15 @@ def kvcache_oracle(
     """
     interleaved = static.pop("rotary_interleaved", True)
     windowed = any(x not in (-1, None) for x in static.get("window_size", ()))
-    stands = int(static.get("causal", False) or windowed or static.get("attention_chunk", 0) > 0)
+    moves = int(static.get("causal", False) or windowed or static.get("attention_chunk", 0) > 0)
     new = [0 if k is None else len(k[b]) for b in range(len(q))]
     together, q, k = torch.is_tensor(q), [x.clone() for x in q], k if k is None else [x.clone() for x in k]
     if cos is not None:
         for b, first in enumerate(seqlens if starts is None else starts):
             for t in range(len(q[b])):
-                q[b][t] = turned(q[b][t].clone(), cos[first + t * stands], sin[first + t * stands], interleaved)
+                q[b][t] = rotated(q[b][t].clone(), cos[first + t * moves], sin[first + t * moves], interleaved)
             for u in range(new[b]):
-                k[b][u] = turned(k[b][u].clone(), cos[first + u], sin[first + u], interleaved)
+                k[b][u] = rotated(k[b][u].clone(), cos[first + u], sin[first + u], interleaved)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     for b in range(len(q)):
         for u in range(new[b]):
@@ -188,13 +188,13 @@ def kvcache_oracle(
     weights = torch.zeros(len(q), q[0].shape[1], max(map(len, q)), longest, dtype=F64)
     outs, lses = [], []
     for b in range(len(q)):
-        seen = [places[b][slot] for slot in range(leftpad[b], seqlens[b] + new[b])]
+        slots = [places[b][slot] for slot in range(leftpad[b], seqlens[b] + new[b])]
         keys, values = (
-            torch.stack([c[place] for place in seen]) if seen else c[:0].reshape(0, *c.shape[2:])
+            torch.stack([c[place] for place in slots]) if slots else c[:0].reshape(0, *c.shape[2:])
             for c in (k_cache, v_cache)
         )
         out, p, lse = one_sequence(q[b], keys, values, of_each(slopes, b), sink, at(qv, b), **static)
-        weights[b, :, : len(q[b]), : len(seen)] = p
+        weights[b, :, : len(q[b]), : len(slots)] = p
         outs.append(out)
         lses.append(lse)
     out, lse = (torch.stack(outs), torch.stack(lses)) if together else (torch.cat(outs), torch.cat(lses, 1))
@@ -249,16 +249,16 @@ def all_close(names, got, want):
 
 
 GRADIENTS = "dq dk dv dalibi_slopes dlearnable_sink dqv"
-reach = st.sampled_from([-1, None, 0, 1, 2, 5])
+bound = st.sampled_from([-1, None, 0, 1, 2, 5])
 
 
 @st.composite
 def options(draw):
-    """What is asked of the scores, in flash-attention's words."""
+    """Options of the scores."""
     return {
         "softmax_scale": draw(st.sampled_from([None, 0.7, 0.0, -1.3])),
         "causal": draw(st.booleans()),
-        "window_size": (draw(reach), draw(reach)) if draw(st.booleans()) else (-1, -1),
+        "window_size": (draw(bound), draw(bound)) if draw(st.booleans()) else (-1, -1),
         "attention_chunk": draw(st.sampled_from([0, 0, 1, 2, 3])),
         "softcap": draw(st.sampled_from([0.0, 1.7])),
     }
@@ -277,7 +277,7 @@ def of_values(*tokens):
 
 
 @st.composite
-def listed(draw, *tokens):
+def listed_keys(draw, *tokens):
     """gather_kv_indices, some of them twice and some of no key, or none."""
     R = draw(st.sampled_from([None, 0, 1, 4]))
     return {} if R is None else {"gather_kv_indices": np.random.default_rng(R).integers(-1, 6, (*tokens, R))}
@@ -302,8 +302,7 @@ def dropout(draw, *shape):
 
 
 def test_memory_is_linear():
-    """First in this file, before there are tiny tiles. The scores of 2 × 4,096 tokens are 128 MiB in float32."""
-    assert tiles.ROWS == tiles.COLS == 512
+    """The scores of 2 × 4,096 tokens are 128 MiB in float32."""
     x, slopes = np.ones((8192, 1, 4), np.float32), np.ones((2, 1), np.float32)
     at = {"cu_seqlens_q": cu([4096, 4096]), "cu_seqlens_k": cu([4096, 4096]), "causal": True, "window_size": (700, 0)}
     tracemalloc.start()
@@ -320,14 +319,14 @@ size = st.sampled_from([1, 2, 3, 5])
 
 
 @given(st.data(), st.sampled_from([1, 2]), size, size, options())
-def test_out_lse_and_gradients_are_torch(each_engine, data, B, T, S, static):
+def test_dense_matches_torch(each_engine, data, B, T, S, static):
     inputs = [normal(B, T, H, D), normal(B, S, K, D, seed=1), normal(B, S, K, E, seed=2), *data.draw(logits(B))]
     inputs.append(data.draw(of_values(B, T)))
-    (keep, drop), gather = data.draw(dropout(B, H, T, S)), data.draw(listed(B, T))
+    (keep, drop), gather = data.draw(dropout(B, H, T, S)), data.draw(listed_keys(B, T))
     out, cache = flash_attn_func(*inputs, **static, **drop, **gather)
     leaves = [leaf(x) for x in inputs]
-    seen = gather.get("gather_kv_indices")
-    want = dense_oracle(*leaves, **static, seen=seen, keep=keep, dropout_p=0.0 if keep is None else 0.4)
+    listed = gather.get("gather_kv_indices")
+    want = dense_oracle(*leaves, **static, listed=listed, keep=keep, dropout_p=0.0 if keep is None else 0.4)
     all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
 
     dout, dweights, dlse = normal(B, T, H, E, seed=5), normal(B, H, T, S, seed=6), normal(B, H, T, seed=7)
@@ -336,8 +335,8 @@ def test_out_lse_and_gradients_are_torch(each_engine, data, B, T, S, static):
 
 
 @pytest.mark.parametrize(("T", "S"), [(3, 5), (5, 5), (1, 7)])
-def test_causal_is_what_torch_calls_lower_right(each_engine, T, S):
-    """The oracle is PyTorch itself, which has a word for the alignment of flash-attention since 2.1."""
+def test_causal_is_lower_right_of_torch(each_engine, T, S):
+    """The oracle is PyTorch itself, which has a mask with the alignment of flash-attention."""
     inputs = normal(2, T, H, D), normal(2, S, K, D, seed=1), normal(2, S, K, E, seed=2)
     leaves = [leaf(x) for x in inputs]
     q, k, v = (x.transpose(1, 2) for x in leaves)
@@ -349,19 +348,19 @@ def test_causal_is_what_torch_calls_lower_right(each_engine, T, S):
     all_close("dq dk dv", flash_attn_func_vjp(cache, dout)[:3], gradients([want], [dout], leaves))
 
 
-def visible(T, S, **static):
-    """1 where a query sees a key, 0 where not"""
+def attended(T, S, **static):
+    """1 where a query attends to a key, 0 where not"""
     _, cache = flash_attn_func(np.ones((1, T, 1, 1)), np.ones((1, S, 1, 1)), np.ones((1, S, 1, 1)), **static)
     return (attention_weights(cache)[0, 0] > 0).astype(int).tolist()
 
 
 def test_the_causal_masks_of_the_docstring(each_engine):
     """`flash_attn_func` in flash_attn/flash_attn_interface.py: 1 = keep, 0 = masked out."""
-    assert visible(2, 5, causal=True) == [
+    assert attended(2, 5, causal=True) == [
         [1, 1, 1, 1, 0],
         [1, 1, 1, 1, 1],
     ]
-    assert visible(5, 2, causal=True) == [
+    assert attended(5, 2, causal=True) == [
         [0, 0],
         [0, 0],
         [0, 0],
@@ -372,18 +371,18 @@ def test_the_causal_masks_of_the_docstring(each_engine):
 
 def test_the_window_of_the_docstring(each_engine):
     """Keys between i + seqlen_k − seqlen_q − window_size[0] and i + seqlen_k − seqlen_q + window_size[1] inclusive."""
-    assert visible(2, 5, window_size=(1, 0)) == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
-    assert visible(2, 5, window_size=(0, 1)) == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
-    assert visible(2, 5, window_size=(2, -1)) == [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
-    assert visible(2, 5, window_size=(None, 0)) == visible(2, 5, causal=True)
-    assert visible(2, 5, window_size=(1, 1), causal=True) == visible(2, 5, window_size=(1, 0))
-    assert visible(5, 2, window_size=(0, 0)) == [[0, 0], [0, 0], [0, 0], [1, 0], [0, 1]]
+    assert attended(2, 5, window_size=(1, 0)) == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    assert attended(2, 5, window_size=(0, 1)) == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert attended(2, 5, window_size=(2, -1)) == [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert attended(2, 5, window_size=(None, 0)) == attended(2, 5, causal=True)
+    assert attended(2, 5, window_size=(1, 1), causal=True) == attended(2, 5, window_size=(1, 0))
+    assert attended(5, 2, window_size=(0, 0)) == [[0, 0], [0, 0], [0, 0], [1, 0], [0, 1]]
 
 
-def test_chunks_begin_with_the_first_key_and_queries_before_it_see_nothing(each_engine):
-    assert visible(2, 5, attention_chunk=2) == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-    assert visible(3, 3, attention_chunk=2, causal=True) == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
-    assert visible(5, 2, attention_chunk=3) == [[0, 0], [0, 0], [0, 0], [1, 1], [1, 1]]
+def test_chunks_begin_with_the_first_key(each_engine):
+    assert attended(2, 5, attention_chunk=2) == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert attended(3, 3, attention_chunk=2, causal=True) == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert attended(5, 2, attention_chunk=3) == [[0, 0], [0, 0], [0, 0], [1, 1], [1, 1]]
 
 
 def test_the_heads_of_the_docstring(each_engine):
@@ -406,7 +405,7 @@ def test_figures_by_hand(each_engine):
     np.testing.assert_allclose(dsink, -111 / 16, rtol=1e-14)
 
 
-def test_a_query_that_sees_no_key_is_zero_and_its_lse_minus_infinity_or_the_sink(each_engine):
+def test_fully_masked_rows_have_out_zero_and_lse_of_the_sink(each_engine):
     q, k, v, sink = normal(1, 5, H, D), normal(1, 2, K, D), normal(1, 2, K, E), np.full(H, 20.0)
     out, cache = flash_attn_func(q, k, v, causal=True)
     assert not out[0, :3].any()
@@ -421,7 +420,7 @@ def test_a_query_that_sees_no_key_is_zero_and_its_lse_minus_infinity_or_the_sink
 # ── packed inputs ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_packed_inputs_are_those_unpacked(each_engine):
+def test_packed_inputs_equal_their_parts(each_engine):
     qkv, slopes, sink = normal(2, 5, 3, H, D), normal(2, H), normal(H)
     static, dout, dlse = {"causal": True, "softcap": 1.7}, normal(2, 5, H, D, seed=1), normal(2, H, 5)
     out, cache = flash_attn_func(*np.moveaxis(qkv, 2, 0), slopes, sink, **static)
@@ -443,7 +442,7 @@ def test_packed_inputs_are_those_unpacked(each_engine):
         assert np.array_equal(a, b)
 
 
-def test_packed_sequences_and_their_gradients_are_torch(each_engine):
+def test_packed_sequences_match_torch(each_engine):
     """Sequences of 3 and 2 tokens, and where keys are apart of 2 and 5, by the loop over sequences."""
     own, of_keys, static = [[0, 1, 2], [3, 4]], [[0, 1], [2, 3, 4, 5, 6]], {"causal": True, "softcap": 1.7}
     qkv, q, kv, logits = normal(5, 3, H, D), normal(5, H, D), normal(7, 2, K, D, seed=1), (normal(2, H), normal(H))
@@ -488,14 +487,14 @@ def lengths(draw):
 
 
 @given(st.data(), lengths(), options())
-def test_varlen_out_lse_and_gradients_are_torch(each_engine, data, problem, static):
+def test_varlen_matches_torch(each_engine, data, problem, static):
     pairs, used = problem
     (nq, nk), B = zip(*pairs, strict=True), len(pairs)
     uq, uk = zip(*(pairs if used is None else used), strict=True)
     N, M = sum(nq), sum(nk)
     inputs = [normal(N, H, D), normal(M, K, D, seed=1), normal(M, K, E, seed=2), *data.draw(logits(B))]
     inputs.append(data.draw(of_values(N)))
-    (keep, drop), gather = data.draw(dropout(B, H, max(uq), max(uk))), data.draw(listed(N))
+    (keep, drop), gather = data.draw(dropout(B, H, max(uq), max(uk))), data.draw(listed_keys(N))
     args = static | drop | gather | {"cu_seqlens_q": cu(nq), "cu_seqlens_k": cu(nk)}
     args |= {} if used is None else {"seqused_q": np.array(uq, np.int32), "seqused_k": np.array(uk, np.int32)}
     out, cache = flash_attn_varlen_func(*inputs, **args)
@@ -505,7 +504,7 @@ def test_varlen_out_lse_and_gradients_are_torch(each_engine, data, problem, stat
         [list(range(int(a), int(a) + n)) for a, n in zip(cu(ns), us, strict=False)] for ns, us in ((nq, uq), (nk, uk))
     ]
     p = 0.0 if keep is None else 0.4
-    own = {"seen": gather.get("gather_kv_indices"), "keep": keep, "dropout_p": p}
+    own = {"listed": gather.get("gather_kv_indices"), "keep": keep, "dropout_p": p}
     want = varlen_oracle(*leaves, queries=tokens[0], keys=tokens[1], **own, **static)
     all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
 
@@ -514,7 +513,7 @@ def test_varlen_out_lse_and_gradients_are_torch(each_engine, data, problem, stat
     all_close(GRADIENTS, grads, gradients(want, [dout, dweights, dlse], leaves))
 
 
-def test_a_seed_drops_of_each_sequence_its_own(each_engine):
+def test_a_seed_drops_by_sequence(each_engine):
     q, k, v, drop = normal(5, H, D), normal(7, K, D, seed=1), normal(7, K, E, seed=2), seeded(7, 0.4)
     at = {"cu_seqlens_q": cu([3, 2]), "cu_seqlens_k": cu([2, 5])}
     got, _ = flash_attn_varlen_func(q, k, v, **at, keep=drop)
@@ -535,8 +534,8 @@ def test_varlen_without_sequences(each_engine):
     assert not dsink.any()
 
 
-def test_sequences_do_not_see_each_other(each_engine):
-    """What stands in another sequence has no effect, even NaN, to the bit."""
+def test_sequences_are_independent(each_engine):
+    """Other sequences have no effect, even NaN, to the bit."""
     q, k, v = (np.array(normal(8, H, 5, seed=n)) for n in range(3))
     static = {"cu_seqlens_q": cu([3, 5]), "cu_seqlens_k": cu([3, 5]), "causal": True}
     k, v = k[:, :K], v[:, :K]
@@ -589,7 +588,7 @@ def caches(draw):
 
 
 @given(st.data(), caches(), options(), st.sampled_from([None, True, False]))
-def test_kvcache_and_its_gradients_are_torch(each_engine, data, problem, static, interleaved):
+def test_kvcache_matches_torch(each_engine, data, problem, static, interleaved):
     (B, T, U, P, N), args, where = problem
     slopes, sink = data.draw(logits(B))
     new = [None, None] if U is None else [normal(B, U, K, D, seed=3), normal(B, U, K, E, seed=4)]
@@ -615,7 +614,7 @@ def test_kvcache_and_its_gradients_are_torch(each_engine, data, problem, static,
     )
 
 
-def test_pages_may_be_read_by_more_than_one(each_engine):
+def test_sequences_may_share_pages(each_engine):
     """Two sequences with a prefix in common: the gradient of the prefix is the sum of both, by torch."""
     q, k_cache, v_cache = normal(2, 1, H, D), normal(3, 3, K, D, seed=1), normal(3, 3, K, E, seed=2)
     new = normal(2, 1, K, D, seed=3), normal(2, 1, K, E, seed=4)
@@ -632,14 +631,14 @@ def test_pages_may_be_read_by_more_than_one(each_engine):
         close(got, w)
 
 
-def test_pages_beyond_the_slots_in_use_are_not_looked_at(each_engine):
+def test_pages_beyond_the_slots_in_use_are_ignored(each_engine):
     q, k_cache, v_cache = normal(1, 1, H, D), normal(2, 3, K, D), normal(2, 3, K, E)
     (out, *_), _ = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=2, block_table=np.array([[1, -1]]))
     want, _ = flash_attn_func(q, k_cache[1:, :2], v_cache[1:, :2])
     close(out, want)
 
 
-def test_without_lengths_all_slots_are_seen(each_engine):
+def test_without_lengths_all_slots_are_attended(each_engine):
     q, k_cache, v_cache = normal(2, 3, H, D), normal(2, 7, K, D, seed=1), normal(2, 7, K, E, seed=2)
     (out, *held), _ = flash_attn_with_kvcache(q, k_cache, v_cache, causal=True)
     want, _ = flash_attn_func(q, k_cache, v_cache, causal=True)
@@ -662,7 +661,7 @@ def test_none_is_a_cotangent_of_zero(each_engine):
     assert all(not g.any() for g in flash_attn_with_kvcache_vjp(cache, (None, None, None))[:5])
 
 
-def test_steps_against_the_cache_are_the_whole(each_engine):
+def test_decoding_steps_equal_one_causal_call(each_engine):
     """Decoding by 2, 1 and 4 tokens is `flash_attn_func` of all 7, causal, and its gradient that of all."""
     q, k, v, dout = (
         normal(2, 7, H, D),
@@ -688,7 +687,7 @@ def test_steps_against_the_cache_are_the_whole(each_engine):
         close(np.concatenate(got, axis=1), g)
 
 
-def test_queries_that_stand_nowhere_are_turned_alike(each_engine):
+def test_queries_without_positions_are_rotated_alike(each_engine):
     """Not causal and not local: the queries are "considered to be at position cache_seqlens", and need no other row."""
     q = np.broadcast_to(normal(1, 1, H, 4), (1, 3, H, 4))
     held, new = (normal(1, 7, K, 4), normal(1, 7, K, 4)), (normal(1, 2, K, 4), normal(1, 2, K, 4))
@@ -750,7 +749,7 @@ def test_kvcache_keeps_the_protocol(each_engine):
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=str)
-def test_half_types_are_rounded_once_beside_float32_slopes(each_engine, dtype):
+def test_half_types_are_rounded_once(each_engine, dtype):
     """flash-attention wants slopes of float32 beside half types, and FA4 a sink of any."""
     q, k, v = (np.array(x).astype(dtype) for x in (normal(2, 3, H, D), normal(2, 5, K, D), normal(2, 5, K, E)))
     slopes, sink = np.array(normal(H), np.float32), np.array(normal(H)).astype(dtype)
@@ -770,7 +769,7 @@ def test_half_types_are_rounded_once_beside_float32_slopes(each_engine, dtype):
         assert np.array_equal(got, g.astype(x.dtype))
 
 
-def test_what_sequences_share_is_added_up_before_it_is_rounded(each_engine):
+def test_shared_gradients_are_summed_before_rounding(each_engine):
     q, k, v = (np.array(normal(12, n, D)).astype("f2") for n in (H, K, K))
     slopes, at = np.array(normal(H)).astype("f2"), {"cu_seqlens_q": cu([4] * 3), "cu_seqlens_k": cu([4] * 3)}
     out, cache = flash_attn_varlen_func(q, k, v, slopes, **at)
@@ -783,14 +782,14 @@ def test_what_sequences_share_is_added_up_before_it_is_rounded(each_engine):
         assert np.array_equal(got, g.astype("f2"))
 
 
-def test_keys_are_attended_to_as_they_are_in_the_cache(each_engine):
-    """In half types a turned key is rounded when it is written, and read back as that; so is a turned query."""
+def test_keys_are_attended_as_stored_in_the_cache(each_engine):
+    """In half types rotated keys and queries are rounded before they are used."""
     q, k, v = (np.array(normal(1, 1, h, 4, seed=h)).astype("f2") for h in (K, K, K))
     empty, table = np.zeros((1, 3, K, 4), "f2"), {"rotary_cos": np.cos(ANGLES), "rotary_sin": np.sin(ANGLES)}
-    (_, turned_q, _), _ = flash_attn_with_kvcache(q, empty, empty, q, v, cache_seqlens=1, **table)
+    (_, rotated_q, _), _ = flash_attn_with_kvcache(q, empty, empty, q, v, cache_seqlens=1, **table)
     (out, k_cache, v_cache), _ = flash_attn_with_kvcache(q, empty, empty, k, v, cache_seqlens=1, **table)
     assert k_cache.dtype == np.float16
-    want, _ = flash_attn_func(turned_q[:, 1:2], k_cache[:, :2], v_cache[:, :2])
+    want, _ = flash_attn_func(rotated_q[:, 1:2], k_cache[:, :2], v_cache[:, :2])
     assert np.array_equal(out, want)
 
 
@@ -824,7 +823,7 @@ def same_in(xp, f, f_vjp, inputs, static, arrays):
 
 
 def test_gradients_follow_their_functions():
-    for module in ("aligned", "ragged", "attended", "dense", "varlen", "packed", "rows", "kvcache", "combine"):
+    for module in ("dense", "varlen", "packed", "kvcache", "combine"):
         source = inspect.getsource(importlib.import_module(f"funcmha.interop.flash_attn.{module}"))
         names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
         vjps = [name for name in names if name.endswith("_vjp")]
@@ -1041,7 +1040,7 @@ def test_flash_attn_varlen_func_refuses(changes, error, message):
         (
             {"rotary_cos": np.ones((9, 3)), "rotary_sin": np.ones((9, 3))},
             ValueError,
-            "rotary_cos must turn at most D=5",
+            "rotary_cos must rotate at most D=5",
         ),
         (
             {"q": np.ones((4, 3, 6, 5)), "k": None, "v": None},
@@ -1056,7 +1055,7 @@ def test_flash_attn_with_kvcache_refuses(changes, error, message):
         call(flash_attn_with_kvcache, CACHED, {"cache_seqlens": 4} | changes)
 
 
-def test_packed_inputs_and_cotangents_are_refused_under_their_names():
+def test_packed_inputs_and_cotangents_are_checked():
     with pytest.raises(ValueError, match=r"qkv must be \(B, T, 3, H, D\), got \(2, 5, 2, 6, 5\)"):
         flash_attn_qkvpacked_func(np.ones((2, 5, 2, 6, 5)))
     with pytest.raises(ValueError, match=r"kv must be \(B, S, 2, K, D\), got \(5, 2, 6, 5\)"):

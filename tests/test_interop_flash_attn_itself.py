@@ -1,10 +1,10 @@
-"""flash-attention's calls beside flash-attention itself: the reference that its own tests hold its kernels to.
+"""flash-attention's calls. The oracle is the reference in its own tests.
 
-The wheel of flash-attn-4 has it in flash_attn/cute/testing.py, with the functions that pack and unpack sequences:
-PyTorch alone, so that it runs in float64. What is said of it here is said of 4.0.0b36. Of its options sink_token_length
-is not one of any kernel's call, and descale factors are not spoken by the adapter.
+The wheel of flash-attn-4 has it in flash_attn/cute/testing.py, with the functions that pack and unpack sequences. It is
+PyTorch alone, and runs in float64. Its version is 4.0.0b36. Two of its options are not tested: sink_token_length, which
+no kernel takes, and the descale factors, which the adapter does not support.
 
-Its kernels are run by tests/test_flash_attn_kernels.py.
+tests/test_flash_attn_kernels.py runs the kernels.
 """
 
 import ast
@@ -74,7 +74,7 @@ def library(*, wide=True):
 
 
 def theirs(q, k, v, slopes=None, sink=None, *, softmax_scale=None, alibi=None, wide=True, **options):
-    """out, weights, lse of `attention_ref`, in which a scale is said by q, and slopes by attn_bias"""
+    """out, weights, lse of `attention_ref`, with the scale as a factor of q, and slopes as attn_bias"""
     if softmax_scale is not None:
         q = q * (softmax_scale * math.sqrt(q.shape[-1]))
     bias = None
@@ -82,7 +82,7 @@ def theirs(q, k, v, slopes=None, sink=None, *, softmax_scale=None, alibi=None, w
         at = alibi or functools.partial(distances, q.shape[1], k.shape[1])
         bias = -(slopes if slopes.ndim == 2 else slopes[None])[:, :, None, None] * at()
         if bias.requires_grad:
-            bias.register_hook(torch.nan_to_num)  # see `test_the_reference_s_gradient_of_a_bias_is_nan_…`
+            bias.register_hook(torch.nan_to_num)  # `test_fully_masked_rows_have_nan_in_the_reference`
     of_scores = {"attn_bias": bias, "learnable_sink": sink}
     reference = library(wide=wide).attention_ref
     return reference(q, k, v, upcast=False, return_lse=True, **of_scores, **options)
@@ -96,17 +96,17 @@ def distances(T, S, sq=None, sk=None, pad=0):
 
 # ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-reach = st.sampled_from([None, 0, 1, 2, 5])
+bound = st.sampled_from([None, 0, 1, 2, 5])
 GRADIENTS = "dq dk dv dalibi_slopes dlearnable_sink"
 
 
 @st.composite
 def options(draw):
-    """What is asked of the scores, in the words of both."""
+    """Options of the scores that both take."""
     return {
         "softmax_scale": draw(st.sampled_from([None, 0.7, -1.3])),
         "causal": draw(st.booleans()),
-        "window_size": (draw(reach), draw(reach)),
+        "window_size": (draw(bound), draw(bound)),
         "attention_chunk": draw(st.sampled_from([0, 0, 1, 2, 3])),
         "softcap": draw(st.sampled_from([0.0, 1.7])),
     }
@@ -114,7 +114,7 @@ def options(draw):
 
 @st.composite
 def dropout(draw, *shape):
-    """The words of ours and of theirs for some dropout, or for none."""
+    """Our and their options for dropout, or for none."""
     if draw(st.booleans()):
         return {}, {}
     keep = np.random.default_rng(5).random(shape) > 0.4
@@ -130,11 +130,11 @@ def masked(n, N):
     return torch.arange(N) < torch.tensor(n)[:, None]
 
 
-# ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_combine"])
-def test_every_parameter_of_fa4_is_taken_or_said_not_to_be(name):
+def test_every_parameter_of_fa4_is_known(name):
     body = ast.parse(installed("interface.py").read_text()).body
     (arguments,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
     theirs = {node.arg for node in ast.walk(arguments) if isinstance(node, ast.arg)}
@@ -145,7 +145,7 @@ def test_every_parameter_of_fa4_is_taken_or_said_not_to_be(name):
 
 
 @given(st.data(), st.sampled_from([1, 2]), size, size, options())
-def test_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, B, T, S, static):
+def test_dense_matches_the_reference(each_engine, data, B, T, S, static):
     inputs = [normal(B, T, H, D), normal(B, S, K, D, seed=1), normal(B, S, K, E, seed=2), *data.draw(logits(B))]
     drop, of_theirs = data.draw(dropout(B, H, T, S))
     out, cache = flash_attn_func(*inputs, **static, **drop)
@@ -160,8 +160,8 @@ def test_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, B,
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gathers", [False, True])
-def test_qv_and_listed_keys_and_their_gradients_are_the_reference_s(each_engine, gathers, causal):
-    """Each query sees key 0: an empty row is NaN there."""
+def test_qv_and_listed_keys_match_the_reference(each_engine, gathers, causal):
+    """Each query attends to key 0: a fully masked row is NaN there."""
     inputs = normal(2, 3, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, E, seed=2), normal(2, 3, H, E, seed=3)
     listed = np.random.default_rng(1).integers(-1, 6, (2, 3, 4)) * [0, 1, 1, 1] if gathers else None
     static = {"causal": causal, "softcap": 1.7}
@@ -169,8 +169,8 @@ def test_qv_and_listed_keys_and_their_gradients_are_the_reference_s(each_engine,
 
     leaves = [leaf(x) for x in inputs]
     *rest, of_values = leaves
-    seen = None if listed is None else torch.tensor(listed)
-    want = theirs(*rest, qv=of_values, gather_kv_indices=seen, **static)
+    of_keys = None if listed is None else torch.tensor(listed)
+    want = theirs(*rest, qv=of_values, gather_kv_indices=of_keys, **static)
     all_close("out weights lse", (out, attention_weights(cache), log_sum_exp(cache)), want)
     dy = [normal(*x.shape, seed=5) for x in want]
     dq, dk, dv, _, _, dqv = flash_attn_func_vjp(cache, dy[0], dweights=dy[1], dlse=dy[2])
@@ -178,7 +178,7 @@ def test_qv_and_listed_keys_and_their_gradients_are_the_reference_s(each_engine,
 
 
 @pytest.mark.parametrize("which", ["qkv", "kv"])
-def test_packed_inputs_and_their_gradients_are_the_reference_s(each_engine, which):
+def test_packed_inputs_match_the_reference(each_engine, which):
     n = 3 if which == "qkv" else 2
     packed, q, slopes, sink = normal(2, 5, n, H, D), normal(2, 5, H, D, seed=1), normal(2, H), normal(H)
     static, dout, dlse = {"causal": True, "softcap": 1.7}, normal(2, 5, H, D, seed=2), normal(2, H, 5)
@@ -216,7 +216,7 @@ def packed_by(mask, x):
 
 
 @given(st.data(), padded(), options())
-def test_varlen_out_weights_lse_and_gradients_are_the_reference_s(each_engine, data, problem, static):
+def test_varlen_matches_the_reference(each_engine, data, problem, static):
     (T, S), used, there = problem
     B, (uq, uk), (nq, nk) = len(used), zip(*used, strict=True), zip(*there, strict=True)
     batch = [normal(B, T, H, D), normal(B, S, K, D, seed=1), normal(B, S, K, E, seed=2)]
@@ -251,7 +251,7 @@ def test_varlen_out_weights_lse_and_gradients_are_the_reference_s(each_engine, d
 PACKED = {"causal": True, "window_size": (1, None)}
 
 
-def test_packed_sequences_and_their_gradients_are_the_reference_s(each_engine):
+def test_packed_sequences_match_the_reference(each_engine):
     mask, sink, dout = masked([3, 5], 5), normal(H), normal(2, 5, H, D, seed=3)
     batch = (tensor(normal(2, 5, H, D, seed=seed)) for seed in range(3))
     qkv, lengths, longest, leaf_of, pad_out, pad_grad = library().generate_qkv(*batch, mask, mask, qkvpacked=True)
@@ -265,7 +265,7 @@ def test_packed_sequences_and_their_gradients_are_the_reference_s(each_engine):
     all_close("dqkv dsink", (pad_grad(tensor(dqkv)).numpy(), dsink), gradients([want], [dout], leaves))
 
 
-def test_packed_keys_of_sequences_and_their_gradients_are_the_reference_s(each_engine):
+def test_packed_keys_of_sequences_match_the_reference(each_engine):
     mask, of_keys, sink, dout = masked([3, 5], 5), masked([7, 2], 7), normal(H), normal(2, 5, H, D, seed=3)
     batch = (tensor(normal(2, n, heads, D, seed=seed)) for seed, (n, heads) in enumerate([(5, H), (7, K), (7, K)]))
     packing = library().generate_qkv(*batch, mask, of_keys, kvpacked=True)
@@ -288,7 +288,7 @@ def test_packed_keys_of_sequences_and_their_gradients_are_the_reference_s(each_e
 
 @st.composite
 def caches(draw):
-    """Sizes, the pages of each sequence, and the words for them"""
+    """Sizes, the pages of each sequence, and the options"""
     B, T, U = draw(st.sampled_from([1, 2])), draw(size), draw(st.sampled_from([None, 1, 2, 3]))
     kind = draw(st.sampled_from(["own", "picked", "paged"]))
     P, N, pages = (5, 3, 2) if kind == "paged" else (3, 7, 1)
@@ -311,10 +311,10 @@ def theirs_with_kvcache(q, k_cache, v_cache, k, v, slopes, sink, *, table, seqle
     slot = torch.arange(S)
     held = []
     for pages, x in ((k_cache, k), (v_cache, v)):
-        seen = pages[table].flatten(1, 2)
+        slots = pages[table].flatten(1, 2)
         if x is not None:
-            seen[(seqlens <= slot) & (slot < seqlens + new)] = x.flatten(0, 1)
-        held.append(seen)
+            slots[(seqlens <= slot) & (slot < seqlens + new)] = x.flatten(0, 1)
+        held.append(slots)
     mask = (slot < seqlens + new) & (slot >= leftpad)
     sk, pad = (x[:, None, None] for x in (seqlens + new - leftpad, leftpad))
     alibi = functools.partial(distances, q.shape[1], S, None, sk, pad)
@@ -322,13 +322,13 @@ def theirs_with_kvcache(q, k_cache, v_cache, k, v, slopes, sink, *, table, seqle
         q, *held, slopes, sink, key_padding_mask=mask, key_leftpad=leftpad[:, 0], alibi=alibi, **static
     )
     caches = [pages.clone() for pages in (k_cache, v_cache)]
-    for pages, seen in zip(caches, held, strict=True):
-        pages[table] = seen.unflatten(1, (table.shape[1], -1))
+    for pages, slots in zip(caches, held, strict=True):
+        pages[table] = slots.unflatten(1, (table.shape[1], -1))
     return out, *caches, lse
 
 
 @given(st.data(), caches(), options())
-def test_kvcache_and_its_gradients_are_the_reference_s(each_engine, data, problem, static):
+def test_kvcache_matches_the_reference(each_engine, data, problem, static):
     (B, T, U, P, N), table, args = problem
     new = [None, None] if U is None else [normal(B, U, K, D, seed=3), normal(B, U, K, E, seed=4)]
     held = [normal(P, N, K, D, seed=1), normal(P, N, K, E, seed=2)]
@@ -348,7 +348,7 @@ def test_kvcache_and_its_gradients_are_the_reference_s(each_engine, data, proble
 # ── both answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_beside_a_sink_the_reference_rounds_scores_to_float32(each_engine):
+def test_with_a_sink_the_reference_rounds_to_float32(each_engine):
     """4.0.0b36 has scores.to(torch.float32) there, whatever upcast says. Without it, above, it is equal to 1e-11."""
     inputs = normal(2, 3, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, E, seed=2), None, normal(H)
     out, _ = flash_attn_func(*inputs)
@@ -359,8 +359,8 @@ def test_beside_a_sink_the_reference_rounds_scores_to_float32(each_engine):
     close(out, theirs(*leaves)[0])
 
 
-def test_minus_one_is_a_bound_of_fa4_s_windows_and_none_of_ours(each_engine):
-    """FA2 and FA3 say -1 for no bound, FA4 says None, and in 4.0.0b36 -1 ends a window before the diagonal."""
+def test_minus_one_is_a_bound_in_fa4_and_none_here(each_engine):
+    """No bound is -1 in FA2 and FA3, None in FA4; in 4.0.0b36 a window of -1 ends before the diagonal."""
     q, k, v = normal(1, 3, H, D), normal(1, 3, K, D, seed=1), normal(1, 3, K, E, seed=2)
     tensors = [leaf(x) for x in (q, k, v)]
     _, before, _ = theirs(*tensors, window_size=(None, -1))
@@ -370,8 +370,8 @@ def test_minus_one_is_a_bound_of_fa4_s_windows_and_none_of_ours(each_engine):
     close(out, theirs(*tensors)[0])
 
 
-def test_the_reference_s_gradient_of_a_bias_is_nan_where_a_query_sees_no_key(each_engine):
-    """4.0.0b36 makes such rows of the weights 0 behind a softmax that has made them NaN. Ours is that of the others."""
+def test_fully_masked_rows_have_nan_in_the_reference(each_engine):
+    """4.0.0b36 sets their weights to 0 after a softmax that made them NaN; so does the gradient of a bias."""
     inputs = normal(1, 3, H, D), normal(1, 2, K, D, seed=1), normal(1, 2, K, E, seed=2), normal(1, H)
     dout = normal(1, 3, H, E)
     q, k, v, slopes = (leaf(x) for x in inputs)
@@ -389,7 +389,7 @@ def test_the_reference_s_gradient_of_a_bias_is_nan_where_a_query_sees_no_key(eac
     close(dslopes, -(bias.grad * distances(3, 2))[:, :, 1:].sum((-2, -1)))
 
 
-def test_a_query_that_does_not_count_has_an_lse_in_the_reference(each_engine):
+def test_unused_queries_have_an_lse_in_the_reference(each_engine):
     """4.0.0b36 makes its out 0, and leaves its lse that of a query behind the last one. Ours is −∞."""
     q, k, v = normal(3, H, D), normal(3, K, D, seed=1), normal(3, K, E, seed=2)
     at = {"cu_seqlens_q": cu([3]), "cu_seqlens_k": cu([3]), "seqused_q": np.array([2])}

@@ -1,4 +1,4 @@
-"""What only one of flash-attention's versions takes: pages and padded tokens of varlen, packed ones beside a cache, ….
+"""Options of one version of flash-attention only: pages and padded tokens of varlen, packed ones with a cache, ….
 
 The oracle is that of test_interop_flash_attn.py: loops over torch in float64, differentiated by autograd.
 """
@@ -44,7 +44,6 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_vjp,
 )
-from funcmha.interop.flash_attn.packed import Options
 from funcmha.testing import check_vjp
 
 lengths = st.sampled_from([0, 1, 2, 3, 5])
@@ -54,7 +53,7 @@ def tokens_of(start, used):
     return [list(range(a, a + n)) for a, n in zip(start, used, strict=True)]
 
 
-# ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 OF_SCORES = "softmax_scale causal window_size softcap"
 FA2 = f"dropout_p {OF_SCORES} alibi_slopes deterministic return_attn_probs"
@@ -80,16 +79,14 @@ PARAMETERS = [  # of FA2 and FA3 in 2.8.3; those of FA4 are read in test_interop
 
 
 def known(name):
-    """The parameters that a call takes, and those that the package's page says are not taken."""
+    """The parameters that a call takes, and those that the package's docstring says are not supported."""
     taken = set(inspect.signature(getattr(flash_attn, name)).parameters)
-    if "options" in taken:
-        taken |= set(Options.__annotations__)
-    unspoken = flash_attn.__doc__.partition("Not spoken:")[2].partition("FA2's Triton")[0]
-    return taken | set(re.findall(r"\w+", unspoken))
+    _, _, others = flash_attn.__doc__.partition("Not supported:")
+    return taken | set(re.findall(r"\w+", others.partition("FA2's Triton")[0]))
 
 
 @pytest.mark.parametrize(("name", "theirs"), PARAMETERS)
-def test_every_parameter_of_the_originals_is_taken_or_said_not_to_be(name, theirs):
+def test_every_parameter_of_fa2_and_fa3_is_known(name, theirs):
     assert set(theirs.split()) <= known(name)
 
 
@@ -105,7 +102,7 @@ def test_qv_is_in_the_units_of_the_scores(each_engine):
     np.testing.assert_allclose(log_sum_exp(cache).item(), np.log(4), rtol=1e-14)
 
 
-def test_keys_that_are_values_score_once_as_fa4_has_it(each_engine):
+def test_keys_that_are_values_score_once(each_engine):
     """FA4 calls `flash_attn_func(qv, v, v)` what its kernel takes as qv alone, and the scale is that of one width."""
     qv, v = normal(2, 3, H, E), normal(2, 5, K, E, seed=1)
     nothing = np.zeros((2, 3, H, D)), np.zeros((2, 5, K, D))
@@ -114,15 +111,15 @@ def test_keys_that_are_values_score_once_as_fa4_has_it(each_engine):
     close(got, want)
 
 
-def test_a_key_that_is_listed_twice_is_seen_once_and_no_key_is_none(each_engine):
-    def seen(*listed):
+def test_a_key_listed_twice_counts_once(each_engine):
+    def weights(*listed):
         q, k = np.ones((1, len(listed), 1, 1)), np.ones((1, 4, 1, 1))
         _, cache = flash_attn_func(q, k, k, gather_kv_indices=np.array(listed)[None], causal=True)
         return attention_weights(cache)[0, 0].tolist()
 
-    assert seen([0, 2, 2], [3, -1, 9]) == [[0.5, 0, 0.5, 0], [0, 0, 0, 1]]
-    assert seen([-1, -1], [4, 3]) == [[0, 0, 0, 0], [0, 0, 0, 1]]
-    assert seen([0, 3], [0, 3]) == [[1, 0, 0, 0], [0.5, 0, 0, 0.5]]  # with causal both hold
+    assert weights([0, 2, 2], [3, -1, 9]) == [[0.5, 0, 0.5, 0], [0, 0, 0, 1]]
+    assert weights([-1, -1], [4, 3]) == [[0, 0, 0, 0], [0, 0, 0, 1]]
+    assert weights([0, 3], [0, 3]) == [[1, 0, 0, 0], [0.5, 0, 0, 0.5]]  # with causal both hold
 
 
 # ── flash_attn_varlen_func ───────────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +127,7 @@ def test_a_key_that_is_listed_twice_is_seen_once_and_no_key_is_none(each_engine)
 
 @st.composite
 def sides(draw, B):
-    """FA4's ways to say where the queries are: shape, options, tokens of each, axes of keep."""
+    """FA4's layouts of the queries: shape, options, tokens of each, axes of keep."""
     if draw(st.booleans()):
         n = [draw(lengths) for _ in range(B)]
         return (sum(n),), {"cu_seqlens": cu(n)}, tokens_of(cu(n)[:-1].tolist(), n), max(n)
@@ -151,8 +148,8 @@ def test_varlen_tokens_may_be_padded(each_engine, data, B, static):
 
     leaves = [leaf(x) for x in inputs]
     packed = [x if x is None or n in (3, 4) else x.reshape(-1, *x.shape[-2:]) for n, x in enumerate(leaves)]
-    seen = None if listed is None else listed.reshape(-1, 3)
-    o, p, lse = varlen_oracle(*packed, queries=queries, keys=keys, seen=seen, **static)
+    listed = None if listed is None else listed.reshape(-1, 3)
+    o, p, lse = varlen_oracle(*packed, queries=queries, keys=keys, listed=listed, **static)
     weights = torch.zeros(B, H, T, S, dtype=torch.float64)
     weights[:, :, : p.shape[2], : p.shape[3]] = p
     lse = lse if len(of_q) == 1 else lse.reshape(H, *of_q).transpose(0, 1)
@@ -188,7 +185,7 @@ TABLE = np.array([[3, 0, 9], [1, 3, -1]], np.int32)  # page 3 is read by both, t
         ({"seqused_k": np.array([2, 5]), "max_seqlen_k": 7}, [2, 5]),
     ],
 )
-def test_keys_in_pages_and_their_gradients_are_torch(each_engine, name, at, n):
+def test_keys_in_pages_match_torch(each_engine, name, at, n):
     inputs = normal(5, H, D), normal(4, 3, K, D, seed=1), normal(4, 3, K, E, seed=2), normal(H), None, normal(5, H, E)
     static = {"causal": True, "softcap": 1.7}
     out, cache = flash_attn_varlen_func(*inputs, cu_seqlens_q=cu([2, 3]), **{name: TABLE}, **at, **static)
@@ -214,7 +211,7 @@ def test_without_lengths_all_slots_of_the_pages_are_keys(each_engine):
 
 
 def test_what_no_page_holds_has_no_effect(each_engine):
-    """Pages that nobody has, and slots beyond the tokens of a sequence, even NaN, which FA4 wants to be finite."""
+    """Unused pages, and slots beyond the tokens of a sequence, even NaN. FA4 requires finite numbers."""
     q, k, v = (np.array(normal(*shape)) for shape in ((2, H, 5), (4, 3, K, 5), (4, 3, K, 5)))
     at = {"cu_seqlens_q": cu([1, 1]), "seqused_k": np.array([2, 4]), "block_table": np.array([[0, 2], [1, 3]])}
     want, _ = flash_attn_varlen_func(q, k, v, **at)
@@ -258,7 +255,7 @@ def apart(x, n):
 
 
 @given(st.data(), caches(), options(), st.sampled_from([None, True, False]))
-def test_packed_tokens_beside_a_cache_and_their_gradients_are_torch(each_engine, data, problem, static, interleaved):
+def test_packed_kvcache_matches_torch(each_engine, data, problem, static, interleaved):
     nq, nk, held, args, where = problem
     of_q = (sum(nq),) if "cu_seqlens_q" in args else (2, nq[0])
     of_k = (sum(nk),) if "cu_seqlens_k_new" in args else (2, nk[0])
@@ -328,7 +325,7 @@ def test_values_with_two_parts_are_rounded_once(each_engine, dtype):
 # ── flash_attn_qkvpacked_func(num_heads_q=…) ─────────────────────────────────────────────────────────────────────
 
 
-def test_heads_side_by_side_are_those_apart(each_engine):
+def test_heads_side_by_side_equal_their_parts(each_engine):
     q, k, v = normal(2, 5, H, D), normal(2, 5, K, D, seed=1), normal(2, 5, K, D, seed=2)
     want, apart = flash_attn_func(q, k, v, causal=True)
     qkv = np.concatenate([q, k, v], axis=2)
@@ -365,7 +362,7 @@ def combine_oracle(out, lse):
 
 @pytest.mark.parametrize("tokens", [(2, 3), (5,)])
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_combined_parts_and_their_gradients_are_torch(tokens, parts):
+def test_combine_matches_torch(tokens, parts):
     out, lse = normal(parts, *tokens, H, E), np.array(normal(parts, *tokens, H))
     lse[0, ..., 0] = lse[..., 1] = -np.inf
     y, cache = flash_attn_combine(out, lse)
@@ -383,7 +380,7 @@ def test_combined_parts_and_their_gradients_are_torch(tokens, parts):
     )
 
 
-def test_attention_over_parts_of_the_keys_combines_to_all_of_it(each_engine):
+def test_parts_of_the_keys_combine_to_the_whole(each_engine):
     """And its gradient: through the parts it is that of the whole."""
     q, k, v, dout = normal(2, 3, H, D), normal(2, 7, K, D), normal(2, 7, K, E), normal(2, 3, H, E)
     want, whole = flash_attn_func(q, k, v)

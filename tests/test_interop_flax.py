@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 from funcmha import init, masks, mha, mha_vjp, norms, self_attention_step, tree
+from funcmha.dropout import masked
 from funcmha.interop.flax import from_module, from_state, to_state
 
 # flax asks for another way to see the weights; here sow_weights is what keeps float64, and nobody looks at them.
@@ -86,8 +87,8 @@ def test_values_and_gradients_in_the_form_of_flax(name, each_engine):
 
     pull = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
     (_, want), (dstate, *dinputs) = pull(module, *inputs)
-    norm = norms.Layer(1e-6) if module.normalize_qk else None
-    y, cache = mha(from_module(module), *inputs, mask=mask, norm=norm)
+    norm = norms.LayerNorm(1e-6) if module.normalize_qk else None
+    y, cache = mha(from_module(module), *inputs, mask=mask, qk_norm=norm)
     dparams, *dxs, _ = mha_vjp(cache, dy)
     close(y, want)
     for got, dx in zip(dxs, dinputs, strict=True):
@@ -131,7 +132,7 @@ def test_dropout_is_a_keep_of_its_draw(broadcast):
     want = dropped(module, *inputs)
     shape = (1, 1, 5, 7) if broadcast else (2, 3, 5, 7)
     keep = np.asarray(jax.random.bernoulli(nnx.Rngs(dropout=5).dropout(), 0.75, shape))
-    y, _ = mha(from_module(module), *inputs, keep=keep, rate=0.25)
+    y, _ = mha(from_module(module), *inputs, dropout=masked(keep, 0.25))
     close(y, np.asarray(want))
     assert not keep.all()
 

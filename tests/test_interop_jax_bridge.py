@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from funcmha import attention, attention_vjp, engines, init, masks, mha, mha_vjp, tree
-from funcmha.biases import Relative, alibi, alibi_vjp
+from funcmha.biases import RelativeBias, alibi, alibi_vjp
+from funcmha.dropout import masked
 from funcmha.interop.jax import as_jax_function, dot_product_attention, dot_product_attention_vjp
 from funcmha.interop.jax.bridge import _numpy
 
@@ -44,11 +45,11 @@ def by_hand(f, f_vjp, inputs, dy, **static):
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_values_and_gradients_are_those_of_numpy(dtype, transform):
     *inputs, do = problem(dtype)
-    attend = as_jax_function(attention, attention_vjp, mask=MASK, cap=3.0)
+    attend = as_jax_function(attention, attention_vjp, mask=MASK, softcap=3.0)
     with jax.enable_x64(dtype == np.float64):
         y, pull = jax.vjp(transform(attend), *inputs)
         got = y, *pull(jnp.asarray(do))
-    same(got, by_hand(attention, attention_vjp, inputs, do, mask=MASK, cap=3.0))
+    same(got, by_hand(attention, attention_vjp, inputs, do, mask=MASK, softcap=3.0))
 
 
 def test_the_gradient_of_a_tree_is_a_tree_under_jit_of_grad():
@@ -70,7 +71,7 @@ def test_inputs_and_outputs_are_trees_of_every_kind():
     y, pull = jax.vjp(jax.jit(lambda m: attend(q, k, v, bias(m), None)), slopes)
     relative, cache = alibi(slopes, T=5, S=7)
     want, *_, dbias, _ = by_hand(attention, attention_vjp, (q, k, v, relative), do)
-    assert isinstance(jax.jit(bias)(slopes), Relative)
+    assert isinstance(jax.jit(bias)(slopes), RelativeBias)
     same((y, pull(jnp.asarray(do))), (want, alibi_vjp(cache, dbias)))
 
 
@@ -200,3 +201,5 @@ def test_what_is_no_function_is_refused_at_once():
         as_jax_function(attention, attention_vjp, vmap_method="fast")
     with pytest.raises(TypeError, match="mask must be of NumPy, as f is called with NumPy arrays, got an array of JAX"):
         as_jax_function(attention, attention_vjp, mask=jnp.ones((3, 3), bool))
+    with pytest.raises(TypeError, match="dropout must be of NumPy, as f is called with NumPy arrays, got an array"):
+        as_jax_function(attention, attention_vjp, dropout=masked(jnp.ones((3, 3), bool), 0.1))

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from funcmha import init, mha, mha_vjp, tree
+from funcmha.dropout import masked
 from funcmha.interop.keras import from_layer, from_weights, masks, to_weights
 
 # Keras's own way from a variable to NumPy, which `get_weights` takes, is not that of NumPy 2.
@@ -128,7 +129,7 @@ def test_dropout_is_a_keep_of_its_draw(kind):
         one.build(inputs[0].shape, inputs[2].shape, inputs[1].shape)
     keep = twin._dropout_layer(torch.ones((B, 6, T, S), dtype=torch.float64), training=True).numpy() > 0
     want = call(layer, *inputs, training=True)
-    close(mha(from_layer(layer), *inputs, keep=keep, rate=0.25)[0], want)
+    close(mha(from_layer(layer), *inputs, dropout=masked(keep, 0.25))[0], want)
     assert not keep.all()
 
 

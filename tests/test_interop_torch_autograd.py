@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from funcmha import attention, attention_vjp, init, masks, merge, merge_vjp, mha, mha_vjp, seeded, tree
+from funcmha.dropout import Masked, masked
 from funcmha.engines import TILED
 from funcmha.interop.torch import autograd as bridge
 from funcmha.interop.torch import (
@@ -70,7 +71,7 @@ PAIRS = {
     "attention with everything": (
         attention,
         attention_vjp,
-        {"mask": masks.window(2, 1), "cap": 3.0, "keep": seeded(2024, 0.3)},
+        {"mask": masks.window(2, 1), "softcap": 3.0, "dropout": seeded(2024, 0.3)},
         lambda: [*few(), leaf(2, 1, 5), leaf(2)],
     ),
     "merge, of two outputs": (merge, merge_vjp, {}, lambda: [leaf(3, 2), leaf(3), leaf(3, 2, seed=1), leaf(3, seed=1)]),
@@ -410,7 +411,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_vmap_is_refused():
-    with pytest.raises(NotImplementedError, match="takes batch axes as they are"):
+    with pytest.raises(NotImplementedError, match="takes batch axes itself"):
         torch.vmap(as_torch_function(attention, attention_vjp))(*(x.detach() for x in qkv()))
 
 
@@ -423,10 +424,11 @@ ELSEWHERE = torch.empty(7, 4, device="meta")
         (TypeError, r"inputs.1 must be on the CPU, .* got a tensor on meta", [0, ELSEWHERE, 2], {}),
         (TypeError, r"inputs.1 must be a tensor, .* got ndarray", [0, np.zeros((7, 4)), 2], {}),
         (TypeError, r"inputs.1 must be real", [0, torch.zeros(7, 4, dtype=torch.complex128), 2], {}),
-        (TypeError, r"options have no gradient, and one of mask wants one", [0, 1, 2], {"mask": leaf(5, 7)}),
+        (TypeError, r"options have no gradient, and one of mask requires one", [0, 1, 2], {"mask": leaf(5, 7)}),
         (TypeError, r"inputs.1.w must be a tensor, None, or dicts and tuples", [0, {"w": 3.0}, 2], {}),
-        (TypeError, r"options.scale must be .* is given once, to as_torch_function", [0, 1, 2], {"scale": 0.3}),
+        (TypeError, r"options.scale must be .* are given once, to as_torch_function", [0, 1, 2], {"scale": 0.3}),
         (TypeError, r"options.mask must be .* got Band", [0, 1, 2], {"mask": masks.causal()}),
+        (TypeError, r"options.dropout must be .* got Masked", [0, 1, 2], {"dropout": masked(np.ones(7, bool), 0)}),
         (ValueError, r"k must be \(\.\.\., K, S, D\)", [0, 2, 2], {}),
         (TypeError, "unexpected keyword argument 'weight'", [0, 1, 2], {"weight": None}),
     ],
@@ -439,13 +441,29 @@ def test_refusals(error, message, inputs, options):
 
 
 def test_an_operator_whose_function_is_gone_says_so():
-    with pytest.raises(RuntimeError, match="what as_torch_function made of attention 123456 is gone"):
+    with pytest.raises(RuntimeError, match="the function of attention 123456 is gone"):
         bridge._apply("attention 123456", "((0, ), {}, )", [leaf(3)])
 
 
 def test_a_tensor_given_once_that_wants_a_gradient_is_refused():
-    with pytest.raises(TypeError, match="keep has no gradient where it is given once"):
-        as_torch_function(attention, attention_vjp, keep=leaf(5, 7))
+    with pytest.raises(TypeError, match="mask has no gradient where it is given once"):
+        as_torch_function(attention, attention_vjp, mask=leaf(5, 7))
+    with pytest.raises(TypeError, match=r"dropout\.keep has no gradient where it is given once"):
+        as_torch_function(attention, attention_vjp, dropout=Masked(leaf(5, 7), 0.1))
+
+
+def test_a_mask_of_dropout_is_a_tensor_or_an_array():
+    """Given once, or at each call through a function that makes dropout of it: the numbers of the array."""
+    tensors, keep = qkv(), np.random.default_rng(0).random((5, 7)) < 0.7
+    want, _ = attention(*(x.detach().numpy() for x in tensors), dropout=masked(keep, 0.3))
+    once = as_torch_function(attention, attention_vjp, dropout=masked(torch.tensor(keep), 0.3))
+
+    def dropped(*inputs, keep):
+        return attention(*inputs, dropout=masked(keep, 0.3))
+
+    each = as_torch_function(dropped, attention_vjp)
+    assert np.array_equal(once(*tensors).detach(), want)
+    assert np.array_equal(each(*tensors, keep=torch.tensor(keep)).detach(), want)
 
 
 @pytest.mark.parametrize(("answer", "got"), [("word", "str"), (np.zeros(3, dtype=np.int64), "ndarray of int64")])

@@ -2,17 +2,18 @@
 
 import pickle
 import tracemalloc
-from dataclasses import FrozenInstanceError
 from functools import partial, reduce
 from operator import and_
 
 import array_api_strict
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pytrees import PYTREES
 
 from funcmha.masks import (
     Band,
@@ -23,6 +24,7 @@ from funcmha.masks import (
     Mask,
     Padding,
     Segments,
+    Spans,
     as_mask,
     causal,
     dense,
@@ -277,7 +279,7 @@ def test_a_tile_is_a_slice_of_dense(problem):
 
 
 @given(problems())
-def test_nothing_is_seen_outside_the_columns(problem):
+def test_nothing_is_attended_to_outside_the_columns(problem):
     mask, shape, rows, _ = problem
     start, stop = mask.columns(rows, shape[-1])
     seen = full(mask, shape)[..., slice(*rows), :]
@@ -303,17 +305,17 @@ def test_at_leaves_one_element_of_the_batch(problem):
         np.testing.assert_array_equal(full(sample, one), full(mask, shape)[index])
 
 
-def sees(mask, shape):
-    """Whether each query sees any key (*batch, H, T, 1), from the loop. Oracle of `seeing`."""
+def queries_with_a_key(mask, shape):
+    """Whether each query attends to any key (*batch, H, T, 1), from the loop. Oracle of `attending_queries`."""
     return loop(mask, shape).any(axis=-1, keepdims=True)
 
 
 @given(problems())
-def test_seeing_is_the_loop_over_queries_and_keys(problem):
+def test_attending_queries_are_those_of_the_loop(problem):
     mask, shape, *_ = problem
-    seeing = mask.seeing(*shape[-2:])
-    assert seeing.shape == (*mask.shape(*shape[-2:])[:-1], 1)
-    np.testing.assert_array_equal(np.broadcast_to(seeing, (*shape[:-1], 1)), sees(mask, shape))
+    attending = mask.attending_queries(*shape[-2:])
+    assert attending.shape == (*mask.shape(*shape[-2:])[:-1], 1)
+    np.testing.assert_array_equal(np.broadcast_to(attending, (*shape[:-1], 1)), queries_with_a_key(mask, shape))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_seeing_is_the_loop_over_queries_and_keys(problem):
     ],
 )
 def test_small_masks_are_seen_by(mask, sees):
-    rows = np.broadcast_to(mask.seeing(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
+    rows = np.broadcast_to(mask.attending_queries(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
     assert " ".join("".join("x" if some else "." for some in row) for row in rows) == sees
 
 
@@ -347,25 +349,27 @@ def small_tiles():
 @pytest.mark.usefixtures("small_tiles")
 @settings(max_examples=200)
 @given(problems(lambda *sizes: st.lists(single_masks(*sizes), min_size=2, max_size=3).map(partial(reduce, and_))))
-def test_seeing_of_an_intersection_is_exact_in_many_tiles(problem):
+def test_attending_queries_of_an_intersection_are_exact(problem):
     mask, shape, *_ = problem
-    np.testing.assert_array_equal(np.broadcast_to(mask.seeing(*shape[-2:]), (*shape[:-1], 1)), sees(mask, shape))
+    np.testing.assert_array_equal(
+        np.broadcast_to(mask.attending_queries(*shape[-2:]), (*shape[:-1], 1)), queries_with_a_key(mask, shape)
+    )
 
 
-def test_padding_on_the_left_leaves_the_queries_of_a_causal_mask_that_see_nothing_else():
+def test_left_padding_leaves_causal_queries_without_a_key():
     """Each part has a key for every query, and the first two have none that both allow."""
     mask = causal() & padding(np.array([False, False, True, True, True]))
-    assert mask.seeing(5, 5)[:, 0].tolist() == [False, False, True, True, True]
+    assert mask.attending_queries(5, 5)[:, 0].tolist() == [False, False, True, True, True]
 
 
-def test_seeing_needs_no_array_of_queries_and_keys():
+def test_attending_queries_need_no_square():
     n = 2**14
     mask = causal() & padding(np.arange(n) >= 1000)
     tracemalloc.start()
-    seeing = mask.seeing(n, n)
+    attending = mask.attending_queries(n, n)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seeing.sum() == n - 1000
+    assert attending.sum() == n - 1000
     assert peak < 2**22
 
 
@@ -579,6 +583,10 @@ PARTS = {
     "Segments": segments(np.arange(5) // 2, np.arange(7) // 3),
     "Dense": as_mask(np.arange(70).reshape(2, 1, 5, 7) % 4 > 0),
 }
+EVERY = PARTS | {
+    "Spans": Spans(np.array([0, 0, 2, 2, 7]), np.array([2, 2, 7, 7, 7]), 7),
+    "Intersection": reduce(and_, PARTS.values()),
+}
 
 
 def host(x):
@@ -598,11 +606,11 @@ def test_dense_is_in_the_library_and_on_the_device_of_like(mask, like):
 
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
 @pytest.mark.parametrize("mask", [*PARTS.values(), reduce(and_, PARTS.values())], ids=[*PARTS, "Intersection"])
-def test_seeing_is_in_the_library_and_on_the_device_of_like(mask, like):
-    made = mask.seeing(5, 7, like)
+def test_attending_queries_are_in_the_library_of_like(mask, like):
+    made = mask.attending_queries(5, 7, like)
     assert type(made) is type(like)
     assert made.device == like.device
-    np.testing.assert_array_equal(host(made), mask.seeing(5, 7))
+    np.testing.assert_array_equal(host(made), mask.attending_queries(5, 7))
 
 
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
@@ -613,7 +621,7 @@ def test_an_array_of_any_library_joins_a_mask(like):
     np.testing.assert_array_equal(host(dense(mask, 5, 7, like)), expected)
     np.testing.assert_array_equal(host(mask.tile((1, 4), (2, 7), like)), expected[..., 1:4, 2:7])
     np.testing.assert_array_equal(host(mask.at((1,)).dense(5, 7, like)), expected[1])
-    np.testing.assert_array_equal(host(mask.seeing(5, 7, like)), expected.any(axis=-1, keepdims=True))
+    np.testing.assert_array_equal(host(mask.attending_queries(5, 7, like)), expected.any(axis=-1, keepdims=True))
     assert mask.block((0, 2), (5, 7)) == "empty"
     assert mask.block((0, 5), (0, 7)) == "mixed"
 
@@ -648,14 +656,44 @@ def test_a_mask_does_not_see_later_changes_of_its_arguments():
 
 @pytest.mark.parametrize("name", ["Bands", "Lengths", "Padding", "Segments"])
 def test_the_arrays_of_a_mask_are_read_only(name):
-    for array in (x for x in vars(PARTS[name]).values() if isinstance(x, np.ndarray)):
+    for array in (x for x in PARTS[name] if isinstance(x, np.ndarray)):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
 
 
 def test_a_mask_cannot_be_changed():
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         causal().offset = 1
+    with pytest.raises(AttributeError):
+        causal().more = 1
+
+
+def test_two_masks_are_equal_only_if_they_are_one():
+    """Their arrays are not compared: equality would have to be an array itself."""
+    mask, same = PARTS["Padding"], Padding(PARTS["Padding"].keep)
+    assert mask == mask
+    assert mask != same
+    assert len({mask, mask, same}) == 2
+
+
+@pytest.mark.parametrize("library", PYTREES)
+@pytest.mark.parametrize("mask", EVERY.values(), ids=EVERY)
+def test_a_mask_is_a_plain_pytree(mask, library):
+    """By the pytrees of three libraries: its leaves are arrays and numbers, and it comes back with its type."""
+    flatten, unflatten = PYTREES[library]
+    leaves, spec = flatten(mask)
+    assert all(leaf is None or isinstance(leaf, np.ndarray | int) for leaf in leaves)
+    again = unflatten(leaves, spec)
+    assert type(again) is type(mask)
+    np.testing.assert_array_equal(again.dense(5, 7), mask.dense(5, 7))
+    assert again.block((1, 3), (2, 5)) == mask.block((1, 3), (2, 5))
+
+
+def test_jax_maps_over_the_arrays_of_a_mask():
+    """`jax.tree.map` of a mask is the mask of what it holds, of JAX's arrays too."""
+    mask = reduce(and_, PARTS.values())
+    moved = jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), mask)
+    np.testing.assert_array_equal(moved.dense(5, 7), mask.dense(5, 7))
 
 
 def test_a_boolean_array_is_not_copied():

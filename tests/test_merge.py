@@ -86,7 +86,7 @@ def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
     problem, *cuts = problem_and_cuts
     (q, k, v, bias, _), static = problem.inputs("float64"), problem.static()
     do, _, dlse = problem.cotangents("float64")
-    S, mask, keep = problem.S, static.pop("mask"), static.pop("keep")
+    S, mask, dropout = problem.S, static.pop("mask"), static.pop("dropout")
     scores = (*q.shape[:-1], S)
     mask = None if mask is None else np.broadcast_to(masks.dense(mask, problem.T, S, q), scores)
     bias = None if bias is None else np.broadcast_to(bias, scores)
@@ -98,7 +98,7 @@ def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
         attention(
             *(q, k[..., a:b, :], v[..., a:b, :], None if bias is None else bias[..., a:b]),
             mask=None if mask is None else mask[..., a:b],
-            keep=None if keep is None else keep[..., a:b],
+            dropout=oracles.on_keep(lambda keep, a=a, b=b: keep[..., a:b], dropout),
             **static,
         )
         for a, b in spans
@@ -112,7 +112,7 @@ def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
     dqs, dks, dvs, dbiases, _ = zip(*grads, strict=True)
 
     leaves = [oracles.tensor(a) for a in (q, k, v, bias)]
-    want_o, _, want_lse = oracles.attention(*leaves, mask=mask, keep=keep, **static)
+    want_o, _, want_lse = oracles.attention(*leaves, mask=mask, dropout=dropout, **static)
     close(o, want_o.detach(), "o")
     close(log_sum_exp(cache), want_lse.detach(), "lse")
     want = oracles.gradients([want_o, torch.where(torch.isinf(want_lse), 0.0, want_lse)], [do, dlse], leaves)

@@ -28,9 +28,10 @@ from funcmha import (
     tree,
 )
 from funcmha._xp import unbroadcast
-from funcmha.biases import Relative, dense, diagonal_sums
-from funcmha.norms import Layer
-from funcmha.rotary import frequencies, rotary
+from funcmha.biases import RelativeBias, dense, diagonal_sums
+from funcmha.dropout import masked
+from funcmha.norms import LayerNorm
+from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -51,9 +52,11 @@ def test_mha_is_torch(problem):
 
 
 @given(mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8, 11])))
-@example(MhaProblem(norm="rms", turned="half of all", cap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True))
-@example(MhaProblem(norm="layer", turned="interleaved of some", cap=0.5, per_head=True, scale=0.5, mask="heads"))
-@example(MhaProblem(norm="l2", bias_kv=True, zero_attn=True, sink=True, scale=10.0, bias="... H T S"))
+@example(
+    MhaProblem(qk_norm="rms", turned="half of all", softcap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True)
+)
+@example(MhaProblem(qk_norm="layer", turned="interleaved of some", softcap=0.5, per_head=True, scale=0.5, mask="heads"))
+@example(MhaProblem(qk_norm="l2", bias_kv=True, zero_attn=True, sink=True, scale=10.0, bias="... H T S"))
 def test_all_that_modern_attention_does_is_torch(problem):
     compare_with_torch(problem)
 
@@ -74,7 +77,7 @@ def compare_with_torch(problem):
     dparams, *grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     close_trees(dparams, tree.unflatten(dict(zip(names, wanted, strict=False))))
     for got, want in zip(grads, wanted[len(names) :], strict=True):
-        close_trees(got.values if isinstance(got, Relative) else got, want)
+        close_trees(got.values if isinstance(got, RelativeBias) else got, want)
 
 
 @given(mha_problems(**MODERATE))
@@ -89,7 +92,7 @@ def test_mha_is_its_heads_side_by_side(problem):
     mask = masks.dense(static.pop("mask"), problem.T, problem.S, query)
     mask = None if mask is None else np.broadcast_to(mask, scores)
     whole_bias = None if bias is None else np.broadcast_to(bias, scores)
-    keep = static.pop("keep")
+    dropout = static.pop("dropout")
 
     def one(h):
         return head(
@@ -99,7 +102,7 @@ def test_mha_is_its_heads_side_by_side(problem):
             value,
             None if bias is None else whole_bias[..., h, :, :],
             mask=None if mask is None else mask[..., h, :, :],
-            keep=None if keep is None else keep[..., h, :, :],
+            dropout=oracles.on_keep(lambda keep: keep[..., h, :, :], dropout),
             **static,
         )
 
@@ -145,8 +148,8 @@ def test_a_head_takes_a_relative_of_each_sample(batch, shared):
     """(..., T + S − 1), as its other biases are (..., T, S), with the gradient of the array that it stands for."""
     params, *arrays, _ = MhaProblem(batch=batch).inputs("float64")
     values = np.random.default_rng(0).standard_normal((11,) if shared else (*batch, 11))
-    o, cache = head(head_params(params, 1), *arrays, Relative(values))
-    want, dense_cache = head(head_params(params, 1), *arrays, dense(Relative(values), 5, 7))
+    o, cache = head(head_params(params, 1), *arrays, RelativeBias(values))
+    want, dense_cache = head(head_params(params, 1), *arrays, dense(RelativeBias(values), 5, 7))
     close(o, want)
     *grads, dbias = head_vjp(cache, o)
     *want_grads, want_dbias = head_vjp(dense_cache, o)
@@ -178,7 +181,7 @@ def test_every_array_library_gives_the_same(xp):
     y, cache = mha(*inputs, **static)
     want = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
 
-    static["keep"] = xp.to(static["keep"])
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
     y, cache = mha(*map(xp.tree, inputs), **static)
     dy, dweights, dlse = map(xp.to, (dy, dweights, dlse))
     got = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
@@ -305,11 +308,11 @@ def changed(leaf, a):
         ((PARAMS, QUERY, KEY, VALUE), {"mask": masks.padding(np.ones((3, 7), bool))}, ValueError, "mask must"),
         (
             (PARAMS, QUERY, KEY, VALUE),
-            {"keep": np.ones((5, 7), bool)},
+            {"dropout": masked(np.ones((5, 7), bool), 0.1)},
             ValueError,
-            r"keep must broadcast to .*S'.*8\), got",
+            r"dropout.keep must broadcast to .*S'.*8\), got",
         ),
-        ((PARAMS, QUERY, KEY, VALUE), {"rate": 0.1}, ValueError, "keep must be given with rate=0.1"),
+        ((PARAMS, QUERY, KEY, VALUE), {"dropout": 0.1}, TypeError, "dropout must be dropout.masked"),
         ((PARAMS, QUERY, KEY, VALUE), {"scale": float("inf")}, ValueError, "scale must be finite"),
         ((PARAMS, QUERY, KEY, VALUE), {"zero_attn": 1}, TypeError, "zero_attn must be True or False, got 1"),
     ],
@@ -363,8 +366,8 @@ def test_vjps_refuse_cotangents_that_are_not_of_the_output():
 @given(
     mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8]), batch=st.sampled_from([(3,), (2, 3)]))
 )
-@example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, turned="half of all", norm="rms"))
-@example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, cap=0.5))
+@example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, turned="half of all", qk_norm="rms"))
+@example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, softcap=0.5))
 def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
     """Oracle: the ordinary gradient where every other sample's cotangents are 0; and their sum is the ordinary one."""
     (params, *arrays), static = problem.inputs("float64"), problem.static()
@@ -374,7 +377,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
     got = mha_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=True)
     for g, w in zip(got[1:], whole[1:], strict=True):
         assert type(g) is type(w)
-        close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
+        close_trees(*(x.values if isinstance(x, RelativeBias) else x for x in (g, w)))
     axes = tuple(range(len(problem.batch)))
     close_trees(tree.map(lambda a: a.sum(axis=axes), got[0]), whole[0])
     b = tuple(n - 1 for n in problem.batch)
@@ -388,7 +391,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
     close_trees(tree.map(lambda a: a[b], got[0]), dparams)
 
 
-HEAD = MhaProblem(K=1, G=1, D=8, batch=(2, 3), sink=True, norm="layer", cap=0.5, bias_kv=True)
+HEAD = MhaProblem(K=1, G=1, D=8, batch=(2, 3), sink=True, qk_norm="layer", softcap=0.5, bias_kv=True)
 HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (7,), "none": None}
 
 
@@ -398,7 +401,7 @@ def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, re
     """Oracle: the head of one sample and then of another; the other gradients are what they are without."""
     params, *arrays, _ = (replace(HEAD, bias_kv=False) if relative else HEAD).inputs("float64")
     bias = None if shape is None else np.random.default_rng(0).standard_normal(shape)
-    bias = Relative(np.random.default_rng(0).standard_normal((2, 3, 11))) if relative and shape else bias
+    bias = RelativeBias(np.random.default_rng(0).standard_normal((2, 3, 11))) if relative and shape else bias
     params, keys = head_params(params, 0), np.random.default_rng(1).integers(1, 8, (2, 3))
     places = np.random.default_rng(2).uniform(0, 30, (2, 3, 1, 5))
     o, cache = head(params, *arrays, bias, **head_options(keys, places))
@@ -408,18 +411,22 @@ def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, re
     tree.map(lambda a, p: a.shape == (2, 3, *p.shape) or pytest.fail("must have the batch before it"), each, params)
     _, *want = head_vjp(cache, do, dweights=dweights, dlse=dlse)
     for g, w in zip(got, want, strict=True):
-        close_trees(*(x.values if isinstance(x, Relative) else x for x in (g, w)))
+        close_trees(*(x.values if isinstance(x, RelativeBias) else x for x in (g, w)))
     for b in np.ndindex(2, 3):
-        own = Relative(bias.values[b]) if isinstance(bias, Relative) else bias
-        own = own if own is None or isinstance(own, Relative) or own.ndim < 3 else np.broadcast_to(own, (2, 3, 5, 7))[b]
+        own = RelativeBias(bias.values[b]) if isinstance(bias, RelativeBias) else bias
+        own = (
+            own
+            if own is None or isinstance(own, RelativeBias) or own.ndim < 3
+            else np.broadcast_to(own, (2, 3, 5, 7))[b]
+        )
         _, one = head(params, *(a[b] for a in arrays), own, **head_options(keys[b], places[b]))
         dparams, *_ = head_vjp(one, do[b], dweights=dweights[b], dlse=dlse[b])
         close_trees(tree.map(lambda a, b=b: a[b], each), dparams)
 
 
 def head_options(keys, places):
-    turn = rotary(places, frequencies(6))
-    return {"mask": masks.lengths(keys), "norm": Layer(), "cap": 0.5, "rotary": (turn, None)}
+    turn = table(places, frequencies(6))
+    return {"mask": masks.lengths(keys), "qk_norm": LayerNorm(), "softcap": 0.5, "rotary": (turn, None)}
 
 
 def test_per_sample_of_self_attention():
@@ -441,8 +448,8 @@ def test_self_attention_takes_a_relative_bias():
     close(self_attention_vjp(cache, y)[2].values, mha_vjp(mha_cache, y)[4].values)
 
 
-def test_per_sample_wants_a_sample():
+def test_per_sample_gradients_of_no_samples_are_empty():
     params, *x = MhaProblem(batch=(0,)).inputs("float64")
     y, cache = mha(params, *x)
-    with pytest.raises(ValueError, match="dy must have a sample to be per_sample"):
-        mha_vjp(cache, y, per_sample=True)
+    dparams, *_ = mha_vjp(cache, y, per_sample=True)
+    tree.map(lambda g, p: close(g, np.zeros((0, *p.shape))), dparams, params)

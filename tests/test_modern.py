@@ -22,13 +22,13 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha.biases import Relative, dense, diagonal_sums
-from funcmha.dropout import seeded
-from funcmha.engines import ENGINES, REFERENCE, TILED
-from funcmha.norms import L2, Rms
-from funcmha.rotary import frequencies, rotary
+from funcmha.biases import RelativeBias, dense, diagonal_sums
+from funcmha.dropout import Seeded
+from funcmha.engines import ENGINES, SEQUENTIAL, TILED
+from funcmha.norms import L2Norm, RMSNorm
+from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
-from funcmha.tiled import tiles
+from funcmha.engines.tiled import tiles
 
 MHA, HEADS = (importlib.import_module(f"funcmha.{name}") for name in ("mha", "heads"))  # as funcmha.mha is the function
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
@@ -38,9 +38,9 @@ def arrays_of(result):
     """Every array of trees, biases and tuples, in order."""
     if isinstance(result, dict):
         return [a for leaf in result.values() for a in arrays_of(leaf)]
-    if isinstance(result, tuple | list) and not isinstance(result, Relative):
+    if isinstance(result, tuple | list) and not isinstance(result, RelativeBias):
         return [a for x in result for a in arrays_of(x)]
-    return [result.values if isinstance(result, Relative) else result]
+    return [result.values if isinstance(result, RelativeBias) else result]
 
 
 def all_close(got, want):
@@ -65,10 +65,10 @@ LONG = {"T": 33, "S": 35, "K": 3, "G": 2, "D": 4, "E": 5, "Cq": 2, "Ck": 2, "Cv"
 GROUPED = {
     "all per head": MhaProblem(
         **LONG,
-        norm="layer",
+        qk_norm="layer",
         turned="half of all",
         sink=True,
-        cap=0.5,
+        softcap=0.5,
         scale=0.5,
         per_head=True,
         bias="... H T+S-1",
@@ -77,9 +77,9 @@ GROUPED = {
         seeded=True,
     ),
     "appended keys": MhaProblem(
-        **LONG, norm="rms", bias_kv=True, zero_attn=True, bias="... H 1 S", mask="intersection", rate=0.3
+        **LONG, qk_norm="rms", bias_kv=True, zero_attn=True, bias="... H 1 S", mask="intersection", rate=0.3
     ),
-    "all shared": MhaProblem(**LONG, norm="l2", bias="1 T+S-1", mask="causal", turned="interleaved of some"),
+    "all shared": MhaProblem(**LONG, qk_norm="l2", bias="1 T+S-1", mask="causal", turned="interleaved of some"),
     "mask and bias of each sample": MhaProblem(**LONG, mask="dense", bias="... 1 T S", sink=True),
     "no biases": MhaProblem(**LONG, biases=False, bias="T S"),
 }
@@ -134,9 +134,9 @@ def test_projections_that_are_kept_anyhow_are_made_for_all_heads_at_once(monkeyp
 def test_a_table_of_each_head_is_refused():
     """(H, T) positions could as well be meant as (B, T)."""
     problem = MhaProblem(**LONG)
-    table = rotary(np.zeros((problem.H, 33)), frequencies(4))
+    turn = table(np.zeros((problem.H, 33)), frequencies(4))
     with pytest.raises(ValueError, match=r"rotary must have the positions of all heads, \(T,\) or \(..., 1, T\), got"):
-        mha(*problem.inputs("float64"), **problem.static() | {"rotary": (table, None)})
+        mha(*problem.inputs("float64"), **problem.static() | {"rotary": (turn, None)})
 
 
 @every_engine
@@ -144,11 +144,11 @@ def test_positions_of_each_sample_are_those_of_the_sample_alone(engine):
     problem = MhaProblem(**(LONG | {"batch": (2,)}))
     (params, query, key, value, bias), static = problem.inputs("float64"), problem.static() | {"engine": engine}
     places = np.random.default_rng(0).uniform(0, 30, (2, 1, 33))
-    y, cache = mha(params, query, key, value, bias, **static | {"rotary": (rotary(places, frequencies(4)), None)})
+    y, cache = mha(params, query, key, value, bias, **static | {"rotary": (table(places, frequencies(4)), None)})
     each, *_ = mha_vjp(cache, y, per_sample=True)
     for b in range(2):
-        table = rotary(places[b, 0], frequencies(4))
-        want, one = mha(params, query[b], key[b], value[b], bias, **static | {"rotary": (table, None)})
+        turn = table(places[b, 0], frequencies(4))
+        want, one = mha(params, query[b], key[b], value[b], bias, **static | {"rotary": (turn, None)})
         all_close(y[b], want)
         all_close(tree.map(lambda a, b=b: a[b], each), mha_vjp(one, want)[0])
 
@@ -198,7 +198,7 @@ def test_the_forward_goes_head_by_head_where_attention_costs_twenty_times_as_muc
 @every_engine
 @pytest.mark.parametrize("name", ["all per head", "all shared"])
 def test_one_head_takes_what_mha_takes(engine, name):
-    problem = MhaProblem(**(LONG | {"K": 1, "G": 1}), norm="layer", turned="half of all", sink=True, cap=0.5)
+    problem = MhaProblem(**(LONG | {"K": 1, "G": 1}), qk_norm="layer", turned="half of all", sink=True, softcap=0.5)
     params, *arrays = problem.inputs("float64")
     dy, dweights, dlse = problem.cotangents("float64")
     static = problem.static() | {"engine": engine}
@@ -262,14 +262,14 @@ def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
 
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("cap", [1.0, 1000.0, 1e5])
-def test_large_scores_under_a_cap(sign, cap):
+@pytest.mark.parametrize("softcap", [1.0, 1000.0, 1e5])
+def test_large_scores_under_a_cap(sign, softcap):
     rng = np.random.default_rng(0)
     q, k = 20 + 0.1 * rng.random((2, 3, 7, 4)), sign * (20 + 0.1 * rng.random((2, 3, 11, 4)))
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     results = []
-    for engine in (TILED, REFERENCE):
-        o, cache = attention(q, k, v, cap=cap, scale=1.0, engine=engine)
+    for engine in (TILED, SEQUENTIAL):
+        o, cache = attention(q, k, v, softcap=softcap, scale=1.0, engine=engine)
         results.append([o, log_sum_exp(cache), *attention_vjp(cache, do)[:3]])
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
@@ -279,7 +279,7 @@ def test_large_scores_under_a_cap(sign, cap):
 @pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("per_head", [True, False])
 def test_options_do_not_widen_what_is_computed(engine, per_head):
-    problem = AttentionProblem(sink=True, cap=0.5, scale=0.5, per_head=per_head, bias="... H T+S-1")
+    problem = AttentionProblem(sink=True, softcap=0.5, scale=0.5, per_head=per_head, bias="... H T+S-1")
     o, cache = attention(*problem.inputs("float32"), **problem.static(), engine=engine)
     do, *_ = problem.cotangents("float32")
     found = [o, attention_weights(cache), log_sum_exp(cache), *arrays_of(attention_vjp(cache, do))]
@@ -294,9 +294,9 @@ def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
     problem = AttentionProblem(K=2, G=2)
     q, k, v, *_ = problem.inputs("float64")
     do, dweights, dlse = problem.cotangents("float64")
-    bias = Relative(np.random.default_rng(0).standard_normal((4, 11)))
+    bias = RelativeBias(np.random.default_rng(0).standard_normal((4, 11)))
     o, cache = attention(q, k, v, bias, engine=engine)
-    want_o, want = attention(q, k, v, dense(bias, 5, 7), engine=REFERENCE)
+    want_o, want = attention(q, k, v, dense(bias, 5, 7), engine=SEQUENTIAL)
     close(o, want_o)
     *grads, dbias, _ = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
     *want_grads, want_dbias, _ = attention_vjp(want, do, dweights=dweights, dlse=dlse)
@@ -345,12 +345,17 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
 @pytest.mark.parametrize(
     ("args", "static", "error", "message"),
     [
-        ((), {"cap": 0.0}, ValueError, "cap must be above 0, got 0.0"),
-        ((), {"cap": -1.0}, ValueError, "cap must be above 0, got -1.0"),
-        ((), {"cap": np.inf}, ValueError, "cap must be finite"),
-        ((), {"cap": "1"}, TypeError, "cap must be a real number, got '1'"),
-        ((), {"cap": [1.0, 2.0]}, ValueError, r"cap must be a number, or \(H,\) with H=6 as in q, got shape \(2,\)"),
-        ((), {"cap": (1.0,) * 5 + (0.0,)}, ValueError, "cap must be finite and above 0, got"),
+        ((), {"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
+        ((), {"softcap": -1.0}, ValueError, "softcap must be above 0, got -1.0"),
+        ((), {"softcap": np.inf}, ValueError, "softcap must be finite"),
+        ((), {"softcap": "1"}, TypeError, "softcap must be a real number, got '1'"),
+        (
+            (),
+            {"softcap": [1.0, 2.0]},
+            ValueError,
+            r"softcap must be a number, or \(H,\) with H=6 as in q, got shape \(2,\)",
+        ),
+        ((), {"softcap": (1.0,) * 5 + (0.0,)}, ValueError, "softcap must be finite and above 0, got"),
         (
             (),
             {"scale": np.ones(3)},
@@ -359,13 +364,13 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
         ),
         ((), {"scale": (1.0,) * 5 + (np.nan,)}, ValueError, "scale must be finite, got"),
         ((), {"scale": np.array([1.0] * 5 + [np.nan])}, ValueError, r"scale must be finite, got \["),
-        ((), {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3, got 0.2"),
+        ((), {"dropout": Seeded(0, 1.0)}, ValueError, "dropout.rate must be at least 0 and below 1, got 1.0"),
         ((None, np.ones(3)), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(3,\)"),
         ((None, np.ones((2, 6))), {}, ValueError, r"sink must be \(H\) with H=6 as in q, got \(2, 6\)"),
         ((None, np.ones(6, "f4")), {}, TypeError, "sink must have dtype float64 as q has, got float32"),
-        ((Relative(np.ones(12)),), {}, ValueError, r"bias.values must be .* with T=5 and S=7, got \(12,\)"),
-        ((Relative(np.ones((3, 11))),), {}, ValueError, r"bias.values must broadcast to \(..., H, T\+S-1\) = "),
-        ((Relative(np.ones(11, "f4")),), {}, TypeError, "bias must have dtype float64 as q has, got float32"),
+        ((RelativeBias(np.ones(12)),), {}, ValueError, r"bias.values must be .* with T=5 and S=7, got \(12,\)"),
+        ((RelativeBias(np.ones((3, 11))),), {}, ValueError, r"bias.values must broadcast to \(..., H, T\+S-1\) = "),
+        ((RelativeBias(np.ones(11, "f4")),), {}, TypeError, "bias must have dtype float64 as q has, got float32"),
     ],
 )
 @every_engine
@@ -383,31 +388,46 @@ def test_without_a_head_axis_there_is_one_number():
 
 
 PLAIN = MhaProblem(D=8)
-NORMED = MhaProblem(D=8, norm="layer").inputs("float64")[0]
+NORMED = MhaProblem(D=8, qk_norm="layer").inputs("float64")[0]
 
 
 def turns(n, width=8):
-    return rotary(np.arange(n), frequencies(width), pairs="half")
+    return table(np.arange(n), frequencies(width), pairs="half")
 
 
 @pytest.mark.parametrize(
     ("params", "static", "error", "message"),
     [
-        (NORMED, {}, ValueError, "norm must be one that takes q_norm.w, as params have it, got None"),
-        (NORMED, {"norm": L2()}, ValueError, "norm must be one that takes q_norm.w, as params have it, got L2"),
-        (NORMED, {"norm": Rms()}, ValueError, "norm must be one that takes q_norm.b, as params have it, got Rms"),
-        (None, {"norm": "rms"}, TypeError, "norm must be Rms, L2 or Layer of funcmha.norms, or None, got 'rms'"),
+        (NORMED, {}, ValueError, "qk_norm must be one that takes q_norm.w, as params have it, got None"),
+        (
+            NORMED,
+            {"qk_norm": L2Norm()},
+            ValueError,
+            "qk_norm must be one that takes q_norm.w, as params have it, got L2Norm",
+        ),
+        (
+            NORMED,
+            {"qk_norm": RMSNorm()},
+            ValueError,
+            "qk_norm must be one that takes q_norm.b, as params have it, got RMSNorm",
+        ),
+        (
+            None,
+            {"qk_norm": "rms"},
+            TypeError,
+            "qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got 'rms'",
+        ),
         (None, {"rotary": turns(5)}, ValueError, "rotary must have S=7 positions for the keys, got 5"),
         (None, {"rotary": (turns(7), None)}, ValueError, "rotary must have T=5 positions for the queries, got 7"),
         (None, {"rotary": (turns(5, 10), None)}, ValueError, "rotary must turn D=8 features or fewer, got 10"),
         (None, {"rotary": (turns(5), turns(7), None)}, TypeError, "rotary must be a table .*, or two, .*, got 3"),
         (None, {"rotary": np.ones((5, 4))}, TypeError, "rotary must be a table of funcmha.rotary, or two, got ndarray"),
-        (None, {"cap": 0.0}, ValueError, "cap must be above 0, got 0.0"),
-        (None, {"cap": [1.0]}, ValueError, r"cap must be a number, or \(H,\) with H=6 .*, got shape \(1,\)"),
-        (None, {"keep": seeded(0, 0.3), "rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3"),
+        (None, {"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
+        (None, {"softcap": [1.0]}, ValueError, r"softcap must be a number, or \(H,\) with H=6 .*, got shape \(1,\)"),
+        (None, {"dropout": Seeded(0, 1.0)}, ValueError, "dropout.rate must be at least 0 and below 1, got 1.0"),
         (
             None,
-            {"bias": Relative(np.ones(11)), "zero_attn": True},
+            {"bias": RelativeBias(np.ones(11)), "zero_attn": True},
             ValueError,
             "bias must be an array with .*zero_attn",
         ),
@@ -417,7 +437,7 @@ def turns(n, width=8):
             ValueError,
             r"bias must broadcast to \(..., H, T, S\) = \(2, 6, 5, 7\), got \(2, 5, 7\)",
         ),
-        (None, {"bias": Relative(np.ones((2, 11)))}, ValueError, "bias.values must broadcast"),
+        (None, {"bias": RelativeBias(np.ones((2, 11)))}, ValueError, "bias.values must broadcast"),
     ],
 )
 @every_engine

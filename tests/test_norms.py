@@ -14,7 +14,8 @@ from hypothesis import example, given
 from torch.nn import functional
 
 from funcmha import init, mha_jvp, mha_vjp_jvp, self_attention, self_attention_vjp, tree
-from funcmha.norms import Rms, _unit, l2_norm, l2_norm_vjp, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
+from funcmha.norms import RMSNorm, l2_norm, l2_norm_vjp, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
+from funcmha.norms.rows import leading_bit
 from funcmha.testing import check_vjp
 
 U32 = 2.0**-24
@@ -161,11 +162,11 @@ def test_an_offset_in_mha_is_that_much_more_weight():
     dots = tree.map(lambda a: rng.standard_normal(a.shape), params)
 
     def everything(params, norm):
-        y, cache = self_attention(params, x, norm=norm)
+        y, cache = self_attention(params, x, qk_norm=norm)
         forward = mha_jvp(cache.mha, dots, x, x, x)
         return y, self_attention_vjp(cache, dy), forward, mha_vjp_jvp(cache.mha, dy, dy, dots, x, x, x)
 
-    got, want = everything(params, Rms(offset=1.0)), everything(more, Rms())
+    got, want = everything(params, RMSNorm(offset=1.0)), everything(more, RMSNorm())
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
 
 
@@ -324,7 +325,7 @@ def test_the_unit_is_the_leading_bit(size, dtype):
         x = np.array([[0.0, -size]]).astype(dtype)
     want = np.ldexp(dtype(0.5), np.frexp(x[0, 1])[1]) if np.isfinite(x).all() and x[0, 1] else 1.0
     with np.errstate(all="raise", under="ignore"):
-        unit = _unit(x, 0.0)
+        unit = leading_bit(x, 0.0)
     assert unit.dtype == dtype
     assert unit[0, 0] == want
 

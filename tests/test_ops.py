@@ -20,7 +20,8 @@ from funcmha import (
     softmax,
     softmax_vjp,
 )
-from funcmha.biases import Relative
+from funcmha.biases import RelativeBias
+from funcmha.dropout import Masked
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -63,9 +64,11 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
 @example(AttentionProblem(T=7, S=7))  # where a transpose can be forgotten unseen
 @example(AttentionProblem(S=0))
 @example(AttentionProblem(T=0, bias="1 T+S-1"))
-@example(AttentionProblem(T=13, S=17, bias="... H T+S-1", sink=True, cap=0.5, per_head=True, scale=0.5, mask="causal"))
+@example(
+    AttentionProblem(T=13, S=17, bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, mask="causal")
+)
 @example(AttentionProblem(mask="empty rows", sink=True, rate=0.3, seeded=True))
-@example(AttentionProblem(S=0, sink=True, cap=30.0))
+@example(AttentionProblem(S=0, sink=True, softcap=30.0))
 def test_attention_is_torch(problem):
     arrays, static = problem.inputs("float64"), problem.static()
     do, dweights, dlse = problem.cotangents("float64")
@@ -77,7 +80,7 @@ def test_attention_is_torch(problem):
     lse = torch.where(torch.isinf(outputs[2]), 0.0, outputs[2])
     wanted = oracles.gradients([outputs[0], outputs[1], lse], [do, dweights, dlse], leaves)
     for what, got, want in zip("qkvbs", attention_vjp(cache, do, dweights=dweights, dlse=dlse), wanted, strict=True):
-        got = got.values if isinstance(got, Relative) else got
+        got = got.values if isinstance(got, RelativeBias) else got
         assert (got is None) == (want is None)
         if want is not None:
             close(got, want, "d" + what)
@@ -99,14 +102,14 @@ def test_attention_without_head_axis_is_one_head(problem):
 
 
 def test_every_array_library_gives_the_same(xp):
-    problem = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3, sink=True, cap=0.5, per_head=True)
+    problem = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3, sink=True, softcap=0.5, per_head=True)
     arrays, static = problem.inputs("float64"), problem.static()
     cotangents = problem.cotangents("float64")
     o, cache = attention(*arrays, **static)
     do, dweights, dlse = cotangents
     want = (o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse))
 
-    static["keep"] = xp.to(static["keep"])
+    static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
     o, cache = attention(*map(xp.to, arrays), **static)
     do, dweights, dlse = map(xp.to, cotangents)
     got = (o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse))
@@ -340,7 +343,7 @@ def test_width_zero_is_uniform():
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_rounded_once(dtype):
     """T4: the float32 result, rounded. A second rounding on the way would show in about every other value."""
-    arrays = AttentionProblem(bias="H T S", sink=True, cap=0.5).inputs(dtype)
+    arrays = AttentionProblem(bias="H T S", sink=True, softcap=0.5).inputs(dtype)
     do, *_ = AttentionProblem().cotangents(dtype)
     o, cache = attention(*arrays)
     o_wide, cache_wide = attention(*(a.astype(np.float32) for a in arrays))
@@ -354,6 +357,7 @@ def test_half_types_are_rounded_once(dtype):
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
+KEEP = np.ones((5, 7), bool)
 
 
 @pytest.mark.parametrize(
@@ -398,16 +402,22 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
         ),
         ((Q, K, V), {"mask": np.ones((2, 5, 7), bool)}, ValueError, r"mask must broadcast to .*, got \(2, 5, 7\)"),
         ((Q, K, V), {"mask": masks.lengths(np.array([1, 2, 3]))}, ValueError, "mask"),
-        ((Q, K, V), {"keep": np.ones((5, 7))}, TypeError, "keep must be boolean, True = keep"),
-        ((Q, K, V), {"keep": np.ones((5, 6), bool)}, ValueError, "keep must broadcast to"),
-        ((Q, K, V), {"rate": 0.5}, ValueError, "keep must be given with rate=0.5"),
+        ((Q, K, V), {"dropout": Masked(np.ones((5, 7)), 0.5)}, TypeError, "dropout.keep must be boolean, True = keep"),
+        ((Q, K, V), {"dropout": Masked(KEEP[:, :6], 0.5)}, ValueError, "dropout.keep must broadcast to"),
         (
             (Q, K, V),
-            {"rate": 1.0, "keep": np.ones((5, 7), bool)},
-            ValueError,
-            "rate must be at least 0 and below 1, got 1.0",
+            {"dropout": 0.5},
+            TypeError,
+            r"dropout must be dropout.masked\(keep, rate\), .*, got builtins.float",
         ),
-        ((Q, K, V), {"rate": -0.1, "keep": np.ones((5, 7), bool)}, ValueError, "rate must be at least 0"),
+        (
+            (Q, K, V),
+            {"dropout": KEEP},
+            TypeError,
+            r"dropout must be dropout.masked\(keep, rate\), .*, got numpy.ndarray",
+        ),
+        ((Q, K, V), {"dropout": Masked(KEEP, 1.0)}, ValueError, "dropout.rate must be at least 0 and below 1, got 1.0"),
+        ((Q, K, V), {"dropout": Masked(KEEP, -0.1)}, ValueError, "dropout.rate must be at least 0"),
         ((Q, K, V), {"scale": np.nan}, ValueError, "scale must be finite, got nan"),
         ((Q, K, V), {"scale": "1"}, TypeError, "scale must be a real number, got '1' of type str"),
         ((Q, K, V), {"scale": True}, TypeError, "scale must be a real number, got True"),

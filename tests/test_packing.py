@@ -11,7 +11,7 @@ from hypothesis import example, given
 
 import funcmha
 from funcmha import attention_vjp, log_sum_exp, masks, packing
-from funcmha.engines import REFERENCE, TILED
+from funcmha.engines import SEQUENTIAL, TILED
 from funcmha.packing import (
     cumulative,
     pack,
@@ -25,12 +25,12 @@ from funcmha.packing import (
     unpad_vjp,
 )
 from funcmha.testing import check_vjp
-from funcmha.tiled import tiles
+from funcmha.engines.tiled import tiles
 
 H, K, D, E = 6, 2, 5, 7
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 11]), max_size=5)
 PAIRS = st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 3, 5, 11])] * 2), min_size=1, max_size=5)
-ENGINES = pytest.mark.parametrize("engine", [REFERENCE, TILED], ids=lambda engine: engine.name)
+ENGINES = pytest.mark.parametrize("engine", [SEQUENTIAL, TILED], ids=lambda engine: engine.name)
 
 
 def close(got, want):
@@ -108,8 +108,8 @@ def test_a_window_is_its_definition(problem):
     mask, want = built(problem)
     T, S = want.shape
     np.testing.assert_array_equal(mask.dense(T, S), want)
-    np.testing.assert_array_equal(mask.seen(T, S), want.any(0)[None] if T else np.zeros((1, S), bool))
-    np.testing.assert_array_equal(mask.seeing(T, S), want.any(1)[:, None])
+    np.testing.assert_array_equal(mask.attended_keys(T, S), want.any(0)[None] if T else np.zeros((1, S), bool))
+    np.testing.assert_array_equal(mask.attending_queries(T, S), want.any(1)[:, None])
     assert mask.at((3, 1)) is mask
     assert mask.shape(T, S) == (T, S)
 
@@ -203,7 +203,7 @@ def test_a_mask_is_in_the_library_of_the_arrays_and_does_not_change(xp):
     got = mask.dense(5, 5, like)
     assert type(got) is type(like)
     np.testing.assert_array_equal(xp.back(got), want)
-    assert type(mask.seen(5, 5, like)) is type(mask.seeing(5, 5, like)) is type(like)
+    assert type(mask.attended_keys(5, 5, like)) is type(mask.attending_queries(5, 5, like)) is type(like)
     for array in (mask.start, mask.stop):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
@@ -268,7 +268,7 @@ def test_tokens_of_another_sequence_have_no_effect_even_if_nan():
     q, k, v = normal(H, 10, D), normal(K, 10, D), normal(K, 10, E)
     bad = v.copy()
     bad[:, 3:8] = 1e30
-    for engine in (REFERENCE, TILED):
+    for engine in (SEQUENTIAL, TILED):
         want, _ = funcmha.attention(q, k, v, mask=packing.causal(cu), engine=engine)
         got, _ = funcmha.attention(q, k, bad, mask=packing.causal(cu), engine=engine)
         np.testing.assert_array_equal(np.delete(got, np.s_[3:8], 1), np.delete(want, np.s_[3:8], 1))

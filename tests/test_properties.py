@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import numpy as np
+import oracles
 import pytest
 from hypothesis import given
 from test_ops import close
@@ -18,7 +19,7 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha.engines import REFERENCE
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing.strategies import AttentionProblem, MhaProblem, attention_problems, mha_problems
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -61,6 +62,7 @@ def test_a_batch_is_its_samples_bit_for_bit(problem):
     for b in range(3):
         one = slice(b, b + 1)
         cut = {name: a[one] if isinstance(a, np.ndarray) else a for name, a in static.items()}
+        cut["dropout"] = oracles.on_keep(lambda keep, one=one: keep[one], cut["dropout"])
         part = everything(q[one], k[one], v[one], bias[one], cotangents=[c[one] for c in cotangents], **cut)
         equal(part, [None if a is None else a[one] for a in whole])
 
@@ -79,7 +81,7 @@ def test_permuting_key_heads_permutes_everything(problem, random):
     def of_keys(a):
         return np.take(a, order, axis=-3)
 
-    static["mask"], static["keep"] = of_queries(static["mask"]), of_queries(static["keep"])
+    static["mask"], static["dropout"] = of_queries(static["mask"]), oracles.on_keep(of_queries, static["dropout"])
     do, dweights, dlse = cotangents
     moved = (of_queries(do), of_queries(dweights), of_queries(dlse, -2))
     got = everything(of_queries(q), of_keys(k), of_keys(v), of_queries(bias), cotangents=moved, **static)
@@ -115,7 +117,8 @@ def test_permuting_keys_permutes_their_gradients(problem, random):
     q, k, v, bias, _ = problem.inputs("float64")
     static, (do, dweights, dlse) = problem.static(), problem.cotangents("float64")
     want = everything(q, k, v, bias, cotangents=(do, dweights, dlse), **static)
-    static |= {n: None if static[n] is None else static[n][..., order] for n in ("mask", "keep")}
+    static["mask"] = static["mask"][..., order]
+    static["dropout"] = oracles.on_keep(lambda keep: keep[..., order], static["dropout"])
     cotangents = (do, dweights[..., order], dlse)
     o, p, lse, dq, dk, dv, dbias, _ = everything(
         q, k[..., order, :], v[..., order, :], bias[..., order], cotangents=cotangents, **static
@@ -174,7 +177,7 @@ def test_the_future_has_no_effect_and_no_gradient(problem, offset):
     k2[..., n:, :] += 1
     v2[..., n:, :] -= 1
     past = slice(0, min(max(n - offset, 0), problem.T))
-    (o, cache), (o2, _) = (attention(q, *kv, mask=mask, engine=REFERENCE) for kv in ((k, v), (k2, v2)))
+    (o, cache), (o2, _) = (attention(q, *kv, mask=mask, engine=SEQUENTIAL) for kv in ((k, v), (k2, v2)))
     assert np.array_equal(o[..., past, :], o2[..., past, :])
     do = do.copy()
     do[..., past.stop :, :] = 0
@@ -187,7 +190,7 @@ def test_the_first_causal_query_returns_the_first_value():
     q, k, v, *_ = AttentionProblem(G=1).inputs("float32")
     o, _ = attention(q, k, v, mask=masks.causal())
     np.testing.assert_array_max_ulp(o[..., 0, :], v[..., 0, :], 2)
-    o, _ = attention(q, k, v, mask=masks.causal(), engine=REFERENCE)
+    o, _ = attention(q, k, v, mask=masks.causal(), engine=SEQUENTIAL)
     assert np.array_equal(o[..., 0, :], v[..., 0, :])
 
 

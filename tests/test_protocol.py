@@ -11,15 +11,15 @@ from typing import NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-import optree
+import oracles
 import pytest
 import torch
-from torch.utils import _pytree as torch_pytree
+from pytrees import PYTREES
 
 import funcmha
 from funcmha import biases, norms, rotary
-from funcmha.biases import Relative
-from funcmha.engines import REFERENCE
+from funcmha.biases import RelativeBias
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
@@ -37,13 +37,13 @@ SQUARE = MhaProblem(
     K=1, G=2, Ck=17, Cv=17, S=5, mask="intersection", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3
 )
 MODERN = MhaProblem(
-    K=1, G=2, S=5, mask="window", bias="... H T+S-1", norm="layer", turned="half of some", sink=True, cap=0.5,
+    K=1, G=2, S=5, mask="window", bias="... H T+S-1", qk_norm="layer", turned="half of some", sink=True, softcap=0.5,
     per_head=True, scale=0.5, rate=0.3, seeded=True,
 )  # fmt: skip
-ENGINE = {"engine": REFERENCE}  # whose caches hold nothing but arrays and numbers
+ENGINE = {"engine": SEQUENTIAL}  # whose caches hold nothing but arrays and numbers
 ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
 MODERN_ATTENTION = AttentionProblem(
-    mask="window", bias="... H T+S-1", sink=True, cap=0.5, per_head=True, scale=0.5, rate=0.3, seeded=True
+    mask="window", bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, rate=0.3, seeded=True
 )
 
 
@@ -60,7 +60,7 @@ PAIRS = {
     "linear": Pair(funcmha.linear, funcmha.linear_vjp, normal((2, 5, 3), (7, 3), (7,)), {}),
     "softmax": Pair(funcmha.softmax, funcmha.softmax_vjp, normal((2, 5, 3)), {}),
     "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static() | ENGINE),
-    "scores": Pair(funcmha.scores, funcmha.scores_vjp, normal((2, 4, 3, 5), (2, 2, 7, 5), (4, 1, 7)), {"cap": 2.0}),
+    "scores": Pair(funcmha.scores, funcmha.scores_vjp, normal((2, 4, 3, 5), (2, 2, 7, 5), (4, 1, 7)), {"softcap": 2.0}),
     "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True} | ENGINE),
     "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static() | ENGINE),
     "self_attention": Pair(
@@ -77,7 +77,7 @@ PAIRS = {
         rotary.rotate,
         rotary.rotate_vjp,
         normal((2, 5, 3)),
-        {"rotary": rotary.rotary(np.arange(5), rotary.frequencies(2))},
+        {"rotary": rotary.table(np.arange(5), rotary.frequencies(2))},
     ),
     "rms_norm": Pair(norms.rms_norm, norms.rms_norm_vjp, normal((2, 5, 3), (3,)), {"eps": 1e-5}),
     "l2_norm": Pair(norms.l2_norm, norms.l2_norm_vjp, normal((2, 5, 3)), {"eps": 1e-5}),
@@ -98,13 +98,13 @@ one_dtype_pairs = pytest.mark.parametrize("pair", ONE_DTYPE.values(), ids=ONE_DT
 
 
 def on_arrays(pair):
-    """The pair with the array of a `Relative` in its place, in inputs, outputs and gradients."""
+    """The pair with the array of a `RelativeBias` in its place, in inputs, outputs and gradients."""
 
     def opened(x):
-        return x.values if isinstance(x, Relative) else x
+        return x.values if isinstance(x, RelativeBias) else x
 
     def closed(x, like):
-        return Relative(x) if isinstance(like, Relative) else x
+        return RelativeBias(x) if isinstance(like, RelativeBias) else x
 
     like = pair.inputs("float64")
     y_like, _ = pair.f(*like, **pair.static)
@@ -135,7 +135,22 @@ def test_purity_structure_and_gradient(pair):
 
 
 @pytest.mark.parametrize(
-    "module", ["ops", "scores", "heads", "mha", "rotary", "norms", "biases", "merge", "decode", "packing", "step"]
+    "module",
+    [
+        "ops",
+        "scores",
+        "heads",
+        "mha",
+        "rotary",
+        "norms.rms",
+        "norms.l2",
+        "norms.layer",
+        "biases.relative",
+        "merge",
+        "decode",
+        "packing",
+        "step",
+    ],
 )
 def test_the_vjp_is_the_next_function_in_the_file(module):
     source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
@@ -174,11 +189,7 @@ def test_docstrings_open_with_the_formula_or_the_gradients(pair):
 def test_the_cache_is_a_plain_pytree_named_after_its_op(pair):
     _, cache = pair.f(*pair.inputs("float64"), **pair.static)
     assert type(cache).__name__ == f"{pair.f.__name__.title().replace('_', '')}Cache"
-    for flatten, unflatten in (
-        (lambda c: jax.tree.flatten(c), lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
-        (lambda c: optree.tree_flatten(c), lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
-        (lambda c: torch_pytree.tree_flatten(c), torch_pytree.tree_unflatten),
-    ):
+    for flatten, unflatten in PYTREES.values():
         leaves, spec = flatten(cache)
         again = unflatten(leaves, spec)
         assert type(again) is type(cache)
@@ -251,7 +262,17 @@ def cast(node, dtype):
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
     rounded = set()
-    for name in ("ops", "scores", "mha", "rotary", "norms", "biases"):
+    for name in (
+        "ops",
+        "scores",
+        "mha",
+        "rotary",
+        "norms.rms",
+        "norms.l2",
+        "norms.layer",
+        "biases.relative",
+        "biases.tiles",
+    ):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
             module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)
@@ -300,7 +321,7 @@ def test_torch_tensors_go_through_the_reference():
     problem = AttentionProblem(mask="intersection", rate=0.3)
     arrays, static = problem.inputs("float64"), problem.static()
     want, _ = funcmha.attention(*arrays, **static)
-    static["keep"] = torch.tensor(np.array(static["keep"]))
+    static["dropout"] = oracles.on_keep(lambda keep: torch.tensor(np.array(keep)), static["dropout"])
     got, _ = funcmha.attention(*(None if a is None else torch.tensor(np.array(a)) for a in arrays), **static)
     assert isinstance(got, torch.Tensor)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)

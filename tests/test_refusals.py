@@ -17,6 +17,7 @@ from funcmha import (
     attention,
     attention_vjp,
     biases,
+    dropout,
     head_params,
     head_vjp,
     init,
@@ -37,17 +38,17 @@ from funcmha import (
     surgery,
     tree,
 )
-from funcmha.biases import Relative
-from funcmha.decode import KV, append, append_vjp, step_mask
-from funcmha.engines import ENGINES, REFERENCE
-from funcmha.rotary import HalfPairs, frequencies, rotary, rotate, rotate_vjp
+from funcmha.biases import RelativeBias
+from funcmha.kv_cache import KV, append, append_vjp, step_mask
+from funcmha.engines import ENGINES, SEQUENTIAL
+from funcmha.rotary import HalfPairs, frequencies, rotate, rotate_vjp, table
 from funcmha.testing.strategies import MhaProblem
 
 ones = np.ones
 Q, K, V = ones((2, 6, 5, 4)), ones((2, 3, 7, 4)), ones((2, 3, 7, 9))
 PARAMS, *INPUTS, _ = MhaProblem(D=8).inputs("float64")
 Y, CACHE = mha(PARAMS, *INPUTS)
-TABLE = rotary(np.arange(5), frequencies(8))
+TABLE = table(np.arange(5), frequencies(8))
 X = ones((2, 5, 8))
 HELD = KV(ones((2, 3, 5, 4)), ones((2, 3, 5, 7)), 5)
 KEEP = ones((5, 7), bool)
@@ -76,16 +77,14 @@ ARRAYS = {
 }  # fmt: skip
 
 OPTIONS = {
-    "keep without rate": (lambda: attention(Q, K, V, keep=KEEP), ValueError,
-                          "rate must be given with keep: what is kept is divided by 1 − rate"),
-    "keep without rate, of heads": (lambda: mha(PARAMS, *INPUTS, keep=KEEP), ValueError, "rate must be given with kee"),
-    "rate without keep": (lambda: mha(PARAMS, *INPUTS, rate=0.1), ValueError, "keep must be given with rate=0.1"),
-    "a seed with a rate, and another": (lambda: mha(PARAMS, *INPUTS, keep=seeded(0, 0.1), rate=0.2), ValueError,
-                                        "rate must be left out, as keep has rate=0.1, got 0.2"),
-    "a seed that is a number": (lambda: mha(PARAMS, *INPUTS, keep=7, rate=0.1), TypeError,
-                                "keep must be a boolean array, True = keep, got int"),
-    "all dropped": (lambda: attention(Q, K, V, keep=KEEP, rate=1), ValueError, "rate must be at least 0 and below 1"),
-    "a rate that is NaN": (lambda: attention(Q, K, V, keep=KEEP, rate=np.nan), ValueError, "rate must be at least 0 a"),
+    "dropout by a mask without a rate": (lambda: attention(Q, K, V, dropout=KEEP), TypeError,
+                                         "dropout must be dropout.masked(keep, rate), dropout.seeded(seed, rate) or"),
+    "dropout by a rate alone": (lambda: mha(PARAMS, *INPUTS, dropout=0.1), TypeError,
+                                "dropout must be dropout.masked(keep, rate), dropout.seeded(seed, rate) or None, got"),
+    "a seed that is a number": (lambda: mha(PARAMS, *INPUTS, dropout=(7, 0.1)), TypeError,
+                                "dropout must be dropout.masked(keep, rate), dropout.seeded(seed, rate) or None, got"),
+    "all dropped": (lambda: dropout.masked(KEEP, 1), ValueError, "rate must be at least 0 and below 1"),
+    "a rate that is NaN": (lambda: dropout.masked(KEEP, np.nan), ValueError, "rate must be at least 0 a"),
     "no rate": (lambda: seeded(0, None), TypeError, "rate must be a real number, got None of type NoneType"),
     "scales that are words": (lambda: attention(Q, K, V, scale=["a"] * 6), TypeError,
                               "scale must be a real number, got 'a' of type str"),
@@ -96,15 +95,16 @@ OPTIONS = {
     "scales that are complex arrays": (lambda: attention(Q, K, V, scale=np.full(6, 1j)), TypeError,
                                        "scale must be real numbers, got dtype complex128"),
     "scales that are booleans": (lambda: attention(Q, K, V, scale=[True] * 6), TypeError, "scale must be a real numbe"),
-    "caps that are booleans": (lambda: attention(Q, K, V, cap=ones(6, bool)), TypeError,
-                               "cap must be real numbers, got dtype bool"),
+    "caps that are booleans": (lambda: attention(Q, K, V, softcap=ones(6, bool)), TypeError,
+                               "softcap must be real numbers, got dtype bool"),
     "a scale beyond float64": (lambda: attention(Q, K, V, scale=10**400), ValueError, "scale must be finite, got inf"),
     "a decimal scale": (lambda: attention(Q, K, V, scale=Decimal(1)), TypeError, "scale must be a real number"),
     "scales for the keys' heads": (lambda: mha(PARAMS, *INPUTS, scale=ones(2)), ValueError,
                                    "scale must be a number, or (H,) with H=6 as in q, got shape (2,)"),
     "a mask that was not made": (lambda: mha(PARAMS, *INPUTS, mask=masks.causal), TypeError,
                                  "mask must be a boolean array, True = attend (a mask to be added to the scores is"),
-    "a norm that was not made": (lambda: mha(PARAMS, *INPUTS, norm=norms.Rms), TypeError, "norm must be Rms, L2 or La"),
+    "a norm that was not made": (lambda: mha(PARAMS, *INPUTS, qk_norm=norms.RMSNorm), TypeError,
+                                 "qk_norm must be RMSNorm, L2Norm or LayerNorm"),
     "an engine by its name": (lambda: attention(Q, K, V, engine="tiled"), TypeError,
                               "engine must be one of funcmha.engines or None, got 'tiled'"),
     "zero_attn as a number": (lambda: mha(PARAMS, *INPUTS, zero_attn=1), TypeError, "zero_attn must be True or False"),
@@ -132,7 +132,7 @@ TABLES = {
                                "rotary must have cos and sin of one shape"),
     "of rotate: no sines": (lambda: rotate(X, rotary=TABLE._replace(sin=None)), TypeError,
                             "rotary.sin must be an array, got NoneType"),
-    "pairs as a list": (lambda: rotary(np.arange(3), frequencies(4), pairs=[]), ValueError,
+    "pairs as a list": (lambda: table(np.arange(3), frequencies(4), pairs=[]), ValueError,
                         "pairs must be 'half' or 'interleaved', got []"),
 }  # fmt: skip
 
@@ -232,7 +232,9 @@ def test_views_are_arrays_like_others(pair, view):
 @pytest.mark.parametrize("size", [{"T": 0}, {"S": 0}, {"K": 0}, {"D": 0}, {"E": 0}, {"O": 0}, {"T": 0, "S": 0}])
 def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
     """No queries, keys, heads, features: finite, and of the shapes that they must have; for each sample too."""
-    problem = MhaProblem(**({"norm": "rms", "sink": True, "cap": 0.5, "bias": "... H T+S-1", "mask": "causal"} | size))
+    problem = MhaProblem(
+        **({"qk_norm": "rms", "sink": True, "softcap": 0.5, "bias": "... H T+S-1", "mask": "causal"} | size)
+    )
     (params, *arrays), static = problem.inputs("float64"), problem.static() | {"engine": engine}
     y, cache = mha(params, *arrays, **static)
     assert y.shape == (2, problem.T, problem.O)
@@ -246,15 +248,11 @@ def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
         close(y, np.broadcast_to(params["out_proj"]["b"], y.shape))
 
 
-def test_explicit_rates_that_say_nothing_new_are_taken():
-    """rate=0 with a mask says that what is kept stays as it is; a seed's own rate, or 0, beside the seed."""
+def test_a_mask_with_a_rate_of_0_is_not_scaled():
+    """What is kept stays as it is."""
     half = np.arange(7) % 2 == 0
-    o, _ = attention(Q, K, V, keep=half, rate=0.0, engine=REFERENCE)
+    o, _ = attention(Q, K, V, dropout=dropout.masked(half, 0.0), engine=SEQUENTIAL)
     close(o, np.full(o.shape, 4 / 7))
-    seed = seeded(3, 0.25)
-    want, _ = attention(Q, K, V, keep=seed)
-    for rate in (0.0, 0.25):
-        assert np.array_equal(attention(Q, K, V, keep=seed, rate=rate)[0], want)
 
 
 def test_no_batch_has_gradients_of_one_sample():
@@ -267,6 +265,6 @@ def test_no_batch_has_gradients_of_one_sample():
 def test_a_relative_of_differences_may_be_a_view():
     """Reversed, as a table of distances behind would be: what its copy gives."""
     values = np.random.default_rng(0).standard_normal((6, 11))[:, ::-1]
-    (o, cache), (want, want_cache) = (attention(Q, K, V, Relative(a)) for a in (values, values.copy()))
+    (o, cache), (want, want_cache) = (attention(Q, K, V, RelativeBias(a)) for a in (values, values.copy()))
     close(o, want)
     close(attention_vjp(cache, o)[3].values, attention_vjp(want_cache, want)[3].values)

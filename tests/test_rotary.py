@@ -18,9 +18,9 @@ from funcmha.rotary import (
     frequencies,
     llama3_frequencies,
     ntk_base,
-    rotary,
     rotate,
     rotate_vjp,
+    table,
     yarn_frequencies,
 )
 from funcmha.testing import check_vjp
@@ -77,14 +77,14 @@ def problems(draw):
 @given(problems())
 def test_rotate_is_complex_multiplication(problem):
     x, _, positions, freqs, pairs = problem
-    y, _ = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    y, _ = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     np.testing.assert_allclose(y, complex_rotation(x, positions, freqs, pairs), rtol=0, atol=1e-11)
 
 
 @given(problems())
 def test_rotate_and_its_gradient_are_torch(problem):
     x, dy, positions, freqs, pairs = problem
-    y, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     leaf = oracles.tensor(x)
     want = torch_rotation(leaf, positions, freqs, pairs)
     (dx,) = rotate_vjp(cache, dy)
@@ -95,7 +95,7 @@ def test_rotate_and_its_gradient_are_torch(problem):
 @given(problems())
 def test_rotate_keeps_the_protocol(problem):
     x, _, positions, freqs, pairs = problem
-    check_vjp(rotate, rotate_vjp, (x,), {"rotary": rotary(positions, freqs, pairs=pairs)})
+    check_vjp(rotate, rotate_vjp, (x,), {"rotary": table(positions, freqs, pairs=pairs)})
 
 
 @both
@@ -105,7 +105,7 @@ def test_float32_is_off_by_three_roundings_of_each_product(pairs, position):
     rng = np.random.default_rng(0)
     positions, freqs = position + np.arange(7), frequencies(22, base=5e5)
     x = rng.standard_normal((5, 7, 23)).astype(np.float32)
-    turn = rotary(positions, freqs, pairs=pairs)
+    turn = table(positions, freqs, pairs=pairs)
     y, cache = rotate(x, rotary=turn)
     (dx,) = rotate_vjp(cache, y)
     assert y.dtype == dx.dtype == cache.rotary.cos.dtype == np.float32
@@ -116,7 +116,7 @@ def test_float32_is_off_by_three_roundings_of_each_product(pairs, position):
 
 def test_angles_are_those_of_float64():
     positions, freqs = np.array([0, 1, 4097, 10**6]), frequencies(14)
-    turn = rotary(positions, freqs)
+    turn = table(positions, freqs)
     with mpmath.workdps(50):
         for t, position in enumerate(positions):
             for i in range(7):
@@ -131,22 +131,22 @@ def test_angles_are_those_of_float64():
 @given(problems())
 def test_the_vjp_undoes_the_rotation(problem):
     x, _, positions, freqs, pairs = problem
-    y, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     np.testing.assert_allclose(rotate_vjp(cache, y)[0], x, rtol=0, atol=1e-14)
 
 
 @given(problems())
 def test_negative_positions_turn_as_the_vjp_does(problem):
     x, dy, positions, freqs, pairs = problem
-    _, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
-    back, _ = rotate(dy, rotary=rotary(-positions, freqs, pairs=pairs))
+    _, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
+    back, _ = rotate(dy, rotary=table(-positions, freqs, pairs=pairs))
     assert np.array_equal(rotate_vjp(cache, dy)[0], back)
 
 
 @given(problems())
 def test_the_norm_of_each_pair_stays_and_the_rest_passes(problem):
     x, _, positions, freqs, pairs = problem
-    y, _ = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    y, _ = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     n = len(freqs)
 
     def norms(a):
@@ -164,8 +164,8 @@ def test_scores_depend_on_the_difference_of_positions_alone(pairs, shift):
     q, k, freqs = rng.standard_normal((3, 5, 11)), rng.standard_normal((3, 7, 11)), frequencies(10)
 
     def scores(offset):
-        qt, _ = rotate(q, rotary=rotary(offset + np.arange(5), freqs, pairs=pairs))
-        kt, _ = rotate(k, rotary=rotary(offset + np.arange(7), freqs, pairs=pairs))
+        qt, _ = rotate(q, rotary=table(offset + np.arange(5), freqs, pairs=pairs))
+        kt, _ = rotate(k, rotary=table(offset + np.arange(7), freqs, pairs=pairs))
         return qt @ kt.mT
 
     np.testing.assert_allclose(scores(shift), scores(0), rtol=0, atol=1e-11)
@@ -174,30 +174,30 @@ def test_scores_depend_on_the_difference_of_positions_alone(pairs, shift):
 
 def test_position_zero_is_the_identity():
     x = np.random.default_rng(2).standard_normal((3, 1, 7))
-    assert np.array_equal(rotate(x, rotary=rotary(np.array([0]), frequencies(6)))[0], x)
+    assert np.array_equal(rotate(x, rotary=table(np.array([0]), frequencies(6)))[0], x)
 
 
 def test_an_offset_is_a_shifted_range():
     x = np.random.default_rng(2).standard_normal((3, 7, 10))
-    whole, _ = rotate(x, rotary=rotary(np.arange(7), frequencies(10)))
-    rest, _ = rotate(x[:, 4:], rotary=rotary(4 + np.arange(3), frequencies(10)))
+    whole, _ = rotate(x, rotary=table(np.arange(7), frequencies(10)))
+    rest, _ = rotate(x[:, 4:], rotary=table(4 + np.arange(3), frequencies(10)))
     assert np.array_equal(rest, whole[:, 4:])
 
 
 def test_interleaved_is_half_with_the_features_in_another_order():
     x = np.random.default_rng(3).standard_normal((2, 5, 14))
     order = np.arange(14).reshape(2, 7).T.ravel()  # 0 7 1 8 …
-    half, _ = rotate(x, rotary=rotary(np.arange(5), frequencies(14), pairs="half"))
-    interleaved, _ = rotate(x[..., order], rotary=rotary(np.arange(5), frequencies(14), pairs="interleaved"))
+    half, _ = rotate(x, rotary=table(np.arange(5), frequencies(14), pairs="half"))
+    interleaved, _ = rotate(x[..., order], rotary=table(np.arange(5), frequencies(14), pairs="interleaved"))
     assert np.array_equal(interleaved, half[..., order])
 
 
 def test_positions_of_each_sample():
     x = np.random.default_rng(4).standard_normal((2, 3, 5, 6))  # (B, H, T, D)
     positions = np.array([[0, 1, 2, 3, 4], [7, 9, 2, 2, 0]])
-    y, _ = rotate(x, rotary=rotary(positions[:, None], frequencies(6)))
+    y, _ = rotate(x, rotary=table(positions[:, None], frequencies(6)))
     for sample in range(2):
-        alone, _ = rotate(x[sample], rotary=rotary(positions[sample], frequencies(6)))
+        alone, _ = rotate(x[sample], rotary=table(positions[sample], frequencies(6)))
         assert np.array_equal(y[sample], alone)
 
 
@@ -304,17 +304,17 @@ def test_yarn_frequencies_keep_what_turns_fast_and_interpolate_what_turns_slowly
 def test_a_gain_multiplies_what_turns_and_its_gradient(pairs):
     rng = np.random.default_rng(3)
     x, dy, positions, freqs = rng.standard_normal((3, 7, 11)), rng.standard_normal((3, 7, 11)), np.arange(7), F
-    y, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs, gain=1.25))
-    want, cache_want = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
+    y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs, gain=1.25))
+    want, cache_want = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     gain = np.where(np.arange(11) < 6, 1.25, 1.0)
     np.testing.assert_allclose(y, gain * want, rtol=0, atol=1e-15 * 8)
     np.testing.assert_allclose(rotate_vjp(cache, dy)[0], gain * rotate_vjp(cache_want, dy)[0], rtol=0, atol=1e-15 * 8)
-    check_vjp(rotate, rotate_vjp, (x,), {"rotary": rotary(positions, freqs, pairs=pairs, gain=1.25)})
+    check_vjp(rotate, rotate_vjp, (x,), {"rotary": table(positions, freqs, pairs=pairs, gain=1.25)})
 
 
 def test_interpolation_divides_the_positions():
     positions, freqs = np.arange(7), frequencies(10)
-    for got, want in zip(rotary(positions / 4, freqs), rotary(positions, freqs / 4), strict=True):
+    for got, want in zip(table(positions / 4, freqs), table(positions, freqs / 4), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-15)
 
 
@@ -326,8 +326,8 @@ def test_interpolation_divides_the_positions():
 def test_every_array_library_gives_the_same(xp, pairs, placed):
     x, dy = np.random.default_rng(5).standard_normal((2, 2, 3, 5, 13))
     positions, freqs = np.array([[[0, 1, 2, 3, 4]], [[9, 2, 7, 7, 1]]]), frequencies(10)
-    y, cache = rotate(x, rotary=rotary(positions, freqs, pairs=pairs))
-    turn = rotary(xp.to(positions) if placed == "beside x" else positions, freqs, pairs=pairs)
+    y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
+    turn = table(xp.to(positions) if placed == "beside x" else positions, freqs, pairs=pairs)
     got, cache_got = rotate(xp.to(x), rotary=turn)
     (dx,) = rotate_vjp(cache_got, xp.to(dy))
     assert type(got) is type(dx) is type(xp.to(x))
@@ -338,7 +338,7 @@ def test_every_array_library_gives_the_same(xp, pairs, placed):
 @both
 def test_strided_views_are_arrays_like_others(pairs):
     x = np.random.default_rng(6).standard_normal((14, 5, 3, 2))
-    turn = rotary(np.arange(5), frequencies(10), pairs=pairs)
+    turn = table(np.arange(5), frequencies(10), pairs=pairs)
     view = x.transpose(3, 2, 1, 0)[..., ::-1]
     y, cache = rotate(view, rotary=turn)
     same, cache_same = rotate(view.copy(), rotary=turn)
@@ -350,7 +350,7 @@ def test_strided_views_are_arrays_like_others(pairs):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_float32_rounded_once(pairs, dtype):
     x, dy = np.random.default_rng(7).standard_normal((2, 3, 5, 11)).astype(dtype)
-    turn = rotary(100 + np.arange(5), frequencies(10), pairs=pairs)
+    turn = table(100 + np.arange(5), frequencies(10), pairs=pairs)
     y, cache = rotate(x, rotary=turn)
     wide, cache_wide = rotate(x.astype(np.float32), rotary=turn)
     (dx,), (dx_wide,) = rotate_vjp(cache, dy), rotate_vjp(cache_wide, dy.astype(np.float32))
@@ -362,7 +362,7 @@ def test_half_types_are_float32_rounded_once(pairs, dtype):
 
 def test_torch_tensors_turn_too():
     x = np.random.default_rng(8).standard_normal((3, 5, 11))
-    turn = rotary(np.arange(5), frequencies(10), pairs="interleaved")
+    turn = table(np.arange(5), frequencies(10), pairs="interleaved")
     y, cache = rotate(torch.tensor(x), rotary=turn)
     assert isinstance(rotate_vjp(cache, y)[0], torch.Tensor)
     np.testing.assert_allclose(y.numpy(), rotate(x, rotary=turn)[0], rtol=0, atol=1e-15)
@@ -374,7 +374,7 @@ def test_jax_takes_the_pair_with_the_table_as_an_argument(pairs):
 
     x = np.random.default_rng(9).standard_normal((3, 5, 11))
     with jax.enable_x64(True):
-        turn = rotary(jax.numpy.arange(5), frequencies(10), pairs=pairs)
+        turn = table(jax.numpy.arange(5), frequencies(10), pairs=pairs)
         assert type(jax.tree.map(lambda a: a, turn)) is type(turn)
         ours = jax.custom_vjp(lambda x, turn: rotate(x, rotary=turn)[0])
         ours.defvjp(lambda x, turn: rotate(x, rotary=turn), lambda cache, dy: (*rotate_vjp(cache, dy), None))
@@ -384,7 +384,7 @@ def test_jax_takes_the_pair_with_the_table_as_an_argument(pairs):
 
 
 def test_the_cache_holds_nothing_of_the_size_of_x():
-    turn = rotary(np.arange(5), frequencies(6))
+    turn = table(np.arange(5), frequencies(6))
     _, cache = rotate(np.ones((3, 5, 7)), rotary=turn)
     assert isinstance(cache, RotateCache)
     assert cache.rotary.cos is turn.cos
@@ -392,14 +392,14 @@ def test_the_cache_holds_nothing_of_the_size_of_x():
 
 
 def test_the_type_says_the_pairs():
-    assert type(rotary(np.arange(3), frequencies(4))) is HalfPairs
-    assert type(rotary(np.arange(3), frequencies(4), pairs="interleaved")) is InterleavedPairs
+    assert type(table(np.arange(3), frequencies(4))) is HalfPairs
+    assert type(table(np.arange(3), frequencies(4), pairs="interleaved")) is InterleavedPairs
 
 
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 X, F = np.ones((2, 3, 5, 7)), frequencies(6)
-TURN = rotary(np.arange(5), F)
+TURN = table(np.arange(5), F)
 
 
 @pytest.mark.parametrize(
@@ -416,17 +416,17 @@ TURN = rotary(np.arange(5), F)
             TypeError,
             "rotary must be of NumPy or of the library of x, got Tensor",
         ),
-        (X, rotary(np.arange(4), F), ValueError, "rotary must have T=5 positions as x has, got 4"),
-        (X, rotary(np.arange(1), F), ValueError, "rotary must have T=5 positions as x has, got 1"),
-        (X, rotary(np.arange(5), frequencies(8)), ValueError, "rotary must turn at most D=7 features as in x, got 8"),
+        (X, table(np.arange(4), F), ValueError, "rotary must have T=5 positions as x has, got 4"),
+        (X, table(np.arange(1), F), ValueError, "rotary must have T=5 positions as x has, got 1"),
+        (X, table(np.arange(5), frequencies(8)), ValueError, "rotary must turn at most D=7 features as in x, got 8"),
         (
             X,
-            rotary(np.zeros((2, 5)), F),
+            table(np.zeros((2, 5)), F),
             ValueError,
             r"rotary must broadcast to \(..., T\) = \(2, 3, 5\), got \(2, 5\)",
         ),
-        (X[0], rotary(np.zeros((2, 1, 5)), F), ValueError, r"rotary must broadcast to .*, got \(2, 1, 5\)"),
-        (X[:1], rotary(np.zeros((2, 1, 5)), F), ValueError, r"rotary must broadcast to .*, got \(2, 1, 5\)"),
+        (X[0], table(np.zeros((2, 1, 5)), F), ValueError, r"rotary must broadcast to .*, got \(2, 1, 5\)"),
+        (X[:1], table(np.zeros((2, 1, 5)), F), ValueError, r"rotary must broadcast to .*, got \(2, 1, 5\)"),
     ],
 )
 def test_rotate_refuses(x, turn, error, message):
@@ -452,22 +452,22 @@ def test_rotate_vjp_refuses(dy, error, message):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: rotary([0, 1], F), TypeError, "positions must be an array, got list"),
-        (lambda: rotary(np.array(3), F), ValueError, r"positions must be \(..., T\), got \(\)"),
+        (lambda: table([0, 1], F), TypeError, "positions must be an array, got list"),
+        (lambda: table(np.array(3), F), ValueError, r"positions must be \(..., T\), got \(\)"),
         (
-            lambda: rotary(np.ones(3, bool), F),
+            lambda: table(np.ones(3, bool), F),
             TypeError,
             "positions must be integers, float32 or float64, got dtype bool",
         ),
-        (lambda: rotary(np.ones(3, complex), F), TypeError, "positions must be integers, .*, got dtype complex128"),
-        (lambda: rotary(np.ones(3, np.float16), F), TypeError, "positions must be integers, .*, got dtype float16"),
-        (lambda: rotary(np.ones(3, ml_dtypes.bfloat16), F), TypeError, "positions must be .*, got dtype bfloat16"),
-        (lambda: rotary(np.arange(3), 64), TypeError, "frequencies must be a NumPy array of float64, got int"),
-        (lambda: rotary(np.arange(3), F.astype("f4")), TypeError, "frequencies must be .* float64, got float32"),
-        (lambda: rotary(np.arange(3), F[None]), ValueError, r"frequencies must be \(N,\), got \(1, 3\)"),
-        (lambda: rotary(np.arange(3), F * np.inf), ValueError, "frequencies must be finite"),
+        (lambda: table(np.ones(3, complex), F), TypeError, "positions must be integers, .*, got dtype complex128"),
+        (lambda: table(np.ones(3, np.float16), F), TypeError, "positions must be integers, .*, got dtype float16"),
+        (lambda: table(np.ones(3, ml_dtypes.bfloat16), F), TypeError, "positions must be .*, got dtype bfloat16"),
+        (lambda: table(np.arange(3), 64), TypeError, "frequencies must be a NumPy array of float64, got int"),
+        (lambda: table(np.arange(3), F.astype("f4")), TypeError, "frequencies must be .* float64, got float32"),
+        (lambda: table(np.arange(3), F[None]), ValueError, r"frequencies must be \(N,\), got \(1, 3\)"),
+        (lambda: table(np.arange(3), F * np.inf), ValueError, "frequencies must be finite"),
         (
-            lambda: rotary(np.arange(3), F, pairs="neox"),
+            lambda: table(np.arange(3), F, pairs="neox"),
             ValueError,
             "pairs must be 'half' or 'interleaved', got 'neox'",
         ),
@@ -479,7 +479,7 @@ def test_rotate_vjp_refuses(dy, error, message):
         (lambda: ntk_base(8, 0.5), ValueError, "factor must be at least 1 and below inf, got 0.5"),
         (lambda: llama3_frequencies(F, factor=0), ValueError, "factor must be at least 1"),
         (lambda: llama3_frequencies(F, low=4, high=4), ValueError, "low must be below high, got low=4.0 and high=4.0"),
-        (lambda: rotary(np.arange(3), F, gain=None), TypeError, "gain must be a real number, got None"),
+        (lambda: table(np.arange(3), F, gain=None), TypeError, "gain must be a real number, got None"),
         (lambda: yarn_frequencies(7, factor=2, context=8), ValueError, "width must be even and not negative"),
         (lambda: yarn_frequencies(8, factor=0.5, context=8), ValueError, "factor must be at least 1 and"),
         (

@@ -11,31 +11,31 @@ from hypothesis import strategies as st
 from test_ops import close
 
 from funcmha import attention, attention_weights, log_sum_exp, masks
-from funcmha.biases import Relative
-from funcmha.scores import scores, scores_vjp
+from funcmha.biases import RelativeBias
+from funcmha.ops import scores, scores_vjp
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 
-MODERN_SCORES = AttentionProblem(mask="window", bias="... H T+S-1", cap=0.5, per_head=True, scale=0.5)
+MODERN_SCORES = AttentionProblem(mask="window", bias="... H T+S-1", softcap=0.5, per_head=True, scale=0.5)
 
 
 def arguments(problem, dtype="float64"):
-    """q, k, bias   and   mask, scale, cap   of an attention problem"""
+    """q, k, bias   and   mask, scale, softcap   of an attention problem"""
     q, k, _, bias, _ = problem.inputs(dtype)
-    return (q, k, bias), {name: x for name, x in problem.static().items() if name in ("mask", "scale", "cap")}
+    return (q, k, bias), {name: x for name, x in problem.static().items() if name in ("mask", "scale", "softcap")}
 
 
 def numbers(bias):
-    return bias.values if isinstance(bias, Relative) else bias
+    return bias.values if isinstance(bias, RelativeBias) else bias
 
 
-def by_torch(q, k, bias, *, mask, scale, cap=None):
+def by_torch(q, k, bias, *, mask, scale, softcap=None):
     """The scores of tensors, by the formula, with −∞ chosen and not added."""
     T, S = q.shape[-2], k.shape[-2]
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     z = torch.einsum("...td,...sd->...ts", q, k) * (q.shape[-1] ** -0.5 if scale is None else oracles.each_head(scale))
-    z = z if cap is None else oracles.each_head(cap) * torch.tanh(z / oracles.each_head(cap))
-    if isinstance(bias, Relative):
+    z = z if softcap is None else oracles.each_head(softcap) * torch.tanh(z / oracles.each_head(softcap))
+    if isinstance(bias, RelativeBias):
         bias = bias.values[..., torch.arange(S)[None, :] - torch.arange(T)[:, None] + T - 1]
     z = z if bias is None else z + bias
     allowed = torch.tensor(np.array(masks.dense(mask, T, S, np.zeros(0)))) if mask is not None else torch.tensor(True)
@@ -99,13 +99,13 @@ def test_a_cotangent_of_a_forbidden_score_has_no_effect():
 
 @pytest.mark.parametrize("bias", ["none", "... H 1 S", "T S"])
 def test_the_pair_keeps_the_protocol(bias):
-    inputs, static = arguments(AttentionProblem(bias=bias, cap=0.5, per_head=True, scale=-0.5))
+    inputs, static = arguments(AttentionProblem(bias=bias, softcap=0.5, per_head=True, scale=-0.5))
     check_vjp(scores, scores_vjp, inputs, static)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_float32_rounded_once(dtype):
-    inputs, static = arguments(AttentionProblem(mask="window", bias="... H 1 S", cap=0.5), dtype)
+    inputs, static = arguments(AttentionProblem(mask="window", bias="... H 1 S", softcap=0.5), dtype)
     z, cache = scores(*inputs, **static)
     wide, of_wide = scores(*(x.astype(np.float32) for x in inputs), **static)
     dz = np.random.default_rng(3).standard_normal(z.shape).astype(dtype)
@@ -116,7 +116,7 @@ def test_half_types_are_float32_rounded_once(dtype):
 
 
 def test_every_array_library_gives_the_same(xp):
-    inputs, static = arguments(AttentionProblem(mask="window", bias="... H 1 S", cap=0.5))
+    inputs, static = arguments(AttentionProblem(mask="window", bias="... H 1 S", softcap=0.5))
     dz = np.random.default_rng(4).standard_normal((2, 6, 5, 7))
     z, cache = scores(*(xp.to(x) for x in inputs), **static)
     want, of_numpy = scores(*inputs, **static)
@@ -126,7 +126,7 @@ def test_every_array_library_gives_the_same(xp):
 
 
 def test_jax_takes_the_pair_as_it_is():
-    inputs, static = arguments(AttentionProblem(bias="... H 1 S", cap=0.5))
+    inputs, static = arguments(AttentionProblem(bias="... H 1 S", softcap=0.5))
     with jax.enable_x64(True):
         ours = jax.custom_vjp(lambda *a: scores(*a, **static)[0])
         ours.defvjp(lambda *a: scores(*a, **static), scores_vjp)
@@ -143,7 +143,7 @@ def test_jax_takes_the_pair_as_it_is():
         ({"k": np.zeros((2, 2, 7, 11), "float32")}, TypeError, "k must have dtype float64 as q has"),
         ({"bias": np.zeros((4, 7))}, ValueError, "bias must broadcast"),
         ({"mask": np.zeros((5, 7))}, TypeError, "mask must be boolean"),
-        ({"cap": 0.0}, ValueError, "cap must be above 0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be above 0"),
         ({"scale": np.inf}, ValueError, "scale must be finite"),
     ],
 )

@@ -25,16 +25,16 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha.biases import Relative
-from funcmha.decode import KV
-from funcmha.engines import REFERENCE
-from funcmha.rotary import frequencies, rotary
+from funcmha.biases import RelativeBias
+from funcmha.kv_cache import KV
+from funcmha.engines import SEQUENTIAL
+from funcmha.rotary import frequencies, table
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, MODERN_MHA, RELATIVE, MhaProblem, mha_problems
 
 C, P = 17, 13  # width of the input, positions of the whole context
 SQUARE = {"Cq": C, "Ck": C, "Cv": C, "T": P, "S": P}
-FULL = {"norm": "layer", "sink": True, "cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": True}
+FULL = {"qk_norm": "layer", "sink": True, "softcap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": True}
 
 
 def problems(**fields):
@@ -59,14 +59,14 @@ def turns(problem, first, count):
         return None
     width = problem.D // 2 * 2 if "all" in problem.turned else problem.D // 4 * 2
     pairs = "half" if "half" in problem.turned else "interleaved"
-    return rotary(np.arange(first, first + count), frequencies(width), pairs=pairs)
+    return table(np.arange(first, first + count), frequencies(width), pairs=pairs)
 
 
 def drawn(problem, n):
     """params, x of n tokens, the bias of the context, the options, and a cotangent of y."""
     (params, x, _, _, bias), static = problem.inputs("float64"), problem.static()
     dy, *_ = problem.cotangents("float64")
-    static = {name: static.get(name) for name in ("scale", "cap", "norm", "keep")}
+    static = {name: static.get(name) for name in ("scale", "softcap", "qk_norm", "dropout")}
     return params, x[..., :n, :], bias, static, dy[..., :n, :]
 
 
@@ -101,12 +101,12 @@ def back(caches, dys):
 @given(problems(), steps(), lefts)
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
-@example(MhaProblem(**SQUARE, norm="rms", D=8, turned="half of some", K=1, G=3), [3, 0, 2, 1], 0)
+@example(MhaProblem(**SQUARE, qk_norm="rms", D=8, turned="half of some", K=1, G=3), [3, 0, 2, 1], 0)
 def test_steps_are_self_attention_of_all_tokens(each_engine, problem, steps, left):
     """Output and every gradient, to 1e-11, whatever the chunks; of tables and biases that are longer than needed."""
     n = sum(steps)
     params, x, bias, static, dy = drawn(problem, n)
-    middle = None if bias is None else Relative(bias.values[..., P - n : P + n - 1])
+    middle = None if bias is None else RelativeBias(bias.values[..., P - n : P + n - 1])
     causal = {"mask": masks.window(left, 0), "rotary": turns(problem, 0, n)}
     want, cache = self_attention(params, x, middle, **causal, **static)
     y, kv, caches = chain(params, x, bias, steps, left=left, rotary=turns(problem, 0, P), **static)
@@ -127,7 +127,7 @@ def test_steps_are_self_attention_of_all_tokens(each_engine, problem, steps, lef
 # ── one step is torch ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def torch_step(params, x, keys, values, bias, *, left, mask, norm, turn, **static):
+def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, turn, **static):
     """y, weights, lse, keys', values' of tensors, written out: all tokens of the past, or the last `left`."""
     T, kept = x.shape[-2], keys.shape[-2] if left is None else min(left, keys.shape[-2])
     q, k, v = (
@@ -135,7 +135,8 @@ def torch_step(params, x, keys, values, bias, *, left, mask, norm, turn, **stati
         for p in (params["q_proj"], params["k_proj"], params["v_proj"])
     )
     q, k = (
-        oracles.turned(oracles.normalised(a, norm, params.get(f"{n}_norm", {})), turn) for a, n in ((q, "q"), (k, "k"))
+        oracles.turned(oracles.normalised(a, qk_norm, params.get(f"{n}_norm", {})), turn)
+        for a, n in ((q, "q"), (k, "k"))
     )
     keys, values = (torch.cat([a[..., a.shape[-2] - kept :, :], b], -2) for a, b in ((keys, k), (values, v)))
     at, j = np.arange(T)[:, None] + kept, np.arange(kept + T)
@@ -153,7 +154,7 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
     problem = replace(problem, S=held, bias=data.draw(st.sampled_from(["none", "... H T S", "1 S", "T 1"])),
                       mask=data.draw(st.sampled_from(["none", "heads", "padding"])), seeded=False)  # fmt: skip
     (params, x, _, _, bias), static = problem.inputs("float64"), problem.static()
-    static = {name: static.get(name) for name in ("scale", "cap", "norm", "keep", "rate", "mask")}
+    static = {name: static.get(name) for name in ("scale", "softcap", "qk_norm", "dropout", "mask")}
     dy, dweights, dlse = problem.cotangents("float64")
     rng, group = np.random.default_rng(problem.seed), (*problem.batch, problem.K)
     keys, values, dkeys, dvalues = (
@@ -184,7 +185,7 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
 
 # ── the rules of every pair ──────────────────────────────────────────────────────────────────────────────────────
 
-MODERN_STEP = MhaProblem(**SQUARE | {"S": 2 * P - 1 - 3 + 1, "T": 3}, norm="layer", sink=True, cap=0.5, rate=0.3,
+MODERN_STEP = MhaProblem(**SQUARE | {"S": 2 * P - 1 - 3 + 1, "T": 3}, qk_norm="layer", sink=True, softcap=0.5, rate=0.3,
                          seeded=True, bias="... H T+S-1", D=8, turned="half of some", G=2)  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def one_step(dtype, N=5, left=4, **more):
     """Inputs of a step after N tokens, as arrays alone, and its options."""
     params, x, _, _, bias = MODERN_STEP.inputs(dtype)
     static = MODERN_STEP.static()
-    static = {name: static[name] for name in ("scale", "cap", "norm", "keep")} | {"left": left}
+    static = {name: static[name] for name in ("scale", "softcap", "qk_norm", "dropout")} | {"left": left}
     rng, group = np.random.default_rng(1), (2, MODERN_STEP.K, N)
     keys, values = (rng.standard_normal((*group, n)).astype(dtype) for n in (MODERN_STEP.D, MODERN_STEP.E))
     return (params, x, keys, values, bias.values), static | {"rotary": turns(MODERN_STEP, 0, P)} | more
@@ -201,7 +202,7 @@ def one_step(dtype, N=5, left=4, **more):
 def f(params, x, keys, values, bias, **static):
     """The step as a function of arrays to one array."""
     kv = None if keys is None else KV(keys, values, 5)
-    (y, after), cache = self_attention_step(params, x, kv, None if bias is None else Relative(bias), **static)
+    (y, after), cache = self_attention_step(params, x, kv, None if bias is None else RelativeBias(bias), **static)
     return np.concatenate([a.ravel() for a in (y, after.keys, after.values)]), (cache, y, *after[:2])
 
 
@@ -214,7 +215,7 @@ def f_vjp(cache, dy):
     return dparams, dx, dkeys, dvalues, None if dbias is None else dbias.values
 
 
-@pytest.mark.parametrize("engine", [None, REFERENCE], ids=["picked", "reference"])
+@pytest.mark.parametrize("engine", [None, SEQUENTIAL], ids=["picked", "reference"])
 def test_the_step_keeps_the_protocol(engine):
     inputs, static = one_step("float64", engine=engine)
     check_vjp(f, f_vjp, inputs, static)
@@ -245,7 +246,7 @@ def test_half_types_are_rounded_once(dtype, past):
 @pytest.mark.parametrize("N", [0, 5])
 def test_a_cotangent_that_is_none_is_zero(each_engine, N):
     (params, x, keys, values, bias), static = one_step("float64", N=N)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, N), Relative(bias), **static)
+    (y, after), cache = self_attention_step(params, x, KV(keys, values, N), RelativeBias(bias), **static)
     zero = np.zeros_like
     for some, all_of in (
         ((y, None), (y, tuple(map(zero, after[:2])))),
@@ -261,9 +262,9 @@ def test_a_cotangent_that_is_none_is_zero(each_engine, N):
 def test_no_past_is_an_empty_one():
     """None for kv, and for its gradient; else a gradient of no rows."""
     (params, x, keys, values, bias), static = one_step("float64", N=0)
-    (y, after), cache = self_attention_step(params, x, None, Relative(bias), **static)
+    (y, after), cache = self_attention_step(params, x, None, RelativeBias(bias), **static)
     empty = decode.empty(keys, values, capacity=8)
-    (want, after_empty), cache_empty = self_attention_step(params, x, empty, Relative(bias), **static)
+    (want, after_empty), cache_empty = self_attention_step(params, x, empty, RelativeBias(bias), **static)
     assert np.array_equal(y, want)
     jax.tree.map(np.testing.assert_array_equal, after, after_empty)
     dparams, dx, dkv, _ = self_attention_step_vjp(cache, (y, after))
@@ -277,7 +278,7 @@ def test_every_array_library_gives_the_same(xp):
     (params, x, keys, values, bias), static = one_step("float64")
     results = []
     for to, back_ in ((np.array, np.asarray), (xp.to, xp.back)):
-        inputs = tree.map(to, params), to(x), KV(to(keys), to(values), 5), Relative(to(bias))
+        inputs = tree.map(to, params), to(x), KV(to(keys), to(values), 5), RelativeBias(to(bias))
         (y, after), cache = self_attention_step(*inputs, **static)
         dparams, dx, dkv, dbias = self_attention_step_vjp(cache, (y, after))
         found = [y, *after[:2], *tree.flatten(dparams).values(), dx, *dkv[:2], dbias.values]
@@ -288,8 +289,8 @@ def test_every_array_library_gives_the_same(xp):
 
 
 def test_the_cache_is_a_plain_pytree_named_after_its_op():
-    (params, x, keys, values, bias), static = one_step("float64", engine=REFERENCE)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), Relative(bias), **static)
+    (params, x, keys, values, bias), static = one_step("float64", engine=SEQUENTIAL)
+    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), RelativeBias(bias), **static)
     assert type(cache).__name__ == "SelfAttentionStepCache"
     want = jax.tree.leaves(self_attention_step_vjp(cache, (y, after)))
     for flatten, unflatten in (
@@ -305,12 +306,12 @@ def test_the_cache_is_a_plain_pytree_named_after_its_op():
 
 def test_jax_traces_the_step_and_where_it_stands():
     """Under jit `seen` is a tracer: the rows of the table are taken all the same; gradients are JAX's own."""
-    (params, x, keys, values, bias), static = one_step("float64", keep=None)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), Relative(bias), **static)
+    (params, x, keys, values, bias), static = one_step("float64", dropout=None)
+    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), RelativeBias(bias), **static)
     with jax.enable_x64(True):
 
         def loss(params, x, kv, bias):
-            y, after = self_attention_step(params, x, kv, Relative(bias), **static)[0]
+            y, after = self_attention_step(params, x, kv, RelativeBias(bias), **static)[0]
             return sum((a**2).sum() / 2 for a in (y, *after[:2])), (y, *after)
 
         every = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True))
@@ -339,14 +340,14 @@ def test_a_step_copies_no_past():
 
 def test_prompts_of_different_lengths_are_those_of_each_alone(each_engine):
     """Padded on the left to one length: a mask hides the padding, and each sample's table begins where it does."""
-    (params, x, *_), static = one_step("float64", left=None, keep=None)
+    (params, x, *_), static = one_step("float64", left=None, dropout=None)
     x = np.concatenate([x, x[:, ::-1]], axis=1)
     pads, places = np.array([0, 2]), np.arange(8) - np.array([[0], [2]])
-    table = rotary(places[:, None], frequencies(4), pairs="half")
+    turn = table(places[:, None], frequencies(4), pairs="half")
     kv, ys = None, []
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         visible = masks.padding(np.arange(stop) >= pads[:, None])
-        (y, kv), _ = self_attention_step(params, x[:, start:stop], kv, mask=visible, **static | {"rotary": table})
+        (y, kv), _ = self_attention_step(params, x[:, start:stop], kv, mask=visible, **static | {"rotary": turn})
         ys.append(y)
     y = np.concatenate(ys, axis=1)
     for b, pad in enumerate(pads):
@@ -384,15 +385,15 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST), {"rotary": turns(MODERN_STEP, 5, 3)}, ValueError,
          "rotary must have positions 0, 1, … up to 8, as kv.seen=5 and T=3, got 3"),
         ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must come from funcmha.rotary, got tuple"),
-        ((PARAMS, X, PAST), {"rotary": rotary(np.arange(9), frequencies(10))}, ValueError, "rotary must turn D=8"),
+        ((PARAMS, X, PAST), {"rotary": table(np.arange(9), frequencies(10))}, ValueError, "rotary must turn D=8"),
         ((PARAMS, X, PAST), {"mask": np.ones((3, 5), bool)}, ValueError, r"mask must .* = \(2, 4, 3, 7\), got"),
         ((PARAMS, X, PAST, np.ones((3, 8))), {}, ValueError, r"bias must broadcast .* = \(2, 4, 3, 7\), got \(3, 8\)"),
-        ((PARAMS, X, PAST, Relative(BIAS[..., :9])), {}, ValueError, r"bias.values must be .* of P=7 positions"),
-        ((PARAMS, X, PAST, Relative(BIAS[..., 1:])), {}, ValueError, r"bias.values must be \(..., H or 1, 2P − 1\) of"),
-        ((PARAMS, X, PAST, Relative(BIAS[:, :3])), {}, ValueError, "bias.values must broadcast"),
-        ((PARAMS, X, PAST), {"norm": None}, ValueError, "norm must be one that takes q_norm.w"),
-        ((PARAMS, X, PAST), {"cap": 0.0}, ValueError, "cap must be above 0, got 0.0"),
-        ((PARAMS, X, PAST), {"rate": 0.2}, ValueError, "rate must be left out, as keep has rate=0.3"),
+        ((PARAMS, X, PAST, RelativeBias(BIAS[..., :9])), {}, ValueError, r"bias.values must be .* of P=7 positions"),
+        ((PARAMS, X, PAST, RelativeBias(BIAS[..., 1:])), {}, ValueError, r"bias.values must be \(..., H or 1, 2P − 1"),
+        ((PARAMS, X, PAST, RelativeBias(BIAS[:, :3])), {}, ValueError, "bias.values must broadcast"),
+        ((PARAMS, X, PAST), {"qk_norm": None}, ValueError, "qk_norm must be one that takes q_norm.w"),
+        ((PARAMS, X, PAST), {"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
+        ((PARAMS, X, PAST), {"dropout": 0.2}, TypeError, "dropout must be dropout.masked"),
     ],
 )  # fmt: skip
 def test_the_step_refuses(args, static, error, message):
@@ -401,7 +402,7 @@ def test_the_step_refuses(args, static, error, message):
 
 
 def test_the_vjp_refuses_cotangents_that_are_not_of_the_outputs():
-    (y, after), cache = self_attention_step(PARAMS, X, PAST, Relative(BIAS), **STATIC)
+    (y, after), cache = self_attention_step(PARAMS, X, PAST, RelativeBias(BIAS), **STATIC)
     for dy_dkv, error, message in (
         (y, TypeError, r"dy_dkv must be \(dy, dkv\) as the output is, got ndarray"),
         ((None, None), TypeError, "dy_dkv must have dy or dkv, got None for both"),

@@ -40,7 +40,7 @@ def test_head_norms_are_those_of_each_head():
 @pytest.mark.parametrize("T", [5, 600])
 def test_max_logit_is_the_largest_score(engine, mask, T):
     """600 queries are two blocks of rows."""
-    problem = MhaProblem(T=T, mask=mask, scale=0.5, per_head=True, cap=2.0, batch=(2,), bias="... H 1 S")
+    problem = MhaProblem(T=T, mask=mask, scale=0.5, per_head=True, softcap=2.0, batch=(2,), bias="... H 1 S")
     (params, query, key, value, bias), static = problem.inputs("float64"), problem.static()
     _, cache = mha(params, query, key, value, bias, **static, engine=engine)
     allowed = None if static["mask"] is None else masks.dense(static["mask"], T, 7, query)
@@ -61,7 +61,7 @@ def test_max_logit_of_nothing_and_of_self_attention():
 
 def test_pruned_heads_are_gone_and_the_rest_stays():
     """Oracle: the head's columns of the output projection set to 0."""
-    problem = MhaProblem(K=2, G=3, batch=(2,), sink=True, norm="rms", bias_kv=True)
+    problem = MhaProblem(K=2, G=3, batch=(2,), sink=True, qk_norm="rms", bias_kv=True)
     (params, *x), static = problem.inputs("float64"), problem.static()
     for keep in ([0, 1, 3, 5], [4], [5, 3, 2, 0], [0, 1, 2]):
         pruned = surgery.prune_heads(params, keep)

@@ -287,7 +287,9 @@ def test_shapes_are_those_of_the_fields(problem):
         assert (v.shape, y.shape) == ((*B, problem.K, S, problem.E), (*B, H, T, problem.E))
     assert (dweights.shape, dlse.shape) == ((*B, H, T, keys), (*B, H, T))
     assert (bias is None) == (problem.bias == "none")
-    for a, last in ((bias, S), (masks.dense(problem.static()["mask"], T, S, y), S), (problem.static()["keep"], keys)):
+    dropped = problem.static()["dropout"]
+    keep = None if dropped is None else dropped.dense((*B, H, T, keys))
+    for a, last in ((bias, S), (masks.dense(problem.static()["mask"], T, S, y), S), (keep, keys)):
         assert a is None or np.broadcast_shapes(a.shape, (*B, H, T, last)) == (*B, H, T, last)
 
 
@@ -336,7 +338,7 @@ def facts(problem):
     yield from (f"{axis} = 0" for axis in ("T", "S") if getattr(problem, axis) == 0)
     yield from (f"{axis} = 1" for axis in ("T", "S", "D", "E") if getattr(problem, axis) == 1)
     yield from (f"{axis} > 64" for axis in ("T", "S") if getattr(problem, axis) > 64)
-    if problem.rate and not problem.static()["keep"].all():
+    if problem.rate and not problem.static()["dropout"].keep.all():
         yield "something is dropped"
     mask = masks.dense(problem.static()["mask"], problem.T, problem.S, np.zeros(0))
     if mask is not None and mask.size:

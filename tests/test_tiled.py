@@ -33,13 +33,13 @@ from funcmha import (
 )
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
-from funcmha.engines import BATCHED, REFERENCE, TILED
-from funcmha.forward import attention_jvp
-from funcmha.second import attention_vjp_jvp
+from funcmha.engines import BATCHED, SEQUENTIAL, TILED
+from funcmha.derivatives import attention_jvp
+from funcmha.derivatives import attention_vjp_jvp
 from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
-from funcmha.tiled import few, threads, tiles
-from funcmha.tiled.products import product
+from funcmha.engines.tiled import few, threads, tiles
+from funcmha.engines.tiled.products import product
 
 
 def blas_threads():
@@ -64,7 +64,7 @@ def test_float32_stays_within_the_bound(problem):
     arrays, static = problem.inputs("float32"), problem.static()
     do, _, dlse = problem.cotangents("float32")
     wide = [on_bias(lambda a: a.astype("float64"), a) for a in arrays]
-    want_o, want = attention(*wide, **static, engine=REFERENCE)
+    want_o, want = attention(*wide, **static, engine=SEQUENTIAL)
     want_grads = attention_vjp(want, do.astype("float64"), dlse=dlse.astype("float64"))
     bounds = attention_bounds(*arrays[:4], do, sink=arrays[4], **static, dlse=dlse, dtype="float32")
     o, cache = attention(*arrays, **static, engine=TILED)
@@ -80,7 +80,7 @@ def test_float32_stays_within_the_bound(problem):
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "segments", "heads"])
 def test_many_tiles_are_the_reference(mask):
     problem, dtype = large(dtype="float64", mask=mask, bias="... H 1 S")
-    for got, want in zip(both(problem, dtype, TILED), both(problem, dtype, REFERENCE), strict=True):
+    for got, want in zip(both(problem, dtype, TILED), both(problem, dtype, SEQUENTIAL), strict=True):
         close(got, want)
 
 
@@ -91,10 +91,10 @@ def test_a_few_queries_are_the_reference(mask, seeded, monkeypatch):
     monkeypatch.setattr(few, "BLOCK", 3)
     monkeypatch.setattr(tiles, "ROWS", 4)
     monkeypatch.setattr(tiles, "COLS", 3)
-    options = {"cap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
+    options = {"softcap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
     problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
     assert problem.G * problem.T <= few.ROWS
-    for got, want in zip(both(problem, "float64", TILED), both(problem, "float64", REFERENCE), strict=True):
+    for got, want in zip(both(problem, "float64", TILED), both(problem, "float64", SEQUENTIAL), strict=True):
         close(got, want)
 
 
@@ -159,7 +159,7 @@ def test_large_values_overflow_in_no_sum_before_they_are_divided(gain, size):
     rng = np.random.default_rng(0)
     q, k = (gain * rng.standard_normal((2, n, 17), dtype="float32") for n in (131, 151))
     v = size * rng.random((2, 151, 3), dtype="float32")
-    want, _ = attention(*(a.astype("float64") for a in (q, k, v)), engine=REFERENCE)
+    want, _ = attention(*(a.astype("float64") for a in (q, k, v)), engine=SEQUENTIAL)
     np.testing.assert_allclose(attention(q, k, v, engine=TILED)[0], want, rtol=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_scores_of_any_size_are_shifted_as_they_must(mask, sign, size):
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     for dtype in ("float32", "float64"):
         arrays = [a.astype(dtype) for a in (q, k, v)]
-        want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+        want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=SEQUENTIAL)
         o, cache = attention(*arrays, mask=mask, engine=TILED)
         bounds = attention_bounds(*arrays, None, do.astype(dtype), mask=mask, dtype=dtype)
         assert_within(o, want_o, bounds.o, factor=2)
@@ -198,7 +198,7 @@ def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
     v, do, mask = rng.standard_normal((101, 5)), rng.standard_normal((25, 5)), np.arange(101) >= 41 * hidden
     arrays = [a.astype("float32") for a in (q, k, v)]
     bounds = attention_bounds(*arrays, None, do.astype("float32"), mask=mask, dtype="float32")
-    want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=REFERENCE)
+    want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=SEQUENTIAL)
     o, cache = attention(*arrays, mask=mask, engine=TILED)
     grads, want_grads = attention_vjp(cache, do.astype("float32")), attention_vjp(want, do)
     assert_within(log_sum_exp(cache), log_sum_exp(want), bounds.lse, factor=2)
@@ -467,7 +467,7 @@ def test_a_group_of_small_keys_beside_one_of_large_keys():
     q[:, :, :3] *= 1e-4
     q[:, :, 3:] *= 100.0
     k[:, 1] *= 100.0
-    (o, cache), (want_o, want) = (attention(q, k, v, engine=engine) for engine in (TILED, REFERENCE))
+    (o, cache), (want_o, want) = (attention(q, k, v, engine=engine) for engine in (TILED, SEQUENTIAL))
     np.testing.assert_allclose(o, want_o, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(log_sum_exp(cache), log_sum_exp(want), rtol=1e-12)
 
@@ -479,7 +479,7 @@ def test_a_sink_does_not_hide_that_all_keys_of_a_row_were_lost():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few, "ROWS", 0)
         o, _ = attention(q, k, v, None, sink, engine=TILED)
-    want, _ = attention(*(a.astype("f8") for a in (q, k, v)), None, sink.astype("f8"), engine=REFERENCE)
+    want, _ = attention(*(a.astype("f8") for a in (q, k, v)), None, sink.astype("f8"), engine=SEQUENTIAL)
     assert want.all()
     np.testing.assert_allclose(o, want, rtol=2e-5)
 
@@ -488,7 +488,7 @@ def test_a_hidden_score_far_above_all_others_does_not_count():
     q, k = np.full((1, 17, 1), 15, "f4"), np.full((1, 5, 1), -15, "f4")
     k[:, 2] = 15
     v, mask = np.arange(5, dtype="f4").reshape(1, 5, 1), np.arange(5) != 2
-    (o, cache), (want_o, want) = (attention(q, k, v, mask=mask, engine=engine) for engine in (TILED, REFERENCE))
+    (o, cache), (want_o, want) = (attention(q, k, v, mask=mask, engine=engine) for engine in (TILED, SEQUENTIAL))
     np.testing.assert_allclose(o, want_o, rtol=1e-5)
     np.testing.assert_allclose(log_sum_exp(cache), log_sum_exp(want), rtol=1e-5)
 
@@ -506,7 +506,7 @@ def test_linear_in_many_blocks(n_in, n_out, rows):
     rng = np.random.default_rng(0)
     x, w, b, dy = (rng.standard_normal(s) for s in ((*rows, n_in), (n_out, n_in), n_out, (*rows, n_out)))
     results = []
-    for engine in (TILED, REFERENCE):
+    for engine in (TILED, SEQUENTIAL):
         y, cache = engine.linear(x, w, b)
         results.append([y, *engine.linear_vjp(cache, dy)])
     for got, want in zip(*results, strict=True):
@@ -529,7 +529,7 @@ def test_linear_of_dy_in_parts(widths, rows):
 
 
 @pytest.mark.parametrize("head_dim", [5, 53])
-@pytest.mark.parametrize("engine", [TILED, REFERENCE])
+@pytest.mark.parametrize("engine", [TILED, SEQUENTIAL])
 def test_the_three_gradients_of_one_input_are_added_up(engine, head_dim):
     """Narrow projections are one product, wide ones come in turn."""
     params = init(0, 11, 5, head_dim=head_dim, dtype="float64")
@@ -545,7 +545,7 @@ def test_the_three_gradients_of_one_input_are_added_up(engine, head_dim):
 def test_weights_are_made_from_the_cache():
     problem, dtype = large(T=300, dtype="float64", mask="window", bias="H T S")
     arrays, static = problem.inputs(dtype), problem.static()
-    got, want = (attention_weights(attention(*arrays, **static, engine=e)[1]) for e in (TILED, REFERENCE))
+    got, want = (attention_weights(attention(*arrays, **static, engine=e)[1]) for e in (TILED, SEQUENTIAL))
     close(got, want)
 
 
@@ -553,7 +553,7 @@ def test_mha_by_either_engine():
     params = init(0, 48, 6, num_kv_heads=2, bias_kv=True, dtype="float64")
     x = np.random.default_rng(0).standard_normal((2, 300, 48))
     results = []
-    for engine in (TILED, REFERENCE):
+    for engine in (TILED, SEQUENTIAL):
         y, cache = self_attention(params, x, mask=masks.causal(), zero_attn=True, engine=engine)
         dparams, dx, _ = self_attention_vjp(cache, y)
         results.append([y, dx, dparams["q_proj"]["w"], dparams["out_proj"]["b"], dparams["bias_kv"]["v"]])

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
 from funcmha._bias import on_bias
 from funcmha._doors import values_of
-from funcmha.engines import REFERENCE
+from funcmha.dropout import masked
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact
 from funcmha.testing.rounding_ready import ready, ready_vjp, turn
 from funcmha.testing.strategies import (
@@ -68,7 +69,7 @@ def run_attention(inputs, static, cotangents, ops=ops):
 def run_mha(inputs, static, cotangents):
     *x, dy = inputs
     with np.errstate(under="ignore"):
-        y, cache = mha(*x, **static, engine=REFERENCE)
+        y, cache = mha(*x, **static, engine=SEQUENTIAL)
         return MhaBounds(y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, **cotangents))
 
 
@@ -101,12 +102,14 @@ ATTENTION = [
     AttentionProblem(T=64, S=64, mask="empty rows", bias="T S", gain=1e4, rate=0.3),
     AttentionProblem(T=65, S=17, D=64, gain=1e-8, bias="... 1 1 S", scale=-0.5, mask="padding"),
     AttentionProblem(T=5, S=1, family="tiny"),
-    AttentionProblem(T=65, S=100, D=64, mask="causal", sink=True, cap=30.0, bias="T+S-1", gain=10.0),
+    AttentionProblem(T=65, S=100, D=64, mask="causal", sink=True, softcap=30.0, bias="T+S-1", gain=10.0),
     AttentionProblem(
-        T=64, S=65, mask="empty rows", sink=True, cap=0.5, per_head=True, scale=0.3, rate=0.3, seeded=True
+        T=64, S=65, mask="empty rows", sink=True, softcap=0.5, per_head=True, scale=0.3, rate=0.3, seeded=True
     ),
-    AttentionProblem(T=33, S=17, sink=True, family="offset values", bias="... H T+S-1", gain=1e4, cap=30.0, seed=3),
-    AttentionProblem(T=64, S=64, sink=True, cap=0.5, family="equal keys", layout="repeated", bias="1 T+S-1", seed=1),
+    AttentionProblem(T=33, S=17, sink=True, family="offset values", bias="... H T+S-1", gain=1e4, softcap=30.0, seed=3),
+    AttentionProblem(
+        T=64, S=64, sink=True, softcap=0.5, family="equal keys", layout="repeated", bias="1 T+S-1", seed=1
+    ),
     AttentionProblem(batch=(), T=1, S=65, D=64, sink=True, family="offset values"),
 ]
 MHA = [
@@ -157,12 +160,18 @@ MHA = [
         bias_kv=True,
         zero_attn=True,
     ),
-    MhaProblem(T=64, S=65, D=64, mask="causal", norm="rms", turned="half of all", sink=True, cap=30.0, bias="T+S-1"),
     MhaProblem(
-        T=33, S=64, D=11, norm="layer", turned="interleaved of some", bias_kv=True, rate=0.3, seeded=True, gain=1e4
+        T=64, S=65, D=64, mask="causal", qk_norm="rms", turned="half of all", sink=True, softcap=30.0, bias="T+S-1"
     ),
-    MhaProblem(T=65, S=17, D=2, norm="l2", scale=10.0, per_head=True, cap=0.5, zero_attn=True, sink=True, gain=1e-3),
-    MhaProblem(T=64, S=64, D=64, norm="layer", family="equal keys", layout="repeated", biases=False, sink=True, seed=2),
+    MhaProblem(
+        T=33, S=64, D=11, qk_norm="layer", turned="interleaved of some", bias_kv=True, rate=0.3, seeded=True, gain=1e4
+    ),
+    MhaProblem(
+        T=65, S=17, D=2, qk_norm="l2", scale=10.0, per_head=True, softcap=0.5, zero_attn=True, sink=True, gain=1e-3
+    ),
+    MhaProblem(
+        T=64, S=64, D=64, qk_norm="layer", family="equal keys", layout="repeated", biases=False, sink=True, seed=2
+    ),
 ]
 
 
@@ -272,7 +281,9 @@ def test_linear_is_within(dtype, bias):
             assert worst_ratio(got, want, bound) > 0.03
 
 
-@pytest.mark.parametrize("norm", [norms.Rms(), norms.L2(), norms.Layer(), norms.Rms(0.0, offset=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "norm", [norms.RMSNorm(), norms.L2Norm(), norms.LayerNorm(), norms.RMSNorm(0.0, offset=1.0)], ids=str
+)
 @pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (1e-20, 0.0), (1.0, 300.0)])
 def test_a_norm_is_within(norm, size, offset):
     """Of rows far from 0, `layer_norm` is exact in what they differ by, and the others in what they share."""
@@ -303,7 +314,7 @@ def test_a_norm_is_within(norm, size, offset):
 def test_turning_is_within(pairs):
     rng = np.random.default_rng(3)
     x, dy = rng.standard_normal((2, 2, 33, 3, 64), dtype="f4")
-    table = rotary.rotary(np.arange(33), rotary.frequencies(48), pairs=pairs)
+    table = rotary.table(np.arange(33), rotary.frequencies(48), pairs=pairs)
     fl = Arithmetic.of("float32")
 
     def run(x, dy):
@@ -324,7 +335,7 @@ def test_half_types_are_within_a_unit_in_the_last_place(dtype):
     for gain in (1.0, 1e-6):
         found = attention_results(AttentionProblem(T=17, S=65, mask="dense", bias="S", rate=0.3, gain=gain), dtype)
         found |= mha_results(MhaProblem(T=17, S=65, mask="dense", bias_kv=True), dtype)
-        newer = {"norm": "rms", "turned": "half of some", "sink": True, "cap": 5.0}
+        newer = {"qk_norm": "rms", "turned": "half of some", "sink": True, "softcap": 5.0}
         found |= {f"newer {name}": r for name, r in mha_results(MhaProblem(T=17, S=65, **newer), dtype).items()}
         for name, (got, want, bound) in found.items():
             assert_within(got, want, bound, name=name)
@@ -381,7 +392,7 @@ def test_torch_attention_in_float32_is_within(seed):
 # ------------------------------------------------------------------------------------------- the float64 reference (T0)
 
 
-def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, scale, cap):
+def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, scale, softcap):
     """One head with mpmath: o, p, lse, dq, dk, dv, dz, dsink, from the formulas with all sums written out."""
     (T, D), (S, E) = q.shape, v.shape
     q, k, v, bias, do, dweights, dlse = (
@@ -395,8 +406,8 @@ def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, s
     for i in range(T):
         keys = [j for j in range(S) if allowed[i, j]]
         u = {j: scale * mp.fdot(q[i], k[j]) for j in keys}
-        t = {j: mp.tanh(u[j] / cap) if cap else mp.mpf(0) for j in keys}
-        e = {j: mp.exp((cap * t[j] if cap else u[j]) + bias[i][j]) for j in keys}
+        t = {j: mp.tanh(u[j] / softcap) if softcap else mp.mpf(0) for j in keys}
+        e = {j: mp.exp((softcap * t[j] if softcap else u[j]) + bias[i][j]) for j in keys}
         total = mp.fsum(e.values()) + e_sink
         lse[i] = mp.log(total) if total else mp.mpf("-inf")
         for j in keys:
@@ -416,21 +427,22 @@ def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, s
 
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("cap", [None, 3.0], ids=["", "with a cap and a sink"])
-def test_the_float64_reference_equals_mpmath(gain, rate, cap):
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "with a cap and a sink"])
+def test_the_float64_reference_equals_mpmath(gain, rate, softcap):
     problem = AttentionProblem(
-        batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain, sink=cap is not None
+        batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain, sink=softcap is not None
     )
     (q, k, v, bias, do), static, cotangents = arguments(problem, "float64")
     allowed = np.random.default_rng(1).random((5, 7)) < 0.7
     allowed[2], allowed[3] = False, np.arange(7) == 4
-    keep = np.ones((2, 5, 7), bool) if rate == 0 else static["keep"]
-    static |= {"mask": allowed, "scale": 0.75, "cap": cap, "keep": keep, "rate": 0.25 if rate else 0.0}
+    keep = np.ones((2, 5, 7), bool) if rate == 0 else static["dropout"].keep
+    dropout = masked(keep, 0.25 if rate else 0.0)
+    static |= {"mask": allowed, "scale": 0.75, "softcap": softcap, "dropout": dropout}
 
     got = run_attention((q, k, v, bias, do), static, cotangents)
     dweights, dlse = cotangents.values()
     sink = (None, None) if static["sink"] is None else static["sink"]
-    options = static["rate"], 0.75, cap
+    options = dropout.rate, 0.75, softcap
     with mp.workdps(50):
         heads = [
             mp_attention(q[h], k[0], v[0], bias, sink[h], do[h], dweights[h], dlse[h], allowed, keep[h], *options)
@@ -452,8 +464,8 @@ FAULTS = {  # what is wrong: a line of ops.py, the wrong line
     "scale off by 1e-4 in dq": ("    dq = scale * (", "    dq = 1.0001 * scale * ("),
     "no 1/(1 - rate)": ("0.0) / (1 - rate)", "0.0) + 0 * rate"),
     "no dropout in dp": ("dp = _dropout(g @", "dp = (lambda a, *_: a)(g @"),
-    "dropout before Σ p dp only": ("dv = _per_key_head(xp.matrix_transpose(_dropout(p, keep, rate))",
-                                   "dv = _per_key_head(xp.matrix_transpose(p)"),
+    "dropout before Σ p dp only": ("dv = per_key_head(xp.matrix_transpose(_dropout(p, keep, rate))",
+                                   "dv = per_key_head(xp.matrix_transpose(p)"),
     "no dlse": ("dlse is None else r + dlse[..., None]", "dlse is None else r"),
     "no dweights": ("dp = dp if dweights is None else", "dp = dp if True else"),
     "no Σ p dp": ("r = -xp.sum(p * h, axis=-1, keepdims=True)", "r = 0 * m"),
@@ -465,11 +477,11 @@ FAULTS = {  # what is wrong: a line of ops.py, the wrong line
     "scores in half precision": ("p, lse, _ = _softmax(z, mask",
                                  "p, lse, _ = _softmax(z.astype('float16').astype(z.dtype), mask"),
     "weights in half precision": ("    o = _dropout(p,", "    o = _dropout(p.astype('float16').astype(p.dtype),"),
-    "a scale of the first head": ("scale, cap = _per_head(scale, q),",
-                                  "scale, cap = _per_head(scale, q)[:1] * (1 + 0 * q[:1, 0, :1, :1]),"),
-    "no cap": ("c, slope = _soft_cap(u, cap)", "c, slope = u, _soft_cap(u, cap)[1]"),
+    "a scale of the first head": ("scale, softcap = _per_head(scale, q),",
+                                  "scale, softcap = _per_head(scale, q)[:1] * (1 + 0 * q[:1, 0, :1, :1]),"),
+    "no cap": ("c, slope = _soft_cap(u, softcap)", "c, slope = u, _soft_cap(u, softcap)[1]"),
     "no slope of the cap": ("du = dz if slope is None else dz * slope", "du = dz"),
-    "a slope of 1 - tanh": ("return cap * t, 1 - t * t", "return cap * t, 1 - t"),
+    "a slope of 1 - tanh": ("return softcap * t, 1 - t * t", "return softcap * t, 1 - t"),
     "no sink": ("p, lse, _ = _softmax(z, mask, None if sink is None else sink[..., None, None])",
                 "p, lse, _ = _softmax(z, mask)"),
     "a sink's gradient off by 1e-3": ("unbroadcast(xp.sum(drows, axis=-1), sink.shape)",
@@ -493,7 +505,7 @@ def with_fault(fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_outside(fault):
     # in float64, so that all of the difference is the fault's: a hundred times what float32 may differ by
-    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="dense", bias="... H T S", rate=0.3, sink=True, cap=5.0)
+    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="dense", bias="... H T S", rate=0.3, sink=True, softcap=5.0)
     inputs, static, cotangents = arguments(problem)
     static["scale"] = [0.1, 0.11, 0.12, 0.13, 0.14, 0.15]
     bounds = attention_bounds(*inputs, **static, **cotangents, dtype="float32")
@@ -505,7 +517,7 @@ def test_a_fault_is_outside(fault):
 
 @pytest.mark.parametrize("name", ["dsink", "dq", "dk", "dv"])
 def test_a_gradient_that_is_off_by_a_thousandth_is_outside(name):
-    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="causal", sink=True, cap=5.0, bias="T+S-1")
+    problem = AttentionProblem(T=33, S=65, D=64, E=16, mask="causal", sink=True, softcap=5.0, bias="T+S-1")
     _, want, bound = attention_results(problem)[name]
     assert worst_ratio(want, want, bound) == 0
     assert worst_ratio(1.001 * want, want, bound) > 5
@@ -521,11 +533,13 @@ def test_the_bounds_are_not_far_off():
 
 
 def test_the_bounds_of_newer_layers_are_not_far_off():
-    found = attention_results(AttentionProblem(T=65, S=65, D=64, E=64, bias="H T+S-1", sink=True, cap=5.0))
+    found = attention_results(AttentionProblem(T=65, S=65, D=64, E=64, bias="H T+S-1", sink=True, softcap=5.0))
     ratios = {name: worst_ratio(*r) for name, r in found.items()}
     assert min(ratios.values()) > 0.02, ratios  # of dsink there are six entries, each a sum of many errors
     for norm in ("rms", "l2", "layer"):  # the biases of keys move whole rows, and nothing but the cap feels it
-        found = mha_results(MhaProblem(T=17, S=17, D=11, E=13, norm=norm, turned="half of all", sink=True, cap=5.0))
+        found = mha_results(
+            MhaProblem(T=17, S=17, D=11, E=13, qk_norm=norm, turned="half of all", sink=True, softcap=5.0)
+        )
         ratios = {name: worst_ratio(*r) for name, r in found.items()}
         assert min(ratios.values()) > 0.003, ratios
 
@@ -573,7 +587,7 @@ def test_a_bias_of_minus_infinity_is_a_mask():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_arguments_may_come_from_any_library_in_any_dtype(dtype):
     problem = MhaProblem(
-        bias="T S", mask="dense", sink=True, norm="layer", turned="half of all", cap=5.0, per_head=True
+        bias="T S", mask="dense", sink=True, qk_norm="layer", turned="half of all", softcap=5.0, per_head=True
     )
     inputs, static, cotangents = arguments(problem, dtype)
     want = mha_bounds(*inputs, **static, **cotangents, dtype="float32")

@@ -18,7 +18,7 @@ def prepare(case: Case, problem: Problem, variant: str) -> Call:
     if variant == "reference":
         if not HAS_ENGINES:
             raise SkipError("this version has one engine: `funcmha` is the reference")
-        static["engine"] = funcmha.engines.REFERENCE
+        static["engine"] = funcmha.engines.SEQUENTIAL
     if variant == "reference" or not HAS_ENGINES:
         check_memory(case, COPIES)
     return {"self": _self, "cross": _cross, "attention": _attention}[case.kind](problem, static)

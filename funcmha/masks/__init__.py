@@ -1,4 +1,4 @@
-"""Structured masks: which query sees which key, without the T × S array.
+"""Structured masks: which query attends to which key, without the T × S array.
 
     mask = causal() & lengths(np.array([7, 4]))     # True = attend; & keeps what both allow
     y, cache = attention(q, k, v, mask=mask)
@@ -58,7 +58,7 @@ def causal(offset: int | np.ndarray = 0) -> Band | Bands:
 def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) -> Band | Bands:
     """i + offset − left ≤ j ≤ i + offset + right
 
-    Inclusive: left = 3 sees itself and three before. None is no bound. Query i stands at key position i + offset;
+    Inclusive: left = 3 attends to itself and three before. None is no bound. Query i stands at key position i + offset;
     offset an int, or a NumPy array (...) of integers, one per element of the batch.
     """
     left, right = _reach("left", left), _reach("right", right)

@@ -1,8 +1,8 @@
 """The kinds of structured masks. They neither check nor copy what they hold: the functions that make them do."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,13 +11,16 @@ from funcmha._xp import Array, of_sample
 from .mask import Block, Mask, Range, summary, to_library
 
 
-@dataclass(frozen=True, eq=False)
-class Band(Mask):
-    """i + offset − left ≤ j ≤ i + offset + right, where None is no bound. Blocks and columns cost O(1)."""
-
+class _Band(NamedTuple):
     left: int | None
     right: int | None
     offset: int
+
+
+class Band(Mask, _Band):
+    """i + offset − left ≤ j ≤ i + offset + right, where None is no bound. Blocks and columns cost O(1)."""
+
+    __slots__ = ()
 
     @property
     def diagonals(self) -> tuple[float, float]:
@@ -47,12 +50,12 @@ class Band(Mask):
         least, greatest = self.diagonals
         return int(max(0, rows[0] + least)), int(min(S, rows[1] + greatest))
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         start, stop = self.columns((0, T), S)
         keys = np.arange(S)
         return to_library(((start <= keys) & (keys < stop))[None], like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         i, (least, greatest) = np.arange(T), self.diagonals
         return to_library(((i >= -greatest) & (i < S - least) & (S > 0))[:, None], like)
 
@@ -60,13 +63,16 @@ class Band(Mask):
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class Bands(Mask):
-    """i + offset[b] − left ≤ j ≤ i + offset[b] + right. Blocks and columns cost O(batch), and ask its bands."""
-
+class _Bands(NamedTuple):
     left: int | None
     right: int | None
     offset: np.ndarray  # (...) integers
+
+
+class Bands(Mask, _Bands):
+    """i + offset[b] − left ≤ j ≤ i + offset[b] + right. Blocks and columns cost O(batch), and ask its bands."""
+
+    __slots__ = ()
 
     @property
     def bands(self) -> list[Band]:
@@ -88,23 +94,26 @@ class Bands(Mask):
         some = [(start, stop) for start, stop in (band.columns(rows, S) for band in self.bands) if start < stop]
         return (min(start for start, _ in some), max(stop for _, stop in some)) if some else (0, 0)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        seen = [self.at(index).seen(T, S) for index in np.ndindex(self.offset.shape)]
-        return to_library(np.array(seen, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+        some = [self.at(index).attended_keys(T, S) for index in np.ndindex(self.offset.shape)]
+        return to_library(np.array(some, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
-        seeing = [self.at(index).seeing(T, S) for index in np.ndindex(self.offset.shape)]
-        return to_library(np.array(seeing, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
+        some = [self.at(index).attending_queries(T, S) for index in np.ndindex(self.offset.shape)]
+        return to_library(np.array(some, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Band(self.left, self.right, int(of_sample(self.offset, index, 0)))
 
 
-@dataclass(frozen=True, eq=False)
-class Lengths(Mask):
+class _Lengths(NamedTuple):
+    n: np.ndarray  # (...) integers
+
+
+class Lengths(Mask, _Lengths):
     """j < n. Blocks and columns cost O(batch)."""
 
-    n: np.ndarray  # (...) integers
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         return _full_shape(self.n.shape, 1, S)
@@ -124,11 +133,14 @@ class Lengths(Mask):
         return Lengths(of_sample(self.n, index, 0))
 
 
-@dataclass(frozen=True, eq=False)
-class Padding(Mask):
+class _Padding(NamedTuple):
+    keep: np.ndarray  # (..., S) booleans
+
+
+class Padding(Mask, _Padding):
     """keep[j]. Blocks cost O(batch · columns), columns cost O(batch · S)."""
 
-    keep: np.ndarray  # (..., S) booleans
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         _check_size("keep", self.keep, "S", S, "k")
@@ -147,12 +159,15 @@ class Padding(Mask):
         return Padding(of_sample(self.keep, index, 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Segments(Mask):
-    """q_ids[i] = k_ids[j]. Blocks sort their rows and columns, if the extremes do not decide; columns sort all of S."""
-
+class _Segments(NamedTuple):
     q_ids: np.ndarray  # (..., T) integers
     k_ids: np.ndarray  # (..., S) integers
+
+
+class Segments(Mask, _Segments):
+    """q_ids[i] = k_ids[j]. Blocks sort their rows and columns, if the extremes do not decide; columns sort all of S."""
+
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         _check_size("q_ids", self.q_ids, "T", T, "q")
@@ -167,19 +182,19 @@ class Segments(Mask):
         return _of_samples({_meeting(q, k) for q, k in self._samples(rows, cols)})
 
     def _columns(self, rows: Range, S: int) -> Range:
-        seen = np.zeros(S, dtype=bool)
+        attended = np.zeros(S, dtype=bool)
         for q, k in self._samples(rows, (0, S)):
-            seen |= np.isin(k, q)
-        return _span(seen)
+            attended |= np.isin(k, q)
+        return _span(attended)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        seen = [np.isin(k, q) for q, k in self._samples((0, T), (0, S))]
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+        some = [np.isin(k, q) for q, k in self._samples((0, T), (0, S))]
         shape = self._shape(T, S)
-        return to_library(np.array(seen).reshape(*shape[:-2], 1, S), like)
+        return to_library(np.array(some).reshape(*shape[:-2], 1, S), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
-        seeing = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
-        return to_library(np.array(seeing, bool).reshape(*self._shape(T, S)[:-1], 1), like)
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
+        some = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
+        return to_library(np.array(some, bool).reshape(*self._shape(T, S)[:-1], 1), like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
         return Segments(of_sample(self.q_ids, index, 1), of_sample(self.k_ids, index, 1))
@@ -191,13 +206,16 @@ class Segments(Mask):
             yield of_sample(self.q_ids, index, 1)[slice(*rows)], of_sample(self.k_ids, index, 1)[slice(*cols)]
 
 
-@dataclass(frozen=True, eq=False)
-class Spans(Mask):
-    """start[i] ≤ j < stop[i]. Blocks and columns cost O(rows); made by `funcmha.packing`."""
-
+class _Spans(NamedTuple):
     start: np.ndarray  # (T,) integers, at most stop
     stop: np.ndarray  # (T,) integers, at most S
     keys: int  # S
+
+
+class Spans(Mask, _Spans):
+    """start[i] ≤ j < stop[i]. Blocks and columns cost O(rows); made by `funcmha.packing`."""
+
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         if (self.start.size, self.keys) != (T, S):
@@ -223,12 +241,12 @@ class Spans(Mask):
         some = start < stop
         return int(start[some].min(initial=S)), int(stop[some].max(initial=0))
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
-        seen = (np.cumsum(opened - closed) > 0)[None, :S]
-        return to_library(seen, like)
+        attended = (np.cumsum(opened - closed) > 0)[None, :S]
+        return to_library(attended, like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return to_library((self.start < self.stop)[:, None], like)
 
     def _at(self, index: tuple[int, ...]) -> Mask:
@@ -259,9 +277,9 @@ def _meeting(q: np.ndarray, k: np.ndarray) -> Block:
     return "mixed" if np.isin(q, k).any() else "empty"
 
 
-def _span(seen: np.ndarray) -> Range:
+def _span(some: np.ndarray) -> Range:
     """From the first True to the last."""
-    found = np.flatnonzero(seen)
+    found = np.flatnonzero(some)
     return (int(found[0]), int(found[-1]) + 1) if found.size else (0, 0)
 
 

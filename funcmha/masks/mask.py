@@ -2,10 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -22,9 +21,16 @@ class Mask(ABC):
 
     `mask & other` and `other & mask` are what both allow; `other` is a mask or a boolean array. (Libraries that refuse
     foreign operands, such as array-api-strict, want the mask on the left.)
+
+    Each kind is also a `NamedTuple` of what it holds, so that a cache with a mask is a plain pytree. Two masks are
+    equal only if they are one: their arrays are not compared.
     """
 
+    __slots__ = ()
     __array_ufunc__ = None  # so that NumPy leaves array & mask to __rand__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
 
     def shape(self, T: int, S: int) -> tuple[int, ...]:
         """The shape that `dense(T, S)` has, which is not made; ValueError if the mask was built for another T or S."""
@@ -53,27 +59,27 @@ class Mask(ABC):
         return "empty" if rows[0] >= rows[1] or cols[0] >= cols[1] else self._block(rows, cols)
 
     def columns(self, rows: Range, S: int) -> Range:
-        """The columns outside which these rows see nothing; (0, 0) if they see nothing at all.
+        """The columns outside which these rows attend to nothing; (0, 0) if there are none.
 
         The least such range, but for arrays (always all of S) and intersections (all that is common to their parts).
         """
         start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
         return (start, stop) if start < stop else (0, 0)
 
-    def seen(self, T: int, S: int, like: Array = None) -> Array:
-        """The keys that any query sees: the rows of `dense(T, S, like)` joined into one by or, at the cost of one.
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+        """The keys that any query attends to: the rows of `dense(T, S, like)` joined by or, at the cost of one row.
 
-        An array costs all its rows. An intersection says what each part sees, which may be more than all of them do.
+        An array costs all its rows. An intersection says what each part allows, which may be more than all of them do.
         """
-        return self._seen(T, S, like)
+        return self._attended_keys(T, S, like)
 
-    def seeing(self, T: int, S: int, like: Array = None) -> Array:
-        """The queries that see any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+        """The queries that attend to any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
 
         Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
         array costs all its columns, and an intersection with one outside NumPy is made whole.
         """
-        return self._seeing(T, S, like)
+        return self._attending_queries(T, S, like)
 
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
@@ -106,10 +112,10 @@ class Mask(ABC):
     def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
         return self._tile((0, 1), (0, S), like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:  # of the same
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:  # of the same
         return to_library(self._tile((0, 1), (0, S), None).any(axis=-1, keepdims=True), like)
 
     @abstractmethod
@@ -119,11 +125,14 @@ class Mask(ABC):
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class Dense(Mask):
+class _Dense(NamedTuple):
+    array: Array  # (T or 1, S or 1), and before them nothing, (H or 1) or (..., H or 1)
+
+
+class Dense(Mask, _Dense):
     """A boolean array of any library, which is not copied. Blocks read their tile."""
 
-    array: Array  # (T or 1, S or 1), and before them nothing, (H or 1) or (..., H or 1)
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         shape = tuple(self.array.shape)
@@ -144,10 +153,10 @@ class Dense(Mask):
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return self._any(-2, T, S, like)
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return self._any(-1, T, S, like)
 
     def _any(self, axis: int, T: int, S: int, like: Array) -> Array:
@@ -161,11 +170,14 @@ class Dense(Mask):
         return Dense(self.array[..., heads, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
 
 
-@dataclass(frozen=True, eq=False)
-class Intersection(Mask):
+class _Intersection(NamedTuple):
+    parts: tuple[Mask, ...]  # two or more, none of them an intersection
+
+
+class Intersection(Mask, _Intersection):
     """What every part allows."""
 
-    parts: tuple[Mask, ...]  # two or more, none of them an intersection
+    __slots__ = ()
 
     def _shape(self, T: int, S: int) -> tuple[int, ...]:
         shapes = [part.shape(T, S) for part in self.parts]
@@ -187,23 +199,23 @@ class Intersection(Mask):
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
 
-    def _seen(self, T: int, S: int, like: Array) -> Array:
-        return reduce(and_, (part.seen(T, S, like) for part in self.parts))
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+        return reduce(and_, (part.attended_keys(T, S, like) for part in self.parts))
 
-    def _seeing(self, T: int, S: int, like: Array) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
             whole = self._tile((0, T), (0, S), like)
             return namespace(whole).any(whole, axis=-1, keepdims=True)
-        may = reduce(and_, (part.seeing(T, S) for part in self.parts))
+        may = reduce(and_, (part.attending_queries(T, S) for part in self.parts))
         return to_library(self._found(np.broadcast_to(may, (*self._shape(T, S)[:-1], 1)), S), like)
 
     def _found(self, may: np.ndarray, S: int) -> np.ndarray:
-        """Of the queries that may see a key, as each part has one for them, those that do     (..., H, T or 1, 1)"""
+        """Of the queries for which each part has a key, those that attend to one     (..., H, T or 1, 1)"""
         found = np.zeros(may.shape, dtype=bool)
         for start in range(0, may.shape[-2], ROWS):
             rows = start, min(start + ROWS, may.shape[-2])
             wanted, some = may[..., slice(*rows), :], found[..., slice(*rows), :]  # a view, written to
-            for cols in _widening(self.columns(rows, S)):
+            for cols in _wider_each_time(self.columns(rows, S)):
                 if np.array_equal(some, wanted):
                     break
                 some |= self.tile(rows, cols).any(axis=-1, keepdims=True)
@@ -230,7 +242,7 @@ def _parts(mask: Mask) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, Intersection) else (mask,)
 
 
-def _widening(cols: Range) -> Iterator[Range]:
+def _wider_each_time(cols: Range) -> Iterator[Range]:
     """Columns from left to right, few at first, then twice as many each time."""
     (start, stop), width = cols, COLS
     while start < stop:

@@ -27,7 +27,7 @@ from .rounding import EXP, Arithmetic, Rounded, alike, each, tie, transpose
 class Static(NamedTuple):
     mask: Array
     scale: Array | float | None  # of every head, or (H, 1, 1)
-    cap: Array | float | None  # of every head, or (H, 1, 1)
+    softcap: Array | float | None  # of every head, or (H, 1, 1)
     keep: Array
     rate: float
     dweights: Rounded | None
@@ -35,19 +35,19 @@ class Static(NamedTuple):
     recomputed: bool
 
 
-def soft_cap(fl: Arithmetic, z: Rounded, cap: Array | float) -> tuple[Rounded, Rounded]:
-    """`ops._soft_cap`: cap · tanh(z / cap), and its slope 1 − tanh²"""
-    a, roundings = z.value / cap, 1 + fl.constant(cap)
+def soft_cap(fl: Arithmetic, z: Rounded, softcap: Array | float) -> tuple[Rounded, Rounded]:
+    """`ops._soft_cap`: softcap · tanh(z / softcap), and its slope 1 − tanh²"""
+    a, roundings = z.value / softcap, 1 + fl.constant(softcap)
     t = np.tanh(a)
 
     def moved(by: Array) -> Array:  # how far tanh may move with a: it is steepest where a comes nearest to 0
         return np.minimum(by * (1 - np.tanh(np.maximum(np.abs(a) - by, 0.0)) ** 2), 1 + np.abs(t))
 
-    t_error = moved(z.error / cap + roundings * fl.rounding(np.abs(a))) + EXP * fl.rounding(np.abs(t))
-    c_error = cap * t_error + roundings * fl.rounding(np.abs(cap * t))
+    t_error = moved(z.error / softcap + roundings * fl.rounding(np.abs(a))) + EXP * fl.rounding(np.abs(t))
+    c_error = softcap * t_error + roundings * fl.rounding(np.abs(softcap * t))
     slope_error = (2 * np.abs(t) + t_error) * t_error + fl.u
-    of_rows = [moved(np.abs(row) / cap) for row in z.rows]
-    c = Rounded(cap * t, c_error, tuple(cap * by for by in of_rows))
+    of_rows = [moved(np.abs(row) / softcap) for row in z.rows]
+    c = Rounded(softcap * t, c_error, tuple(softcap * by for by in of_rows))
     return c, Rounded(1 - t * t, slope_error, tuple((2 * np.abs(t) + by) * by for by in of_rows))
 
 
@@ -125,8 +125,8 @@ def scores(
     qs = fl.times(q, max(D, 1) ** -0.5 if static.scale is None else static.scale)
     z, slope = fl.matmul(qs, k_t), None
     z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k_t.value**2)))  # an error of a query is one for its keys
-    if static.cap is not None:
-        z, slope = soft_cap(fl, z, static.cap)
+    if static.softcap is not None:
+        z, slope = soft_cap(fl, z, static.softcap)
     return qs, z if bias is None else fl.add(z, bias), slope
 
 
@@ -201,7 +201,7 @@ def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
 
 
 def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Rounded:
-    """`_bias.dense_bias_vjp` of a `Relative`: the sums along the diagonals, over the axes that `shape` repeats"""
+    """`RelativeBias.dense_vjp`: the sums along the diagonals, over the axes that `shape` repeats"""
     value, size, square = (diagonal_sums(a) for a in (dz.value, np.abs(dz.value), dz.error**2))
     n = diagonal_sums(np.ones(dz.value.shape[-2:])) * (size.size / max(prod(shape), 1))
     error = fl.rounding(unbroadcast(size, shape), n) + np.sqrt(unbroadcast(square, shape))
@@ -209,7 +209,7 @@ def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Round
 
 
 def per_key_head(fl: Arithmetic, g: Rounded, group: int) -> Rounded:
-    """`ops._per_key_head`"""
+    """`ops.per_key_head`"""
     if group == 1:
         return g
     *batch, H, S, D = g.value.shape

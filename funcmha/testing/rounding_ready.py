@@ -4,8 +4,8 @@
   * Rows are divided by a power of two first, so nothing under- or overflows on the way.
   * A table is rounded once. Turning is two sums of two products, and turns what is one error in a row as it turns x.
 
-Not covered: rows that an eps of 0 leaves nothing to divide by, and rows as long as the eps of `L2`, to rounding, whose
-gradient jumps there.
+Not covered: rows that an eps of 0 leaves nothing to divide by, and rows as long as the eps of `L2Norm`, to rounding,
+whose gradient jumps there.
 
 Axes: T positions, H heads, D width, N pairs of features that turn; `...` is batch.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha._xp import Array
-from funcmha.norms import L2, Layer, Norm, Rms
+from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
 
@@ -28,7 +28,7 @@ class Normed(NamedTuple):
     n: Rounded  # (..., T, H, D)
     root: Array  # (..., T, H, 1)
     off: Array  # (..., T, H, 1), the relative error of 1 / root
-    short: Array  # (..., T, H, 1), whether the root is the eps of `L2`
+    short: Array  # (..., T, H, 1), whether the root is the eps of `L2Norm`
 
 
 def ready(
@@ -57,7 +57,7 @@ def ready_vjp(
 
 def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
     """w, with the offset of `rms_norm` if there is one"""
-    offset = norm.offset if isinstance(norm, Rms) else 0.0
+    offset = norm.offset if isinstance(norm, RMSNorm) else 0.0
     return fl.add(w, Rounded(np.full(w.value.shape, offset), np.zeros(w.value.shape))) if offset else w
 
 
@@ -66,8 +66,8 @@ def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
 
 def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     """n = x / root, and its root: of `norms.rms_norm`, `l2_norm` or `layer_norm`"""
-    x = less_its_mean(fl, x, True) if isinstance(norm, Layer) else x
-    D, unit = max(x.value.shape[-1], 1), isinstance(norm, L2)
+    x = less_its_mean(fl, x, True) if isinstance(norm, LayerNorm) else x
+    D, unit = max(x.value.shape[-1], 1), isinstance(norm, L2Norm)
     square, own = _sum(x.value**2), x.error - sum(map(np.abs, x.rows), np.zeros(()))
     error = 2 * np.sqrt(_sum((x.value * own) ** 2)) + _sum(x.error**2) + (1 + D**0.5) * fl.u * square
     error += sum((2 * np.abs(_sum(x.value * row)) for row in x.rows), np.zeros(()))
@@ -101,8 +101,8 @@ def less_its_mean(fl: Arithmetic, x: Rounded, shift: bool) -> Rounded:
 def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Rounded:
     """dx = (g − n mean(n g)) / root, with the sum for the mean in `l2_norm`, and g less its mean in `layer_norm`"""
     n, root, off, short = cache
-    g = less_its_mean(fl, g, False) if isinstance(norm, Layer) else g
-    share = np.where(short, 0.0, 1.0 if isinstance(norm, L2) else 1 / max(n.value.shape[-1], 1))
+    g = less_its_mean(fl, g, False) if isinstance(norm, LayerNorm) else g
+    share = np.where(short, 0.0, 1.0 if isinstance(norm, L2Norm) else 1 / max(n.value.shape[-1], 1))
     along = fl.matmul(each(lambda a: a[..., None, :], n), transpose(each(lambda a: a[..., None, :], g)))
     a, a_error = along.value[..., 0] * share, along.error[..., 0] * share
     a_error = a_error + fl.rounding(np.abs(a))
@@ -116,7 +116,7 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
 
 
 def over_rows(fl: Arithmetic, g: Rounded) -> Rounded:
-    """`norms._row_sum`: Σ over all but the last axis"""
+    """`norms.rows.row_sum`: Σ over all but the last axis"""
     D = g.value.shape[-1]
     rows = tie(Rounded(g.value.reshape(-1, D), g.error.reshape(-1, D)))
     return each(lambda a: a[0], fl.unbroadcast(rows, (1, D)))  # type: ignore[no-any-return]

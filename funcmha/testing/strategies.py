@@ -37,7 +37,7 @@ BIASES = (
     "T 1",
     "S",
 )
-RELATIVE = ("... H T+S-1", "1 T+S-1", "T+S-1")  # biases that are a `Relative`
+RELATIVE = ("... H T+S-1", "1 T+S-1", "T+S-1")  # biases that are a `RelativeBias`
 FAMILIES = ("normal", "ties", "equal keys", "one hot", "offset values", "powers of two", "tiny", "zeros")
 NORMS = ("none", "rms", "l2", "layer")
 ROTARIES = ("none", "half of all", "half of some", "interleaved of all", "interleaved of some")
@@ -62,8 +62,8 @@ class AttentionProblem:
     rate: float = 0.0  # of dropout
     seeded: bool = False  # whether dropout is drawn from a seed
     scale: float | None = None
-    cap: float | None = None
-    per_head: bool = False  # whether scale and cap, where given, are one for each head
+    softcap: float | None = None
+    per_head: bool = False  # whether scale and softcap, where given, are one for each head
     gain: float = 1.0  # multiplies the queries, and so the scores
     family: str = "normal"  # one of FAMILIES: what the values are like
     layout: str = "contiguous"  # one of LAYOUTS: how they lie in memory
@@ -88,16 +88,21 @@ class AttentionProblem:
         return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, keep, rate, and cap if there is one."""
+        """The keyword arguments: mask, scale, dropout, and softcap if there is one."""
         static = {"mask": self._mask(), "scale": self._each_head(self.scale, 0.25)}
-        static |= {} if self.cap is None else {"cap": self._each_head(self.cap, 0.375)}
-        if self.rate and self.seeded:
-            return static | {"keep": dropout.seeded(self.seed, self.rate), "rate": 0.0}
+        static |= {} if self.softcap is None else {"softcap": self._each_head(self.softcap, 0.375)}
+        return static | {"dropout": self._dropout()}
+
+    def _dropout(self) -> dropout.Masked | dropout.Seeded | None:
+        if not self.rate:
+            return None
+        if self.seeded:
+            return dropout.seeded(self.seed, self.rate)
         keep = _frozen(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
-        return static | {"keep": keep if self.rate else None, "rate": self.rate}
+        return dropout.masked(keep, self.rate)
 
     def _each_head(self, x: float | None, step: float) -> Any:
-        """A number, or numbers from it on in steps of so much of it; of scale / cap too no two are alike."""
+        """A number, or numbers from it on in steps of so much of it; of scale / softcap too no two are alike."""
         return x if x is None or not self.per_head else tuple(x * (1 + step * h) for h in range(self.H))
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
@@ -120,7 +125,7 @@ class AttentionProblem:
         size["T+S-1"] = (max(self.T + self.S - 1, 0),)
         shape = tuple(n for axis in self.bias.split() for n in size[axis])
         bias = self._lay(self._normal("bias", shape), dtype)
-        return biases.Relative(bias) if "T+S-1" in self.bias else bias
+        return biases.RelativeBias(bias) if "T+S-1" in self.bias else bias
 
     def _mask(self) -> Any:
         rng, batch, T, S = self._rng("mask"), self.batch, self.T, self.S
@@ -182,7 +187,7 @@ class MhaProblem(AttentionProblem):
     biases: bool = True
     bias_kv: bool = False
     zero_attn: bool = False
-    norm: str = "none"  # one of NORMS
+    qk_norm: str = "none"  # one of NORMS
     turned: str = "none"  # one of ROTARIES
 
     @property
@@ -199,9 +204,9 @@ class MhaProblem(AttentionProblem):
         return self._params(dtype), *arrays, self._bias(dtype)
 
     def static(self) -> dict[str, Any]:
-        """The keyword arguments: mask, scale, keep, rate, zero_attn, and cap, norm and rotary if there are any."""
-        norm = {"none": None, "rms": norms.Rms(), "l2": norms.L2(), "layer": norms.Layer()}[self.norm]
-        more = {"norm": norm, "rotary": self._rotary()}
+        """The keyword arguments: mask, scale, dropout, zero_attn, and softcap, qk_norm and rotary if there are any."""
+        norm = {"none": None, "rms": norms.RMSNorm(), "l2": norms.L2Norm(), "layer": norms.LayerNorm()}[self.qk_norm]
+        more = {"qk_norm": norm, "rotary": self._rotary()}
         return super().static() | {"zero_attn": self.zero_attn} | {name: x for name, x in more.items() if x is not None}
 
     def _rotary(self) -> Any:
@@ -211,7 +216,7 @@ class MhaProblem(AttentionProblem):
         width = self.D // 2 * 2 if "all" in self.turned else self.D // 4 * 2
         pairs: Any = "half" if "half" in self.turned else "interleaved"
         places = (np.arange(n) + start for n, start in ((self.T, 3), (self.S, 0)))
-        q, k = (rotary.rotary(p, rotary.frequencies(width), pairs=pairs) for p in places)
+        q, k = (rotary.table(p, rotary.frequencies(width), pairs=pairs) for p in places)
         return q, k
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
@@ -232,7 +237,7 @@ class MhaProblem(AttentionProblem):
     def _has(self, leaf: str) -> bool:
         group, _, name = leaf.partition(".")
         if group in ("q_norm", "k_norm"):
-            return self.norm == "layer" or (self.norm == "rms" and name == "w")
+            return self.qk_norm == "layer" or (self.qk_norm == "rms" and name == "w")
         if group in ("bias_kv", "sink"):
             return self.bias_kv if group == "bias_kv" else self.sink
         return name == "w" or self.biases
@@ -274,10 +279,10 @@ MODERN: dict[str, Any] = {
     "bias": st.sampled_from([*BIASES, *RELATIVE]),
     "sink": st.booleans(),
     "seeded": st.booleans(),
-    "cap": st.sampled_from([None, None, 0.5, 30.0]),
+    "softcap": st.sampled_from([None, None, 0.5, 30.0]),
     "per_head": st.booleans(),
 }
-MODERN_MHA: dict[str, Any] = {"norm": st.sampled_from(NORMS), "turned": st.sampled_from(ROTARIES)}
+MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from(NORMS), "turned": st.sampled_from(ROTARIES)}
 
 
 def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[AttentionProblem]:
@@ -291,5 +296,5 @@ def mha_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[MhaProbl
 
 
 def _agrees(problem: MhaProblem) -> bool:
-    """An appended key has no position, and so no part in a `Relative`."""
+    """An appended key has no position, and so no part in a `RelativeBias`."""
     return "T+S-1" not in problem.bias or not (problem.bias_kv or problem.zero_attn)

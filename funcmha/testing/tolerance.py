@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import tree
-from funcmha._bias import dense_bias
 from funcmha._xp import HALF, Array
-from funcmha.biases import Relative
-from funcmha.dropout import Seeded
-from funcmha.heads import extend, extend_scores
-from funcmha.masks import Mask, dense
+from funcmha.biases import ArrayBias, RelativeBias
+from funcmha.dropout import Masked, Seeded
+from funcmha.engines.grouped import append_rows
+from funcmha.masks import Mask, as_mask, dense
+from funcmha.masks.appended import append_keys
 from funcmha.norms import Norm
 from funcmha.params import Params
 from funcmha.rotary import Rotary
@@ -89,7 +89,7 @@ class AttentionBounds(NamedTuple):
     dq: Array
     dk: Array
     dv: Array
-    dbias: Array | Relative
+    dbias: Array | RelativeBias
     dsink: Array
 
 
@@ -101,7 +101,7 @@ class MhaBounds(NamedTuple):
     dquery: Array
     dkey: Array
     dvalue: Array
-    dbias: Array | Relative
+    dbias: Array | RelativeBias
 
 
 def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> LinearBounds:
@@ -115,16 +115,15 @@ def attention_bounds(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | Relative,
+    bias: Array | RelativeBias,
     do: Array,
     /,
     *,
     sink: Array = None,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
-    keep: Array | Seeded = None,
-    rate: float = 0.0,
+    softcap: float | Sequence[float] | None = None,
+    dropout: Masked | Seeded | None = None,
     dweights: Array = None,
     dlse: Array = None,
     recomputed: bool = False,
@@ -136,9 +135,9 @@ def attention_bounds(
     """
     fl, T, S = Arithmetic.of(dtype), q.shape[-2], k.shape[-2]
     mask = host(dense(mask, T, S, None))
-    keep, rate = _keep(keep, rate, (*q.shape[:-1], S))
+    keep, rate = _keep(dropout, (*q.shape[:-1], S))
     q, k, v, sink, do, dweights, dlse = (exact(a) for a in (q, k, v, sink, do, dweights, dlse))
-    static = Static(mask, _per_head(scale), _per_head(cap), keep, rate, dweights, dlse, recomputed)
+    static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
     o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, _exact_bias(bias, T, S), sink, do, static)
     o, dq, dk, dv, dbias, dsink = _bounds((o, dq, dk, dv, _dbias(fl, bias, dz), dsink), dtype)
     return AttentionBounds(o, p.error, lse.error, dq, dk, dv, _as(bias, dbias), dsink)
@@ -149,18 +148,17 @@ def mha_bounds(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | Relative,
+    bias: Array | RelativeBias,
     dy: Array,
     /,
     *,
     mask: Array | Mask = None,
     scale: float | Sequence[float] | None = None,
-    cap: float | Sequence[float] | None = None,
+    softcap: float | Sequence[float] | None = None,
     zero_attn: bool = False,
-    norm: Norm | None = None,
+    qk_norm: Norm | None = None,
     rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
-    keep: Array | Seeded = None,
-    rate: float = 0.0,
+    dropout: Masked | Seeded | None = None,
     dweights: Array = None,
     dlse: Array = None,
     recomputed: bool = False,
@@ -173,23 +171,24 @@ def mha_bounds(
     rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
     extra = (rows["k"] is not None) + zero
     turns: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
-    mask, added = extend_scores(host(dense(mask, T, S, None)), S, extra, True), _exact_bias(bias, T, S)
+    mask, added = append_keys(None if mask is None else as_mask(mask), T, S, extra, None), _exact_bias(bias, T, S)
+    mask = host(dense(mask, T, S + extra, None))
 
-    q, q_ready = ready(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), norm, turns[0])
-    k, k_ready = ready(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), norm, turns[1])
+    q, q_ready = ready(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, turns[0])
+    k, k_ready = ready(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), qk_norm, turns[1])
     k, v = _extend(k, rows["k"], zero), _extend(fl.project(params["v_proj"], value), rows["v"], zero)
     do = fl.combine_do(params["out_proj"], dy)
     q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
-    keep, rate = _keep(keep, rate, (*q.value.shape[:-1], S + extra))
-    static = Static(mask, _per_head(scale), _per_head(cap), keep, rate, dweights, dlse, recomputed)
-    added = each(lambda a: extend_scores(a, S, extra, 0.0), added)
+    keep, rate = _keep(dropout, (*q.value.shape[:-1], S + extra))
+    static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
+    added = None if added is None else each(lambda a: ArrayBias(a).append_keys(S, extra).values, added)
     o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, added, sink["w"], do, static)
     o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
     y, dout_proj = fl.combine(params["out_proj"], o, dy)
 
     own_dk, own_dv = (each(lambda a: a[..., :S, :, :], dx) for dx in (dk, dv))
-    own_dk, dk_norm = ready_vjp(fl, k_ready, params.get("k_norm", {}), norm, turns[1], own_dk)
-    dq, dq_norm = ready_vjp(fl, q_ready, params.get("q_norm", {}), norm, turns[0], dq)
+    own_dk, dk_norm = ready_vjp(fl, k_ready, params.get("k_norm", {}), qk_norm, turns[1], own_dk)
+    dq, dq_norm = ready_vjp(fl, q_ready, params.get("q_norm", {}), qk_norm, turns[0], dq)
     dq_proj, dquery = fl.project_vjp(params["q_proj"], query, dq)
     dk_proj, dkey = fl.project_vjp(params["k_proj"], key, own_dk)
     dv_proj, dvalue = fl.project_vjp(params["v_proj"], value, own_dv)
@@ -213,26 +212,26 @@ def _swap_heads(a: Array) -> Array:
 
 
 def _extend(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
-    """`heads.extend`"""
+    """`grouped.append_rows`"""
     value, none = (None, None) if row is None else (row.value, np.zeros(row.value.shape))
-    rows = tuple(extend(row, none, zero) for row in x.rows)
-    return Rounded(extend(x.value, value, zero), extend(x.error, none, zero), rows)
+    rows = tuple(append_rows(row, none, zero) for row in x.rows)
+    return Rounded(append_rows(x.value, value, zero), append_rows(x.error, none, zero), rows)
 
 
 def _exact_bias(bias: Any, T: int, S: int) -> Any:
     """A bias without error, as an array that broadcasts to (..., H, T, S)."""
-    return exact(dense_bias(Relative(host(bias.values)), T, S) if isinstance(bias, Relative) else bias)
+    return exact(RelativeBias(host(bias.values)).dense(T, S) if isinstance(bias, RelativeBias) else bias)
 
 
 def _dbias(fl: Arithmetic, bias: Any, dz: Rounded) -> Any:
-    """`_bias.dense_bias_vjp`"""
-    if isinstance(bias, Relative):
+    """`dense_vjp` of a bias"""
+    if isinstance(bias, RelativeBias):
         return over_diagonals(fl, dz, tuple(bias.values.shape))
     return None if bias is None else fl.unbroadcast(dz, tuple(bias.shape))
 
 
 def _as(bias: Any, bound: Array) -> Any:
-    return Relative(bound) if isinstance(bias, Relative) else bound
+    return RelativeBias(bound) if isinstance(bias, RelativeBias) else bound
 
 
 def _per_head(x: Any) -> Any:
@@ -240,9 +239,9 @@ def _per_head(x: Any) -> Any:
     return np.asarray(x, np.float64)[:, None, None] if isinstance(x, tuple | list | np.ndarray) else x
 
 
-def _keep(keep: Any, rate: float, shape: tuple[int, ...]) -> tuple[Array, float]:
+def _keep(dropout: Masked | Seeded | None, shape: tuple[int, ...]) -> tuple[Array, float]:
     """The booleans of dropout, or None, and its rate."""
-    return (keep.dense(shape), keep.rate) if isinstance(keep, Seeded) else (host(keep), rate)
+    return (None, 0.0) if dropout is None else (host(dropout.dense(shape)), dropout.rate)
 
 
 def _bounds(results: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, joined: `flash_attn_combine` is `funcmha.merge`, part after part.
+"""`flash_attn_combine`: attention over parts of the keys, joined by `funcmha.merge`, part after part.
 
 Axes: Z parts, B batch, T queries, N queries of all sequences, H query heads, E value width; `...` is B T, or N.
 """
@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from funcmha import _check
 from funcmha._xp import Array, full, namespace, narrow, or_zeros, outline, widen
+from funcmha.engines import log_sum_exp
 from funcmha.merge import MergeCache, merge, merge_vjp
-from funcmha.ops import INF, log_sum_exp
+from funcmha.ops import INF
 
 
 class FlashAttnCombineCache(NamedTuple):
-    out_partial: Array  # (Z, ..., H, E, 0): nothing but its shape
+    out_partial: Array  # (Z, ..., H, E, 0): only the shape
     merges: tuple[MergeCache, ...]  # Z
 
 
@@ -21,9 +22,9 @@ def flash_attn_combine(out_partial: Array, lse_partial: Array, /) -> tuple[tuple
     out_partial (Z, B, T, H, E) or (Z, N, H, E)   lse_partial (Z, B, T, H) or (Z, N, H)
       →   out (B, T, H, E) or (N, H, E)   lse (B, T, H) or (N, H)
 
-    lse has its heads last here, as in the original, whose kernels hand it out with the tokens last. A part with lse −∞
-    is empty, whatever its out is; where all are, out is 0 and lse −∞. lse is float32 where out is of a half type, which
-    is rounded once, at the end. FA3's and FA4's, where it has no gradient.
+    lse has heads last, as in the original; its kernels return it with tokens last. A part with lse −∞ is empty and has
+    no effect; where all are, out is 0 and lse −∞. For half types out is rounded once, at the end, and lse is float32.
+    FA3's and FA4's, where it has no gradient.
     """
     _check_parts(out_partial, lse_partial)
     like = widen(out_partial[:1, ..., :0])
@@ -39,12 +40,16 @@ def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array]
     """dout_partial, dlse_partial: the last part first, from the cotangents of out and lse, of which None is 0"""
     _check.cache(cache, FlashAttnCombineCache, "flash_attn_combine")
     like, merges = cache
-    dout, dlse = _cotangents(like, dy)
-    dtype = like.dtype if dy[0] is None else dy[0].dtype
-    grads = []
-    for of_part in reversed(merges):
-        dout, dlse, *of_z = merge_vjp(of_part, dout, dlse=dlse)
-        grads.append(of_z)
+    (_, *shape, _), letters = like.shape, "N H" if like.ndim == 5 else "B T H"
+    dout, dlse = _check.parts("dy", dy, "dout, dlse")
+    _check.cotangent("dout", dout, tuple(shape), like, f"{letters} E", optional=True)
+    _check.cotangent("dlse", dlse, tuple(shape[:-1]), like, letters, optional=True)
+
+    dtype, grads = like.dtype if dout is None else dout.dtype, []
+    dout, dlse = or_zeros(dout, tuple(shape), like), or_zeros(dlse, tuple(shape[:-1]), like)
+    for part in reversed(merges):
+        dout, dlse, *of_part = merge_vjp(part, dout, dlse=dlse)
+        grads.append(of_part)
     dout_partial, dlse_partial = (namespace(like).stack(parts[::-1]) for parts in zip(*grads, strict=True))
     return narrow(dout_partial, dtype), dlse_partial
 
@@ -60,12 +65,3 @@ def _check_parts(out_partial: Array, lse_partial: Array) -> None:
     wanted = widen(outline(out_partial)).dtype
     if lse_partial.dtype != wanted:
         raise TypeError(f"lse_partial must have dtype {wanted}, in which out is computed, got {lse_partial.dtype}")
-
-
-def _cotangents(like: Array, dy: tuple[Array, Array]) -> tuple[Array, Array]:
-    dout, dlse = _check.parts("dy", dy, "dout, dlse")
-    _, *shape, _ = like.shape
-    letters = "N H" if like.ndim == 5 else "B T H"
-    _check.cotangent("dout", dout, tuple(shape), like, f"{letters} E", optional=True)
-    _check.cotangent("dlse", dlse, tuple(shape[:-1]), like, letters, optional=True)
-    return or_zeros(dout, tuple(shape), like), or_zeros(dlse, tuple(shape[:-1]), like)

@@ -1,9 +1,9 @@
-"""Queries, keys and values in one array, or keys and values in one: the calls of `dense` and `varlen` on their parts.
+"""Queries, keys and values in one array, or keys and values in one: the calls of `dense` and `varlen` on slices.
 
 Axes: B batch, T queries, S keys, N and M the tokens of all sequences, H query heads, K key/value heads, D width.
 """
 
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -12,20 +12,16 @@ from funcmha._xp import Array, namespace
 from funcmha.dropout import Seeded
 from funcmha.packing import check_cumulative
 
-from .dense import FlashAttnFuncCache, flash_attn_func, flash_attn_func_vjp
+from .dense import FlashAttnFuncCache, ScoreOptions, flash_attn_func, flash_attn_func_vjp, takes_options_of
 from .varlen import FlashAttnVarlenFuncCache, flash_attn_varlen_func, flash_attn_varlen_func_vjp
 
 
-class Options(TypedDict, total=False):
-    """What every packed call takes by keyword, as `flash_attn_func` does."""
+class Options(ScoreOptions, total=False):
+    """Those of `flash_attn_func`."""
 
+    gather_kv_indices: np.ndarray | None
     dropout_p: float
     keep: Array | Seeded
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int | None, int | None]
-    attention_chunk: int
-    softcap: float
 
 
 # ── batches of equal lengths ─────────────────────────────────────────────────────────────────────────────────────
@@ -36,6 +32,7 @@ class FlashAttnQkvpackedFuncCache(NamedTuple):
     num_heads_q: int | None
 
 
+@takes_options_of(flash_attn_func)
 def flash_attn_qkvpacked_func(
     qkv: Array,
     alibi_slopes: Array = None,
@@ -60,7 +57,7 @@ def flash_attn_qkvpacked_func_vjp(
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnQkvpackedFuncCache, "flash_attn_qkvpacked_func")
     *parts, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    dqkv = _packed(*parts) if cache.num_heads_q is None else namespace(dout).concat(parts, axis=-2)
+    dqkv = _stacked(parts) if cache.num_heads_q is None else namespace(dout).concat(parts, axis=-2)
     return dqkv, dslopes, dsink
 
 
@@ -68,6 +65,7 @@ class FlashAttnKvpackedFuncCache(NamedTuple):
     attention: FlashAttnFuncCache
 
 
+@takes_options_of(flash_attn_func)
 def flash_attn_kvpacked_func(
     q: Array, kv: Array, alibi_slopes: Array = None, learnable_sink: Array = None, /, **options: Unpack[Options]
 ) -> tuple[Array, FlashAttnKvpackedFuncCache]:
@@ -82,8 +80,8 @@ def flash_attn_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnKvpackedFuncCache, "flash_attn_kvpacked_func")
-    dq, dk, dv, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    return dq, _packed(dk, dv), dslopes, dsink
+    dq, *parts, dslopes, dsink, _ = flash_attn_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return dq, _stacked(parts), dslopes, dsink
 
 
 # ── sequences of different lengths ───────────────────────────────────────────────────────────────────────────────
@@ -93,6 +91,7 @@ class FlashAttnVarlenQkvpackedFuncCache(NamedTuple):
     attention: FlashAttnVarlenFuncCache
 
 
+@takes_options_of(flash_attn_func)
 def flash_attn_varlen_qkvpacked_func(
     qkv: Array,
     alibi_slopes: Array = None,
@@ -109,8 +108,8 @@ def flash_attn_varlen_qkvpacked_func(
     """
     q, k, v = _parts("qkv", qkv, "N, 3, H, D")
     check_cumulative("cu_seqlens", cu_seqlens, qkv.shape[0], "qkv")
-    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    lengths |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
+    lengths |= {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
     out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **options)
     return out, FlashAttnVarlenQkvpackedFuncCache(cache)
 
@@ -121,13 +120,14 @@ def flash_attn_varlen_qkvpacked_func_vjp(
     """dqkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenQkvpackedFuncCache, "flash_attn_varlen_qkvpacked_func")
     *parts, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    return _packed(*parts), dslopes, dsink
+    return _stacked(parts), dslopes, dsink
 
 
 class FlashAttnVarlenKvpackedFuncCache(NamedTuple):
     attention: FlashAttnVarlenFuncCache
 
 
+@takes_options_of(flash_attn_func)
 def flash_attn_varlen_kvpacked_func(
     q: Array,
     kv: Array,
@@ -143,8 +143,8 @@ def flash_attn_varlen_kvpacked_func(
 ) -> tuple[Array, FlashAttnVarlenKvpackedFuncCache]:
     """out = flash_attn_varlen_func(q, kv[:, 0], kv[:, 1])      q (N, H, D)   kv (M, 2, K, D)   →   out (N, H, D)"""
     k, v = _parts("kv", kv, "M, 2, K, D")
-    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    lengths |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+    lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
     out, cache = flash_attn_varlen_func(q, k, v, alibi_slopes, learnable_sink, **lengths, **options)
     return out, FlashAttnVarlenKvpackedFuncCache(cache)
 
@@ -154,8 +154,8 @@ def flash_attn_varlen_kvpacked_func_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dq, dkv, dalibi_slopes, dlearnable_sink"""
     _check.cache(cache, FlashAttnVarlenKvpackedFuncCache, "flash_attn_varlen_kvpacked_func")
-    dq, dk, dv, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
-    return dq, _packed(dk, dv), dslopes, dsink
+    dq, *parts, dslopes, dsink, _ = flash_attn_varlen_func_vjp(cache.attention, dout, dweights=dweights, dlse=dlse)
+    return dq, _stacked(parts), dslopes, dsink
 
 
 def _parts(name: str, x: Array, symbols: str) -> list[Array]:
@@ -168,6 +168,11 @@ def _parts(name: str, x: Array, symbols: str) -> list[Array]:
     return [x[..., i, :, :] for i in range(n)]
 
 
+def _stacked(parts: list[Array]) -> Array:
+    """`_parts` from the bottom up"""
+    return namespace(parts[0]).stack(parts, axis=-3)
+
+
 def _side_by_side(qkv: Array, num_heads_q: Any) -> list[Array]:
     """(B, T, H + K + K, D)   →   (B, T, H, D) and two of (B, T, K, D), as views"""
     _check.one_dtype([("qkv", qkv)])
@@ -177,8 +182,3 @@ def _side_by_side(qkv: Array, num_heads_q: Any) -> list[Array]:
     if K < 1 or heads != H + 2 * K:
         raise ValueError(f"qkv must be (B, T, H + K + K, D) with H={H} as in num_heads_q, got {tuple(qkv.shape)}")
     return [qkv[:, :, start:stop, :] for start, stop in ((0, H), (H, H + K), (H + K, H + 2 * K))]
-
-
-def _packed(*parts: Array) -> Array:
-    """`_parts` from the bottom up"""
-    return namespace(parts[0]).stack(parts, axis=-3)

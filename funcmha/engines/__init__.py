@@ -1,0 +1,321 @@
+"""Engines: who computes `attention`, `head`, `mha` and `self_attention`, and the choice among them.
+
+An engine overrides whole functions of the specification, by its protocol and with its results, to rounding. There are
+three: SEQUENTIAL is the specification, for any array library, the heads one after another; BATCHED takes all heads and
+samples at once, for any array library; TILED takes tiles of the scores, for NumPy arrays, on all cores and in linear
+memory. The choice is made here, once for each call; the type of a cache says whose vjp it is for.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from funcmha import ops
+from funcmha._arguments import AttentionOptions, HeadOptions, takes
+from funcmha._xp import Array, namespace
+from funcmha.biases import RelativeBias
+from funcmha.params import Params
+
+from . import batched, grouped, sequential, tiled
+from .grouped import Method
+from .plan import SHORT, Plan
+from .table import attention_vjp, attention_weights, log_sum_exp
+
+__all__ = [
+    "BATCHED",
+    "ENGINES",
+    "SEQUENTIAL",
+    "TILED",
+    "Engine",
+    "Plan",
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "head",
+    "head_vjp",
+    "heads",
+    "log_sum_exp",
+    "mha",
+    "mha_vjp",
+    "outputs",
+    "pick",
+    "self_attention",
+    "self_attention_vjp",
+]
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+class Engine(NamedTuple):
+    name: str
+    attention: Pair
+    head: Pair
+    mha: Pair
+    self_attention: Pair
+    attend: Callable[..., Any]  # attention whose o stays the cache's own: not to be written to, nor handed out
+    plan: Plan | None = None  # None: there is nothing to plan
+    numpy_only: bool = False
+
+    def call(self, function: str) -> Callable[..., Any]:
+        """The forward of a pair, which knows the plan"""
+        f: Callable[..., Any] = self.attend if function == "attend" else getattr(self, function)[0]
+        if self.plan is None:
+            return f
+        if function in ("attention", "attend"):
+            return partial(f, plan=self.plan)
+        return partial(f, method=Method(self.attend, self.plan))
+
+
+SEQUENTIAL = Engine(
+    "sequential",
+    attention=(ops.attention, ops.attention_vjp),
+    head=(sequential.head, sequential.head_vjp),
+    mha=(sequential.mha, sequential.mha_vjp),
+    self_attention=(sequential.self_attention, sequential.self_attention_vjp),
+    attend=ops.attention,
+)
+TILED = Engine(
+    "tiled",
+    attention=(tiled.attention, tiled.attention_vjp),
+    head=(grouped.head, grouped.head_vjp),
+    mha=(grouped.mha, grouped.mha_vjp),
+    self_attention=(grouped.self_attention, grouped.self_attention_vjp),
+    attend=tiled.attend,
+    plan=Plan(),
+    numpy_only=True,
+)
+BATCHED = TILED._replace(
+    name="batched",
+    attention=(batched.attention, batched.attention_vjp),
+    attend=batched.attention,
+    plan=Plan(group_numbers=2**21),  # projections of short sequences take longest, and want to be wide
+    numpy_only=False,
+)
+ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
+
+
+def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
+    """The engine given, or of this name; else the fastest for arrays like x and so many queries and keys at most:
+    for real NumPy arrays TILED, or BATCHED where sequences are short; BATCHED for all others
+    """
+    real = isinstance(x, np.ndarray) and x.dtype.kind != "c"
+    if engine is None:
+        return TILED if real and longest > SHORT else BATCHED
+    chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
+    if not isinstance(chosen, Engine):
+        names = ", ".join(map(repr, ENGINES))
+        raise TypeError(
+            f"engine must be one of {names}, one of funcmha.engines, or None for the fastest, got {engine!r}"
+        )
+    if chosen.numpy_only and not real and hasattr(x, "dtype"):
+        got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
+        raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
+    return chosen
+
+
+def _length(x: Any) -> int:
+    """T of x (..., T, ·), and 0 of what is no such array, which the checks refuse"""
+    return int(x.shape[-2]) if getattr(x, "ndim", 0) > 1 else 0
+
+
+def _pick_for_heads(engine: Any, params: Any, query: Any, key: Any, options: HeadOptions) -> Engine:
+    appended = ("bias_kv" in params if isinstance(params, dict) else 0) + (options.get("zero_attn") is True)
+    return pick(engine, query, max(_length(query), _length(key) + appended))
+
+
+def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
+    """The docstring of the specification, with that of the engine; and a signature that spells out all options"""
+
+    def dress(g: Any) -> Any:
+        g.__doc__ = (f.__doc__ or "").rstrip() + _ENGINE
+        return takes(kind)(g)
+
+    return dress
+
+
+_ENGINE = """
+
+    engine     who computes it: "sequential", "batched", "tiled", an `Engine` of `funcmha.engines`, or None for the
+               fastest. The results are the same, to rounding
+    """
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_public(ops.attention, AttentionOptions)
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | RelativeBias = None,
+    sink: Array = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Any]:
+    """`funcmha.ops.attention`, by an engine"""
+    chosen = pick(engine, q, max(_length(q), _length(k)))
+    result: tuple[Array, Any] = chosen.call("attention")(q, k, v, bias, sink, **options)
+    return result
+
+
+# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_public(sequential.head, HeadOptions)
+def head(
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    """`funcmha.mha.head`, by an engine"""
+    chosen = _pick_for_heads(engine, params, query, key, options)
+    result: tuple[Array, Any] = chosen.call("head")(params, query, key, value, bias, **options)
+    return result
+
+
+def head_vjp(
+    cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    """`funcmha.mha.head_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "head")(cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    return grads
+
+
+@_public(sequential.mha, HeadOptions)
+def mha(
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    """`funcmha.mha.mha`, by an engine"""
+    chosen = _pick_for_heads(engine, params, query, key, options)
+    result: tuple[Array, Any] = chosen.call("mha")(params, query, key, value, bias, **options)
+    return result
+
+
+def mha_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    """`funcmha.mha.mha_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "mha")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    return grads
+
+
+@_public(sequential.self_attention, HeadOptions)
+def self_attention(
+    params: Params,
+    x: Array,
+    bias: Array | RelativeBias = None,
+    /,
+    *,
+    engine: Engine | str | None = None,
+    **options: Unpack[HeadOptions],
+) -> tuple[Array, Any]:
+    """`funcmha.mha.self_attention`, by an engine"""
+    chosen = _pick_for_heads(engine, params, x, x, options)
+    result: tuple[Array, Any] = chosen.call("self_attention")(params, x, bias, **options)
+    return result
+
+
+def self_attention_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    """`funcmha.mha.self_attention_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "self_attention")(
+        cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample
+    )
+    return grads
+
+
+for _own in (head_vjp, mha_vjp, self_attention_vjp):
+    _own.__doc__ = getattr(sequential, _own.__name__).__doc__
+
+
+# ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VJPS: dict[str, dict[type, Callable[..., Any]]] = {
+    "head": {sequential.HeadCache: sequential.head_vjp, grouped.HeadCache: grouped.head_vjp},
+    "mha": {sequential.MhaCache: sequential.mha_vjp, grouped.MhaCache: grouped.mha_vjp},
+    "self_attention": {
+        sequential.SelfAttentionCache: sequential.self_attention_vjp,
+        grouped.SelfAttentionCache: grouped.self_attention_vjp,
+    },
+}
+
+
+def check_cache(cache: Any, op: str) -> None:
+    """Raise TypeError unless the cache is that of `op`, by any engine."""
+    if type(cache) not in VJPS[op]:
+        raise TypeError(f"cache must come from {op}, got {type(cache).__name__}")
+
+
+def _vjp_of(cache: Any, op: str) -> Callable[..., Any]:
+    check_cache(cache, op)
+    return VJPS[op][type(cache)]
+
+
+def heads(cache: Any, /) -> Iterator[sequential.HeadCache]:
+    """The `HeadCache` of each head, from the first to the last, from the cache of `mha`, `self_attention` or `head`
+
+    Complete, whoever made it: of views where arrays were kept, projected again where they were not. Its attention, of
+    one head with an axis for it, is that of the engine.
+    """
+    if isinstance(cache, grouped.HeadCache | grouped.MhaCache | grouped.SelfAttentionCache):
+        yield from grouped.heads(cache)
+    elif isinstance(cache, sequential.SelfAttentionCache):
+        yield from cache.mha.heads
+    elif isinstance(cache, sequential.MhaCache):
+        yield from cache.heads
+    elif isinstance(cache, sequential.HeadCache):
+        yield cache
+    else:
+        raise TypeError(f"cache must come from mha, self_attention or head, got {type(cache).__name__}")
+
+
+def outputs(cache: Any, /) -> Iterator[ops.LinearCache]:
+    """The cache of the output projection of each head, from the cache of `mha`; the bias goes with the first"""
+    if isinstance(cache, sequential.MhaCache):
+        yield from cache.out
+        return
+    for start, out in enumerate(cache.out):
+        for i in range(out.o.shape[-2]):
+            first = start == i == 0
+            yield ops.LinearCache(out.o[..., i, :], out.w[:, i, :], out.b if first else None)
+
+
+def _of_one_head(read: Callable[..., Array], rank: int) -> Callable[[Any], Array]:
+    return lambda cache: read(next(heads(cache)).attention)[(..., 0, *(slice(None),) * rank)]
+
+
+def _of_all_heads(read: Callable[..., Array], rank: int) -> Callable[[Any], Array]:
+    def joined(cache: Any) -> Array:
+        parts = [read(one.attention) for one in heads(cache)]
+        return namespace(parts[0]).concat(parts, axis=-1 - rank)
+
+    return joined
+
+
+for _read, _rank in ((attention_weights, 2), (log_sum_exp, 1)):
+    for _kind in VJPS["head"]:
+        _read.register(_kind, _of_one_head(_read, _rank))
+    for _kind in (*VJPS["mha"], *VJPS["self_attention"]):
+        _read.register(_kind, _of_all_heads(_read, _rank))

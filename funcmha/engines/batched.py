@@ -1,0 +1,88 @@
+"""Attention of all heads of all samples at once, for arrays of any library: the engine for short sequences.
+
+The mathematics is that of `funcmha.ops`, in as many products as there are heads, each so small that OpenBLAS takes
+longer to wake its threads than to do it alone: with NumPy arrays BLAS is held at one thread.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha import ops
+from funcmha._arguments import Bias
+from funcmha._xp import Array, of_heads
+
+from .plan import Plan
+from .tiled.threads import single_threaded_blas
+
+
+class Rest(NamedTuple):
+    """What `funcmha.ops.AttentionCache` has beside q, k and v."""
+
+    bias: Bias  # broadcasts to (..., H, T, S), or None
+    sink: Array  # (H,), or () without a head axis, or None
+    slope: Array  # (..., H, T, S), dc/du of the soft cap, or None
+    p: Array  # (..., H, T, S), the weights before dropout
+    lse: Array  # (..., H, T)
+    keep: Array  # booleans that broadcast to (..., H, T, S), or None
+    scale: Array | float  # of every head, or (H, 1, 1)
+    softcap: Array | float | None  # of every head, or (H, 1, 1)
+    rate: float
+    plan: Plan | None  # None for arrays that are no NumPy arrays, so that JAX sees arrays and numbers it may trace
+
+    @property
+    def num_keys(self) -> int:
+        """S"""
+        return int(self.p.shape[-1])
+
+    def beside(self, q: Array, k: Array, v: Array) -> "AttentionCache":
+        """The cache with these q, k and v"""
+        return AttentionCache(q, k, v, self)
+
+    def heads(self, h: slice) -> "Rest":
+        """Of the query heads h, as views"""
+        scale, softcap = (a if a is None or isinstance(a, float) else a[h, ...] for a in (self.scale, self.softcap))
+        return self._replace(
+            bias=None if self.bias is None else self.bias.heads(h),
+            sink=None if self.sink is None else self.sink[h],
+            slope=of_heads(self.slope, h),
+            p=self.p[..., h, :, :],
+            lse=self.lse[..., h, :],
+            keep=of_heads(self.keep, h),
+            scale=scale,
+            softcap=softcap,
+        )
+
+
+class AttentionCache(NamedTuple):
+    q: Array  # (..., H, T, D), 0 at fully masked queries
+    k: Array  # (..., K, S, D), 0 at unattended keys
+    v: Array  # (..., K, S, E), 0 at unattended keys
+    rest: Rest
+
+    @property
+    def of_ops(self) -> ops.AttentionCache:
+        """The specification's cache, which has the same arrays"""
+        return ops.AttentionCache(*self[:3], *self.rest[:-1])
+
+
+def attention(*inputs: Any, plan: Plan | None, **options: Any) -> tuple[Array, AttentionCache]:
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
+    with _still(inputs[0]):
+        o, cache = ops.attention(*inputs, **options)
+    rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
+    return o, rest.beside(cache.q, cache.k, cache.v)
+
+
+def attention_vjp(cache: AttentionCache, do: Array, /, **cotangents: Any) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias, dsink     as `funcmha.ops.attention_vjp`"""
+    with _still(do):
+        return ops.attention_vjp(cache.of_ops, do, **cotangents)
+
+
+def _still(x: Any) -> AbstractContextManager[None]:
+    """BLAS at one thread, for NumPy arrays"""
+    return single_threaded_blas() if isinstance(x, np.ndarray) else nullcontext()

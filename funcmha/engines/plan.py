@@ -1,0 +1,66 @@
+"""The plan of an engine: every threshold, with its unit and the measurement behind it.
+
+A plan decides how a result is made, and so its last bits and its time, never what it is. `engine._replace(plan=…)` is
+an engine with another one.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width, C input width.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+
+class Plan(NamedTuple):
+    # ── attention in tiles ──
+    tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
+    tile_cols: int = 512  # keys
+    guess_keys: int = 32  # from whose scores the row maximum is guessed
+    few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
+    few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
+    # ── projections ──
+    wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
+    copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
+    linear_rows: int = 256  # of x in one task: fixed, so that no result depends on the number of threads
+    linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
+    weight_block: int = 192  # rows and columns of dw in one task: larger is faster, but then one thread waits
+    terms: int = 192  # of a sum before it is added to the others: MKL's number (docs/decisions/0027)
+    # ── several heads at once ──
+    kept_numbers: int = 2**18  # of o, 1 MiB of float32: with fewer, q, k and v are kept, whose memory is worth no time
+    group_numbers: int = 2**18  # of q, k and v of some heads, that are worth a task for all threads
+    # ── threads ──
+    thread_flops: float = 5e7  # that one thread has done before another has woken up and taken over
+
+    def columns(self, T: int) -> int:
+        """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
+        return max(self.tile_cols, self.tile_rows * self.tile_cols // max(T, 1))
+
+    def recomputed(self, T: int, S: int, C: int) -> int:
+        """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
+
+        For a row of a head, in units of D: to project once is 2 C, all projections and their vjp are 24 C, and
+        attention and its vjp 14 min(T, S), or half of that if causal.
+        """
+        return min((24 * C + 14 * min(T, S)) // max(14 * C, 1), 3)
+
+    def long(self, T: int, S: int, C: int) -> bool:
+        """Whether all three take a twentieth or so: then forward too a few heads go at a time, never all"""
+        return min(T, S) >= 16 * C
+
+    def head_ranges(self, K: int, numbers: int, least: int = 1) -> list[slice]:
+        """0 … K in ranges of so many heads as have at most `group_numbers`, one having `numbers`; but of the least"""
+        size = max(self.group_numbers // max(numbers, 1), least)
+        return [slice(i, min(i + size, K)) for i in range(0, K, size)]
+
+    def forward_ranges(
+        self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int, C: int
+    ) -> list[slice]:
+        """The key/value heads to project at once: few, or all if the projections are kept anyhow"""
+        return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E)) if self.long(T, S, C) else [slice(0, K)]
+
+    def backward_ranges(self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int) -> list[slice]:
+        """The key/value heads whose gradient is taken at once: of one short sample two, for two threads"""
+        least = 2 if prod(batch) == 1 and self.tile_rows >= T else 1
+        return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E), least)
+
+
+SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast

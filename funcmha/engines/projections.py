@@ -1,0 +1,158 @@
+"""Projections of several heads as one product, accumulated into one array: `linear` with `add_to`.
+
+Axes: T queries, H heads, D width of a head, O output width, C input width; `...` is batch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from funcmha import ops
+from funcmha._xp import Array, full, namespace
+from funcmha.ops import LinearCache
+from funcmha.params import PROJECTIONS, Params
+
+from . import tiled
+from .plan import Plan
+
+# ── linear, of any array library ─────────────────────────────────────────────────────────────────────────────────
+
+
+def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, LinearCache]:
+    """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O), maybe `add_to` itself"""
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        return tiled.linear(x, w, b, add_to=add_to, plan=plan)
+    y, cache = ops.linear(x, w, b)
+    return y if add_to is None else add_to + y, cache
+
+
+def linear_vjp(
+    cache: LinearCache,
+    dy: Array | tuple[Array, ...],
+    /,
+    *,
+    add_to: Array = None,
+    batch_axes: int = 0,
+    plan: Plan,
+) -> tuple[Array, Array, Array]:
+    """add_to + dx, dw, db     of dy, or of several arrays side by side"""
+    if isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f":
+        return tiled.linear_vjp(cache, dy, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dy = namespace(dy[0]).concat(dy, axis=-1) if isinstance(dy, tuple) else dy
+    dx, dw, db = ops.linear_vjp(cache, dy, batch_axes=batch_axes)
+    return dx if add_to is None else add_to + dx, dw, db
+
+
+# ── project: the heads as rows of one matrix ─────────────────────────────────────────────────────────────────────
+
+
+class ProjectCache(NamedTuple):
+    x: Array  # (..., T, C)
+    w: Array  # (H, D, C)
+    b: Array  # (H, D) or None
+
+
+def project(params: Params, x: Array, /, *, plan: Plan) -> tuple[Array, ProjectCache]:
+    """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
+    cache = ProjectCache(x, params["w"], params.get("b"))
+    y, _ = linear(*stacked(cache), plan=plan)
+    return namespace(y).reshape(y, (*x.shape[:-1], *cache.w.shape[:-1])), cache
+
+
+def project_vjp(
+    cache: ProjectCache, dy: Array, /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
+) -> tuple[Params, Array]:
+    """dparams, add_to + dx"""
+    reshape, (*batch, H, D) = namespace(dy).reshape, dy.shape
+    flat = reshape(dy, (*batch, H * D))
+    dx, dw, db = linear_vjp(stacked(cache), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    lead = tuple(dw.shape[:-2])
+    return w_and_b(reshape(dw, (*lead, *cache.w.shape)), None if db is None else reshape(db, (*lead, H, D))), dx
+
+
+def project_qkv_vjp(
+    caches: tuple[ProjectCache, ...],
+    dys: tuple[Array, ...],
+    /,
+    *,
+    add_to: tuple[Array, ...],
+    batch_axes: int,
+    plan: Plan,
+) -> tuple[Params, tuple[Array, ...]]:
+    """dparams, add_to + (dquery, dkey, dvalue)
+
+    Where `add_to` is one array, the three are one input, and their gradients are added up: of wide projections in turn,
+    of narrow ones as one product.
+    """
+    dparams: list[Params] = []
+    dxs, n = list(add_to), len(add_to)
+    if n == 1 and min(dy.shape[-2] * dy.shape[-1] for dy in dys) < plan.wide:
+        dparams, dxs[0] = _as_one_vjp(caches, dys, add_to=dxs[0], batch_axes=batch_axes, plan=plan)
+    else:
+        for i, (cache, dy) in enumerate(zip(caches, dys, strict=True)):
+            of_one, dxs[i % n] = project_vjp(cache, dy, add_to=dxs[i % n], batch_axes=batch_axes, plan=plan)
+            dparams.append(of_one)
+    return dict(zip(PROJECTIONS, dparams, strict=True)), tuple(dxs)
+
+
+def _as_one_vjp(
+    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, add_to: Array, batch_axes: int, plan: Plan
+) -> tuple[list[Params], Array]:
+    """dparams of each, add_to + dx: of the projection whose rows are those of all"""
+    xp, parts = namespace(dys[0]), [stacked(cache) for cache in caches]
+    w, b = xp.concat([part.w for part in parts]), None
+    if any(part.b is not None for part in parts):
+        b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
+    flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
+    dx, dw, db = linear_vjp(LinearCache(parts[0].x, w, b), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dparams, stop, lead = [], 0, tuple(dw.shape[:-2])
+    for cache, part in zip(caches, parts, strict=True):
+        rows = slice(stop, stop + part.w.shape[0])
+        dbias = None if part.b is None else xp.reshape(db[..., rows], (*lead, *cache.b.shape))
+        dparams.append(w_and_b(xp.reshape(dw[..., rows, :], (*lead, *cache.w.shape)), dbias))
+        stop = rows.stop
+    return dparams, dx
+
+
+def stacked(cache: ProjectCache) -> LinearCache:
+    """The heads as the rows of one matrix (H·D, C)"""
+    x, w, b = cache
+    H, D, C = w.shape
+    reshape = namespace(x).reshape
+    return LinearCache(x, reshape(w, (H * D, C)), None if b is None else reshape(b, (H * D,)))
+
+
+# ── combine: the output projection, the heads side by side ───────────────────────────────────────────────────────
+
+
+class CombineCache(NamedTuple):
+    o: Array  # (..., T, H, E)
+    w: Array  # (O, H, E)
+    b: Array  # (O,) or None
+
+
+def combine(params: Params, o: Array, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, CombineCache]:
+    """y = add_to + Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
+    cache = CombineCache(o, params["w"], params.get("b"))
+    y, _ = linear(*concatenated(cache), add_to=add_to, plan=plan)
+    return y, cache
+
+
+def combine_vjp(cache: CombineCache, dy: Array, /, *, batch_axes: int = 0, plan: Plan) -> tuple[Params, Array]:
+    """dparams, do"""
+    reshape = namespace(dy).reshape
+    do, dw, db = linear_vjp(concatenated(cache), dy, batch_axes=batch_axes, plan=plan)
+    return w_and_b(reshape(dw, (*dw.shape[:-2], *cache.w.shape)), db), reshape(do, cache.o.shape)
+
+
+def concatenated(cache: CombineCache) -> LinearCache:
+    """The heads side by side, as the columns of one matrix (O, H·E)"""
+    o, w, b = cache
+    O, H, E = w.shape
+    reshape = namespace(o).reshape
+    return LinearCache(reshape(o, (*o.shape[:-2], H * E)), reshape(w, (O, H * E)), b)
+
+
+def w_and_b(w: Array, b: Array) -> Params:
+    """The branch of one projection, without what is None"""
+    return {"w": w} if b is None else {"w": w, "b": b}

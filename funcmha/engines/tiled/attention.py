@@ -1,0 +1,187 @@
+"""Attention in tiles: `funcmha.ops.attention` and its vjp in linear memory (Dao et al. 2022).
+
+The heads come one after another; the work of a head is cut into tiles, and these are shared out among the threads. The
+result does not depend on how many there are: what is added up is added in the order of the tiles.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from math import frexp, inf, prod
+from typing import Any, Unpack
+
+import numpy as np
+
+from funcmha import _check
+from funcmha._arguments import AttentionOptions, check_attention
+from funcmha._xp import Array, narrow, widen
+from funcmha.biases import RelativeBias
+from funcmha.engines.plan import Plan
+from funcmha.masks import Mask
+from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.ops import given
+
+from . import threads
+from .backward import Backward
+from .cache import AttentionCache, Rest, Views, with_head_axis
+from .forward import forward, recomputed
+from .schedule import BiasGradient, RelativeBiasGradient
+from .tiles import LN2, blocks
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | RelativeBias = None,
+    sink: Array = None,
+    /,
+    *,
+    plan: Plan,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, AttentionCache]:
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
+    q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     as `funcmha.ops.attention`
+
+    Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
+    """
+    o, cache = attend(q, k, v, bias, sink, plan=plan, **options)
+    return o.copy(order="K") if o is cache.rest.o else o, cache
+
+
+@np.errstate(under="ignore")
+def attend(
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan, **options: Any
+) -> tuple[Array, AttentionCache]:
+    """`attention`, whose o is that of the cache: not to be written to"""
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
+        raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
+
+    dtype = q.dtype
+    q, k, v, sink = widen(q), widen(k), widen(v), widen(sink)
+    bias = None if bias is None else bias.map(widen).map(_in_range)
+    q, k, v = zeroed(q, k, v, x.mask)
+    k = _in_rows(k)
+    o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
+    rest = Rest(bias, sink, o, row_sum, row_max, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
+    with threads.single_threaded_blas():
+        shifted = forward(Views.of(rest.beside(q, k, v)))
+    return narrow(o, dtype), (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
+
+
+@np.errstate(under="ignore")
+def attention_vjp(
+    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
+) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias, dsink: every tile once more, five products each
+    from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
+    """
+    q, k, v, rest = cache
+    _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
+    _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
+    _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
+    factor = _factor(do, dweights, dlse)
+    cotangents = (None if a is None else widen(a) if factor == 1 else factor * widen(a) for a in (do, dweights, dlse))
+
+    def scaled_back(dx: Array) -> Array:
+        return dx if factor == 1 else dx / factor
+
+    *grads, dbias, dsink = _gradients(cache, *cotangents)
+    dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
+    dq, dk, dv, dsink = (None if dx is None else narrow(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
+    return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
+
+
+def _factor(*cotangents: Array) -> float:
+    """A power of two that brings the largest of them near 1, if it is far from that: all is linear in them, and a tiny
+    one would vanish, divided by a sum of exponentials, which may be 2⁸⁰
+    """
+    some = [a for a in cotangents if a is not None]
+    if any(2.0**-20 <= float(a.max(initial=0.0)) <= 2.0**20 for a in some):
+        return 1.0
+    largest = max(max(float(a.max(initial=0.0)), -float(a.min(initial=0.0))) for a in some)
+    return 2.0 ** -max(min(frexp(largest)[1], 100), -100) if 0 < largest < inf else 1.0
+
+
+def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias as a bias, dsink (..., H), in the dtype to compute in"""
+    q, k, v, rest = cache
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dbias, x = None, recomputed(Views.of(cache))
+    if rest.bias is not None:
+        of_bias = RelativeBiasGradient if isinstance(rest.bias, RelativeBias) else BiasGradient
+        dbias = of_bias(rest.bias.values, (*q.shape[:-1], k.shape[-2]))
+    dsink = np.zeros(x.q.shape[:-2], q.dtype)
+    inverse = np.where(x.row_sum == 0, 0.0, 1 / np.where(x.row_sum == 0, 1.0, x.row_sum))[..., None]
+    attending = None if rest.mask is None else rest.mask.attending_queries(q.shape[-2], k.shape[-2])
+    cotangents = with_head_axis(zero_masked_queries(do, attending)), with_head_axis(dweights), with_head_axis(dlse, 1)
+    grads = with_head_axis(dq), with_head_axis(dk), with_head_axis(dv)
+    with threads.single_threaded_blas():
+        Backward(x, inverse, *cotangents, *grads, dbias, dsink).run()
+    dbias_of_kind = None if dbias is None else rest.bias._replace(values=dbias.total())
+    return dq, dk, dv, dbias_of_kind, None if rest.sink is None else dsink
+
+
+def total_of_sink(dsink: Array, sink: Array, batch_axes: int) -> Array:
+    """dsink (..., H)   →   as sink, after the first axes of the batch"""
+    *batch, H = dsink.shape
+    rest = prod(batch[batch_axes:])
+    summed = dsink.reshape((*batch[:batch_axes], rest, H)).sum(axis=-2)
+    return summed.reshape((*batch[:batch_axes], *sink.shape))
+
+
+def _in_range(bias: Array) -> Array:
+    """The bias, where a finite number stays finite times log₂e: the least of its dtype, which many write for −∞"""
+    least = 0.69 * np.finfo(bias.dtype).min
+    if bias.min(initial=0.0) >= least:
+        return bias
+    return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
+
+
+def zeroed(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
+    """q with 0 at fully masked queries, k and v at unattended keys"""
+    if mask is None:
+        return q, k, v
+    T, S = q.shape[-2], k.shape[-2]
+    attended = mask.attended_keys(T, S)
+    q = zero_masked_queries(q, mask.attending_queries(T, S))
+    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
+
+
+def _in_rows(k: Array) -> Array:
+    """The keys, where BLAS can take their rows as they lie; NumPy adds up others in an order that is no copy's, and the
+    gradient, which takes a copy, must have the very scores of the forward
+    """
+    *_, row, number = k.strides
+    return k if number == k.itemsize and row >= k.shape[-1] * number else np.ascontiguousarray(k)
+
+
+# ── what the cache can tell ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def log_sum_exp(cache: AttentionCache, /) -> Array:
+    """lse (..., H, T)"""
+    rest = cache.rest
+    some = rest.row_sum != 0
+    fraction, exponent = np.frexp(np.where(some, rest.row_sum, 1.0))  # c is whole, so their sum is exact
+    whole = exponent.astype(fraction.dtype) if rest.row_max is None else exponent + rest.row_max
+    # np.log has the same bits wherever in an array a number stands, np.log2 not
+    return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)
+
+
+@np.errstate(under="ignore")
+def attention_weights(cache: AttentionCache, /) -> Array:
+    """p (..., H, T, S), the weights before dropout"""
+    x = recomputed(Views.of(cache))
+    p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
+    row_sum = np.where(x.row_sum == 0, 1.0, x.row_sum)[..., None]
+    with threads.single_threaded_blas():
+        for *b, h in np.ndindex(*p.shape[:-2]):
+            head = x.head(tuple(b), h)
+            tiles = (tile for rows in blocks(p.shape[-2], x.plan.tile_rows) for tile in head.all_tiles(rows))
+            for tile in tiles:
+                at = (*b, h, slice(*tile.rows))
+                q, row_max = head.score_scale * head.q[at[-1]], None if x.row_max is None else x.row_max[at]
+                p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, row_max) / row_sum[at]
+    return p.reshape(*cache.rest.row_sum.shape, p.shape[-1])

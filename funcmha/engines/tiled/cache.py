@@ -1,0 +1,133 @@
+"""What attention in tiles keeps, and how its parts are reached: the arrays of a sample and a head, as views.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha._arguments import Bias
+from funcmha._xp import Array
+from funcmha.biases import RelativeBias
+from funcmha.dropout import Masked, Seeded
+from funcmha.engines.plan import Plan
+from funcmha.masks import Mask
+
+from .tiles import Head
+
+
+class Rest(NamedTuple):
+    """What the gradient needs beside q, k and v."""
+
+    bias: Bias  # broadcasts to (..., H, T, S), or None
+    sink: Array  # (H,), or () without a head axis, or None
+    o: Array  # (..., H, T, E)
+    row_sum: Array  # (..., H, T), Σ 2^(s − c) and the sink's share, 0 where no key is attended and there is no sink
+    row_max: Array  # (..., H, T), c, or None where it is 0 everywhere
+    mask: Mask | None
+    dropout: Masked | Seeded | None
+    scale: Array | float  # of every head, or (H,)
+    softcap: Array | float | None  # of every head, or (H,)
+    keys: int  # S
+    plan: Plan
+
+    @property
+    def num_keys(self) -> int:
+        """S"""
+        return self.keys
+
+    def beside(self, q: Array, k: Array, v: Array) -> "AttentionCache":
+        """The cache with these q, k and v"""
+        return AttentionCache(q, k, v, self)
+
+    def heads(self, h: slice) -> "Rest":
+        """Of the query heads h, as views"""
+        return self._replace(
+            bias=None if self.bias is None else self.bias.heads(h),
+            sink=None if self.sink is None else self.sink[h],
+            o=self.o[..., h, :, :],
+            row_sum=self.row_sum[..., h, :],
+            row_max=None if self.row_max is None else self.row_max[..., h, :],
+            mask=None if self.mask is None else self.mask.heads(h.start, h.stop),
+            dropout=None if self.dropout is None else self.dropout.heads(h),
+            scale=self.scale[h] if isinstance(self.scale, np.ndarray) else self.scale,
+            softcap=self.softcap[h] if isinstance(self.softcap, np.ndarray) else self.softcap,
+        )
+
+
+class AttentionCache(NamedTuple):
+    q: Array  # (..., H, T, D), 0 at fully masked queries
+    k: Array  # (..., K, S, D), 0 at unattended keys
+    v: Array  # (..., K, S, E), 0 at unattended keys
+    rest: Rest
+
+
+class Views(NamedTuple):
+    """The arrays of a cache with a head axis and with the broadcast axes spelt out, by strides of 0."""
+
+    q: Array  # (..., H, T, D)
+    k: Array  # (..., K, S, D)
+    v: Array  # (..., K, S, E)
+    bias: Array  # (..., H, T, S), or (..., H, T + S − 1) of a `RelativeBias`, or None
+    sink: Array  # (H,) or None
+    o: Array  # (..., H, T, E)
+    row_sum: Array  # (..., H, T)
+    row_max: Array  # (..., H, T) or None
+    mask: Mask | None
+    keep: Array | Seeded  # (..., H, T, S) or None
+    rate: float
+    scale: Array  # (H,)
+    softcap: Array  # (H,) or None
+    plan: Plan
+
+    @staticmethod
+    def of(cache: AttentionCache) -> "Views":
+        """Those of a cache"""
+        rest = cache.rest
+        q, k, v, o = (with_head_axis(a) for a in (cache.q, cache.k, cache.v, rest.o))
+        scores, (*batch, H, _, _) = (*q.shape[:-1], k.shape[-2]), q.shape
+        bias = rest.bias
+        if isinstance(bias, RelativeBias):
+            bias = np.broadcast_to(bias.values, (*batch, H, bias.values.shape[-1]))
+        elif bias is not None:
+            bias = np.broadcast_to(bias.values, scores)
+        keep: Any = rest.dropout
+        rate = 0.0 if keep is None else keep.rate
+        keep = np.broadcast_to(keep.keep, scores) if isinstance(keep, Masked) else keep
+        sink, scale, softcap = (
+            None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)
+        )
+        row_sum, row_max = with_head_axis(rest.row_sum, 1), with_head_axis(rest.row_max, 1)
+        return Views(q, k, v, bias, sink, o, row_sum, row_max, rest.mask, keep, rate, scale, softcap, rest.plan)
+
+    @property
+    def has_few_queries(self) -> bool:
+        """Whether the queries that read a key/value head are so few that they are rows of one product"""
+        (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
+        return bool(H // max(K, 1) * T <= self.plan.few_queries)
+
+    def head(self, b: tuple[int, ...], h: int) -> Head:
+        """Head h of sample b"""
+        kv, keep = h // (self.q.shape[-3] // self.k.shape[-3]), self.keep
+        sink, softcap = (None if a is None else float(a[h]) for a in (self.sink, self.softcap))
+        return Head(
+            self.q[(*b, h)],
+            self.k[(*b, kv)],
+            self.v[(*b, kv)],
+            None if self.bias is None else self.bias[(*b, h)],
+            sink,
+            None if self.mask is None else self.mask.at(b),
+            int(np.ravel_multi_index(b, self.q.shape[:-3])) if b else 0,
+            h,
+            keep if keep is None or isinstance(keep, Seeded) else keep[(*b, h)],
+            self.rate,
+            float(self.scale[h]),
+            softcap,
+            self.plan,
+        )
+
+
+def with_head_axis(a: Any, rank: int = 2) -> Any:
+    """`a` with a head axis before its last `rank` axes, where it has no other"""
+    return a if a is None or a.ndim > rank else a[None]

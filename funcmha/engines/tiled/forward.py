@@ -1,0 +1,70 @@
+"""The forward of attention in tiles, shared out among the threads: tiles of many queries, or products of few.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+"""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from funcmha.masks import Range
+
+from . import few, threads
+from .cache import Views
+from .tiles import blocks, rows_forward, sums
+
+
+def forward(x: Views) -> bool:
+    """Write o, row_sum and row_max; return whether anything was subtracted from a score, be it 0"""
+    return _few_queries(x) if x.has_few_queries else _in_tiles(x)
+
+
+def recomputed(x: Views) -> Views:
+    """With the sums of the exponentials that tiles give: those of `few` are others, by rounding"""
+    if not x.has_few_queries:
+        return x
+    x, row_sum = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.row_sum)
+    with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
+        for *b, h in np.ndindex(*row_sum.shape[:-1]):
+            at = (*b, h)
+            row_sum[at] = sums(x.head(tuple(b), h), None if x.row_max is None else x.row_max[at])
+    return x._replace(row_sum=row_sum)
+
+
+def _few_queries(x: Views) -> bool:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
+
+    def work(task: tuple[Any, int]) -> None:
+        b, kv = task
+        h = range(kv * (H // K), (kv + 1) * (H // K))
+        at = (*b, slice(h.start, h.stop))
+        x.o[at], x.row_sum[at], x.row_max[at] = few.forward([x.head(b, i) for i in h])
+
+    tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
+    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
+    return True
+
+
+def _in_tiles(x: Views) -> bool:
+    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
+    samples = list(np.ndindex(*batch))
+    longest = np.empty((*batch, K), x.q.dtype)  # max |k|
+    shifted: list[Any] = []
+
+    def measure(b: Any) -> None:
+        longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
+
+    def work(task: tuple[int, Range, Any]) -> None:
+        h, rows, b = task
+        at = (*b, h, slice(*rows))
+        x.o[at], x.row_sum[at], row_max = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        if row_max is not None:
+            x.row_max[at] = row_max
+            shifted.append(task)
+
+    threads.run(measure, samples, flops=2 * x.k.size, plan=x.plan)
+    # Head by head; where the mask is causal the last rows of a head take longest, and begin first.
+    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
+    return bool(shifted)

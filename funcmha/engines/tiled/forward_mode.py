@@ -1,0 +1,124 @@
+"""Forward mode in tiles: `funcmha.derivatives.attention_jvp` in linear memory, every tile once more.
+
+With the weights of the forward, p = 2^(s − c) / row_sum, the outputs change by
+
+    l̇se = Σ p ż + p_sink ṡink        ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o
+
+so that one pass over the tiles of a row sums all that it needs. Rows share nothing: a block of them is a task.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
+tile; `...` is batch.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha._arguments import Tangents, check_tangents
+from funcmha._xp import Array, narrow
+from funcmha.masks import Range
+
+from . import threads
+from .attention import zeroed
+from .cache import AttentionCache, Views, with_head_axis
+from .forward import recomputed
+from .threads import scratch
+from .tiles import Head, Tile, blocks, of_sink
+
+
+@np.errstate(under="ignore")
+def attention_jvp(
+    cache: AttentionCache,
+    q_dot: Array = None,
+    k_dot: Array = None,
+    v_dot: Array = None,
+    bias_dot: Any = None,
+    sink_dot: Array = None,
+    /,
+) -> tuple[Array, Array]:
+    """ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o     l̇se = Σ p ż + p_sink ṡink
+
+    As `funcmha.derivatives.attention_jvp`. Memory O(H (T + S)) beside the inputs.
+    """
+    q, k, v, rest = cache
+    dot, dtype = check_tangents(q, k, v, rest.bias, rest.sink, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
+    o_dot, lse_dot = np.empty_like(rest.o), np.empty_like(rest.row_sum)
+    x, x_dot = recomputed(Views.of(cache)), tangent_views(cache, dot)
+    work = _Forward(x, x_dot, dot, with_head_axis(o_dot), with_head_axis(lse_dot, 1))
+    *batch, H, T, D = x.q.shape
+    S, E = x.v.shape[-2:]
+    samples = list(np.ndindex(*batch))
+    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    with threads.single_threaded_blas():
+        threads.run(
+            lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan
+        )
+    return narrow(o_dot, dtype), narrow(lse_dot, dtype)
+
+
+def tangent_views(cache: AttentionCache, dot: Tangents) -> Views:
+    """The tangents in the place of what they are the tangents of, 0 at the queries and keys that the mask keeps out."""
+    zero = cache.q.dtype.type(0)
+    q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
+    q, k, v = zeroed(q, k, v, cache.rest.mask)
+    return Views.of(cache.rest._replace(bias=dot.bias, sink=dot.sink).beside(q, k, v))
+
+
+class _Forward(NamedTuple):
+    x: Views
+    x_dot: Views
+    dot: Tangents  # None where one is zero
+    o_dot: Array  # (..., H, T, E)
+    lse_dot: Array  # (..., H, T)
+
+    def rows(self, h: int, rows: Range, b: Any) -> None:
+        """Write the tangents of some rows of a head."""
+        at, x = (*b, h, slice(*rows)), self.x
+        head, head_dot = x.head(b, h), self.x_dot.head(b, h)
+        row_max = None if x.row_max is None else x.row_max[at]
+        acc, mean = self.sums(head, head_dot, rows, row_max)
+        if head.sink is not None and head_dot.sink is not None:
+            mean += of_sink(head, row_max) * head_dot.sink
+        inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
+        self.lse_dot[at] = np.where(inverse == 0, 0.0, mean * inverse)
+        self.o_dot[at] = acc * inverse[:, None] - self.lse_dot[at][:, None] * x.o[at]
+
+    def sums(self, head: Head, head_dot: Head, rows: Range, row_max: Array) -> tuple[Array, Array]:
+        """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)"""
+        q, (left, right) = head.score_scale * head.q[slice(*rows)], self.factors(head, head_dot, rows)
+        acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
+        for tile in head.all_tiles(rows):
+            i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
+            slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
+            e = head.exponentials(q[i], tile, None if row_max is None else row_max[i], slope)
+            ez = self.scores(head_dot, tile, left[i], right[j], slope)
+            ez *= e
+            mean[i] += ez @ np.ones(len(ez.T), ez.dtype)
+            if head.keep is not None:
+                ez, e = head.drop(np.stack((ez, e)), tile)
+            acc[i] += ez @ head.v[j]
+            if self.dot.v is not None:
+                acc[i] += e @ head_dot.v[j]
+        return acc, mean
+
+    def factors(self, head: Head, head_dot: Head, rows: Range) -> tuple[Array, Array]:
+        """u̇ = left rightᵀ     left scale · [q̇, q] (R, 2D), right [k, k̇] (S, 2D), without what is zero"""
+        i = slice(*rows)
+        pairs = [(head_dot.q[i], head.k)] * (self.dot.q is not None) + [(head.q[i], head_dot.k)] * (
+            self.dot.k is not None
+        )
+        if not pairs:
+            return head.q[i, :0], head.k[:, :0]
+        return head.scale * np.concatenate([q for q, _ in pairs], axis=1), np.concatenate([k for _, k in pairs], axis=1)
+
+    def scores(self, head_dot: Head, tile: Tile, left: Array, right: Array, slope: Array) -> Array:
+        """ż = slope · u̇ + ḃias (R, N), 0 where not mask"""
+        z_dot = np.matmul(left, right.T, out=scratch("dp", tile.shape, left.dtype))
+        if slope is not None:
+            z_dot *= slope
+        if head_dot.bias is not None:
+            z_dot += head_dot.bias_of(tile)
+        if tile.mixed:  # where the exponentials are 0, and a tangent may be anything
+            head_dot.forbid(z_dot, tile, 0.0)
+        return z_dot

@@ -1,0 +1,326 @@
+"""What is done with one tile of scores: made, used and dropped.
+
+Exponentials are powers of two, which NumPy computes faster and more accurately than powers of e: the scores here are
+s = log₂e · z. Before the exponential a number c near its maximum, `row_max`, is subtracted from each row. By Cauchy and
+Schwarz no score exceeds m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is
+subtracted; else c is m − BOUND, or the largest score of some keys where that is less, and only where the sum then comes
+out too small or too large is the true maximum of the row looked for. c is a whole number, so that the log-sum-exp has
+the digits of the sum. The backward subtracts the same c, and so has the same exponentials, from the same q and k to the
+bit; made from the log-sum-exp they would lose |s| ulps.
+
+Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
+"""
+
+from math import e, log, log2, prod
+from typing import NamedTuple
+
+import numpy as np
+
+from funcmha._xp import Array
+from funcmha.biases import toeplitz
+from funcmha.dropout import Seeded
+from funcmha.engines.plan import Plan
+from funcmha.masks import Mask, Range
+
+from .products import product
+from .threads import scratch
+
+LOG2E, LN2 = log2(e), log(2)
+BOUND = 60.0  # |s| up to which 2^s can be summed in float32 as they are: 65536 terms stay below 2^76
+FLOOR = 2.0**-40  # a sum of 2^(s − c) below this may have lost keys to underflow
+CEILING = 2.0**80  # and one above this was cut off: the scores are far above c
+
+
+class Tile(NamedTuple):
+    rows: Range
+    cols: Range
+    mixed: bool  # whether the mask forbids some of it
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, N)"""
+        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+
+
+class Head(NamedTuple):
+    q: Array  # (T, D)
+    k: Array  # (S, D)
+    v: Array  # (S, E)
+    bias: Array  # (T, S), or (T + S − 1) as of a `RelativeBias`, or None
+    sink: float | None  # a score of −∞ is as good as none
+    mask: Mask | None  # (T, S), or with a head axis
+    sample: int  # which one
+    h: int  # which head of it
+    keep: Array | Seeded  # (T, S), or by the sample and the head, or None
+    rate: float
+    scale: float
+    softcap: float | None
+    plan: Plan
+
+    @property
+    def score_scale(self) -> float:
+        """What q is multiplied by before its product with the keys: that is s, z less the bias, or u / softcap"""
+        if self.softcap is not None:
+            return self.scale / self.softcap
+        return self.scale * LOG2E if self.bias is None else self.scale
+
+    @property
+    def scale_by_score_scale(self) -> float:
+        """Also where the scale is 0"""
+        if self.softcap is not None:
+            return self.softcap
+        return LN2 if self.bias is None else 1.0
+
+    def columns(self, rows: Range) -> Range:
+        """The columns outside which these rows attend nothing"""
+        return (0, len(self.k)) if self.mask is None else self.mask.columns(rows, len(self.k))
+
+    def all_tiles(self, rows: Range) -> list[Tile]:
+        """The tiles of these rows, from left to right."""
+        return [tile for block in self.tiles(rows) for tile in block]
+
+    def tiles(self, rows: Range) -> list[list[Tile]]:
+        """The same in blocks of columns."""
+        start, stop = self.columns(rows)
+        found, width = [], self.plan.columns(len(self.q))
+        for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
+            cols = (max(j, start), min(j + width, stop))
+            block = [Tile(rows, cols, mixed=False)] if self.mask is None else _parts(self.mask, rows, cols, self.plan)
+            if block:
+                found.append(block)
+        return found
+
+    def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
+        """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
+
+        q (R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the soft cap's
+        gradient is multiplied by, 1 − tanh².
+        """
+        s = np.matmul(q, self.k[slice(*tile.cols)].T, out=scratch("s", tile.shape, q.dtype))
+        return self.complete(s, tile, slope)
+
+    def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
+        """`scores` from the product with the keys, in its place"""
+        if self.softcap is not None:
+            np.tanh(s, out=s)
+            if slope is not None:
+                np.subtract(1.0, np.multiply(s, s, out=slope), out=slope)
+            s *= self.softcap * LOG2E if self.bias is None else self.softcap
+        if self.bias is not None:  # before log₂e, whose rounding would be that of a large bias, however small the sum
+            s += self.bias_of(tile)
+            s *= LOG2E
+        return s
+
+    def bias_of(self, tile: Tile) -> Array:
+        """The bias of these scores (R, N)"""
+        if self.bias.ndim == 1:
+            return toeplitz(self.bias, tile.rows, tile.cols, len(self.q))
+        return self.bias[slice(*tile.rows), slice(*tile.cols)]
+
+    def exponentials(self, q: Array, tile: Tile, row_max: Array, slope: Array = None) -> Array:
+        """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
+        s = self.scores(q, tile, slope)
+        if row_max is not None:
+            np.subtract(s, row_max[:, None], out=s)
+        if row_max is None and self.bias is None:
+            np.exp2(s, out=s)
+        else:
+            powers_of_two(s)
+        if tile.mixed:
+            self.forbid(s, tile, 0.0)
+        return s
+
+    def forbid(self, a: Array, tile: Tile, value: float) -> None:
+        """a = value where not mask"""
+        allowed = self.mask.tile(tile.rows, tile.cols)  # type: ignore[union-attr]  # a tile is mixed by its mask
+        allowed = allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
+        np.copyto(a, value, where=~allowed)
+
+    def drop(self, a: Array, tile: Tile) -> Array:
+        """a ⊙ keep / (1 − rate)"""
+        if self.keep is None:
+            return a
+        if isinstance(self.keep, Seeded):
+            keep = self.keep.tile(self.sample, self.h, tile.rows, tile.cols)
+        else:
+            keep = self.keep[slice(*tile.rows), slice(*tile.cols)]
+        return np.where(keep, a / (1 - self.rate), 0.0)
+
+
+def powers_of_two(s: Array) -> Array:
+    """2^s in its place, 0 where that would be subnormal: a tile that is so in a tenth takes NumPy ten times longer.
+
+    So far above c as to be cut off are only scores that the mask forbids, once `rows_forward` is done.
+    """
+    kind = np.finfo(s.dtype)
+    np.exp2(np.clip(s, kind.minexp, log2(CEILING) + 1, out=s), out=s)
+    if not s.min(initial=1.0) > kind.smallest_normal:
+        np.multiply(s, s > kind.smallest_normal, out=s)
+    return s
+
+
+def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
+    """A block, without what the mask empties: by halves, if that spares anything."""
+    answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
+    if answer != "mixed":
+        return [Tile(rows, cols, mixed=False)] if answer == "full" else []
+    if 4 * area <= plan.tile_rows * plan.tile_cols:
+        return [Tile(rows, cols, mixed=True)]
+    quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
+    found = [tile for quarter in quarters for tile in quarter]
+    spared = area - sum(prod(tile.shape) for tile in found)
+    return found if spared else [Tile(rows, cols, mixed=True)]
+
+
+def _halves(a: Range) -> tuple[Range, Range]:
+    middle = (a[0] + a[1] + 1) // 2
+    return (a[0], middle), (middle, a[1])
+
+
+def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
+    """o (R, E), the sums of exponentials, the sink's included (R), and the c of the rows (R) or None"""
+    q = head.score_scale * head.q[slice(*rows)]
+    m = longest * np.sqrt(np.einsum("td,td->t", q, q))
+    if head.softcap is not None or head.bias is not None:
+        m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
+    row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
+    with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
+        row_sum, acc = _sums(head, q, rows, all_tiles, row_max)
+    wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
+    if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
+        some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
+        row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
+        sum_again, acc_again = _sums(head, q, rows, some, row_max)
+        row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[:, None], acc_again, acc)
+        row_max = row_max if row_max.any() else None
+    if head.sink is not None:
+        row_sum += of_sink(head, row_max)
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max
+
+
+def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
+    """A whole c with the largest s − c near 0 in all likelihood; None for none.
+
+    None where it can be, for s − c loses as many digits as c has; else what some keys have, if it is less than the
+    bound on all of them, which may be far too high.
+    """
+    top, (start, stop) = np.zeros(len(q), q.dtype), head.columns(rows)
+    if head.bias is not None and start < stop:
+        largest = LOG2E * head.bias_of(Tile(rows, (start, stop), mixed=True)).max(axis=-1)
+        top = np.where(np.isfinite(largest), largest, top)
+    c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
+    if c.any() and start < stop:
+        likely = _largest(
+            head, q, Tile(rows, (start, min(start + head.plan.guess_keys, stop)), mixed=head.mask is not None)
+        )
+        c = np.where(likely > -np.inf, np.fmin(c, np.fmax(likely, 0.0)), c)
+    if head.sink is not None:
+        c = np.maximum(c, LOG2E * head.sink - BOUND)
+    return np.ceil(c) if c.any() else None
+
+
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array]:
+    """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
+    E = head.v.shape[-1]
+    row_sum, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
+    for tile in some:
+        i = _within(rows, tile)
+        e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
+        row_sum[i] += e @ np.ones(len(e.T), e.dtype)
+        product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
+    return row_sum, acc
+
+
+def sums(head: Head, row_max: Array) -> Array:
+    """The sums of exponentials of all rows, the sink's included (T)"""
+    q, row_sum = head.score_scale * head.q, np.zeros(len(head.q), head.q.dtype)
+    for tile in head.all_tiles((0, len(q))):
+        i = slice(*tile.rows)
+        e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
+        row_sum[i] += e @ np.ones(len(e.T), e.dtype)
+    return row_sum if head.sink is None else row_sum + of_sink(head, row_max)
+
+
+def of_sink(head: Head, row_max: Array) -> Array:
+    """2^(log₂e · sink − c)     (R), or one number for all rows"""
+    sink = LOG2E * head.sink  # type: ignore[operator]  # is asked of heads that have one
+    return np.exp2(sink if row_max is None else sink - row_max)
+
+
+def _maximum(head: Head, q: Array, rows: Range, some: list[Tile]) -> Array:
+    """The largest score of each row in some tiles, rounded up, 0 where there is none"""
+    top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
+    for tile in some:
+        i = _within(rows, tile)
+        top[i] = np.maximum(top[i], _largest(head, q[i], tile))
+    return np.where(top == -np.inf, 0.0, np.ceil(top))
+
+
+def _largest(head: Head, q: Array, tile: Tile) -> Array:
+    """The largest score of each row of a tile (R), −∞ where the mask hides all"""
+    s = head.scores(q, tile)
+    if tile.mixed:
+        head.forbid(s, tile, -np.inf)
+    return s.max(axis=-1)
+
+
+def _within(rows: Range, tile: Tile) -> slice:
+    """The rows of a tile, counted from the first of `rows`."""
+    return slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0])
+
+
+class Rows(NamedTuple):
+    """What a backward needs to know of some rows. The weights are p = 2^(s − c) · inverse, never made as such."""
+
+    q: Array  # (R, D), times `score_scale`
+    row_max: Array  # (R) or None
+    inverse: Array  # (R, 1), of the sum of exponentials
+    d: Array  # (R, E + 1), [do, dlse − δ] · inverse
+
+
+def tile_backward(
+    head: Head,
+    tile: Tile,
+    x: Rows,
+    v1: Array,
+    dweights: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+) -> Array:
+    """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
+
+    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
+    """
+    (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
+    slope = None if head.softcap is None else scratch("slope", tile.shape, dtype)
+    e = head.exponentials(x.q, tile, x.row_max, slope)
+    dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=scratch("n", (N, E), dtype))
+    if head.keep is None:
+        dp = np.matmul(x.d, v1.T, out=scratch("dp", (n, N), dtype))
+    else:
+        dp = head.drop(x.d[:, :E] @ v1[:, :E].T, tile) + x.d[:, E:]
+    if dweights is not None:
+        dp += _of_some(e, dweights) * x.inverse
+    dz = np.multiply(e, dp, out=dp)
+    du = dz if slope is None else np.multiply(dz, slope, out=slope)
+    t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
+    dq += np.multiply(t, head.scale, out=t)
+    dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), head.scale_by_score_scale, out=t)
+    return dz
+
+
+def mean_cotangent(head: Head, tile: Tile, x: Rows, dweights: Array) -> Array:
+    """Σ p dweights over one tile (R)"""
+    e = head.exponentials(x.q, tile, x.row_max)
+    return np.einsum("ts,ts->t", e, _of_some(e, dweights)) * x.inverse[:, 0]
+
+
+def _of_some(e: Array, dweights: Array) -> Array:
+    """The cotangents of weights that are not 0, whatever the others are: the derivative of an entropy is −∞ there"""
+    return np.where(e == 0, 0.0, dweights)
+
+
+def blocks(n: int, size: int) -> list[Range]:
+    """0 … n in ranges of `size`, the last one shorter"""
+    return [(i, min(i + size, n)) for i in range(0, n, size)]

@@ -1,0 +1,58 @@
+"""Zero where a mask leaves nothing: at keys that no query attends, and at fully masked queries.
+
+0 · NaN is NaN: a key that no query attends, or a fully masked query, would reach every sum that it is a term of.
+
+Axes: T queries, S keys, H query heads, K key/value heads; `...` is batch.
+"""
+
+import numpy as np
+
+from funcmha._xp import Array, namespace
+
+from .mask import Mask
+
+
+def zero_unattended_keys(x: Array, mask: Array) -> Array:
+    """x (..., K, S, ·) with 0 at each key that no query of its heads attends     mask (..., H or 1, T or 1, S or 1)"""
+    return x if mask is None or x is None else _zero_unless(x, namespace(x).any(mask, axis=-2))
+
+
+def zero_masked_queries(x: Array, mask: Array) -> Array:
+    """x (..., H, T, ·) with 0 at each query that attends no key     mask (..., H or 1, T or 1, S or 1)"""
+    return x if mask is None or x is None else _zero_unless(x, namespace(x).any(mask, axis=-1))
+
+
+def zero_inputs(
+    query: Array, key: Array, value: Array, mask: Mask | None, appended: bool
+) -> tuple[Array, Array, Array]:
+    """The inputs of all heads, with 0 at queries that attend no key in any head, and at keys that no query attends
+
+    A NaN there would reach Σ dq xᵀ and Σ dk xᵀ as 0 · NaN. Where all three are one array they stay one, as the gradient
+    of `self_attention` takes it: with 0 at tokens that neither attend nor are attended. Every query attends `appended`
+    keys.
+    """
+    if mask is None:
+        return query, key, value
+    T, S, xp = query.shape[-2], key.shape[-2], namespace(query)
+    attended = mask.attended_keys(T, S, query)
+    attending = None if appended else xp.matrix_transpose(mask.attending_queries(T, S, query))
+    if query is key and key is value:
+        x = _zero_rows(query, None if attending is None else attended | attending)
+        return x, x, x
+    return _zero_rows(query, attending), _zero_rows(key, attended), _zero_rows(value, attended)
+
+
+def _zero_rows(x: Array, some: Array) -> Array:
+    """x (..., n, C) with 0 where not some (..., H or 1, 1, n or 1), in no head"""
+    return zero_unattended_keys(x[..., None, :, :], some)[..., 0, :, :]
+
+
+def _zero_unless(x: Array, some: Array) -> Array:
+    """x (..., K, n, ·) with 0 unless some (..., H or 1, n or 1), in any head that reads it"""
+    if isinstance(some, np.ndarray) and some.all():
+        return x
+    xp = namespace(x)
+    if some.ndim > 1 and some.shape[-2] not in (1, x.shape[-3]):
+        *batch, heads, n = some.shape
+        some = xp.any(xp.reshape(some, (*batch, x.shape[-3], heads // x.shape[-3], n)), axis=-2)
+    return xp.where(some[..., None], x, 0.0)
