@@ -17,7 +17,7 @@ from .biases import RelativeBias, as_bias
 from .masks.appended import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
-from .ops import AttentionCache, LinearCache, attention, attention_vjp, given, linear, linear_vjp
+from .ops import AttentionCache, LinearCache, attend, attention_vjp, given, linear, linear_vjp
 from .params import Params, join_heads, leaf, one_head, present
 from .rotary import RotateCache, rotate, rotate_vjp
 
@@ -90,13 +90,13 @@ def _head(params: Params, query: Array, key: Array, value: Array, bias: Bias, x:
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v[..., None, :, :], leaf(params, "bias_kv.v"), x.zero_attn)
     sink, appended = leaf(params, "sink.w"), k.shape[-2] - key.shape[-2]
-    o, attention_cache = attention(
+    o, attention_cache = attend(
         q,
         k,
         v,
         bias if bias is None else bias.append_keys(key.shape[-2], appended),
         sink if sink is None else sink[None],
-        **(x.of_attention | {"mask": append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)}),
+        x._replace(mask=append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)),
     )
     cache = HeadCache(params, query_cache, key_cache, value_cache, q_position, k_position, bias, attention_cache)
     return o[..., 0, :, :], cache

@@ -228,7 +228,6 @@ class AttentionCache(NamedTuple):
 
 
 @takes(AttentionOptions)
-@underflow_is_zero
 def attention(
     q: Array,
     k: Array,
@@ -260,17 +259,9 @@ def attention(
     Vaswani et al. 2017, eq. 1.
     """
     bias, x = check_attention(q, k, v, bias, sink, options)
-    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
-
-    dtype = q.dtype
-    q = zero_masked_queries(upcast(q), mask)
-    k, v = zero_unattended_keys(upcast(k), mask), zero_unattended_keys(upcast(v), mask)
-    bias, sink = None if bias is None else bias.map(upcast), upcast(sink)
-    scale, softcap, keep, rate = _per_head(x.scale, q), _per_head(x.softcap, q), *_kept(x, q, k)
-    z, slope = _scores(q, k, bias, scale, softcap)
-    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
-    o = drop(p, keep, rate) @ per_query_head(v, q)
-    return downcast(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x)
+    return downcast(o, q.dtype), cache
 
 
 @underflow_is_zero
@@ -301,6 +292,18 @@ def attention_vjp(
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, given(dbias, dtype), dsink
+
+
+@underflow_is_zero
+def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast"""
+    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
+    q, k, v = zero_masked_queries(q, mask), zero_unattended_keys(k, mask), zero_unattended_keys(v, mask)
+    scale, softcap, (keep, rate) = _per_head(x.scale, q), _per_head(x.softcap, q), _kept(x, q, k)
+    z, slope = _scores(q, k, bias, scale, softcap)
+    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    o = drop(p, keep, rate) @ per_query_head(v, q)
+    return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
 def attended(cache: AttentionCache) -> Array:

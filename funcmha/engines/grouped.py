@@ -42,6 +42,7 @@ from .projections import (
     project_qkv_vjp,
 )
 from .table import attention_vjp
+from .tiled.threads import with_single_threaded_blas
 
 # ── q, k and v: kept, or projected again ─────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +135,7 @@ class GroupCache(NamedTuple):
 class Method(NamedTuple):
     """What an engine attends with."""
 
-    attention: Callable[..., Any]
+    attend: Callable[..., Any]  # of arguments that are checked and upcast; its o may be the cache's own
     plan: Plan
 
 
@@ -152,14 +153,14 @@ def _attend(
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v, leaf(params, "bias_kv.v"), x.zero_attn)
     S, appended = key.shape[-2], k.shape[-3] - key.shape[-2]
-    o, cache = method.attention(
+    o, cache = method.attend(
         heads_first(q),
         heads_first(k),
         heads_first(v),
         None if bias is None else bias.append_keys(S, appended),
         leaf(params, "sink.w"),
-        **(x.of_attention | {"mask": append_keys(x.mask, query.shape[-2], S, appended, query)}),
-        plan=plan,
+        x._replace(mask=append_keys(x.mask, query.shape[-2], S, appended, query)),
+        plan,
     )
     group = GroupCache(
         params,
@@ -253,6 +254,7 @@ class HeadCache(NamedTuple):
     group: GroupCache  # of one head
 
 
+@with_single_threaded_blas
 def head(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, HeadCache]:
@@ -269,6 +271,7 @@ def head(
     return own(downcast(o, dtype), o), HeadCache(group)
 
 
+@with_single_threaded_blas
 def head_vjp(
     cache: HeadCache,
     do: Array,
@@ -302,6 +305,7 @@ class MhaCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
 
 
+@with_single_threaded_blas
 def mha(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, MhaCache]:
@@ -335,6 +339,7 @@ def mha_vjp(
     return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
 
 
+@with_single_threaded_blas
 def _mha_vjp(
     cache: MhaCache,
     dy: Array,

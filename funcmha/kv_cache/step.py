@@ -105,13 +105,14 @@ def step(
     q, q_position = positioned(q, params.get("q_norm", {}), o.qk_norm, o.rotary[0])
     k, k_position = positioned(k, params.get("k_norm", {}), o.qk_norm, o.rotary[1])
     held, after, appended = _append(kv, heads_first(k), heads_first(v), left, dtype)
-    heads, attention = chosen.call("attend")(
+    heads, attention = chosen.attend(
         heads_first(q),
         held.keys,
         held.values,
         None if own is None else own.map(upcast),
         leaf(params, "sink.w"),
-        **o.of_attention,
+        o,
+        plan,
     )
     y, out = combine(params["out_proj"], heads_last(heads), plan=plan)
     cache = StepCache(

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
-from funcmha._arguments import check_linear
 from funcmha._arrays import Array, downcast, upcast
 from funcmha.engines.plan import Plan
 from funcmha.ops import LinearCache
@@ -20,7 +19,6 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
     `add_to` is of y's shape and in the dtype computed with, and y is written into it; or None.
     """
-    check_linear(x, w, b)
     cache = LinearCache(upcast(x), upcast(w), upcast(b))
     rows, wt = _rows(cache.x), cache.w.T
     if len(rows) > plan.copied_rows:

@@ -9,13 +9,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def num_threads() -> int:
@@ -100,6 +103,19 @@ def single_threaded_blas() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _set(_libraries, _before)
+
+
+def with_single_threaded_blas(f: F) -> F:
+    """f, with BLAS held at one thread once for all that it calls, if it is given NumPy arrays."""
+
+    @wraps(f)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(x, np.ndarray) for x in args):
+            return f(*args, **kwargs)
+        with single_threaded_blas():
+            return f(*args, **kwargs)
+
+    return held  # type: ignore[return-value]
 
 
 def _set(libraries: list[Any], numbers: list[int]) -> None:
