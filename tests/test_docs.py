@@ -273,7 +273,7 @@ PLANTED = {
     "a verb that make does not know": lambda: unknown_verbs("run `make coffee`"),
     "an extra that is not there": lambda: unknown_extras("Extras: `torch`, `cuda11`. "),
     "a place without the function": lambda: wrong_places(MATH.replace("`linear_vjp`", "`linear_backward`")),
-    "a section without a place": lambda: sections_without_place(re.sub(r"\nWhere: .*`_dropout`", "", MATH)
+    "a section without a place": lambda: sections_without_place(re.sub(r"\nWhere: .*`drop`", "", MATH)
                                                                .replace("diagonal", "```math\n```")),
     "a public name no page tells of": lambda: undocumented(["sizes"], MANUAL.replace("sizes", "shapes")),
     "a public name without docstring": lambda: undocumented(["__version__"], "`__version__`"),
