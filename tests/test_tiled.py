@@ -31,8 +31,7 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha._bias import on_bias
-from funcmha._doors import values_of
+from funcmha._arguments import values_of
 from funcmha.engines import BATCHED, SEQUENTIAL, TILED
 from funcmha.derivatives import attention_jvp
 from funcmha.derivatives import attention_vjp_jvp

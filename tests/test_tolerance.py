@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
-from funcmha._bias import on_bias
-from funcmha._doors import values_of
+from funcmha._arguments import values_of
 from funcmha.dropout import masked
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import given
-from test_forward import (
+from test_derivatives_forward import (
     EVERYTHING,
     EVERYTHING_MHA,
     MHA_EDGES,
@@ -25,10 +25,7 @@ from test_forward import (
 
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
 from funcmha.engines import SEQUENTIAL
-from funcmha.derivatives import attention_jvp
-from funcmha.derivatives import mha_jvp
-from funcmha.derivatives import attention_vjp_jvp
-from funcmha.derivatives import mha_vjp_jvp
+from funcmha.derivatives import attention_jvp, attention_vjp_jvp, mha_jvp, mha_vjp_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -37,7 +34,6 @@ from funcmha.testing.strategies import (
     attention_problems,
     mha_problems,
 )
-from funcmha.engines.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 

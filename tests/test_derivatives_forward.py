@@ -29,8 +29,7 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.derivatives import attention_jvp, linear_jvp, norm_jvp
-from funcmha.derivatives import head_jvp, mha_jvp
+from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -39,7 +38,6 @@ from funcmha.testing.strategies import (
     attention_problems,
     mha_problems,
 )
-from funcmha.engines.tiled import threads
 
 pytestmark = pytest.mark.usefixtures("each_engine")
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from funcmha import attention, attention_vjp, attention_weights, decode, masks
-from funcmha.kv_cache import KV, AppendCache, append, append_vjp, empty, step_mask
+from funcmha import attention, attention_vjp, attention_weights, masks
+from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp, empty, step_mask
 from funcmha.rotary import frequencies, rotate, rotate_vjp, table
 from funcmha.testing import check_vjp
 
@@ -160,7 +160,7 @@ def appends(draw_):
 @given(appends())
 def test_append_is_concatenation(case):
     (keys, values, k, v), left = case
-    kv, _ = append(KV(keys, values, 29), k, v, left=left)
+    kv, _ = append(KVCache(keys, values, 29), k, v, left=left)
     N = keys.shape[-2]
     kept = N if left is None else min(N, left)
     assert np.array_equal(kv.keys, np.concatenate([keys[..., N - kept :, :], k], axis=-2))
@@ -173,7 +173,7 @@ def test_append_keeps_the_protocol(case):
     inputs, left = case
 
     def f(keys, values, k, v):
-        kv, cache = append(KV(keys, values, 29), k, v, left=left)
+        kv, cache = append(KVCache(keys, values, 29), k, v, left=left)
         return np.concatenate([kv.keys.ravel(), kv.values.ravel()]), (*cache, kv.keys, kv.values)
 
     def f_vjp(cache, dy):
@@ -187,8 +187,8 @@ def test_append_keeps_the_protocol(case):
 
 def test_what_is_forgotten_has_no_gradient():
     keys, values, k, v = draw((3, 7, 5), (3, 7, 2), (3, 2, 5), (3, 2, 2))
-    kv, cache = append(KV(keys, values, 7), k, v, left=4)
-    dkv, dk, dv = append_vjp(cache, KV(kv.keys, kv.values, None))
+    kv, cache = append(KVCache(keys, values, 7), k, v, left=4)
+    dkv, dk, dv = append_vjp(cache, KVCache(kv.keys, kv.values, None))
     assert dkv.seen is None
     assert not dkv.keys[:, :3].any()
     assert not dkv.values[:, :3].any()
@@ -212,7 +212,7 @@ def test_a_window_keeps_exactly_what_the_next_query_sees(left):
 
 @given(st.integers(0, 7), st.integers(0, 7), st.none() | st.integers(0, 9))
 def test_the_mask_is_the_last_rows_of_the_full_one(N, T, left):
-    kv = KV(*draw((N + T, 5), (N + T, 2)), N + T)
+    kv = KVCache(*draw((N + T, 5), (N + T, 2)), N + T)
     want = masks.dense(masks.window(left, 0), N + T, N + T, kv.keys)[N:]
     assert np.array_equal(masks.dense(step_mask(kv, T, left=left), T, N + T, kv.keys), want)
 
@@ -275,7 +275,7 @@ def test_jax_takes_the_pair_as_it_is():
             return append(kv, k, v, left=4)
 
         def loss(f, keys, values, k, v):
-            kv = f(f(KV(keys, values, 5), k, v), 2 * k, 3 * v)
+            kv = f(f(KVCache(keys, values, 5), k, v), 2 * k, 3 * v)
             return (kv.keys**3).sum() + (kv.values**2).sum() + kv.seen
 
         ours = jax.custom_vjp(lambda *a: plain(*a)[0])
@@ -289,7 +289,7 @@ def test_jax_takes_the_pair_as_it_is():
 
 def test_the_cache_holds_shapes_alone():
     k, v = draw((3, 5, 4), (3, 5, 7))
-    _, cache = append(KV(k, v, 5), k, v, left=2)
+    _, cache = append(KVCache(k, v, 5), k, v, left=2)
     assert [x.shape for x in cache] == [(3, 5, 0), (3, 5, 0), (3, 7, 4, 0), (3, 7, 7, 0)]
     assert all(x.base is None or x.base.size == 0 for x in cache)
 
@@ -385,7 +385,7 @@ def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
     def work(me):
         made[me], _ = append(old, me * ones, me * ones[..., :1])
 
-    monkeypatch.setattr(decode, "_rooms", Slow(decode._rooms))
+    monkeypatch.setattr(decode, "_rooms", Slow(kv_cache.append._rooms))
     ones = np.ones((2, 1, 3))
     threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
     for thread in threads:
@@ -405,8 +405,8 @@ def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
         lambda kv: kv._replace(keys=-kv.keys),
         lambda kv: kv._replace(keys=kv.keys[..., ::-1, :]),
         lambda kv: kv._replace(keys=kv.keys[..., :-1, :], values=kv.values[..., :-1, :]),
-        lambda kv: KV(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
-        lambda kv: KV(kv.keys, kv.keys, kv.seen),
+        lambda kv: KVCache(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
+        lambda kv: KVCache(kv.keys, kv.keys, kv.seen),
         copy.deepcopy,
         lambda kv: pickle.loads(pickle.dumps(kv)),
     ],
@@ -428,7 +428,7 @@ def test_a_value_pieced_together_shows_its_own_rows(other):
 def test_arrays_of_the_caller_are_never_written_to():
     whole, v = draw((3, 9, 4), (3, 9, 7))
     before = whole.copy()
-    kv = KV(whole[:, :5], v[:, :5], 5)  # a view with rows behind it that are somebody's
+    kv = KVCache(whole[:, :5], v[:, :5], 5)  # a view with rows behind it that are somebody's
     for t in range(3):
         kv, _ = append(kv, np.ones((3, 1, 4)), v[:, t : t + 1])
     assert np.array_equal(whole, before)
@@ -469,11 +469,11 @@ def test_an_append_that_is_stopped_half_way_leaves_all_as_it_was(monkeypatch):
 def test_room_behind_a_view_that_is_gone_is_nobodys():
     """Should an interrupt ever keep an entry from going, an array that got the same id must not write there."""
     k, v, buffer = draw((3, 5, 4), (3, 5, 7), (3, 20, 4))
-    decode._rooms[id(k)] = decode._Room(lambda: None, buffer, 5)
+    kv_cache.append._rooms[id(k)] = kv_cache.append._Room(lambda: None, buffer, 5)
     try:
-        kv, _ = append(KV(k, v, 5), -k, -v)
+        kv, _ = append(KVCache(k, v, 5), -k, -v)
     finally:
-        del decode._rooms[id(k)]
+        del kv_cache.append._rooms[id(k)]
     assert np.array_equal(kv.keys, np.concatenate([k, -k], axis=1))
     assert not np.shares_memory(kv.keys, buffer)
 
@@ -521,29 +521,29 @@ def test_with_capacity_nothing_is_copied():
 def test_buffers_and_what_is_known_of_them_go_with_their_values():
     k, v = draw((3, 5, 4), (3, 5, 7))
     gc.collect()
-    before = len(decode._rooms)
+    before = len(kv_cache.append._rooms)
     kv, _ = append(empty(k, v), k, v)
     for _ in range(9):
         kv, cache = append(kv, k, v)
-    assert len(decode._rooms) == before + 2  # of the last value alone
+    assert len(kv_cache.append._rooms) == before + 2  # of the last value alone
     buffer = weakref.ref(kv.keys.base)
     assert cache is not None
     del kv
     gc.collect()
-    assert len(decode._rooms) == before
+    assert len(kv_cache.append._rooms) == before
     assert buffer() is None
 
 
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 KEYS, VALUES, K_NEW, V_NEW = draw((2, 3, 5, 4), (2, 3, 5, 7), (2, 3, 1, 4), (2, 3, 1, 7))
-HELD = KV(KEYS, VALUES, 5)
+HELD = KVCache(KEYS, VALUES, 5)
 
 
 @pytest.mark.parametrize(
     ("kv", "k", "v", "error", "message"),
     [
-        ((KEYS, VALUES, 5), K_NEW, V_NEW, TypeError, "kv must be a KV of funcmha.decode, got tuple"),
+        ((KEYS, VALUES, 5), K_NEW, V_NEW, TypeError, "kv must be a KVCache of funcmha.decode, got tuple"),
         (HELD, K_NEW.tolist(), V_NEW, TypeError, "k must be an array, got list"),
         (HELD, K_NEW, None, TypeError, "v must be an array, got NoneType"),
         (HELD._replace(keys=None), K_NEW, V_NEW, TypeError, r"kv\.keys must be an array, got NoneType"),
@@ -582,7 +582,7 @@ def test_append_refuses_a_mixture_of_libraries():
         (lambda: step_mask(HELD, -1), ValueError, "T must be at least 0, got -1"),
         (lambda: step_mask(HELD, True), TypeError, "T must be an int, got True of type bool"),
         (lambda: step_mask(HELD, 1, left=-1), ValueError, "left must be at least 0"),
-        (lambda: step_mask(KEYS, 1), TypeError, "kv must be a KV of funcmha.decode, got ndarray"),
+        (lambda: step_mask(KEYS, 1), TypeError, "kv must be a KVCache of funcmha.decode, got ndarray"),
         (lambda: empty(KEYS, VALUES[:1]), ValueError, r"v must be \(..., K, T, E\) with ...=\(2,\) as in k"),
         (lambda: empty(KEYS, VALUES.astype("f4")), TypeError, "v must have dtype float64 as k has, got float32"),
         (lambda: empty(KEYS, VALUES, capacity=-1), ValueError, "capacity must be at least 0, got -1"),
