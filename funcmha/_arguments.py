@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from . import _check, tree
-from ._xp import Array, widen
+from ._arrays import Array, upcast
 from .biases import ArrayBias, RelativeBias, as_bias
 from .dropout import Masked, Seeded
 from .masks import Dense, Mask, as_mask
@@ -21,7 +21,7 @@ from .norms import L2Norm, LayerNorm, RMSNorm
 from .params import HEAD_SPEC, SPEC, Params, check
 from .rotary import Rotary, check_table
 
-Bias = ArrayBias | RelativeBias | None
+Bias = Any  # an ArrayBias, a RelativeBias, or None
 
 # ── the options ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +135,7 @@ def default_of(name: str) -> Any:
     return False if name == "zero_attn" else None
 
 
-def check_names(options: dict[str, Any], kind: type) -> None:
+def check_names(options: Any, kind: type) -> None:
     """Raise TypeError for an option that there is not, with what to write instead."""
     names = _names(kind)
     for name in options:
@@ -246,7 +246,7 @@ def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seed
 
 
 def check_mha(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, options: dict[str, Any]
+    params: Params, query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `mha`: the sizes, the bias as a `Bias` and the options, checked."""
     axes, leaves = check(params, SPEC)
@@ -254,7 +254,7 @@ def check_mha(
 
 
 def check_head(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, options: dict[str, Any]
+    params: Params, query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `head`: as those of `mha`; bias, mask and dropout get a head axis of 1."""
     axes, leaves = check(params, HEAD_SPEC)
@@ -285,7 +285,7 @@ def check_inputs(
     key: Array,
     value: Array,
     bias: Any,
-    options: dict[str, Any],
+    options: Any,
 ) -> tuple[_check.Axes, Bias, Options]:
     """The inputs beside the parameters, of which `axes` knows the sizes."""
     inputs, bias = [("query", query), ("key", key), ("value", value)], as_bias(bias)
@@ -296,9 +296,7 @@ def check_inputs(
     return axes, *check_options(axes, leaves, bias, options)
 
 
-def check_options(
-    axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: dict[str, Any]
-) -> tuple[Bias, Options]:
+def check_options(axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: Any) -> tuple[Bias, Options]:
     """The bias and the options of heads whose sizes `axes` knows."""
     check_names(options, HeadOptions)
     zero_attn, one_head = options.get("zero_attn", False), "H" not in axes.size
@@ -416,8 +414,8 @@ def check_tangents(
     check_bias_tangent(bias_dot, bias, q)
     _check.tangent("sink_dot", sink_dot, _check.shape_of(sink), q, "H" if head else "")
     dtype = next((x.dtype for _, x in tangents if x is not None), q.dtype)
-    wide_bias = None if bias_dot is None else bias_dot.map(widen)
-    return Tangents(widen(q_dot), widen(k_dot), widen(v_dot), wide_bias, widen(sink_dot)), dtype
+    wide_bias = None if bias_dot is None else bias_dot.map(upcast)
+    return Tangents(upcast(q_dot), upcast(k_dot), upcast(v_dot), wide_bias, upcast(sink_dot)), dtype
 
 
 def check_cotangents(
@@ -431,7 +429,7 @@ def check_cotangents(
     _check.cotangent("dlse", dlse, lse, q, "... H T", optional=True)
     _check.tangent("do_dot", do_dot, o, q, "... H T E")
     _check.tangent("dlse_dot", dlse_dot, lse, q, "... H T")
-    return Cotangents(*map(widen, given.values()))
+    return Cotangents(*map(upcast, given.values()))
 
 
 def check_bias_tangent(bias_dot: Bias, bias: Bias, computed: Array) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ._xp import HALF, Array, dtype_name, is_array
+from ._arrays import HALF, Array, dtype_name, is_array
 
 # complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-def one_dtype(arrays: Iterable[tuple[str, Array]], optional: Iterable[tuple[str, Array]] = ()) -> None:
+def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
     """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
     first = None
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
@@ -43,7 +43,7 @@ def boolean(name: str, x: Any, meaning: str) -> None:
 
 
 def number(name: str, x: Any, low: float = -float("inf"), below: float = float("inf")) -> float:
-    """`x` as a Python float, so that it never widens a dtype; ValueError unless low ≤ x < below and finite."""
+    """`x` as a Python float, so that it never changes a dtype; ValueError unless low ≤ x < below and finite."""
     if not isinstance(x, Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a real number, got {x!r} of type {type(x).__name__}")
     try:
@@ -116,7 +116,7 @@ def parts(name: str, x: Any, of: str) -> tuple[Any, ...]:
 def cotangent(
     name: str, x: Any, shape: tuple[int, ...], computed: Array, symbols: str, *, optional: bool = False
 ) -> None:
-    """Raise unless `x` has this shape and the dtype of `computed`, or a half dtype that widens to it."""
+    """Raise unless `x` has this shape and the dtype of `computed`, or a half dtype that upcasts to it."""
     if x is None and optional:
         return
     if not is_array(x):
@@ -145,6 +145,11 @@ def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array,
         raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
     if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
         raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
+
+
+def dtype_of(computed: Array, *tangents: Array) -> Any:
+    """The dtype of the tangents, and so of what is made of them; without any, the one computed with."""
+    return next((x.dtype for x in tangents if x is not None), computed.dtype)
 
 
 def shape_of(x: Array) -> tuple[int, ...] | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, tree
-from ._xp import Array, namespace
+from ._arrays import Array, namespace
 
 Params = dict[str, Any]
 
@@ -93,7 +93,7 @@ def head_params(params: Params, h: int, /) -> Params:
     `head` takes them. The output projection belongs to no single head and is left out. Raises IndexError unless
     0 ≤ h < H.
     """
-    H, K, *_ = sizes(params)
+    H = sizes(params).H
     if not isinstance(h, Integral) or isinstance(h, bool):
         raise TypeError(f"h must be an int, got {h!r} of type {type(h).__name__}")
     if not 0 <= h < H:

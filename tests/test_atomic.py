@@ -139,6 +139,99 @@ def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_directory_after(
 
 
 @pytest.mark.usefixtures("temporary")
+@contextmanager
+def failing(name, error, directory):
+    """os.<name> fails with this error, for directories or for all else."""
+    real = getattr(os, name)
+
+    def f(what, *args, **kwargs):
+        here = stat.S_ISDIR(os.fstat(what).st_mode) if isinstance(what, int) else os.path.isdir(what)
+        if here == directory and not (args and args[0] & getattr(os, "O_TMPFILE", 0) and name == "open"):
+            raise OSError(error, os.strerror(error))
+        return real(what, *args, **kwargs)
+
+    with mock.patch.object(os, name, f):
+        yield
+
+
+@pytest.mark.usefixtures("temporary")
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
+@pytest.mark.parametrize("name", ["fsync", "open"])
+def test_a_directory_that_cannot_be_synced_is_no_error(path, name, error):
+    """As CIFS, VirtualBox and some FUSE mounts answer. The file is new, whole, and alone."""
+    with failing(name, error, directory=True):
+        npz.save(path, params(seed=1))
+    assert npz.load(path)["b"][0] == 1
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_no_descriptor_left_for_the_directory_is_no_error(path):
+    with failing("open", errno.EMFILE, directory=True):
+        npz.save(path, params(seed=1))
+    assert npz.load(path)["b"][0] == 1
+
+
+def test_a_disk_that_fails_under_the_directory_is_an_error(path):
+    with failing("fsync", errno.EIO, directory=True), pytest.raises(OSError, match="Input/output error"):
+        npz.save(path, params(seed=1))
+    assert npz.load(path)["b"][0] == 1
+
+
+@pytest.mark.usefixtures("temporary")
+def test_a_file_system_that_syncs_nothing_is_no_error(path):
+    with failing("fsync", errno.EINVAL, directory=False), failing("fsync", errno.EINVAL, directory=True):
+        npz.save(path, params(seed=1))
+    assert npz.load(path)["b"][0] == 1
+
+
+@pytest.mark.usefixtures("temporary")
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_file_that_does_not_reach_the_disk_is_an_error(path, error):
+    old = path.read_bytes()
+    with failing("fsync", error, directory=False), pytest.raises(OSError, match=os.strerror(error)):
+        npz.save(path, params(seed=1))
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOENT])
+def test_a_file_system_without_links_gets_a_copy(path, error):
+    if not nameless(path.parent):
+        pytest.skip("no O_TMPFILE on this file system")
+    path.chmod(0o640)
+    with mock.patch.object(os, "link", side_effect=OSError(error, os.strerror(error))):
+        npz.save(path, params(seed=1, n=9001))
+        assert (npz.load(path)["w"] == params(seed=1, n=9001)["w"]).all()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert os.listdir(path.parent) == [path.name]
+        full = mock.patch.object(os, "pread", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with full, pytest.raises(OSError, match="No space left"):
+            npz.save(path, params(seed=2))
+    assert npz.load(path)["b"][0] == 1
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_modes_that_cannot_be_set_are_no_error_where_they_are_right(path):
+    refused = mock.patch.object(os, "fchmod", side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
+    before = os.umask(0o022)
+    try:
+        path.chmod(0o644)
+        with refused:
+            npz.save(path, params(seed=1))
+        path.chmod(0o600)
+        with refused, pytest.raises(PermissionError):
+            npz.save(path, params(seed=2))
+    finally:
+        os.umask(before)
+    assert npz.load(path)["b"][0] == 1
+
+
+@pytest.mark.usefixtures("temporary")
+def test_a_directory_that_may_not_be_read_is_no_error(writable):
+    npz.save(writable, params(seed=1))
+    assert npz.load(writable)["b"][0] == 1
+
+
 def test_the_file_is_beside_the_one_it_replaces(path):
     """Elsewhere could be another disk, from which nothing can be renamed at once."""
     with mock.patch.object(os, "replace", wraps=os.replace) as replace:
@@ -264,6 +357,21 @@ def readable():
             if root:
                 os.seteuid(0)
             Path(directory).chmod(0o755)
+
+
+@pytest.fixture
+def writable(readable):
+    """The same model, which we may write now, in a directory that we may write but not read."""
+    root = os.geteuid() != os.getuid()
+    if root:
+        os.seteuid(0)
+        os.chown(readable.parent, 65534, -1)
+        os.chown(readable, 65534, -1)
+    readable.chmod(0o644)
+    readable.parent.chmod(0o300)
+    if root:
+        os.seteuid(65534)
+    return readable
 
 
 def test_a_read_only_directory_is_an_ordinary_error(readable):

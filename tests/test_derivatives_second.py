@@ -24,8 +24,8 @@ from test_derivatives_forward import (
 )
 
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
-from funcmha.engines import SEQUENTIAL
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp, mha_jvp, mha_vjp_jvp
+from funcmha.engines import SEQUENTIAL
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,

@@ -219,7 +219,7 @@ WIDE = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in tur
 
 
 @each_garbage
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
 def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
@@ -233,7 +233,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
 
 
 @pytest.mark.parametrize("mask", [masks.causal(-1), masks.causal(1) & SOME[None], masks.causal(-1) & SOME[None]])
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
 def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(problem, mask):
     """Those of three inputs that are no longer one array: each is blanked for itself."""
     params, x, *_ = problem.inputs("float64")

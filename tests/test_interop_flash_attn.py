@@ -19,7 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
-from funcmha import attention_weights, log_sum_exp, seeded
+from funcmha import attention_weights, log_sum_exp
+from funcmha.dropout import seeded
 from funcmha.interop.flash_attn import (
     flash_attn_func,
     flash_attn_func_vjp,
@@ -37,7 +38,6 @@ from funcmha.interop.flash_attn import (
     flash_attn_with_kvcache_vjp,
 )
 from funcmha.testing import check_vjp
-from funcmha.engines.tiled import tiles
 
 K, G, D, E = 2, 3, 5, 7  # key/value heads, query heads of each, widths
 H = K * G
@@ -302,8 +302,7 @@ def dropout(draw, *shape):
 
 
 def test_memory_is_linear():
-    """First in this file, before there are tiny tiles. The scores of 2 × 4,096 tokens are 128 MiB in float32."""
-    assert tiles.ROWS == tiles.COLS == 512
+    """The scores of 2 × 4,096 tokens are 128 MiB in float32."""
     x, slopes = np.ones((8192, 1, 4), np.float32), np.ones((2, 1), np.float32)
     at = {"cu_seqlens_q": cu([4096, 4096]), "cu_seqlens_k": cu([4096, 4096]), "causal": True, "window_size": (700, 0)}
     tracemalloc.start()

@@ -397,8 +397,8 @@ def test_positions_that_depend_on_the_length_change_after_the_context(kind, cont
     y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET))
     close(y, seen.y)
     close(self_attention_vjp(cache, seen.dy)[1], seen.dx)
-    short, long = layer.rope.turns(context)[0], layer.rope.turns(context + 1)[0]
-    assert np.array_equal(layer.rope.turns(1)[0], short)
+    short, long = layer.rope.frequencies(context)[0], layer.rope.frequencies(context + 1)[0]
+    assert np.array_equal(layer.rope.frequencies(1)[0], short)
     assert not np.array_equal(short, long)
 
 
@@ -410,8 +410,8 @@ def test_dynamic_positions_of_transformers_remember_the_longest_text_and_here_do
     turns, ours = module.LlamaRotaryEmbedding(config), statics(config, 0).rope
     for length, remembered in ((53, 53), (41, 53), (28, 28), (41, 41)):
         turns(torch.zeros(1), torch.arange(length)[None])
-        np.testing.assert_allclose(turns.inv_freq.numpy(), ours.turns(remembered)[0], rtol=2e-6)
-    assert not np.allclose(ours.turns(41)[0], ours.turns(53)[0], rtol=1e-3)
+        np.testing.assert_allclose(turns.inv_freq.numpy(), ours.frequencies(remembered)[0], rtol=2e-6)
+    assert not np.allclose(ours.frequencies(41)[0], ours.frequencies(53)[0], rtol=1e-3)
 
 
 MASKS = {
@@ -480,7 +480,7 @@ def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half,
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3, local"])
 def test_float64_there_is_float32_in_part(name):
-    """The library as it is: float64 inputs give float32 accuracy, which is why the other tests widen what it names."""
+    """The library as it is: float64 inputs give float32 accuracy, which is why the other tests upcast what it names."""
     as_it_is = run(name, None)
     layer = layer_of(name, as_it_is)
     y, _ = self_attention(layer.params, as_it_is.x, **layer.options(T, OFFSET))
@@ -678,7 +678,7 @@ def same_static(a, b):
     assert a._replace(rope=None) == b._replace(rope=None)
     assert (a.rope is None) == (b.rope is None)
     for length in (1, 10**5, 10**6) if a.rope else ():
-        (ours, gain), (theirs, same_gain) = a.rope.turns(length), b.rope.turns(length)
+        (ours, gain), (theirs, same_gain) = a.rope.frequencies(length), b.rope.frequencies(length)
         assert np.array_equal(ours, theirs)
         assert (gain, a.rope.pairs) == (same_gain, b.rope.pairs)
 
@@ -703,7 +703,7 @@ def test_frequencies_and_gain_are_those_of_transformers(name):
         with torch.device("meta"):
             theirs = getattr(module, FAMILIES[kind][1] + "Attention")(made, layer_idx=n)
         if ours.rope is not None:
-            frequencies, gain = ours.rope.turns()
+            frequencies, gain = ours.rope.frequencies()
             prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
             np.testing.assert_allclose(frequencies, getattr(turns, prefix + "inv_freq").numpy(), rtol=2e-6)
             assert gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
@@ -762,7 +762,7 @@ TINY = {"model_type": "llama", **SMALL}
         (7, 0, TypeError, "config must be a config of transformers or a dict, got int"),
         ({}, 0, ValueError, "config must have a model_type of gpt2, llama, .*, got None"),
         ({"model_type": "mamba"}, 0, ValueError, "config must have a model_type of .*, got 'mamba'"),
-        (TINY, 2, IndexError, r"n must be in 0 … 1, as the config says, got 2"),
+        (TINY, 2, IndexError, r"n must be in 0 … 1, as in the config, got 2"),
         (TINY, -1, IndexError, "n must be in 0 … 1"),
         ({"model_type": "gemma2"}, -1, IndexError, "n must be in 0 or more, got -1"),
         (TINY, True, TypeError, "n must be the number of a layer, got True"),
@@ -1076,7 +1076,7 @@ def test_to_state_dict_refuses_a_tree_that_is_not_like_the_layer(leaf, x, error,
             TypeError,
             r"attention_mask must be \(N, S\) of integers or booleans, 1 for text, got float64",
         ),
-        (np.full((N, T), 2), ValueError, r"attention_mask must be 0 and 1 alone, got \[2\]"),
+        (np.full((N, T), 2), ValueError, r"attention_mask must be 0 and 1 only, got \[2\]"),
         ([[1, 1]], TypeError, "attention_mask must be a tensor or an array, got list"),
     ],
 )
@@ -1122,7 +1122,7 @@ def test_a_config_of_other_sizes_is_refused_by_name(change, error, message):
 def test_to_state_dict_refuses_what_is_no_layer_or_tree():
     state, config = small_state()
     layer = from_state_dict(state, config, 0)
-    with pytest.raises(TypeError, match="layer must be a Layer, as from_state_dict gives it, got dict"):
+    with pytest.raises(TypeError, match="layer must be a Layer, as from_state_dict returns it, got dict"):
         to_state_dict(layer.params, layer._asdict())
     with pytest.raises(TypeError, match="a tree must be a dict of dicts of arrays, got NoneType"):
         to_state_dict(None, layer)

@@ -127,7 +127,7 @@ def test_saving_refuses_what_is_not_the_checkpoint_s(tmp_path):
         save_layer(tmp_path, layer._replace(params=tree.map(lambda a: a.astype(np.float32), layer.params)))
     with pytest.raises(KeyError, match=r"path must be a checkpoint that has elsewhere\.q_proj"):
         save_layer(tmp_path, layer._replace(form=layer.form._replace(prefix="elsewhere.")))
-    with pytest.raises(TypeError, match="layer must be a Layer, as load_layer gives it, got dict"):
+    with pytest.raises(TypeError, match="layer must be a Layer, as load_layer returns it, got dict"):
         save_layer(tmp_path, layer.params)
     with pytest.raises(TypeError, match="must be a NumPy array to be saved"):
         save_layer(tmp_path, layer._replace(params=tree.map(torch.tensor, layer.params)))
@@ -140,7 +140,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="path must be"):
         load_layer(tmp_path / "absent.safetensors", 0)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "../model.safetensors"}}))
-    with pytest.raises(ValueError, match=r"must name files beside it, got '../model.safetensors'"):
+    with pytest.raises(ValueError, match=r"must name files in its directory, got '../model.safetensors'"):
         load_layer(tmp_path, 0)
     (tmp_path / "half.safetensors").write_bytes(b"half of a file")
     with pytest.raises(ValueError, match=r"path must be a whole .safetensors file, and .*half.safetensors is not: "):

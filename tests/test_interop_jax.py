@@ -245,8 +245,8 @@ def sizes_of_the_terms(problem, dtype):
     q, k, v, d = (abs(x) for x in (query, key.repeat(group, axis=2), value.repeat(group, axis=2), dy))
     dp = np.einsum("btnh,bsnh->bnts", d, v)
     ds = p * (dp + (p * dp).sum(-1, keepdims=True))
-    if cache.blind is not None:
-        ds = np.where(cache.blind[..., None], 0.0, ds)
+    if cache.masked is not None:
+        ds = np.where(cache.masked[..., None], 0.0, ds)
     grouped = [
         np.einsum("bnts,btnh->bsnh", w, x).reshape(*key.shape[:3], group, -1).sum(3) for w, x in ((ds, q), (p, d))
     ]

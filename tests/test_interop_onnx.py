@@ -692,7 +692,7 @@ PLAIN, PACKED, PAST = Problem(), Problem(packed=True), Problem(P=3)
             PLAIN,
             {"softmax_precision": FLOAT},
             ValueError,
-            "softmax_precision must not be narrower than float64 as Q has",
+            "softmax_precision must not have fewer bits than float64 as Q has",
         ),
         (PLAIN, {"Q": np.zeros((5, 11))}, ValueError, r"Q must be \(B, H, T, D\) or \(B, T, H·D\), got \(5, 11\)"),
         (PLAIN, {"K": np.zeros((2, 7, 22))}, ValueError, r"K must have 4 axes as Q has, got \(2, 7, 22\)"),

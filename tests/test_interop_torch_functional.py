@@ -325,7 +325,7 @@ SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
     ("error", "message", "inputs", "static"),
     [
         (ValueError, "attn_mask must be None with is_c", masked(zeros(5, 7)), {"is_causal": True}),
-        (ValueError, "fewer heads want enable_gqa=True", GROUPS, {}),
+        (ValueError, "fewer heads require enable_gqa=True", GROUPS, {}),
         (ValueError, "query has H=6 .* multiple of K=4 as in key", GROUPS, {"enable_gqa": True}),
         (ValueError, "key must be .* heads, length", sdpa_zeros((6, 5, 4)), {"enable_gqa": True}),
         (ValueError, "query must be", sdpa_zeros((4,)), {}),
@@ -645,7 +645,7 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
         ("key must be", {"key": zeros(7, 6)}, {}),
         ("in_proj_weight must be .* 3E=18", {"in_proj_weight": zeros(12, 6)}, {}),
         ("in_proj_weight must be given", {"in_proj_weight": None}, {}),
-        ("in_proj_weight must be None beside", {}, {"use_separate_proj_weight": True}),
+        ("in_proj_weight must be None with", {}, {"use_separate_proj_weight": True}),
         ("in_proj_weight must be given, and they None", {"q_proj_weight": zeros(6, 6)}, {}),
         ("bias_k and bias_v must be given both", {"bias_k": zeros(1, 1, 6)}, {}),
         ("bias_k and bias_v must be None with static_k", BIAS_KV | {"static_k": zeros(6, 7, 2)}, {}),

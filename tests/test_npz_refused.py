@@ -6,10 +6,12 @@ Every bad file has one fault, planted in a good one by `npy`, `zipped` or `patch
 import io
 import pickle
 import struct
+import subprocess
 import tracemalloc
 import zipfile
 import zlib
 from contextlib import suppress
+from shutil import which
 from unittest import mock
 
 import ml_dtypes
@@ -156,6 +158,15 @@ STRUCTURE = {
     "past the directory": (patched(ONE, both={"stored": 999, "size": 999}), "must end before the directory"),
     "extra field": (zipped(("w.npy", npy()), extra=b"UT\0\0"), "no extra field but zip64's, with 0 numbers"),
     "zip64 field and another": (zipped(("w.npy", npy()), wide=True, extra=b"UT\0\0"), "no extra field but zip64's"),
+    "extra field of no kind": (zipped(("w.npy", npy()), extra=b"up\5\0\1word"), "no extra field but zip64's"),
+    "extra field that breaks off": (zipped(("w.npy", npy()), extra=b"UT\x0d\0\3time"), "no extra field but zip64's"),
+    "extra field and a rest": (zipped(("w.npy", npy()), extra=b"UT\5\0\3timeUT"), "no extra field but zip64's"),
+    "extra field twice": (zipped(("w.npy", npy()), extra=2 * b"UT\5\0\3time"), "no extra field but zip64's"),
+    "zip64 field of nothing": (zipped(("w.npy", npy()), extra=b"\1\0\0\0"), "no extra field but zip64's"),
+    "zip64 field that is not there": (
+        patched(ONE, both={"size": 2**32 - 1}),
+        "no extra field but zip64's, with 1 numb",
+    ),
     "zip64 field of too few": (WIDE.replace(struct.pack("<2H", 1, 16), struct.pack("<2H", 1, 8)), "no extra field"),
     "deflate breaks off": (stream(deflated(npy())[:-1]), "breaks off"),
     "deflate goes on": (stream(deflated(npy()) + b"junk"), "nothing after it"),
@@ -270,6 +281,27 @@ GOOD = [
 ]
 
 
+def noted(method, wide):
+    """As Info-ZIP has it: of two times the directory has one, and notes stand on both sides of zip64's numbers."""
+    buffer = io.BytesIO()
+    with (
+        mock.patch.object(zipfile, "ZIP64_LIMIT", 0 if wide else 2**31),
+        zipfile.ZipFile(buffer, "w", method) as archive,
+    ):
+        for key, x in tree.flatten(NUMBERS).items():
+            info, data = zipfile.ZipInfo(f"{key}.npy"), from_numpy(np.save, x)
+            info.compress_type, info.file_size, info.extra = method, len(data), b"UT\x09\0\3timetime" + OWNER
+            with archive.open(info, "w") as member:
+                member.write(data)
+            info.extra = b"UT\5\0\3time" + OWNER
+    return buffer.getvalue()
+
+
+OWNER = b"ux\x0b\0\1\4user\4grou"
+NOTED = [noted(method, wide) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for wide in (False, True)]
+GOOD += NOTED
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.npz"
@@ -312,6 +344,31 @@ def test_it_matters_to_no_file_where_its_pieces_end(path, chunk):
         for bad, reason in STRUCTURE.values():
             with pytest.raises(npz.ParameterFileError, match=reason):
                 npz.load(written(path, bad))
+
+
+@pytest.mark.parametrize("data", NOTED)
+def test_notes_of_times_and_owners_are_read_over(path, data):
+    assert bits(npz.load(written(path, data))) == bits(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "note", [b"UT\x0d\0\7" + bytes(12), b"UX\x0c\0" + bytes(12), b"Ux\0\0", b"\n\0\x20\0" + bytes(32)]
+)
+def test_notes_of_other_programs_are_read_over(path, note):
+    assert npz.load(written(path, zipped(("w.npy", npy()), extra=note)))["w"].shape == (3, 5)
+
+
+@pytest.mark.skipif(not which("zip"), reason="Info-ZIP's zip is not installed")
+@pytest.mark.parametrize("options", [(), ("-0",), ("-9",), ("-X",), ("-fz",)], ids=lambda o: "".join(o) or "plain")
+def test_what_info_zip_packs_is_read(tmp_path, options):
+    """A file taken apart and packed again by hand; and one that is mended in place."""
+    with zipfile.ZipFile(io.BytesIO(GOOD[0])) as archive:
+        archive.extractall(tmp_path)
+        names = archive.namelist()
+    subprocess.run(["zip", "-q", *options, "again.npz", *names], cwd=tmp_path, check=True, timeout=60)
+    assert list(bits(npz.load(tmp_path / "again.npz")).items()) == list(bits(NUMBERS).items())
+    subprocess.run(["zip", "-q", *options, "again.npz", names[0]], cwd=tmp_path, check=True, timeout=60)
+    assert bits(npz.load(tmp_path / "again.npz")) == bits(NUMBERS)
 
 
 def test_a_wrong_checksum_is_refused_when_the_numbers_are_read(path):

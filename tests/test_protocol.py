@@ -136,7 +136,21 @@ def test_purity_structure_and_gradient(pair):
 
 @pytest.mark.parametrize(
     "module",
-    ["ops", "scores", "heads", "mha", "rotary", "norms", "biases.relative", "merge", "decode", "packing", "step"],
+    [
+        "ops",
+        "scores",
+        "heads",
+        "mha",
+        "rotary",
+        "norms.rms",
+        "norms.l2",
+        "norms.layer",
+        "biases.relative",
+        "merge",
+        "decode",
+        "packing",
+        "step",
+    ],
 )
 def test_the_vjp_is_the_next_function_in_the_file(module):
     source = inspect.getsource(importlib.import_module(f"funcmha.{module}"))
@@ -248,10 +262,22 @@ def cast(node, dtype):
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
     rounded = set()
-    for name in ("ops", "scores", "mha", "rotary", "norms", "biases.relative", "biases.tiles"):
+    for name in (
+        "ops",
+        "scores",
+        "mha",
+        "rotary",
+        "norms.rms",
+        "norms.l2",
+        "norms.layer",
+        "biases.relative",
+        "biases.tiles",
+    ):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
-            module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)
+            module,
+            "downcast",
+            lambda x, d, downcast=module.downcast: rounded.add(getattr(x, "dtype", None)) or downcast(x, d),
         )
     y, cache = pair.f(*pair.inputs(dtype), **pair.static)
     pair.f_vjp(cache, y)

@@ -36,9 +36,9 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
+from funcmha.engines import ENGINES, SEQUENTIAL
 from funcmha.kv_cache import KVCache, append, append_vjp, step_mask, step_vjp
 from funcmha.merge import merge_vjp
-from funcmha.engines import ENGINES, SEQUENTIAL
 from funcmha.rotary import HalfPairs, frequencies, rotate, rotate_vjp, table
 from funcmha.testing.strategies import MhaProblem
 

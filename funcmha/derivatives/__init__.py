@@ -1,8 +1,8 @@
 """Forward mode and second order, from the caches that the vjps take.
 
     y, cache  = f(*inputs, **static)
-    y_dot     = f_jvp(cache, *inputs_dot)                    ẏ = J ẋ: `f_vjp` from the other side, ⟨dy, J ẋ⟩ = ⟨Jᵀ dy, ẋ⟩
-    grads_dot = f_vjp_jvp(cache, dy, dy_dot, *inputs_dot)    the tangents of f_vjp(cache, dy), a tuple as it is
+    y_dot     = f_jvp(cache, *inputs_dot)                    # ẏ = J ẋ, and ⟨dy, J ẋ⟩ = ⟨Jᵀ dy, ẋ⟩
+    grads_dot = f_vjp_jvp(cache, dy, dy_dot, *inputs_dot)    # the tangents of f_vjp(cache, dy), a tuple as it is
 
 A tangent has the shape and tree of what it is the tangent of, or is None, which is zero and costs nothing. The result
 has the dtype of the tangents; float16 and bfloat16 are computed with in float32 and rounded once. A tangent is written

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from funcmha import mha as specification
 from funcmha import ops
 from funcmha._arguments import AttentionOptions, HeadOptions, takes
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.biases import RelativeBias
-from funcmha.mha import HeadCache
 from funcmha.params import Params
 
-from . import batched, grouped, tiled
+from . import batched, grouped, sequential, tiled
 from .grouped import Method
 from .plan import SHORT, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp
@@ -72,22 +70,31 @@ class Engine(NamedTuple):
         return partial(f, method=Method(self.attend, self.plan))
 
 
-_GROUPED: tuple[Pair, ...] = (
-    (grouped.head, grouped.head_vjp),
-    (grouped.mha, grouped.mha_vjp),
-    (grouped.self_attention, grouped.self_attention_vjp),
-)
 SEQUENTIAL = Engine(
     "sequential",
-    (ops.attention, ops.attention_vjp),
-    (specification.head, specification.head_vjp),
-    (specification.mha, specification.mha_vjp),
-    (specification.self_attention, specification.self_attention_vjp),
-    ops.attention,
+    attention=(ops.attention, ops.attention_vjp),
+    head=(sequential.head, sequential.head_vjp),
+    mha=(sequential.mha, sequential.mha_vjp),
+    self_attention=(sequential.self_attention, sequential.self_attention_vjp),
+    attend=ops.attention,
 )
-# Of short sequences projections take longest and want to be wide: eight times as many heads at once.
-BATCHED = Engine("batched", (batched.attention, batched.attention_vjp), *_GROUPED, batched.attention, Plan(group_numbers=2**21))
-TILED = Engine("tiled", (tiled.attention, tiled.attention_vjp), *_GROUPED, tiled.attend, Plan(), numpy_only=True)
+TILED = Engine(
+    "tiled",
+    attention=(tiled.attention, tiled.attention_vjp),
+    head=(grouped.head, grouped.head_vjp),
+    mha=(grouped.mha, grouped.mha_vjp),
+    self_attention=(grouped.self_attention, grouped.self_attention_vjp),
+    attend=tiled.attend,
+    plan=Plan(),
+    numpy_only=True,
+)
+BATCHED = TILED._replace(
+    name="batched",
+    attention=(batched.attention, batched.attention_vjp),
+    attend=batched.attention,
+    plan=Plan(group_numbers=2**21),  # projections of short sequences take longest, and want to be wide
+    numpy_only=False,
+)
 ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
 
 
@@ -101,7 +108,9 @@ def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
     chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
     if not isinstance(chosen, Engine):
         names = ", ".join(map(repr, ENGINES))
-        raise TypeError(f"engine must be one of {names}, one of funcmha.engines, or None for the fastest, got {engine!r}")
+        raise TypeError(
+            f"engine must be one of {names}, one of funcmha.engines, or None for the fastest, got {engine!r}"
+        )
     if chosen.numpy_only and not real and hasattr(x, "dtype"):
         got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
         raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
@@ -122,8 +131,7 @@ def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
     """The docstring of the specification, with that of the engine; and a signature that spells out all options"""
 
     def dress(g: Any) -> Any:
-        first, shapes, *rest = f.__doc__.split("\n", 2) if f.__doc__ else ("", "")
-        g.__doc__ = "\n".join([first, shapes, *rest]).rstrip() + _ENGINE
+        g.__doc__ = (f.__doc__ or "").rstrip() + _ENGINE
         return takes(kind)(g)
 
     return dress
@@ -151,6 +159,7 @@ def attention(
     engine: Engine | str | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Any]:
+    """`funcmha.ops.attention`, by an engine"""
     chosen = pick(engine, q, max(_length(q), _length(k)))
     result: tuple[Array, Any] = chosen.call("attention")(q, k, v, bias, sink, **options)
     return result
@@ -159,7 +168,7 @@ def attention(
 # ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_public(specification.head, HeadOptions)
+@_public(sequential.head, HeadOptions)
 def head(
     params: Params,
     query: Array,
@@ -171,6 +180,7 @@ def head(
     engine: Engine | str | None = None,
     **options: Unpack[HeadOptions],
 ) -> tuple[Array, Any]:
+    """`funcmha.mha.head`, by an engine"""
     chosen = _pick_for_heads(engine, params, query, key, options)
     result: tuple[Array, Any] = chosen.call("head")(params, query, key, value, bias, **options)
     return result
@@ -179,10 +189,12 @@ def head(
 def head_vjp(
     cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
-    return _vjp_of(cache, "head")(cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    """`funcmha.mha.head_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "head")(cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    return grads
 
 
-@_public(specification.mha, HeadOptions)
+@_public(sequential.mha, HeadOptions)
 def mha(
     params: Params,
     query: Array,
@@ -194,6 +206,7 @@ def mha(
     engine: Engine | str | None = None,
     **options: Unpack[HeadOptions],
 ) -> tuple[Array, Any]:
+    """`funcmha.mha.mha`, by an engine"""
     chosen = _pick_for_heads(engine, params, query, key, options)
     result: tuple[Array, Any] = chosen.call("mha")(params, query, key, value, bias, **options)
     return result
@@ -202,10 +215,12 @@ def mha(
 def mha_vjp(
     cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
-    return _vjp_of(cache, "mha")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    """`funcmha.mha.mha_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "mha")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    return grads
 
 
-@_public(specification.self_attention, HeadOptions)
+@_public(sequential.self_attention, HeadOptions)
 def self_attention(
     params: Params,
     x: Array,
@@ -215,6 +230,7 @@ def self_attention(
     engine: Engine | str | None = None,
     **options: Unpack[HeadOptions],
 ) -> tuple[Array, Any]:
+    """`funcmha.mha.self_attention`, by an engine"""
     chosen = _pick_for_heads(engine, params, x, x, options)
     result: tuple[Array, Any] = chosen.call("self_attention")(params, x, bias, **options)
     return result
@@ -223,21 +239,24 @@ def self_attention(
 def self_attention_vjp(
     cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
-    return _vjp_of(cache, "self_attention")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    """`funcmha.mha.self_attention_vjp`, by the engine that the cache is from"""
+    grads: tuple[Any, ...] = _vjp_of(cache, "self_attention")(
+        cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample
+    )
+    return grads
 
 
-for _of_spec, _own in ((specification.head_vjp, head_vjp), (specification.mha_vjp, mha_vjp)):
-    _own.__doc__ = _of_spec.__doc__
-self_attention_vjp.__doc__ = specification.self_attention_vjp.__doc__
+for _own in (head_vjp, mha_vjp, self_attention_vjp):
+    _own.__doc__ = getattr(sequential, _own.__name__).__doc__
 
 
 # ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 VJPS: dict[str, dict[type, Callable[..., Any]]] = {
-    "head": {specification.HeadCache: specification.head_vjp, grouped.HeadCache: grouped.head_vjp},
-    "mha": {specification.MhaCache: specification.mha_vjp, grouped.MhaCache: grouped.mha_vjp},
+    "head": {sequential.HeadCache: sequential.head_vjp, grouped.HeadCache: grouped.head_vjp},
+    "mha": {sequential.MhaCache: sequential.mha_vjp, grouped.MhaCache: grouped.mha_vjp},
     "self_attention": {
-        specification.SelfAttentionCache: specification.self_attention_vjp,
+        sequential.SelfAttentionCache: sequential.self_attention_vjp,
         grouped.SelfAttentionCache: grouped.self_attention_vjp,
     },
 }
@@ -254,7 +273,7 @@ def _vjp_of(cache: Any, op: str) -> Callable[..., Any]:
     return VJPS[op][type(cache)]
 
 
-def heads(cache: Any, /) -> Iterator[HeadCache]:
+def heads(cache: Any, /) -> Iterator[sequential.HeadCache]:
     """The `HeadCache` of each head, from the first to the last, from the cache of `mha`, `self_attention` or `head`
 
     Complete, whoever made it: of views where arrays were kept, projected again where they were not. Its attention, of
@@ -262,11 +281,11 @@ def heads(cache: Any, /) -> Iterator[HeadCache]:
     """
     if isinstance(cache, grouped.HeadCache | grouped.MhaCache | grouped.SelfAttentionCache):
         yield from grouped.heads(cache)
-    elif isinstance(cache, specification.SelfAttentionCache):
+    elif isinstance(cache, sequential.SelfAttentionCache):
         yield from cache.mha.heads
-    elif isinstance(cache, specification.MhaCache):
+    elif isinstance(cache, sequential.MhaCache):
         yield from cache.heads
-    elif isinstance(cache, specification.HeadCache):
+    elif isinstance(cache, sequential.HeadCache):
         yield cache
     else:
         raise TypeError(f"cache must come from mha, self_attention or head, got {type(cache).__name__}")
@@ -274,7 +293,7 @@ def heads(cache: Any, /) -> Iterator[HeadCache]:
 
 def outputs(cache: Any, /) -> Iterator[ops.LinearCache]:
     """The cache of the output projection of each head, from the cache of `mha`; the bias goes with the first"""
-    if isinstance(cache, specification.MhaCache):
+    if isinstance(cache, sequential.MhaCache):
         yield from cache.out
         return
     for start, out in enumerate(cache.out):

@@ -13,7 +13,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import Bias
-from funcmha._xp import Array, of_heads
+from funcmha._arrays import Array, of_heads
 
 from .plan import Plan
 from .tiled.threads import single_threaded_blas
@@ -72,8 +72,9 @@ class AttentionCache(NamedTuple):
 def attention(*inputs: Any, plan: Plan | None, **options: Any) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
     with _still(inputs[0]):
-        o, (q, k, v, *rest) = ops.attention(*inputs, **options)
-    return o, AttentionCache(q, k, v, Rest(*rest, plan if isinstance(q, np.ndarray) else None))
+        o, cache = ops.attention(*inputs, **options)
+    rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
+    return o, rest.beside(cache.q, cache.k, cache.v)
 
 
 def attention_vjp(cache: AttentionCache, do: Array, /, **cotangents: Any) -> tuple[Any, ...]:

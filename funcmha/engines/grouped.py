@@ -4,8 +4,8 @@ The heads of the specification, in groups. A group is some key/value heads and t
 projections are one product, their attention is one call, and each group adds to the sum of those before it. The
 gradient goes group by group from the last, in smaller ones, and projects again what was not worth keeping.
 
-Axes: T queries, S keys, S' keys with appended ones, H query heads and K key/value heads of the group, D query/key width,
-E value width, O output width, C input width; `...` is batch.
+Axes: T queries, S keys, S' keys with appended ones, H query heads and K key/value heads of the group, D query/key
+width, E value width, O output width, C input width; `...` is batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from funcmha._arguments import (
     check_mha,
     check_one_input,
 )
-from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, own, sum_over_batch, widen
+from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
 from funcmha.masks.zero import zero_inputs
@@ -124,11 +124,11 @@ class GroupCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
     rest: Any  # what the engine's attention keeps beside q, k and v
 
-
     @property
     def plan(self) -> Plan:
         """That of the engine"""
-        return Plan() if self.rest.plan is None else self.rest.plan
+        plan: Plan | None = self.rest.plan
+        return Plan() if plan is None else plan
 
 
 class Method(NamedTuple):
@@ -176,12 +176,13 @@ def _without(group: GroupCache, plan: Plan) -> GroupCache:
     """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
     T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
     names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
-    return group._replace(**{name: Recomputed(*getattr(group, name)[:2]) for name in names})
+    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
+    return group._replace(**recomputed)
 
 
 def _width(group: GroupCache) -> int:
     """The largest of the input widths"""
-    return max(x.project.x.shape[-1] for x in (group.q, group.k, group.v))
+    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
 
 
 def _attend_vjp(
@@ -257,11 +258,15 @@ def head(
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)     as `funcmha.mha.head`"""
     _, bias, x = check_head(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, join_heads([tree.map(widen, params)], 1), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = (
+        query.dtype,
+        join_heads([tree.map(upcast, params)], 1),
+        None if bias is None else bias.map(upcast),
+    )
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
-    return own(narrow(o, dtype), o), HeadCache(group)
+    return own(downcast(o, dtype), o), HeadCache(group)
 
 
 def head_vjp(
@@ -279,10 +284,10 @@ def head_vjp(
     _check.cotangent("do", do, (*x.shape[:-1], group.v.project.w.shape[-2]), x, "... T E")
     _check.cotangent("dweights", dweights, (*x.shape[:-1], group.rest.num_keys), x, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
-    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
-    dlse = None if dlse is None else widen(dlse)[..., None, :]
+    dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
+    dlse = None if dlse is None else upcast(dlse)[..., None, :]
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)
-    dgroup, dxs, dbias = _attend_vjp(group, widen(do)[..., None, :], dweights, dlse, nothing, batch_axes)
+    dgroup, dxs, dbias = _attend_vjp(group, upcast(do)[..., None, :], dweights, dlse, nothing, batch_axes)
     dbias = None if dbias is None else dbias.without_head_axis()
     return rounded((one_head(dgroup, 0), *dxs, dbias), do.dtype)
 
@@ -302,8 +307,8 @@ def mha(
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
@@ -314,7 +319,7 @@ def mha(
         for piece, of_piece in _pieces(group, out, plan):
             groups.append(piece)
             outs.append(of_piece)
-    return narrow(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
+    return downcast(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
 
 
 def mha_vjp(
@@ -342,7 +347,7 @@ def _mha_vjp(
     _check.flag("per_sample", per_sample)
     w, o, like = leaf(cache.params, "out_proj.w"), cache.out[0].o, cache.out[0].o[..., 0, :]
     check_cotangents_of_mha(dy, dweights, dlse, like, w.shape[0], w.shape[1], cache.groups[0].rest.num_keys)
-    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    g, dweights, dlse = upcast(dy), upcast(dweights), upcast(dlse)
     batch_axes, stop = o.ndim - 3 if per_sample else 0, w.shape[1]
     dgroups, dbiases = [], []
     for group, out in zip(reversed(cache.groups), reversed(cache.out), strict=True):
@@ -412,13 +417,19 @@ def heads(cache: MhaCache | HeadCache | SelfAttentionCache) -> Iterator[OneHeadC
             q_h, k_h, v_h = _slice(q, one), _slice(k, kv), _slice(v, kv)
             yield OneHeadCache(
                 one_head(group.params, h),
-                *(LinearCache(x.project.x, x.project.w[0, ...], None if x.project.b is None else x.project.b[0, ...])
-                  for x in (q_h, k_h, v_h)),
+                _project_of_one(q_h),
+                _project_of_one(k_h),
+                _project_of_one(v_h),
                 _position_of_one(q_h),
                 _position_of_one(k_h),
                 None if group.bias is None else group.bias.heads(one),
                 group.rest.heads(one).beside(q_h.y, k_h.y, v_h.y),
-            )  # fmt: skip
+            )
+
+
+def _project_of_one(x: Kept) -> LinearCache:
+    project = x.project
+    return LinearCache(project.x, project.w[0, ...], None if project.b is None else project.b[0, ...])
 
 
 def _position_of_one(x: Kept) -> PositionCache:

@@ -51,7 +51,9 @@ class Plan(NamedTuple):
         size = max(self.group_numbers // max(numbers, 1), least)
         return [slice(i, min(i + size, K)) for i in range(0, K, size)]
 
-    def forward_ranges(self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int, C: int) -> list[slice]:
+    def forward_ranges(
+        self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int, C: int
+    ) -> list[slice]:
         """The key/value heads to project at once: few, or all if the projections are kept anyhow"""
         return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E)) if self.long(T, S, C) else [slice(0, K)]
 

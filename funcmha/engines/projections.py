@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha import ops
-from funcmha._xp import Array, full, namespace
+from funcmha._arrays import Array, full, namespace
 from funcmha.ops import LinearCache
 from funcmha.params import PROJECTIONS, Params
 
@@ -19,7 +19,7 @@ from .plan import Plan
 
 
 def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, LinearCache]:
-    """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O), which may be `add_to` itself"""
+    """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O), maybe `add_to` itself"""
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         return tiled.linear(x, w, b, add_to=add_to, plan=plan)
     y, cache = ops.linear(x, w, b)
@@ -71,7 +71,13 @@ def project_vjp(
 
 
 def project_qkv_vjp(
-    caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, add_to: tuple[Array, ...], batch_axes: int, plan: Plan
+    caches: tuple[ProjectCache, ...],
+    dys: tuple[Array, ...],
+    /,
+    *,
+    add_to: tuple[Array, ...],
+    batch_axes: int,
+    plan: Plan,
 ) -> tuple[Params, tuple[Array, ...]]:
     """dparams, add_to + (dquery, dkey, dvalue)
 

@@ -1,11 +1,11 @@
-"""Parameters under another library's names and in its layouts: what a table says, both ways.
+"""Parameters under another library's names and in its layouts, converted both ways by one table.
 
     TABLE = {
         "q_proj.w": Leaf("query/kernel", "Cq H D", "H D Cq"),        # the leaf of SPEC: its name, its axes, ours
         "out_proj.w": Leaf("output_proj/weight", "O H·E", "O H E"),  # H·E: one axis, head after head
     }
 
-One letter is one size, so that the letters of a table also say what its library cannot express.
+One letter is one size: the letters of a table also show what its library cannot express.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.params import REQUIRED, SPEC, Params, check
 
 
@@ -30,10 +30,10 @@ Table = Mapping[str, Leaf]
 def from_leaves(
     what: str, arrays: Mapping[str, Array], table: Table, together: Sequence[Sequence[str]], heads: int = 1
 ) -> Params:
-    """The arrays by their names there  →  a tree of `SPEC`, transposed and split by views where the library has them
+    """The arrays by their names there  →  a tree of `SPEC`, by transposes and splits, which are views where possible
 
-    together   groups of leaves of which there are all or none
-    heads      H, for a table with a H·D
+    together   groups of leaves, each present as a whole or not at all
+    heads      H, for a table with H·D
 
     Raises KeyError for a missing or unexpected name, TypeError for mixed dtypes, ValueError for shapes that do not fit.
     """
@@ -54,7 +54,7 @@ def from_leaves(
 
 
 def to_leaves(params: Params, table: Table, together: Sequence[Sequence[str]]) -> dict[str, Array]:
-    """A tree of `SPEC`  →  the arrays by their names there, in the order of the table, as free of copies
+    """A tree of `SPEC`  →  the arrays by their names there, in the order of the table, as views where possible
 
     Raises KeyError for a leaf that is not in the table, ValueError for sizes that the table's letters do not allow.
     """

@@ -1,6 +1,6 @@
 """Tensors of PyTorch on the CPU as NumPy arrays of the same memory.
 
-PyTorch is not imported: whoever has a tensor has imported it.
+PyTorch is not imported here: the caller has imported it.
 """
 
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._xp import Array, dtype_name, is_array
+from funcmha._arrays import Array, dtype_name, is_array
 
 
 def to_array(name: str, x: Any) -> Array:
@@ -25,7 +25,7 @@ def to_array(name: str, x: Any) -> Array:
 
 
 def bfloat16(name: str) -> np.dtype[Any]:
-    """The dtype of NumPy's that `name` wants."""
+    """NumPy's bfloat16, for the tensor `name`."""
     try:
         import ml_dtypes
     except ImportError:

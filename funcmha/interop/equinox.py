@@ -1,19 +1,19 @@
-"""`equinox.nn.MultiheadAttention`: its parameters, in funcmha's words and back.
+"""`equinox.nn.MultiheadAttention`: its parameters in funcmha's layout, and back.
 
     params = from_module(module)
     y, cache = mha(params, query, key_, value, mask=mask)
     dparams, *_ = mha_vjp(cache, dy)
     to_module(dparams, module)                          # what eqx.filter_grad returns: a module that holds gradients
 
-What differs. Equinox has no batch axis, and batches come of `jax.vmap`; here (..., T, C) is one call. A weight is
-(H·D, C) and that of the output (O, H·E), head after head: reshapes, without a copy. Each of the four biases is there or
-not, by itself, and not by default. Dropout and `process_heads` are the call's: `dropout=` here takes the place of the
-one, and of the other `rotary=` where it is `RotaryPositionalEmbedding`, whose pairs are "half".
+Differences from funcmha. Equinox has no batch axis and uses `jax.vmap`; here (..., T, C) is one call. Weights are
+(H·D, C) and (O, H·E), head after head: reshapes, without a copy. Each of the four biases is optional, and off by
+default. Dropout and `process_heads` are options of the call here: `dropout=`, and `rotary=` with pairs "half" for
+`RotaryPositionalEmbedding`.
 
-A mask is True = attend, (T, S) or (H, T, S), as here. A query that may see no key has the mean of the values in
-Equinox, and here output_proj's bias.
+A mask is True = attend, (T, S) or (H, T, S), as here. A fully masked row is the mean of the values in Equinox, and
+output_proj's bias here.
 
-Equinox is imported by `to_module` alone.
+Only `to_module` imports Equinox.
 
 Axes: H = num_heads, D = qk_size, E = vo_size, O = output_size.
 """
@@ -56,7 +56,7 @@ def from_module(module: Any, /) -> Params:
 def from_state(state: Mapping[str, Any], num_heads: int) -> Params:
     """{"query_proj": {"weight": (H·D, Cq)}, …}  →  {"q_proj": {"w": (H, D, Cq)}, …}
 
-    Also with dotted names in one dict. Arrays stay what they are; in NumPy nothing is copied, unless strides cannot be
+    Also with dotted names in one dict. Arrays keep their library; in NumPy nothing is copied, unless strides cannot be
     split into heads. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or
     that num_heads does not divide, TypeError for mixed dtypes; each names the leaf.
     """
@@ -74,9 +74,9 @@ def to_state(params: Params, /) -> dict[str, Any]:
 
 
 def to_module(params: Params, module: Any, /) -> Any:
-    """The module with the arrays of `params` in it, of all its leaves; the module given stays as it is
+    """A new module with the arrays of `params` for all its leaves
 
-    Raises KeyError where the one has a bias and the other none, ValueError where shapes differ.
+    Raises KeyError where only one of the two has a bias, ValueError where shapes differ.
     """
     import equinox
 

@@ -1,4 +1,4 @@
-"""`flax.nnx.MultiHeadAttention`: its parameters, in funcmha's words and back.
+"""`flax.nnx.MultiHeadAttention`: its parameters in funcmha's layout, and back.
 
     params = from_module(module)                                   # or from_state(nnx.state(module, nnx.Param))
     y, cache = mha(params, inputs_q, inputs_k, inputs_v, mask=mask, qk_norm=LayerNorm(1e-6))
@@ -6,16 +6,16 @@
     to_state(dparams)                                              # {"query": {"kernel": …}, …}: what nnx.grad returns
     nnx.update(module, to_state(params))
 
-What differs. A kernel of flax is (C, H, D), and that of the output (H, D, O): transposes, which are views in NumPy.
-With `normalize_qk` there are q_norm.w and k_norm.w, and `qk_norm=LayerNorm(1e-6)` is to be passed, as funcmha's own eps
-is another; without it, neither. What `decode` and dropout keep in the module are no parameters, so the state is to be
-`nnx.state(module, nnx.Param)`; a call with `decode=True` is `self_attention_step`, of one token. `dtype`, which flax
-computes with whatever the parameters are, is theirs here. The parameters of `flax.linen` have the same names.
+Differences from funcmha. Kernels of flax are (C, H, D) and (H, D, O): transposes, which are views in NumPy. With
+`normalize_qk` there are q_norm.w and k_norm.w: pass `qk_norm=LayerNorm(1e-6)`, as funcmha's own eps differs. The module
+also holds state of `decode` and dropout, so take `nnx.state(module, nnx.Param)`; a call with `decode=True` is
+`self_attention_step` of one token. flax computes in `dtype`, funcmha in the dtype of the parameters. Parameters of
+`flax.linen` have the same names.
 
-Masks are True = attend and broadcast to (..., H, T, S), as here; `is_causal=True` is `masks.causal()`. A query that may
-see no key has the mean of the values in flax, and here out's bias. flax's default path has a softmax of float32 even in
-float64; with `sow_weights=True` it keeps the dtype. Its dropout has one mask for all of the batch and heads, and so
-takes a mask (T, S) here, `dropout=masked(keep, rate)`; with `broadcast_dropout=False`, (B, H, T, S).
+Masks are True = attend and broadcast to (..., H, T, S), as here; `is_causal=True` is `masks.causal()`. A fully masked
+row is the mean of the values in flax, and out's bias here. On its default path flax has a softmax of float32 even in
+float64; with `sow_weights=True` it keeps the dtype. Its dropout has one mask for all of the batch and heads: here
+`dropout=masked(keep, rate)` with keep (T, S), or (B, H, T, S) for `broadcast_dropout=False`.
 
 flax is not imported.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import is_array
+from funcmha._arrays import is_array
 from funcmha.params import Params
 from funcmha.tree import unflatten
 
@@ -52,7 +52,7 @@ def from_module(module: Any, /) -> Params:
     """The parameters of a `flax.nnx.MultiHeadAttention`, as NumPy arrays
 
     Read-only, and of the same memory where it is the CPU's. Raises TypeError for another kind of module, ValueError for
-    one whose products or attention are a function of yours, and what `from_state` raises.
+    one with custom products or attention, and what `from_state` raises.
     """
     if not all(hasattr(module, name) for name in ("query", "key", "value", "out")):
         raise TypeError(f"module must be a flax.nnx.MultiHeadAttention, got {type(module).__name__}")
@@ -69,8 +69,8 @@ def from_module(module: Any, /) -> Params:
 def from_state(state: Mapping[str, Any], /) -> Params:
     """{"query": {"kernel": (Cq, H, D), "bias": (H, D)}, …}  →  {"q_proj": {"w": (H, D, Cq), "b": (H, D)}, …}
 
-    An `nnx.State`, or a dict of dicts of arrays, which stay arrays of their library: views in NumPy, copies in JAX,
-    where this can be differentiated. Raises KeyError for a missing or unexpected name, ValueError for a shape that does
+    An `nnx.State`, or a dict of dicts of arrays, which keep their library: views in NumPy, differentiable copies in
+    JAX. Raises KeyError for a missing or unexpected name, ValueError for a shape that does
     not fit, TypeError for mixed dtypes; each names the leaf.
     """
     _check.mapping("state", state)
@@ -81,14 +81,14 @@ def from_state(state: Mapping[str, Any], /) -> Params:
 def to_state(params: Params, /) -> dict[str, Any]:
     """{"q_proj": {"w": (H, D, Cq)}, …}  →  {"query": {"kernel": (Cq, H, D)}, …}
 
-    For parameters and for their gradients. Raises ValueError for what flax's module cannot have, E ≠ D or Ck ≠ Cv;
-    KeyError for leaves that it does not know, and for biases, or norms, on some only.
+    For parameters and for their gradients. Raises ValueError for E ≠ D or Ck ≠ Cv, which flax does not
+    support; KeyError for unknown leaves, and for biases or norms on some projections only.
     """
     return unflatten(to_leaves(params, TABLE, TOGETHER))
 
 
 def _check_own(module: Any) -> None:
-    """What the caller puts in the place of flax's own attention or products may be anything."""
+    """Only flax's own attention and products are supported."""
     flax = sys.modules.get("flax.nnx.nn.attention")  # of which a module is; not imported here
     attend = getattr(module, "attention_fn", None)
     if attend is not None and attend is not getattr(flax, "dot_product_attention", attend):

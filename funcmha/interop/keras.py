@@ -1,4 +1,4 @@
-"""`keras.layers.MultiHeadAttention` and `GroupQueryAttention`: their parameters and masks, in funcmha's words and back.
+"""`keras.layers.MultiHeadAttention` and `GroupQueryAttention`: parameters and masks in funcmha's form, and back.
 
     params = from_layer(layer)                                     # or from_weights({"query/kernel": …, …})
     mask = masks(attention_mask=attention_mask, use_causal_mask=True)
@@ -6,15 +6,15 @@
     dparams, *_ = mha_vjp(cache, dy)
     layer.set_weights(list(to_weights(params).values()))
 
-What differs. **Keras takes the value before the key.** A kernel is (C, H, D), and (H, E, O) that of the output:
-transposes, which NumPy has as views. A gate (`use_gate`) has no place in funcmha, nor has an output of several axes.
-Of inputs (B, X, T, C) Keras attends over X and T together, which here is one axis X·T, unless `attention_axes=2` says
-that X is batch, as it is here. Dropout is the call's, `dropout=`, and `flash_attention` a way to the same numbers.
+Differences from funcmha. **Keras takes the value before the key.** Kernels are (C, H, D) and (H, E, O): transposes,
+which are views in NumPy. Gates (`use_gate`) and outputs of several axes are not supported. For inputs (B, X, T, C)
+Keras attends over X and T together, here one axis X·T; with `attention_axes=2` X is batch, as here. Dropout is an
+option of the call, `dropout=`; `flash_attention` gives the same numbers.
 
-Masks are True = attend, but (B, T, S), where funcmha reads three axes as (H, T, S): `masks` puts the axis of heads in.
-`sliding_window` counts the query itself, so that 3 sees two before it *and* two behind, unless causality forbids. A
-query that may see no key has attention_output's bias here. In Keras it has that with `return_attention_scores=True`,
-and the mean of the values on the fused way, which is also float32 whatever the dtype (seen with PyTorch's backend).
+Masks are True = attend, but (B, T, S), where funcmha reads three axes as (H, T, S): `masks` inserts the axis of heads.
+`sliding_window` counts the query itself: 3 allows two keys before it *and* two after it, unless causal. A fully masked
+row is attention_output's bias here, and in Keras with `return_attention_scores=True`. On its fused path Keras gives the
+mean of the values, and computes in float32 whatever the dtype (with PyTorch's backend).
 
 Keras is not imported, whichever its backend.
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha import masks as structured
-from funcmha._xp import Array, is_array
+from funcmha._arrays import Array, is_array
 from funcmha.masks import Mask
 from funcmha.params import Params, sizes
 
@@ -46,7 +46,7 @@ MULTI_HEAD = {
     "out_proj.w": Leaf("attention_output/kernel", "H E O", "O H E"),
     "out_proj.b": Leaf("attention_output/bias", "O", "O"),
 }
-# Fewer of them, and one width for all heads, and one for input and output.
+# Fewer of them, one width for all heads, and one for input and output.
 GROUPED = MULTI_HEAD | {
     "k_proj.w": Leaf("key/kernel", "Ck K D", "K D Ck"),
     "k_proj.b": Leaf("key/bias", "K D", "K D"),
@@ -64,15 +64,15 @@ TOGETHER = (("q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"),)
 def from_layer(layer: Any, /) -> Params:
     """The parameters of a built `MultiHeadAttention` or `GroupQueryAttention`, as NumPy arrays
 
-    Of the same memory where Keras's backend lends it: on the CPU PyTorch does, and JAX, to be read only. Raises
-    TypeError for what is no layer, ValueError for one that is not built, and what `from_weights` raises.
+    Views of the same memory where Keras's backend allows it: PyTorch's on the CPU, and JAX's, read-only. Raises
+    TypeError for another kind of object, ValueError for a layer that is not built, and what `from_weights` raises.
     """
     if not hasattr(layer, "weights") or not hasattr(layer, "set_weights"):
         raise TypeError(
             f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
         )
     if not getattr(layer, "built", True):
-        raise ValueError("layer must have been built, by layer.build or a first call, for it to have weights")
+        raise ValueError("layer must have been built, by layer.build or a first call")
     # weight.numpy() would copy
     return from_weights({weight.path: np.asarray(to_array(weight.path, weight.value)) for weight in layer.weights})
 
@@ -80,7 +80,7 @@ def from_layer(layer: Any, /) -> Params:
 def from_weights(weights: Mapping[str, Array], /) -> Params:
     """{"…/query/kernel": (Cq, H, D), "…/query/bias": (H, D), …}  →  {"q_proj": {"w": (H, D, Cq), "b": (H, D)}, …}
 
-    By the paths that Keras gives its variables, of which the last two parts count. Arrays stay what they are, and are
+    The last two parts of the paths that Keras gives its variables are read. Arrays keep their library, and are
     transposed as views in NumPy. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not
     fit, TypeError for mixed dtypes; each names the weight.
     """
@@ -97,8 +97,8 @@ def from_weights(weights: Mapping[str, Array], /) -> Params:
 def to_weights(params: Params, /) -> dict[str, Array]:
     """{"q_proj": {"w": (H, D, Cq)}, …}  →  {"query/kernel": (Cq, H, D), …}, in the order of `layer.weights`
 
-    For parameters and for their gradients. Raises ValueError for what neither layer can have, K < H with E ≠ D or
-    O ≠ Cq; KeyError for leaves that they do not know, and for biases on some projections only.
+    For parameters and for their gradients. Raises ValueError for K < H with E ≠ D or O ≠ Cq, which neither layer
+    supports; KeyError for unknown leaves, and for biases on some projections only.
     """
     H, K, *_ = sizes(params)
     return to_leaves(params, MULTI_HEAD if H == K else GROUPED, TOGETHER)
@@ -116,10 +116,10 @@ def masks(
     use_causal_mask: bool = False,
     sliding_window: int | None = None,
 ) -> Mask | None:
-    """What all of them allow, for `mask=`: query_mask (B, T)   value_mask, key_mask (B, S)   attention_mask (B, T, S)
+    """The intersection, for `mask=`: query_mask (B, T)   value_mask, key_mask (B, S)   attention_mask (B, T, S)
 
     Boolean, True = attend; None for everything. attention_mask may be (T, S) too. Raises TypeError for what is not
-    boolean, ValueError for another number of axes or a window that does not even hold the query.
+    boolean, ValueError for another number of axes or a window without the query itself.
     """
     wanted = {"query_mask": "B T", "value_mask": "B S", "key_mask": "B S", "attention_mask": "B T S"}
     given = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask, "attention_mask": attention_mask}
@@ -149,5 +149,5 @@ def _sliding(window: Any) -> Mask | None:
     """|i − j| < window"""
     if window is None:
         return None
-    reach = _check.integer("sliding_window", window, 1, or_else=" or None") - 1
-    return structured.window(reach, reach)
+    each = _check.integer("sliding_window", window, 1, or_else=" or None") - 1
+    return structured.window(each, each)

@@ -3,16 +3,16 @@
     (Y, present_key, present_value, qk), cache = attention(Q, K, V, attn_mask, past_key, past_value, is_causal=1)
     dQ, dK, dV, dattn_mask, dpast_key, dpast_value = attention_vjp(cache, (dY, dpresent_key, None, None))
 
-What differs. Q, K, V and Y are (B, H, T, D), or (B, T, H·D) with the numbers of heads as attributes. All four outputs
-come back, with `qk_matmul_output_mode=None` without the last, which takes T × S; the past and the present are always
-(B, K, S, D). A window or softcap that is off is −1 or 0 and not None. A boolean attn_mask is True = attend, as here; a
-floating one is added. It is read from the right, (H, T, S) and not (B, T, S), and where its last axis is shorter than
-the keys, the rest is forbidden: from opset 24 on an axis of 1 is short too, and not broadcast. Query i stands at key
-i, after a past of P keys at P + i, and in a cache with `nonpad_kv_seqlen` n at n − T + i, for each sample.
+Differences from funcmha. Q, K, V and Y are (B, H, T, D), or (B, T, H·D) with the numbers of heads as attributes. All
+four outputs are returned, the last, which takes T × S, unless `qk_matmul_output_mode=None`; past and present are always
+(B, K, S, D). No window is −1 and no softcap 0, not None. A boolean attn_mask is True = attend, as here; a floating one
+is added. It is read from the right, (H, T, S) and not (B, T, S), and where its last axis is shorter than the keys, the
+other keys are forbidden: from opset 24 on an axis of 1 is short too, and not broadcast. Query i is at key position i,
+after a past of P keys at P + i, and in a cache with `nonpad_kv_seqlen` n at n − T + i, for each sample.
 
-ONNX rounds float16 and bfloat16 at every step, and casts before and after the softmax if softmax_precision says so;
-here all is computed in the wider of the two, float32 at least, and rounded once. The schema lets V have another dtype
-than Q and K, but the operator's definition cannot multiply the two, and here it is refused.
+ONNX rounds float16 and bfloat16 at every step, and softmax_precision adds casts before and after the softmax; here all
+is computed in the wider of the two, float32 at least, and rounded once. The schema allows another dtype for V than for
+Q and K, but the operator's definition cannot multiply the two; here it is refused.
 
 The package onnx is not imported, nor any runtime.
 
@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, dtype_name, full, is_array, namespace, narrow, widen
-from funcmha.kv_cache import KVCache as KV, AppendCache, append, append_vjp
-from funcmha.masks import Mask
+from funcmha._arrays import Array, downcast, dtype_name, full, heads_first, heads_last, is_array, namespace, upcast
 from funcmha.engines import attention_weights
+from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp
+from funcmha.masks import Mask
 from funcmha.ops import ScoresCache, scores, scores_vjp
 
 OPSETS = (23, 24, 25)
@@ -41,7 +40,7 @@ BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64, "complex128
 
 
 class Weights(NamedTuple):
-    """The cache of a qk_matmul_output after the softmax: that of attention has all."""
+    """The cache of a qk_matmul_output after the softmax: empty, as that of attention has everything."""
 
 
 class AttentionCache(NamedTuple):
@@ -49,7 +48,7 @@ class AttentionCache(NamedTuple):
     attn_mask: Array  # as given, or None
     append: AppendCache | None  # of K and V to the past
     attention: Any  # of funcmha.engines.attention
-    qk_matmul_output: ScoresCache | Weights | None  # None where it was left out
+    qk_matmul_output: ScoresCache | Weights | None  # None where there is no such output
 
 
 def attention(
@@ -79,16 +78,16 @@ def attention(
     or Q (B, T, H·D)   K (B, L, K·D)   V (B, L, K·E)   →   Y (B, T, H·E) and the rest as before
 
     attn_mask           boolean or floating, broadcasts to (B, H, T, S); from opset 24 on its last axis may be shorter
-    nonpad_kv_seqlen    integers (B,), how many keys of each sample are there: of a cache that K and V are all of
-    softmax_precision   a dtype by its number: 1 float32, 10 float16, 11 float64, 16 bfloat16, not narrower than Q's
+    nonpad_kv_seqlen    integers (B,), the number of valid keys of each sample, where K and V are the whole cache
+    softmax_precision   a dtype by its number: 1 float32, 10 float16, 11 float64, 16 bfloat16, no smaller than Q's
     qk_matmul_output_mode    0: scale · Q present_keyᵀ, 1: after the softcap, 2: after the mask, 3: after the softmax,
-                        None: the output is left out, and None
+                        None: no such output, None
     left_window_size, right_window_size    inclusive, −1 for no bound; from opset 25 on
     opset               the version of the operator; 25 serves all later opsets until the operator changes
 
-    A query that may see no key has Y = 0 and weights 0. The present grows in place, see `funcmha.decode`, if it is the
-    past of the next call; without a past it is K and V. Raises TypeError and ValueError for what the operator of this
-    opset does not have, before any arithmetic.
+    A fully masked row has Y = 0 and weights 0. The present grows in place, see `funcmha.decode`, if it is the past of
+    the next call; without a past it is K and V. Raises TypeError and ValueError for what the operator of this opset
+    does not support, before any arithmetic.
     https://onnx.ai/onnx/operators/onnx__Attention.html
     """
     check_opset(opset, nonpad_kv_seqlen, left_window_size, right_window_size)
@@ -98,17 +97,17 @@ def attention(
     check_precision(softmax_precision, Q)
 
     keys, values, appended = _present(past_key, past_value, k, v)
-    there = None if nonpad_kv_seqlen is None else nonpad_kv_seqlen.astype(np.int64)  # unsigned n − T would wrap around
-    offset = keys.shape[-2] - k.shape[-2] if there is None else there - q.shape[-2]
-    structured = _structured(is_causal, left_window_size, right_window_size, offset, there)
+    valid = None if nonpad_kv_seqlen is None else nonpad_kv_seqlen.astype(np.int64)  # unsigned n − T would wrap around
+    offset = keys.shape[-2] - k.shape[-2] if valid is None else valid - q.shape[-2]
+    structured = _structured(is_causal, left_window_size, right_window_size, offset, valid)
     mask, bias = _mask_and_bias(attn_mask, structured, keys.shape[-2], opset)
     q, k, v, bias = (_computed(x, softmax_precision) for x in (q, keys, values, bias))
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": None if softcap == 0 else softcap}
     o, heads = engines.attention(q, k, v, bias, **options)
-    qk, shown = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), **options)
+    qk, output = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), **options)
 
-    Y, qk = narrow(_as_given(o, Q), Q.dtype), narrow(qk, Q.dtype)
-    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, shown)
+    Y, qk = downcast(_as_given(o, Q), Q.dtype), downcast(qk, Q.dtype)
+    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, output)
 
 
 def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], /) -> tuple[Array, ...]:
@@ -118,18 +117,18 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
     A boolean attn_mask has the gradient None. A score of −∞ in mode 2 is a constant: its cotangent has no effect.
     """
     _check.cache(cache, AttentionCache, "attention of ONNX")
-    Q, attn_mask, appended, heads, shown = cache
+    Q, attn_mask, appended, heads, output = cache
     do, dkeys, dvalues, dqk = _cotangents(cache, dy)
 
-    dq, dk, dv, dbias, _ = engines.attention_vjp(heads, do, dweights=dqk if isinstance(shown, Weights) else None)
-    if isinstance(shown, ScoresCache) and dqk is not None:
-        dq_shown, dk_shown, dbias_shown = scores_vjp(shown, dqk)
-        dq, dk = dq + dq_shown, dk + dk_shown
-        dbias = dbias if dbias_shown is None else dbias + dbias_shown
+    dq, dk, dv, dbias, _ = engines.attention_vjp(heads, do, dweights=dqk if isinstance(output, Weights) else None)
+    if isinstance(output, ScoresCache) and dqk is not None:
+        dq_output, dk_output, dbias_output = scores_vjp(output, dqk)
+        dq, dk = dq + dq_output, dk + dk_output
+        dbias = dbias if dbias_output is None else dbias + dbias_output
     dk, dv = dk if dkeys is None else dk + dkeys, dv if dvalues is None else dv + dvalues
 
-    dq, dk, dv, dbias = (narrow(dx, Q.dtype) for dx in (dq, dk, dv, dbias))
-    dpast = KV(None, None, None)  # type: ignore[arg-type]
+    dq, dk, dv, dbias = (downcast(dx, Q.dtype) for dx in (dq, dk, dv, dbias))
+    dpast = KVCache(None, None, None)  # type: ignore[arg-type]
     if appended is not None:
         dpast, dk, dv = append_vjp(appended, (dk, dv))
     dmask = None if dbias is None else dbias[..., : attn_mask.shape[-1]]
@@ -139,7 +138,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
 def _qk_matmul_output(
     mode: int | None, heads: Any, inputs: tuple[Array, ...], *, mask: Any, scale: Any, softcap: Any
 ) -> tuple[Array, ScoresCache | Weights | None]:
-    """The fourth output (B, H, T, S), and the cache of its own that its gradient needs"""
+    """The fourth output (B, H, T, S), and its own cache"""
     q, k, bias = inputs
     if mode is None:
         return None, None
@@ -162,7 +161,7 @@ def _split(x: Array, heads: int) -> Array:
 
 
 def _as_given(x: Array, Q: Array) -> Array:
-    """(B, H, T, D)   →   (B, T, H·D) where Q is that; a gradient goes back by the way its input came"""
+    """(B, H, T, D)   →   (B, T, H·D) where Q is; also for gradients"""
     if Q.ndim == 4:
         return x
     B, H, T, D = x.shape
@@ -173,19 +172,19 @@ def _present(past_key: Array, past_value: Array, k: Array, v: Array) -> tuple[Ar
     """[past_key; k]   [past_value; v]"""
     if past_key is None:
         return k, v, None
-    present, cache = append(KV(past_key, past_value, past_key.shape[-2]), k, v)
+    present, cache = append(KVCache(past_key, past_value, past_key.shape[-2]), k, v)
     return present.keys, present.values, cache
 
 
 def _computed(x: Array, softmax_precision: int | None) -> Array:
-    """`x` in the dtype to compute in: float64 if that is asked for, else as everywhere"""
+    """`x` in the dtype to compute in: float64 if softmax_precision is, else as everywhere"""
     if x is None or PRECISIONS.get(softmax_precision or 0) != "float64":
-        return widen(x)
-    return x if dtype_name(x) == "complex128" else narrow(x, namespace(x).float64)
+        return upcast(x)
+    return x if dtype_name(x) == "complex128" else downcast(x, namespace(x).float64)
 
 
 def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
-    """As the engine wants them, with an axis of heads and in its dtype; that of Y is 0 where it is None."""
+    """With an axis of heads and in the engine's dtype; that of Y is 0 where it is None."""
     dy = _check.parts("dy", dy, "dY, dpresent_key, dpresent_value, dqk_matmul_output")
     Q, (q, k, v, *_) = cache.Q, cache.attention
     o = (*q.shape[:-1], v.shape[-1])
@@ -196,8 +195,8 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
     _check.cotangent("dpresent_value", dy[2], v.shape, Q, "B K S E", optional=True)
     _check.cotangent("dqk_matmul_output", dy[3], (B, H, T, k.shape[-2]), Q, "B H T S", optional=True)
     if dy[3] is not None and cache.qk_matmul_output is None:
-        raise ValueError("dqk_matmul_output must be None, as qk_matmul_output was left out, got an array")
-    dY, *others = (narrow(d, q.dtype) for d in dy)
+        raise ValueError("dqk_matmul_output must be None, as qk_matmul_output is, got an array")
+    dY, *others = (downcast(d, q.dtype) for d in dy)
     do = full(o, 0.0, q) if dY is None else dY if Q.ndim == 4 else _split(dY, H)
     return [do, *others]
 
@@ -205,15 +204,15 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, there: Any) -> Mask | None:
-    """Causal and the window are one band; what is not there is seen by nobody."""
+def _structured(is_causal: int, left: int, right: int, offset: int | np.ndarray, n: Any) -> Mask | None:
+    """Causal and the window as one band, within the n valid keys."""
     bounds = (None if left == -1 else left), (0 if is_causal else None if right == -1 else right)
     band = None if bounds == (None, None) else masks.window(*bounds, offset)
-    return masks.intersection(band, None if there is None else masks.lengths(there))
+    return masks.intersection(band, None if n is None else masks.lengths(n))
 
 
 def _mask_and_bias(attn_mask: Array, mask: Mask | None, S: int, opset: int) -> tuple[Mask | None, Array]:
-    """What the mask and a boolean attn_mask allow, and a floating one; a short one forbids the keys after it."""
+    """The mask with a boolean attn_mask, and a floating one as bias; a short one forbids the keys after it."""
     n = S if attn_mask is None or opset == 23 else attn_mask.shape[-1]
     if n < S:
         rest = full((*attn_mask.shape[:-1], S - n), 0, attn_mask)
@@ -224,11 +223,11 @@ def _mask_and_bias(attn_mask: Array, mask: Mask | None, S: int, opset: int) -> t
     return mask, attn_mask
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_opset(opset: int, nonpad_kv_seqlen: Any, left: int, right: int) -> None:
-    """What came with a later opset is not there in an earlier one."""
+    """No argument of a later opset."""
     _check_one_of("opset", opset, OPSETS, "25 serves all later ones until the operator changes")
     if nonpad_kv_seqlen is not None and opset < 24:
         raise ValueError(f"nonpad_kv_seqlen must be left out before opset 24, got it with opset={opset}")
@@ -248,7 +247,7 @@ def check_attributes(is_causal: Any, scale: Any, softcap: Any, mode: Any) -> Non
 
 
 def check_layout(Q: Array, K: Array, V: Array, H: Any, G: Any) -> list[Array]:
-    """Q, K and V with an axis of heads, (B, H, T, D): cut out of the last where there are three."""
+    """Q, K and V with an axis of heads, (B, H, T, D): split off the last where there are three."""
     _check.one_dtype([("Q", Q), ("K", K), ("V", V)])
     if Q.ndim not in (3, 4):
         raise ValueError(f"Q must be (B, H, T, D) or (B, T, H·D), got {tuple(Q.shape)}")
@@ -257,13 +256,17 @@ def check_layout(Q: Array, K: Array, V: Array, H: Any, G: Any) -> list[Array]:
             raise ValueError(f"{name} must have {Q.ndim} axes as Q has, got {tuple(x.shape)}")
     for name, n in (("q_num_heads", H), ("kv_num_heads", G)):
         if Q.ndim == 4 and n is not None:
-            raise ValueError(f"{name} must be left out where Q is (B, H, T, D), which says it, got {n!r}")
+            raise ValueError(f"{name} must be left out where Q is (B, H, T, D), as that has them, got {n!r}")
     if Q.ndim == 4:
         return [Q, K, V]
-    return [_cut("Q", Q, "q_num_heads", H), _cut("K", K, "kv_num_heads", G), _cut("V", V, "kv_num_heads", G)]
+    return [
+        _with_heads("Q", Q, "q_num_heads", H),
+        _with_heads("K", K, "kv_num_heads", G),
+        _with_heads("V", V, "kv_num_heads", G),
+    ]
 
 
-def _cut(name: str, x: Array, heads: str, n: Any) -> Array:
+def _with_heads(name: str, x: Array, heads: str, n: Any) -> Array:
     n = _check.integer(heads, n, 1, or_else=" where Q is (B, T, H·D)")
     if x.shape[-1] % n:
         raise ValueError(f"{name} must have a last axis that {heads}={n} divides, got {tuple(x.shape)}")
@@ -273,7 +276,7 @@ def _cut(name: str, x: Array, heads: str, n: Any) -> Array:
 def check_inputs(
     q: Array, k: Array, v: Array, attn_mask: Any, past_key: Any, past_value: Any, nonpad: Any, opset: int
 ) -> None:
-    """Shapes and dtypes of what has an axis of heads."""
+    """Shapes and dtypes, with an axis of heads."""
     axes = _check.Axes()
     axes("Q", q, "B H T D")
     axes("K", k, "B K L D")
@@ -292,7 +295,7 @@ def check_inputs(
 
 
 def check_attn_mask(axes: _check.Axes, attn_mask: Any, q: Array, opset: int) -> None:
-    """Boolean or of the dtype of Q; from opset 24 on, its last axis is not broadcast but made longer."""
+    """Boolean or of the dtype of Q; from opset 24 on, its last axis is extended, not broadcast."""
     if attn_mask is None:
         return
     if not is_array(attn_mask):
@@ -309,7 +312,7 @@ def check_attn_mask(axes: _check.Axes, attn_mask: Any, q: Array, opset: int) -> 
 
 
 def check_nonpad(axes: _check.Axes, nonpad: Any, attn_mask: Any, past_key: Any) -> None:
-    """How many keys are there, of those that K and V hold."""
+    """The number of valid keys in K and V."""
     if past_key is not None:
         raise ValueError("nonpad_kv_seqlen must be left out with past_key: K and V are the whole cache or the new keys")
     _check.integers("nonpad_kv_seqlen", nonpad)
@@ -321,13 +324,13 @@ def check_nonpad(axes: _check.Axes, nonpad: Any, attn_mask: Any, past_key: Any) 
 
 
 def check_precision(softmax_precision: Any, Q: Array) -> None:
-    """A precision below that of the inputs would have to be put on for show: nothing here rounds more than they do."""
+    """No precision below that of the inputs: funcmha never rounds below it."""
     if softmax_precision is None:
         return
     _check_one_of("softmax_precision", softmax_precision, tuple(PRECISIONS), "as in onnx.TensorProto.DataType")
     name = PRECISIONS[softmax_precision]
     if BITS[name] < BITS[dtype_name(Q)]:
-        raise ValueError(f"softmax_precision must not be narrower than {Q.dtype} as Q has, got {name}")
+        raise ValueError(f"softmax_precision must not have fewer bits than {Q.dtype} as Q has, got {name}")
 
 
 def _check_one_of(name: str, x: Any, allowed: tuple[Any, ...], why: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._xp import Array, dtype_name, full, is_array, namespace, outline, own
+from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,8 +83,8 @@ def append(kv: KVCache, k: Array, v: Array, /, *, left: int | None = None) -> tu
 def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tuple[KVCache, Array, Array]:
     """dkv, dk, dv      dkeys = [0; the first n of dkeys']   dk = the rest of dkeys'      and so for values
 
-    from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KVCache`. What was dropped
-    has gradient 0, and `seen` has none: it is None. Needs shapes alone.
+    from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KVCache`. What was
+    dropped has gradient 0, and `seen` has none: it is None. Needs shapes alone.
     """
     _check.cache(cache, AppendCache, "append")
     past, new, keys, values = cache
@@ -131,8 +131,8 @@ class _Room(NamedTuple):
 
 
 # From the id of a view. An entry goes when its room is taken or its view dies, so that what is here decides whether an
-# append copies, and never what it returns. It is beside the views, not in `KVCache`, so that a `KVCache` is nothing but arrays:
-# one that was mapped, pickled or pieced together has other arrays, which have no room, and cannot show another's rows.
+# append copies, and never what it returns. It is not in `KVCache`, which so holds arrays alone: one that was mapped,
+# pickled or pieced together has other arrays, which have no room, and cannot show another's rows.
 _rooms: dict[int, _Room] = {}
 
 
@@ -191,7 +191,7 @@ def _sized(x: Array, n: int) -> tuple[int, ...]:
     return (*x.shape[:-2], n, x.shape[-1])
 
 
-# ── argument checks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:

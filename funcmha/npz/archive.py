@@ -4,8 +4,9 @@ r"""Zip archives, read strictly: every byte belongs to one record, and all recor
 
 `zipfile` finds what it can in a damaged file. Parameters are whole or refused, so this reader takes the archives that
 `numpy.savez`, `numpy.savez_compressed` and `funcmha.npz.save` write to a file, and no looser ones: members stored or
-deflated, back to back in the order of the directory; no comment, no encryption, no extra field but zip64's, no sizes
-that follow the data. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
+deflated, back to back in the order of the directory; no comment, no encryption, no sizes that follow the data. `zip` of
+Info-ZIP makes such archives too, and notes times and owners in extra fields: these mean nothing here, and zip64's is
+the only other one. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
 """
 
 import struct
@@ -23,6 +24,13 @@ LOCATOR = struct.Struct("<4sLQL")
 WIDE = 0xFFFFFFFF  # stands for a number that does not fit, and is in the zip64 extra field
 HARMLESS = 0x0806  # flags that say how hard deflate tried, and that the name is UTF-8
 RATIO = 1032  # the most that deflate can: 258 bytes in two bits, as of zeros
+NOTES = {  # extra fields of times and owners, and their lengths: proginfo/extrafld.txt of Info-ZIP
+    0x5455: (5, 9, 13),  # UT: one to three times
+    0x7875: (7, 11, 19),  # ux: user and group, of 2, 4 or 8 bytes
+    0x5855: (8, 12),  # UX: two times, and user and group or not
+    0x7855: (0, 4),  # Ux: user and group, or not
+    0x000A: (32,),  # NTFS: three times
+}
 CHUNK = 1 << 18  # bytes read at a time: they stay in a core's cache for the checksum and the copy
 
 
@@ -185,10 +193,26 @@ def _local(source: Source, at: int) -> tuple[Fields, int]:
 def _widen(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
     """The numbers, where WIDE stands for the next one of the zip64 extra field, which must have just those."""
     n = numbers.count(WIDE)
-    if extra[:4] != (struct.pack("<2H", 1, 8 * n) if n else b"") or len(extra) != (4 + 8 * n if n else 0):
-        raise BadZipFile(f"{name} must have no extra field but zip64's, with {n} numbers, got {extra[:36]!r}")
-    wide = iter(struct.unpack(f"<{n}Q", extra[4:]))
+    allowed = NOTES | ({1: (8 * n,)} if n else {})
+    fields = _extra(extra)
+    if any(len(data) not in allowed.get(kind, ()) for kind, data in fields.items()) or (n and 1 not in fields):
+        raise BadZipFile(
+            f"{name} must have no extra field but zip64's, with {n} numbers, and those of times and owners "
+            f"(as `zip -X` leaves out), got {extra[:36]!r}"
+        )
+    wide = iter(struct.unpack(f"<{n}Q", fields.get(1, b"")))
     return tuple(next(wide) if number == WIDE else number for number in numbers)
+
+
+def _extra(raw: bytes) -> dict[int, bytes]:
+    """The extra fields by their kind; under −1 what is none, or comes twice."""
+    fields: dict[int, bytes] = {}
+    while len(raw) >= 4:
+        kind, size = struct.unpack_from("<2H", raw)
+        if kind in fields or len(raw) < 4 + size:
+            break
+        fields[kind], raw = raw[4 : 4 + size], raw[4 + size :]
+    return fields | {-1: raw} if raw else fields
 
 
 def _check(member: Member) -> None:

@@ -1,9 +1,10 @@
 """A file read with distrust: all that can be known of it is known before its numbers take memory."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, BadZipFile
 
 import numpy as np
 
@@ -44,7 +45,12 @@ class _Leaf(NamedTuple):
 
 
 def load(
-    path: File, *, like: tree.Tree | None = None, max_bytes: int = MAX_BYTES, check_finite: bool = False
+    path: File,
+    *,
+    like: tree.Tree | None = None,
+    max_bytes: int = MAX_BYTES,
+    check_finite: bool = False,
+    mmap: bool = False,
 ) -> dict[str, tree.Tree]:
     """The file with the members q_proj.w.npy, …  →  {"q_proj": {"w": x}, …}
 
@@ -63,20 +69,28 @@ def load(
         zeros: give less where a stranger's file may not cost as much. Each member is unpacked twice, the first time
         to see that it holds what its header says, byte for byte, and to keep nothing.
     check_finite: whether NaN and infinities are refused.
+    mmap: whether arrays stay in the file, as `numpy.memmap` that may not be written to. `path` must be a path then, and
+        the file, of any size, stored and in native byte order, as `save` and `numpy.savez` write it. Checksums are not
+        looked at, Fortran order stays, and numbers need not be aligned: NumPy copies what it computes with, and a
+        result may differ in its last bit. A file that `save` replaces stays as it was for the arrays; one that is
+        written into changes them, and one that is cut off ends the process (SIGBUS).
 
     Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
-    ValueError for one of another shape or dtype than in `like` and for a file object without `seek`, OSError where the
-    file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of safetensors,
-    CVE-2019-6446, numpy #20033.
+    ValueError for one of another shape or dtype than in `like` and for a file object without `seek` or with `mmap`,
+    OSError where the file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of
+    safetensors, CVE-2019-6446, numpy #20033.
     """
     flat: dict[str, np.ndarray] = {}
+    if mmap and not isinstance(path, str | os.PathLike):
+        raise ValueError(f"mmap needs a path, got {type(path).__name__}")
     with read(path) as (name, source):
-        leaves = _leaves(source, name, max_bytes)
+        leaves = _leaves(source, name, None if mmap else max_bytes)
+        whole = np.memmap(source.file, np.uint8, "r") if mmap else None
         if like is not None:
             leaves = _alike(name, leaves, like)
         for key, leaf in leaves.items():
             with _refusing(name):
-                flat[key] = _array(source, leaf)
+                flat[key] = _array(source, leaf) if whole is None else _mapped(whole, leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
     return tree.unflatten(flat)
@@ -102,13 +116,15 @@ def _refusing(name: str) -> Iterator[None]:
         raise ParameterFileError(f"{name}: {error}") from error
 
 
-def _leaves(source: archive.Source, name: str, max_bytes: int) -> dict[str, _Leaf]:
-    """Every leaf by its key, with nothing left to check but the bytes of its numbers."""
+def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[str, _Leaf]:
+    """Every leaf by its key, with nothing left to check but its numbers. max_bytes is None where these are mapped."""
     with _refusing(name):
         members = archive.members(source)
         names = keys(member.name for member in members)
         unpacked = sum(member.size for member in members)
-        if unpacked > max_bytes:
+        if max_bytes is None:
+            _check_stored(members)
+        elif unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         headers = [_header(source, member) for member in members]
         for member in members:
@@ -131,6 +147,21 @@ def _array(source: archive.Source, leaf: _Leaf) -> np.ndarray:
         flat[at : at + len(piece)] = piece
         at += len(piece)
     return np.require(a.T if fortran else a, leaf.entry.dtype, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])
+
+
+def _check_stored(members: list[archive.Member]) -> None:
+    for member in members:
+        if member.method != ZIP_STORED:
+            raise ValueError(f"{member.name} must be stored to be mapped, and is deflated: load it without mmap")
+
+
+def _mapped(whole: np.ndarray, leaf: _Leaf) -> np.ndarray:
+    """The leaf as a view of the file."""
+    dtype, shape, fortran, start, nbytes = leaf.header
+    if not dtype.isnative:
+        raise ValueError(f"{leaf.member.name} must be in native byte order to be mapped: load it without mmap")
+    at = leaf.member.start + start
+    return whole[at : at + nbytes].view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _check_finite(key: str, a: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import dtype_name, is_array
+from funcmha._arrays import dtype_name, is_array
 
 from . import npy, stored
 from .files import File, written
@@ -23,7 +23,8 @@ def save(path: File, params: Mapping[str, tree.Tree]) -> None:
     1980. Members are in the order of `params`, but where all keys of a branch are numbers: these go up.
 
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
-    before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills. POSIX only.
+    before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills, and for
+    what file systems cannot: that a directory cannot be synced is no error. POSIX only.
 
     `path` may be a binary file object too, a pipe as well: it is written to from its position on, not gone back in, and
     neither flushed nor closed. What it holds after an error is half a file.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
@@ -116,7 +116,7 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
 
 
 def over_rows(fl: Arithmetic, g: Rounded) -> Rounded:
-    """`norms._row_sum`: Σ over all but the last axis"""
+    """`norms.rows.row_sum`: Σ over all but the last axis"""
     D = g.value.shape[-1]
     rows = tie(Rounded(g.value.reshape(-1, D), g.error.reshape(-1, D)))
     return each(lambda a: a[0], fl.unbroadcast(rows, (1, D)))  # type: ignore[no-any-return]

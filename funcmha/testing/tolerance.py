@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import HALF, Array
-from funcmha.biases import RelativeBias, as_bias
+from funcmha._arrays import HALF, Array
+from funcmha.biases import ArrayBias, RelativeBias
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.grouped import append_rows
 from funcmha.masks import Mask, as_mask, dense
@@ -181,7 +181,7 @@ def mha_bounds(
     q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
     keep, rate = _keep(dropout, (*q.value.shape[:-1], S + extra))
     static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
-    added = None if added is None else each(lambda a: as_bias(a).append_keys(S, extra).values, added)
+    added = None if added is None else each(lambda a: ArrayBias(a).append_keys(S, extra).values, added)
     o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, added, sink["w"], do, static)
     o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
     y, dout_proj = fl.combine(params["out_proj"], o, dy)

@@ -1,4 +1,4 @@
-"""The engine for NumPy arrays: `attention` in tiles, in linear memory and on all cores, and `linear` in blocks of rows."""
+"""The engine for NumPy arrays: `attention` in tiles, in linear memory, and `linear` in blocks of rows, on all cores."""
 
 from .attention import attend, attention, attention_vjp, attention_weights, log_sum_exp
 from .cache import AttentionCache

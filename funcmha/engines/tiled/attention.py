@@ -13,7 +13,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._arguments import AttentionOptions, check_attention
-from funcmha._xp import Array, narrow, widen
+from funcmha._arrays import Array, downcast, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
@@ -58,8 +58,8 @@ def attend(
         raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
 
     dtype = q.dtype
-    q, k, v, sink = widen(q), widen(k), widen(v), widen(sink)
-    bias = None if bias is None else bias.map(widen).map(_in_range)
+    q, k, v, sink = upcast(q), upcast(k), upcast(v), upcast(sink)
+    bias = None if bias is None else bias.map(upcast).map(_in_range)
     q, k, v = zeroed(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -67,7 +67,7 @@ def attend(
     rest = Rest(bias, sink, o, row_sum, row_max, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
     with threads.single_threaded_blas():
         shifted = forward(Views.of(rest.beside(q, k, v)))
-    return narrow(o, dtype), (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
+    return downcast(o, dtype), (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
 
 
 @np.errstate(under="ignore")
@@ -82,14 +82,14 @@ def attention_vjp(
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
     factor = _factor(do, dweights, dlse)
-    cotangents = (None if a is None else widen(a) if factor == 1 else factor * widen(a) for a in (do, dweights, dlse))
+    cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
 
     def scaled_back(dx: Array) -> Array:
         return dx if factor == 1 else dx / factor
 
     *grads, dbias, dsink = _gradients(cache, *cotangents)
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
-    dq, dk, dv, dsink = (None if dx is None else narrow(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
+    dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
     return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
 
 
@@ -116,7 +116,7 @@ def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -
     inverse = np.where(x.row_sum == 0, 0.0, 1 / np.where(x.row_sum == 0, 1.0, x.row_sum))[..., None]
     attending = None if rest.mask is None else rest.mask.attending_queries(q.shape[-2], k.shape[-2])
     cotangents = with_head_axis(zero_masked_queries(do, attending)), with_head_axis(dweights), with_head_axis(dlse, 1)
-    grads = (with_head_axis(dx) for dx in (dq, dk, dv))
+    grads = with_head_axis(dq), with_head_axis(dk), with_head_axis(dv)
     with threads.single_threaded_blas():
         Backward(x, inverse, *cotangents, *grads, dbias, dsink).run()
     dbias_of_kind = None if dbias is None else rest.bias._replace(values=dbias.total())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.biases import RelativeBias
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.plan import Plan
@@ -92,7 +92,8 @@ class Views(NamedTuple):
             bias = np.broadcast_to(bias.values, (*batch, H, bias.values.shape[-1]))
         elif bias is not None:
             bias = np.broadcast_to(bias.values, scores)
-        keep, rate = rest.dropout, 0.0 if rest.dropout is None else rest.dropout.rate
+        keep: Any = rest.dropout
+        rate = 0.0 if keep is None else keep.rate
         keep = np.broadcast_to(keep.keep, scores) if isinstance(keep, Masked) else keep
         sink, scale, softcap = (
             None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)

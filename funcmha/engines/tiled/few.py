@@ -10,7 +10,7 @@ Axes: T queries, S keys, G query heads that read the key/value head, D query/key
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
@@ -22,7 +22,9 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
     tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
     k, v, block = heads[0].k[start:stop], heads[0].v[start:stop], heads[0].plan.few_block
 
-    s = _with_keys(np.concatenate([head.score_scale * head.q for head in heads]), k, block).reshape(len(heads), T, len(k))
+    s = _with_keys(np.concatenate([head.score_scale * head.q for head in heads]), k, block).reshape(
+        len(heads), T, len(k)
+    )
     for head, scores in zip(heads, s, strict=True):
         head.complete(scores, tile)
         if tile.mixed:

@@ -6,9 +6,10 @@ GPT-2's sizes are as close to float64 as PyTorch's (docs/decisions/0027-digits-a
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from . import threads
+
 
 def product(a: Array, b: Array, /, *, out: Array, terms: int, add: bool = False) -> Array:
     """out = a b, or out += a b      a (R, I)   b (I, N)   →   out (R, N)     in partial sums of so many terms"""

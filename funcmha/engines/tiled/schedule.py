@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._xp import Array, unbroadcast
+from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import diagonal_sums, diagonals
 
 from .tiles import Head, Tile, blocks
@@ -31,7 +31,7 @@ def wavefronts(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: 
 
 
 class RelativeBiasGradient:
-    """The gradient of a `RelativeBias`, tile by tile. Tiles of a wavefront share diagonals: what they give is added after."""
+    """The gradient of a `RelativeBias`, tile by tile; tiles of a wavefront share diagonals, and are added after it."""
 
     def __init__(self, values: Array, scores: tuple[int, ...]) -> None:
         self.T, self.sums_samples = scores[-2], False  # `flush` keeps the order
@@ -64,7 +64,7 @@ class BiasGradient:
             scores = (1, *scores)
         shape = (1,) * (len(scores) - bias.ndim) + tuple(bias.shape)
         self.shape = tuple(bias.shape)
-        # Where rows are summed the columns are kept apart to the end, so that no two tiles of a wavefront add to one number.
+        # Where rows are summed the columns are kept apart to the end: no two tiles of a front may add to one number.
         self.sums_rows = shape[-2] == 1 and scores[-2] != 1
         self.sums_cols = shape[-1] == 1 and scores[-1] != 1 and not self.sums_rows
         self.sums_samples = prod(shape[:-3]) != prod(scores[:-3])

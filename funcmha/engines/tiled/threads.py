@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
+
 
 def num_threads() -> int:
     """FUNCMHA_NUM_THREADS, or the cores that this process may use."""

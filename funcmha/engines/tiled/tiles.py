@@ -1,12 +1,12 @@
 """What is done with one tile of scores: made, used and dropped.
 
 Exponentials are powers of two, which NumPy computes faster and more accurately than powers of e: the scores here are
-s = log₂e · z. Before the exponential a number c near its maximum is subtracted from each row. By Cauchy and Schwarz no score exceeds
-m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is subtracted; else c is
-m − BOUND, or the largest score of some keys where that is less, and only where the sum then comes out too small or too
-large is the true maximum of the row looked for. c is a whole number, so that the log-sum-exp has the digits of the
-sum. The backward subtracts the same c, and so has the same exponentials, from the same q and k to the bit; made from
-the log-sum-exp they would lose |s| ulps.
+s = log₂e · z. Before the exponential a number c near its maximum, `row_max`, is subtracted from each row. By Cauchy and
+Schwarz no score exceeds m = |q| max |k|. Where m ≤ BOUND no exponential can overflow and no sum vanish, and nothing is
+subtracted; else c is m − BOUND, or the largest score of some keys where that is less, and only where the sum then comes
+out too small or too large is the true maximum of the row looked for. c is a whole number, so that the log-sum-exp has
+the digits of the sum. The backward subtracts the same c, and so has the same exponentials, from the same q and k to the
+bit; made from the log-sum-exp they would lose |s| ulps.
 
 Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.biases import toeplitz
 from funcmha.dropout import Seeded
 from funcmha.engines.plan import Plan
@@ -210,7 +210,9 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
         top = np.where(np.isfinite(largest), largest, top)
     c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
     if c.any() and start < stop:
-        likely = _largest(head, q, Tile(rows, (start, min(start + head.plan.guess_keys, stop)), mixed=head.mask is not None))
+        likely = _largest(
+            head, q, Tile(rows, (start, min(start + head.plan.guess_keys, stop)), mixed=head.mask is not None)
+        )
         c = np.where(likely > -np.inf, np.fmin(c, np.fmax(likely, 0.0)), c)
     if head.sink is not None:
         c = np.maximum(c, LOG2E * head.sink - BOUND)

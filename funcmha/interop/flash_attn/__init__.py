@@ -12,9 +12,9 @@ takes the options of all three. Differentiable inputs are positional, all others
     flash_attn_kvpacked_func, and both packed ones of varlen                    FA2
     flash_attn_combine                                                               FA3  FA4
     softmax_scale, causal, window_size, softcap; a table of pages of a cache    FA2  FA3  FA4
-    alibi_slopes, dropout_p; a table of pages beside cu_seqlens_k               FA2
+    alibi_slopes, dropout_p; a table of pages with cu_seqlens_k                 FA2
     qv, seqused_q, seqused_k                                                         FA3  FA4
-    attention_chunk, num_heads_q; cu_seqlens and rotary_seqlens beside a cache       FA3
+    attention_chunk, num_heads_q; cu_seqlens and rotary_seqlens of a cache           FA3
     learnable_sink, gather_kv_indices, padded tokens and pages of varlen                  FA4
 
 Differences from funcmha. Tokens come before heads. The last query is aligned with the last key in causal masks,
@@ -48,7 +48,7 @@ Not supported:
   block_sparse_tensors_bwd: GPU code. See the mask and the bias of `funcmha.attention`;
 - of flash_attn_combine: out and out_dtype, where to write; cu_seqlens, seqused and virtual_batch_idx, which rows.
 
-FA2's Triton kernels and the references of all three were run beside this on a CPU (docs/decisions/0028), their CUDA
+FA2's Triton kernels and the references of all three were compared with this on a CPU (docs/decisions/0028), their CUDA
 kernels only read. Signatures are those of 2.8.3 (FA2, FA3) and 4.0.0b36 (FA4). Docstrings and references are in
 Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (00530025), hopper/flash_attn_interface.py (01afd16d),
 hopper/test_util.py (1076c675), flash_attn/cute/interface.py (004b1a2e) and testing.py (03146294). "Source" is

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, namespace, narrow, outline, widen
+from funcmha._arrays import Array, downcast, heads_first, heads_last, namespace, outline, upcast
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp
@@ -155,7 +154,7 @@ def flash_attn_func(
     check_per_head(axes, q, alibi_slopes, learnable_sink)
     inputs, dropout = (q, k, v, alibi_slopes, learnable_sink, qv), check_dropout(axes, keep, dropout_p)
     out, cache = attend(*inputs, scores=scores, listed=listed, dropout=dropout)
-    return narrow(out, q.dtype), cache
+    return downcast(out, q.dtype), cache
 
 
 def flash_attn_func_vjp(
@@ -168,8 +167,8 @@ def flash_attn_func_vjp(
     q, E = cache.attention.q, cache.attention.v.shape[-1]
     B, H, T, _ = q.shape
     _check.cotangent("dout", dout, (B, T, H, E), q, "B T H E")
-    dq, dk, dv, dslopes, dsink, dqv = attend_vjp(cache, widen(dout), dweights=dweights, dlse=dlse)
-    dq, dk, dv, dqv = (narrow(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
+    dq, dk, dv, dslopes, dsink, dqv = attend_vjp(cache, upcast(dout), dweights=dweights, dlse=dlse)
+    dq, dk, dv, dqv = (downcast(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
     return dq, dk, dv, rounded(dslopes, cache.alibi_slopes), rounded(dsink, cache.learnable_sink), dqv
 
 
@@ -183,13 +182,13 @@ def attend(
     q · k + qv · v is one product of rows of D + E, which is also the width of the scale.
     """
     T, S, D = q.shape[-3], k.shape[-3], None if qv is None else q.shape[-1]
-    bias, of_slopes = (None, None) if slopes is None else alibi(widen(slopes), T=T, S=S, offset=S - T)
-    rows, keys, values = (heads_first(widen(x)) for x in (q, k, v))
+    bias, of_slopes = (None, None) if slopes is None else alibi(upcast(slopes), T=T, S=S, offset=S - T)
+    rows, keys, values = (heads_first(upcast(x)) for x in (q, k, v))
     if qv is not None:
         xp = namespace(rows)
-        rows, keys = xp.concat([rows, heads_first(widen(qv))], axis=-1), xp.concat([keys, values], axis=-1)
+        rows, keys = xp.concat([rows, heads_first(upcast(qv))], axis=-1), xp.concat([keys, values], axis=-1)
     mask, scale, softcap = scores.mask(T, S, listed), scores.scale, scores.softcap
-    inputs = rows, keys, values, bias, widen(sink)
+    inputs = rows, keys, values, bias, upcast(sink)
     o, cache = attention(*inputs, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
     return heads_last(o), FlashAttnFuncCache(slopes, sink, of_slopes, cache, D)
 
@@ -210,7 +209,7 @@ def attend_vjp(
 
 def rounded(dx: Array, x: Array) -> Array:
     """The gradient of slopes or of a sink, which have a dtype of their own."""
-    return None if x is None else narrow(dx, x.dtype)
+    return None if x is None else downcast(dx, x.dtype)
 
 
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,15 +225,15 @@ def check_tokens(axes: _check.Axes, arrays: dict[str, tuple[Array, str]], *optio
 
 
 def check_per_head(axes: _check.Axes, q: Array, alibi_slopes: Any, learnable_sink: Any) -> None:
-    """Slopes (H,) or (B, H) and a sink (H,), in the dtype of q or in float32 beside half types, as FA2 wants slopes."""
+    """Slopes (H,) or (B, H) and a sink (H,), in the dtype of q or in float32 with half types, as in FA2."""
     own = "B H" if getattr(alibi_slopes, "ndim", 1) == 2 else "H"
     for name, x, symbols in (("alibi_slopes", alibi_slopes, own), ("learnable_sink", learnable_sink, "H")):
         if x is None:
             continue
         _check.one_dtype([(name, x)])
         axes(name, x, symbols)
-        wanted = widen(outline(q)).dtype
-        if widen(x).dtype != wanted:
+        wanted = upcast(outline(q)).dtype
+        if upcast(x).dtype != wanted:
             raise TypeError(f"{name} must have dtype {wanted}, in which q is computed, got {x.dtype}: cast it")
 
 

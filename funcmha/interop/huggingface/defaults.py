@@ -1,7 +1,6 @@
-"""What the config classes of transformers put where config.json has nothing, family by family.
+"""The defaults of the config classes of transformers, family by family, for the fields that attention reads.
 
-Of the fields that attention reads; None is nothing there too. A family is a row here, and another in the tables of
-`families` where it differs from Llama.
+A family is one row here, and entries in the tables of `families` where it differs from Llama.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""What a config says of one attention layer, and what is refused.
+"""The attention options in a config, and the configs that are refused.
 
-A config is read as the dict of config.json, of any age: `rope_theta` and `rope_scaling` became `rope_parameters`, and
+A config is the dict of config.json, of any version: `rope_theta` and `rope_scaling` became `rope_parameters`, and
 `sliding_window_pattern` became `layer_types`.
 """
 
@@ -14,14 +14,14 @@ from funcmha.norms import RMSNorm
 from .defaults import DEFAULTS, SHARED, YARN
 
 # Where a family differs from Llama.
-NORM_OFFSET = {"qwen3": 0.0, "qwen3_moe": 0.0, "gemma3_text": 1.0}  # of those that have norms of queries and keys
+NORM_OFFSET = {"qwen3": 0.0, "qwen3_moe": 0.0, "gemma3_text": 1.0}  # families with norms of queries and keys
 SOME_LAYERS = ("gemma2", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "gpt_oss", "smollm3", "cohere2")  # have windows
-ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe", "phi3", "starcoder2")  # have them, where there is one
-INTERLEAVED = ("cohere", "cohere2", "glm4")  # feature 2i turns with 2i + 1
-PARTIAL = ("phi3", "glm4", "stablelm")  # turn a part of the features where told to
+ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe", "phi3", "starcoder2")  # have windows, if the config has one
+INTERLEAVED = ("cohere", "cohere2", "glm4")  # feature 2i is paired with 2i + 1
+PARTIAL = ("phi3", "glm4", "stablelm")  # may rotate a part of the features
 INPUTS = ("q_proj.b", "k_proj.b", "v_proj.b")
 ALL_FOUR = (*INPUTS, "out_proj.b")
-BIASES: dict[str, tuple[str | None, tuple[str, ...]]] = {  # the switch, None for always; and what it switches on
+BIASES: dict[str, tuple[str | None, tuple[str, ...]]] = {  # the switch, None for always, and its biases
     "gpt2": (None, ALL_FOUR),
     "mistral": (None, ()),
     "mixtral": (None, ()),
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 def read(config: Any, n: int, *, cross: bool = False) -> dict[str, Any]:
-    """The config as a dict in which nothing is missing, of the text part of a model of text and images."""
+    """The config as a dict with all defaults; of a model of text and images, that of its text part."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, Mapping):
@@ -77,7 +77,7 @@ def sizes(c: dict[str, Any]) -> Sizes:
 
 
 def scale(c: dict[str, Any], n: int) -> float:
-    """What the scores are multiplied by."""
+    """The scale of the scores."""
     if c["model_type"] == "granite":
         return _check.number("attention_multiplier", c["attention_multiplier"])
     width = c["query_pre_attn_scalar"] or sizes(c).D
@@ -94,7 +94,7 @@ def norm(c: dict[str, Any]) -> RMSNorm | None:
 
 
 def leaves(c: dict[str, Any]) -> tuple[str, ...]:
-    """The parameters that a layer of this config has, all of them and no others."""
+    """The leaves of a layer of this config."""
     kind = c["model_type"]
     switch, biases = BIASES.get(kind, ("attention_bias", ALL_FOUR))
     biases = biases if switch is None or c[switch] else ()
@@ -124,20 +124,20 @@ def slides(c: dict[str, Any], n: int) -> bool:
 
 
 def _slides_by_number(c: dict[str, Any], n: int) -> bool:
-    """What the config class makes of the number of a layer where there are no layer_types."""
+    """As the config class decides by the number of the layer, where there are no layer_types."""
     kind, on = c["model_type"], bool(c["use_sliding_window"]) and c["sliding_window"] is not None
     if kind in ("gemma2", "gpt_oss"):
         return n % 2 == 0
     if kind in ("gemma3_text", "cohere2"):
         return bool((n + 1) % c["sliding_window_pattern"])
     if kind == "smollm3":
-        return on and not _turns(c, n)
+        return on and not _has_rope(c, n)
     if kind == "qwen2_moe":
         return bool(on and n % 2 == 0 and n < c["max_window_layers"])
     return bool(on and n >= c["max_window_layers"])
 
 
-def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
+def window(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
     """left, right of `masks.window`"""
     both = c["use_bidirectional_attention"]
     if not slides(c, n):
@@ -146,21 +146,21 @@ def reach(c: dict[str, Any], n: int) -> tuple[int | None, int | None]:
     if isinstance(keys, bool) or not isinstance(keys, Integral) or keys < least:
         raise ValueError(f"sliding_window must be {least} or more, as layer {n} is of sliding_attention, got {keys!r}")
     keys = int(keys)
-    return (keys // 2, keys // 2) if both else (keys - 1, 0)  # Gemma 3 has its keys // 2 + 1 nearest on either side
+    return (keys // 2, keys // 2) if both else (keys - 1, 0)  # Gemma 3: the keys // 2 + 1 nearest on either side
 
 
 # ── rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pairs(c: dict[str, Any]) -> Literal["half", "interleaved"]:
-    """Which features turn together."""
+    """Which features are paired."""
     return "interleaved" if c["model_type"] in INTERLEAVED else "half"
 
 
 def rope(c: dict[str, Any], n: int) -> dict[str, Any] | None:
-    """The parameters of rotary positions in layer n, in the form of today; None where there are no rotary positions."""
+    """The parameters of rotary positions in layer n, in the form of today; None where it has none."""
     kind = c["model_type"]
-    if not _turns(c, n):
+    if not _has_rope(c, n):
         return None
     given, theta = c["rope_scaling"] or c["rope_parameters"], c["rope_theta"]
     if kind == "gemma3_text":
@@ -177,11 +177,11 @@ def rope(c: dict[str, Any], n: int) -> dict[str, Any] | None:
         found["rope_type"] = _kind_of_phi3(found["rope_type"])
     part = found["partial_rotary_factor"]
     if part != 1.0 and kind not in PARTIAL and found["rope_type"] != "proportional":
-        raise ValueError(f"partial_rotary_factor must be 1, as {kind} turns all features, got {part}")
+        raise ValueError(f"partial_rotary_factor must be 1, as {kind} rotates all features, got {part}")
     return found
 
 
-def _turns(c: dict[str, Any], n: int) -> bool:
+def _has_rope(c: dict[str, Any], n: int) -> bool:
     """Whether layer n has rotary positions."""
     if c["model_type"] == "smollm3":
         listed = c["no_rope_layers"]
@@ -196,7 +196,7 @@ def _kind_of_phi3(kind: Any) -> str:
 
 
 def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None, float]:
-    """What is given for layers of this kind, and the theta where that has none: scaling is for full attention alone."""
+    """The parameters of layers of this kind, and the default theta; scaling is for full attention only."""
     local = kind == "sliding_attention"
     theta = c["rope_local_base_freq"] if local else c["rope_theta"]
     nested = c["rope_parameters"]
@@ -205,11 +205,11 @@ def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None
     own = (nested or {}).get(kind) or {}
     own = own if local else own | (c["rope_scaling"] or {})
     if not own.get("truncate", True):
-        raise ValueError("truncate must be left out for gemma3_text, which does not find it where it stands")
+        raise ValueError("truncate must be left out for gemma3_text, which ignores it")
     return own, theta
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_divides(H: int, C: int) -> None:
@@ -224,15 +224,15 @@ def _check_layer(c: dict[str, Any], n: Any) -> None:
     layers = layers if c["layer_types"] is None else len(c["layer_types"])
     layers = None if layers is None else _check.integer("num_hidden_layers", layers, 0)
     if int(n) < 0 or (layers is not None and int(n) >= layers):
-        upto = "or more" if layers is None else f"… {layers - 1}, as the config says"
+        upto = "or more" if layers is None else f"… {layers - 1}, as in the config"
         raise IndexError(f"n must be in 0 {upto}, got {n}")
 
 
 def _check_flags(c: dict[str, Any]) -> None:
-    """What transformers reads and does not obey, and what funcmha has no place for."""
+    """Options that transformers reads and ignores, and those that funcmha does not support."""
     kind = c["model_type"]
     if c["use_bidirectional_attention"] and kind != "gemma3_text":
-        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are causal all the same")
+        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are always causal")
     if c["attn_logit_softcapping"] is not None and kind != "gemma2":
         got = c["attn_logit_softcapping"]
         raise ValueError(f"attn_logit_softcapping must be None for {kind}, which does not apply it, got {got}")
@@ -240,4 +240,4 @@ def _check_flags(c: dict[str, Any]) -> None:
         raise ValueError(f"clip_qkv must be None, as funcmha does not clip projections, got {c['clip_qkv']}")
     for name, only in (("use_qk_norm", "cohere"), ("qk_layernorm", "stablelm")):
         if c[name] and kind == only:
-            raise ValueError(f"{name} must be off, as each head has a norm of its own there, and all one here")
+            raise ValueError(f"{name} must be off, as funcmha does not support a norm for each head")

@@ -1,7 +1,7 @@
-"""safetensors files: one layer of a checkpoint read, and put back, without the rest of it in memory.
+"""safetensors files: one layer of a checkpoint, read and written without the rest of it in memory.
 
-The reading and the bytes of each tensor are the `safetensors` library's. It writes arrays that are not contiguous
-wrongly and in silence, so none goes to it.
+The `safetensors` library reads, and makes the bytes of each tensor. It silently writes wrong bytes for arrays that are
+not contiguous, so it is given contiguous ones only.
 """
 
 import json
@@ -25,13 +25,13 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_layer(path: Paths, n: int, config: Any = None, *, cross: bool = False, prefix: str | None = None) -> Layer:
-    """Layer n of a checkpoint, of which nothing else is read
+    """Layer n of a checkpoint; nothing else is read
 
     path     the directory of a checkpoint, its tensors in one file or, with an index, in several; or a .safetensors
              file
-    config   as in `from_state_dict`, and so cross and prefix; None is the config.json beside the tensors
+    config   as in `from_state_dict`, and so cross and prefix; None is the config.json of the directory
 
-    bfloat16 needs ml_dtypes. Raises ImportError without safetensors, FileNotFoundError for a directory that is no
+    bfloat16 needs ml_dtypes. Raises ImportError without safetensors, FileNotFoundError for a directory without a
     checkpoint, and what `from_state_dict` raises.
     """
     tensors = Tensors(path)
@@ -41,14 +41,14 @@ def load_layer(path: Paths, n: int, config: Any = None, *, cross: bool = False, 
 
 
 def save_layer(path: Paths, layer: Layer) -> None:
-    """The parameters of a layer, in place of those that the checkpoint at `path` has; or in a new .safetensors file
+    """Replace the parameters of a layer in the checkpoint at `path`, or write a new .safetensors file
 
-    A file of a checkpoint is written anew beside the old one and takes its place when it is complete; all but the bytes
-    of this layer stays as it was. Raises KeyError for names that the checkpoint lacks, ValueError for another dtype or
-    shape than it has there, TypeError for arrays that are not NumPy's.
+    A file of a checkpoint is replaced when its new version is complete; only the bytes of this layer change. Raises
+    KeyError for names that the checkpoint lacks, ValueError for another dtype or shape than in the file, TypeError for
+    arrays that are not NumPy's.
     """
     if not isinstance(layer, Layer):
-        raise TypeError(f"layer must be a Layer, as load_layer gives it, got {type(layer).__name__}")
+        raise TypeError(f"layer must be a Layer, as load_layer returns it, got {type(layer).__name__}")
     state = {name: _payload(name, x) for name, x in to_state_dict(layer.params, layer).items()}
     if not Path(path).exists():
         with replacing(path) as file:
@@ -66,7 +66,7 @@ def save_layer(path: Paths, layer: Layer) -> None:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint, each read from its file when it is asked for."""
+    """The tensors of a checkpoint, each read from its file on access."""
 
     def __init__(self, path: Paths) -> None:
         self.open = _library("safetensors").safe_open
@@ -107,7 +107,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def _patch(path: Path, state: dict[str, np.ndarray]) -> None:
-    """The file anew with these tensors; its header, which says where each begins, stays."""
+    """Replace these tensors in the file; its header, with the offset of each, stays."""
     with open(path, "rb") as old:
         size = int.from_bytes(old.read(8), "little")
         header = json.loads(old.read(size))
@@ -120,9 +120,9 @@ def _patch(path: Path, state: dict[str, np.ndarray]) -> None:
 
 
 def _plain(file: str) -> str:
-    """The name of a file in the directory of the index, and nowhere else."""
+    """The name of a file in the directory of the index."""
     if Path(file).name != file:
-        raise ValueError(f"{INDEX} must name files beside it, got {file!r}")
+        raise ValueError(f"{INDEX} must name files in its directory, got {file!r}")
     return file
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a layer under transformers' names: which leaves of funcmha's tree each of them holds, and how."""
+"""The tensors of a layer under transformers' names: the leaves of funcmha's tree in each of them, and their layout."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -66,7 +66,7 @@ class Form(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """What all tensors hold, in the order of `SPEC`."""
+        """The leaves of all tensors, in the order of `SPEC`."""
         held = {*chain(*self.tensors.values())}
         return tuple(leaf for leaf in SPEC if leaf in held)
 
@@ -92,7 +92,7 @@ class Form(NamedTuple):
 
 
 def form(c: dict[str, Any], prefix: str, *, cross: bool = False) -> Form:
-    """What the tensors of a layer of this config must be."""
+    """The form of a layer of this config."""
     kind, own = c["model_type"], leaves(c)
     plain = {name: held for name, held in PLAIN.items() if held[0] in own}
     tensors = {"gpt2": GPT2_CROSS if cross else GPT2, "phi3": PHI3}.get(kind, plain)

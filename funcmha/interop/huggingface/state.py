@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from funcmha import _check, tree
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params
 
@@ -12,7 +12,7 @@ from . import families
 from .layer import Layer, static
 from .names import Form
 
-BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")  # constants that old checkpoints hold beside the parameters
+BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")  # constants in old checkpoints
 
 
 def from_state_dict(
@@ -23,10 +23,10 @@ def from_state_dict(
     state_dict   of a model, of one of its decoder layers, or of an attention module; of tensors on the CPU or of arrays
     config       of the model: a config of transformers, or the dict of its config.json
     cross        the layer's attention over an encoder, which GPT-2 has with add_cross_attention
-    prefix       what stands before "q_proj.weight" or "c_attn.weight", where it cannot be told from the names
+    prefix       the names before "q_proj.weight" or "c_attn.weight", where they are ambiguous
 
     Nothing is copied: the parameters are views. Raises KeyError for a missing or unexpected name, ValueError for a
-    shape that is not the config's or a config that is not understood, TypeError for mixed dtypes or a tensor on a GPU.
+    shape that is not the config's or an unsupported config, TypeError for mixed dtypes or a tensor on a GPU.
     """
     _check.mapping("state_dict", state_dict)
     c = families.read(config, n, cross=cross)
@@ -47,12 +47,12 @@ def from_state_dict(
 def to_state_dict(params: Params, layer: Layer) -> dict[str, Array]:
     """{"q_proj": {"w": (H, D, C)}, …}  →  {"model.layers.3.self_attn.q_proj.weight": (H·D, C), …}
 
-    For the parameters of `layer`, or any other tree like it, as its gradients are. Nothing is copied that
-    `from_state_dict` made, but where several become one: c_attn of GPT-2, qkv_proj of Phi-3. Raises KeyError and
-    ValueError for a tree that is not like that of `layer`.
+    For the parameters of `layer`, or any other tree of its form, such as gradients. Views from `from_state_dict` are
+    not copied, unless several become one: c_attn of GPT-2, qkv_proj of Phi-3. Raises KeyError and ValueError for a tree
+    of another form.
     """
     if not isinstance(layer, Layer):
-        raise TypeError(f"layer must be a Layer, as from_state_dict gives it, got {type(layer).__name__}")
+        raise TypeError(f"layer must be a Layer, as from_state_dict returns it, got {type(layer).__name__}")
     form = layer.form
     leaves = tree.flatten(params)
     _check.keys("params", leaves, form.leaves, form.leaves)
@@ -82,7 +82,7 @@ def _joined(leaves: Mapping[str, Array], name: str, form: Form) -> Array:
 
 
 def _prefix(names: Iterable[str], n: int, c: dict[str, Any], cross: bool) -> str:
-    """What stands before the names of layer n, of which there must be one in `names`."""
+    """The prefix of the names of layer n, which must be in `names` once."""
     anchor, module, stack = ("o_proj.weight", "self_attn", "layers")
     if c["model_type"] == "gpt2":
         anchor, module, stack = ("c_attn.weight", "crossattention" if cross else "attn", "h")

@@ -1,9 +1,9 @@
-"""JAX's words in funcmha's, and funcmha's functions in JAX.
+"""JAX: its attention on arrays of any library, and funcmha's functions inside JAX.
 
 functional    `dot_product_attention` and its gradient, on arrays of any library
 bridge        `as_jax_function`: any pair of funcmha inside a JAX program, on NumPy's engine
 
-JAX is imported by a call of `as_jax_function`, and by nothing else.
+Only a call of `as_jax_function` imports JAX.
 """
 
 from .bridge import as_jax_function

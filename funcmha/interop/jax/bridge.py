@@ -4,15 +4,15 @@
     loss = jax.jit(jax.grad(lambda q: attend(q, k, v).sum()))
     layer = as_jax_function(mha, mha_vjp, mask=masks.causal())                     # layer(params, query, key, value)
 
-What for. The *reference* engine needs no bridge: it is written in the array-API subset, so that
+The *reference* engine needs no bridge: it is written in the array-API subset, so that
 `jax.custom_vjp(f).defvjp(f, f_vjp)` traces it, compiles it and runs it on JAX's own device, but holds the scores. The
-bridge calls back to the host instead, where the tiled engine does the work in linear memory, with all cores.
+bridge calls back to the host instead, where the tiled engine works in linear memory, on all cores.
 
-JAX copies what goes to the callback, and what comes from it, once each way, also on a CPU (seen with jax 0.10.2);
-funcmha reads JAX's copy and makes none of its own. Forward mode through the bridge, and so a second derivative, is
-refused by JAX. `docs/decisions/0021-jax-bridge.md` says why the backward pass calls `f` again.
+JAX copies the arguments and the results of the callback, once each way, also on a CPU (measured with jax 0.10.2);
+funcmha makes no other copy. JAX refuses forward mode through the bridge, and so second derivatives. The backward pass
+calls `f` again: see `docs/decisions/0021-jax-bridge.md`.
 
-JAX is imported by the call.
+The call imports JAX.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def as_jax_function(
 
     f, f_vjp     a pair of funcmha: its inputs are arrays of JAX, trees of them, or None
     static       keyword arguments of f, the same for all calls: NumPy arrays, masks, numbers; no arrays of JAX
-    vmap_method  "sequential" calls f for one element after another, and is right for every f. "broadcast_all" calls it
-                 once, with the new axis before all axes of all inputs: for an f that takes that for a batch, as
-                 `attention` does unless it has a sink; not for parameters. Or another of `jax.pure_callback`
+    vmap_method  "sequential" calls f for one element after another, and is correct for every f. "broadcast_all" calls
+                 it once, with the new axis before all axes of all inputs: correct where f treats that as a batch, as
+                 `attention` does without a sink; not for parameters. Or another of `jax.pure_callback`
 
-    What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
+    Errors of f are raised when JAX traces the call. A gradient has its input's dtype and shape.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
@@ -57,7 +57,7 @@ def as_jax_function(
         return f_vjp(cache, _numpy(dy))
 
     def call(*inputs: Any) -> Any:
-        # The shapes of y are those that f gives for tracers, which have no numbers: the reference does that for all.
+        # The shapes of y are those of f on tracers, which the reference engine supports for every f.
         traced = static | {"engine": None} if "engine" in static else static
         like = jax.eval_shape(lambda *xs: f(*xs, **traced)[0], *inputs)
         return jax.pure_callback(host, like, *inputs, vmap_method=vmap_method)
@@ -72,7 +72,7 @@ def as_jax_function(
 
 
 def _numpy(tree: Any) -> Any:
-    """JAX's arrays on the host as NumPy's, which read the same memory."""
+    """JAX's arrays on the host as NumPy's, of the same memory."""
     import jax
 
     return jax.tree.map(np.asarray, tree)

@@ -1,9 +1,9 @@
-"""PyTorch's words in funcmha's and back.
+"""PyTorch: its parameters, masks and functions, and funcmha's functions inside it.
 
 module        the parameters and the masks of `torch.nn.MultiheadAttention`
 functional    `scaled_dot_product_attention` and its gradient, on arrays
 multi_head    `multi_head_attention_forward` and its gradient, on arrays
-autograd      `as_torch_function`: any pair of funcmha inside a PyTorch program; to be imported from there
+autograd      `as_torch_function`: any pair of funcmha inside a PyTorch program; import it from there
 """
 
 from .functional import scaled_dot_product_attention, scaled_dot_product_attention_vjp

@@ -6,11 +6,11 @@
     y = layer(params, x, x, x, mask=keep)           # params a dict of dicts of tensors
 
 It works with autograd, `torch.func.grad` and `torch.compile(fullgraph=True)`, on the CPU. Tensors become NumPy arrays
-of the same memory, and what comes back becomes tensors of the same memory.
+of the same memory, and results become tensors of the same memory.
 
-Two ways lead to the pair. As PyTorch runs, the cache of the forward waits in autograd's graph for the vjp, which takes
-it from there. Under a compiler, which knows tensors alone and repeats and drops operators as it likes, there are two
-operators: the forward, and the vjp with the forward before it. The results are the same, to the bit.
+There are two paths. In eager mode autograd's graph holds the cache of the forward for the vjp. A compiler knows tensors
+only, and may repeat and drop operators: for it there are two operators, the forward, and the vjp, which runs the
+forward again. The results are the same, to the bit.
 """
 
 import itertools
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from funcmha import _check
-from funcmha._xp import Array, dtype_name
+from funcmha._arrays import Array, dtype_name
 from funcmha.interop._tensors import bfloat16, to_array
 
 Tensor = Any  # torch.Tensor
@@ -37,16 +37,16 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
     f, f_vjp  a pair by funcmha's protocol, whose cache is made of tuples, dicts and arrays
     inputs    tensors on the CPU, None, or dicts and tuples of them; floating ones have gradients
-    options   the same, without gradients: what changes from call to call, such as masks. A mask of dropout is one for
-              an f of its own: `lambda *x, keep: attention(*x, dropout=masked(keep, 0.1))`
-    static    anything else that f takes by name, and keeps
+    options   the same, without gradients: keywords that change from call to call, such as masks. For a mask of dropout
+              give an f of its own: `lambda *x, keep: attention(*x, dropout=masked(keep, 0.1))`
+    static    all other keywords of f, the same for all calls
 
-    y is a tensor, or dicts and tuples of tensors and None as f gives them. Where f answers with memory of an input, or
-    read-only, y is a copy. The gradient has no gradient of its own: to ask for it raises NotImplementedError. Writing
-    to an input in place before the backward is PyTorch's RuntimeError, and so is writing to y where the cache holds it.
+    y is a tensor, or dicts and tuples of tensors and None as f returns them. Where f returns memory of an input, or
+    read-only memory, y is a copy. The gradient has no gradient of its own, and raises NotImplementedError. Writing to
+    an input in place before the backward is PyTorch's RuntimeError, and so is writing to y where the cache holds it.
 
-    Under `torch.compile`, f is run on zeros while the compiler asks for the shape of y: it must take them. Raises
-    TypeError for what is no tensor, or one that is not on the CPU.
+    Under `torch.compile` the compiler asks for the shape of y, and f is run on zeros. Raises TypeError for an input
+    that is not a tensor, or not on the CPU.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
@@ -58,7 +58,7 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
         n = len(tensors)
         structure = f"({places}, {_spell(options, tensors, 'options')})"
         if any(x.requires_grad for x in tensors[n:]):
-            raise TypeError(f"options have no gradient, and one of {', '.join(options)} wants one: use .detach()")
+            raise TypeError(f"options have no gradient, and one of {', '.join(options)} requires one: use .detach()")
         if torch.compiler.is_compiling():
             ys = _apply(pair.name, structure, tensors)
             return _filled(_structure_of_output(pair.name, structure), ys)
@@ -70,18 +70,18 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
 
 
 def _given_once(name: str, x: Any) -> Any:
-    """What is static, an array where it was a tensor."""
+    """A static argument, with arrays for tensors."""
     if isinstance(x, tuple) and hasattr(x, "_fields"):  # such as dropout by a mask
         return type(x)(*(_given_once(f"{name}.{field}", part) for field, part in zip(x._fields, x, strict=True)))
     if not isinstance(x, torch.Tensor):
         return x
     if x.requires_grad:
-        raise TypeError(f"{name} has no gradient where it is given once, and wants one: use .detach(), or an input")
+        raise TypeError(f"{name} has no gradient where it is given once, and requires one: use .detach(), or an input")
     return to_array(name, x)
 
 
 class _Pair:
-    """A function, its vjp and what is static of it, which operators find by its name as long as somebody holds it."""
+    """A function, its vjp and its static arguments; operators find it by name while it is referenced."""
 
     def __init__(self, f: Callable[..., Any], f_vjp: Callable[..., Any], static: dict[str, Any]) -> None:
         self.f, self.f_vjp, self.static = f, f_vjp, static
@@ -105,15 +105,15 @@ class _Pair:
 
 
 _NUMBERS = itertools.count()
-_PROCESS = uuid4().hex  # a compiler may keep on disk what it made of a name, for a process where that is another pair
+_PROCESS = uuid4().hex  # a compiler may cache a name on disk, for a process where it is another pair
 _PAIRS: WeakValueDictionary[str, _Pair] = WeakValueDictionary()
 
 
-# ── trees as lists of leaves and a text, which is what an operator can take ──────────────────────────────────────
+# ── trees as lists of leaves and a string, the arguments of an operator ──────────────────────────────────────────
 
 
 def _spell(node: Any, leaves: list[Any], path: str) -> str:
-    """The structure of `node` as a Python literal: each leaf, which is appended to `leaves`, as its place there."""
+    """The structure of `node` as a Python literal: each leaf is appended to `leaves`, and spelt as its index."""
     if node is None:
         return "None"
     if isinstance(node, dict):
@@ -126,7 +126,7 @@ def _spell(node: Any, leaves: list[Any], path: str) -> str:
 
 
 def _check_leaf(x: Any, path: str) -> None:
-    """Of the output an array, of all else a tensor on the CPU."""
+    """An array in the output, a tensor on the CPU elsewhere."""
     if path.startswith("output"):
         if not isinstance(x, np.ndarray | np.generic) or "float" not in dtype_name(x):
             got = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
@@ -135,7 +135,7 @@ def _check_leaf(x: Any, path: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"{path} must be a tensor, None, or dicts and tuples of them, got {type(x).__name__}: "
-            "what is no tensor is given once, to as_torch_function"
+            "other arguments are given once, to as_torch_function"
         )
     if x.device.type != "cpu":
         raise TypeError(f"{path} must be on the CPU, where NumPy works, got a tensor on {x.device}: use .cpu()")
@@ -153,7 +153,7 @@ def _filled(structure: Structure, leaves: list[Any]) -> Any:
 
 
 def _placed(structure: Structure, tree: Any) -> Iterator[tuple[int, Any]]:
-    """Each place of the structure, with what `tree` has there."""
+    """Each index in the structure, with the node of `tree` there."""
     if isinstance(structure, int):
         yield structure, tree
     elif structure is not None and tree is not None:
@@ -170,12 +170,12 @@ def _to_arrays(tensors: Any) -> list[Array]:
 
 
 def _to_tensors(arrays: list[Array], others: list[Array], contiguous: bool = False) -> list[Tensor]:
-    """Tensors of the same memory, but for what nobody may write to, and what `others` or another of `arrays` hold."""
-    found, seen = [], list(others)
+    """Tensors of the same memory, but copies where it is read-only or shared with `others` or another of `arrays`."""
+    found, held = [], list(others)
     for a in map(np.asarray, arrays):
-        own = a.flags.writeable and min(a.strides, default=0) >= 0 and not _shares(a, seen)
+        own = a.flags.writeable and min(a.strides, default=0) >= 0 and not _shares(a, held)
         a = a if own and (a.flags.c_contiguous or not contiguous) else a.copy()
-        seen.append(a)
+        held.append(a)
         half = dtype_name(a) == "bfloat16"
         found.append(torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(a))
     return found
@@ -195,16 +195,16 @@ def _arrays_of(cache: Any) -> Iterator[Array]:
             yield from _arrays_of(x)
 
 
-# ── as PyTorch runs: the cache waits in the graph ────────────────────────────────────────────────────────────────
+# ── eager mode: the graph holds the cache ────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, eq=False)  # and no tuple, which torch.func would take apart
+@dataclass(frozen=True, eq=False)  # and no tuple, which torch.func would flatten
 class _Kept:
     pair: _Pair
     structure: str  # of the inputs
     output: str  # its structure
-    held: list[int]  # the places of the outputs of which the cache holds the memory
-    cache: list[Any]  # which the first backward takes out
+    held: list[int]  # the outputs whose memory the cache holds
+    cache: list[Any]  # emptied by the first backward
 
 
 class _AsItRuns(torch.autograd.Function):
@@ -221,7 +221,7 @@ class _AsItRuns(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         (_, _, *tensors), (ctx.kept, *ys) = inputs, output
-        ctx.save_for_backward(*tensors, *(ys[i] for i in ctx.kept.held))  # sees to it that nobody writes to them
+        ctx.save_for_backward(*tensors, *(ys[i] for i in ctx.kept.held))  # so that PyTorch refuses writes to them
 
     @staticmethod
     def backward(ctx: Any, _: None, *dys: Tensor) -> tuple[Any, ...]:
@@ -230,11 +230,11 @@ class _AsItRuns(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        raise NotImplementedError("torch.vmap cannot look into a funcmha pair, which takes batch axes as they are")
+        raise NotImplementedError("torch.vmap does not support a funcmha pair, which takes batch axes itself")
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient, which has none."""
+    """The gradient; it has no gradient itself."""
 
     @staticmethod
     def forward(kept: _Kept, n: int, *tensors: Tensor) -> tuple[Any, ...]:
@@ -256,8 +256,8 @@ class _Gradient(torch.autograd.Function):
 def _no_second_order(ctx: Any, *_: Any) -> Any:
     """The gradient of the gradient."""
     raise NotImplementedError(
-        "the gradient of a funcmha pair has no gradient: as_torch_function is for first order, and "
-        "attention_vjp_jvp and mha_vjp_jvp of funcmha for second"
+        "the gradient of a funcmha pair has no gradient: as_torch_function is for first order; for "
+        "second order see attention_vjp_jvp and mha_vjp_jvp of funcmha"
     )
 
 
@@ -304,7 +304,7 @@ def _(pair: str, structure: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _zeros(dtype: str, shape: tuple[int, ...]) -> Array:
-    """Zeros of one number's memory."""
+    """Zeros that take the memory of one number."""
     one: Any = bfloat16("a tensor") if dtype == "bfloat16" else dtype
     return np.broadcast_to(np.zeros((), one), shape)
 
@@ -317,14 +317,14 @@ def _(pair: str, structure: str, tensors: list[Tensor], dys: list[Tensor]) -> li
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    """The inputs, and the pair, so that it outlives its function."""
+    """Save the inputs, and the pair, so that it outlives its function."""
     name, ctx.structure, tensors = inputs
     ctx.pair = _named(name)
     ctx.save_for_backward(*tensors)
 
 
 def _back(ctx: Any, dys: list[Tensor]) -> tuple[None, None, list[Tensor | None]]:
-    """The gradients of what `funcmha::apply` takes."""
+    """The gradients of the inputs of `funcmha::apply`."""
     tensors = list(ctx.saved_tensors)
     found = _apply_vjp(ctx.pair.name, ctx.structure, tensors, dys)
     grads = dict(zip(_differentiable(ctx.structure, tensors), found, strict=True))
@@ -337,7 +337,7 @@ _apply_vjp.register_autograd(_no_second_order)
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _structure_of_output(pair: str, structure: str) -> Structure:
-    """What the compiler's own call of `funcmha::apply` has just left."""
+    """As the compiler's own call of `funcmha::apply` has just stored it."""
     return literal_eval(_named(pair).output[structure])
 
 
@@ -351,5 +351,5 @@ def _named(pair: str) -> _Pair:
     """The pair of this name."""
     found = _PAIRS.get(pair)
     if found is None:
-        raise RuntimeError(f"what as_torch_function made of {pair} is gone: hold it as long as what was compiled of it")
+        raise RuntimeError(f"the function of {pair} is gone: keep it while its compiled code is in use")
     return found

@@ -3,10 +3,10 @@
     y, cache = scaled_dot_product_attention(query, key, value, attn_mask, is_causal=False, scale=None)
     dquery, dkey, dvalue, dattn_mask = scaled_dot_product_attention_vjp(cache, dy)
 
-What differs from funcmha. The axes before the last two broadcast, a boolean attn_mask and a floating one are one
-argument, causal is top-left, and grouped queries are asked for. What differs from PyTorch.
-PyTorch draws its dropout mask where nobody can draw it again, so here dropout takes its mask.
-The default path of PyTorch 2.13 on a CPU has a wrong gradient where all scores of a row are the least finite number.
+Differences from funcmha: the axes before the last two broadcast, a boolean attn_mask and a floating one are one
+argument, causal is top-left, and grouped queries need enable_gqa. Differences from PyTorch: dropout takes its mask as
+an input, as PyTorch's cannot be drawn again; and on a CPU the default path of PyTorch 2.13 has a wrong gradient where
+all scores of a row are the least finite number.
 
 Axes: L queries, S keys, H query heads, K key/value heads, D query/key width, Dv value width; `...` is batch.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._arrays import Array, downcast, dtype_name, from_host, is_array, namespace, unbroadcast, upcast
 from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
@@ -24,7 +24,7 @@ from funcmha.ops import per_key_head, per_query_head
 
 
 class ScaledDotProductAttentionCache(NamedTuple):
-    attention: Any  # what the engine keeps, of the inputs spread to one batch
+    attention: Any  # of an engine, with the inputs broadcast to one batch
     inputs: tuple[Array, ...]  # query, key, value, attn_mask, as given
 
 
@@ -46,40 +46,41 @@ def scaled_dot_product_attention(
 
     attn_mask   boolean, True = attend, or floating, added to the scores: of the dtype of query, or float32; broadcasts
                 to the scores. Its gradient is summed to its shape, and None if it is boolean
-    dropout_p   with keep. At 1 nothing is kept, whatever keep says
-    is_causal   j ≤ i; refused beside attn_mask, as PyTorch refuses it
+    dropout_p   with keep. At 1 nothing is kept, whatever keep is
+    is_causal   j ≤ i; refused with attn_mask, as in PyTorch
     scale       D ** -0.5 unless given; 0 is zero
     enable_gqa  H may be a multiple of the heads of key, and of those of value
 
-    The axes before L and S broadcast. A query that may attend to nothing gives 0 with zero gradients, as in PyTorch
-    2.13. `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
+    The axes before L and S broadcast. A fully masked row gives 0 with zero gradients, as in PyTorch 2.13.
+    `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
     """
     batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     dropout = kept(dropout_p, keep, query)
-    q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
+    q, k, v = (_spread(upcast(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
         k, v = per_query_head(k, q), per_query_head(v, q)
     mask, bias = _mask_and_bias(attn_mask, is_causal, q)
     o, cache = attention(q, k, v, bias, mask=mask, scale=scale, dropout=dropout)
-    return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
+    return downcast(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
 
 
 def scaled_dot_product_attention_vjp(
     cache: ScaledDotProductAttentionCache, dy: Array, /
 ) -> tuple[Array, Array, Array, Array]:
-    """dquery, dkey, dvalue, dattn_mask: each summed over what was repeated of it"""
+    """dquery, dkey, dvalue, dattn_mask: each summed over its broadcast axes"""
     _check.cache(cache, ScaledDotProductAttentionCache, "scaled_dot_product_attention")
     q, v, attn_mask = cache.attention.q, cache.attention.v, cache.inputs[3]
     _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
-    *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
+    *grads, dbias, _ = attention_vjp(cache.attention, upcast(dy))
     dquery, dkey, dvalue = (
-        narrow(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
+        downcast(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype)
+        for dx, x in zip(grads, cache.inputs, strict=False)
     )
-    return dquery, dkey, dvalue, None if dbias is None else narrow(dbias, attn_mask.dtype)
+    return dquery, dkey, dvalue, None if dbias is None else downcast(dbias, attn_mask.dtype)
 
 
 def _spread(x: Array, batch: tuple[int, ...], enable_gqa: bool) -> Array:
-    """x with the axes of `batch`, but with its own heads where they may be fewer: a view"""
+    """x with the axes of `batch`, but its own heads with enable_gqa: a view"""
     own = (*batch[:-1], x.shape[-3]) if enable_gqa else batch
     return x if own == tuple(x.shape[:-2]) else namespace(x).broadcast_to(x, (*own, *x.shape[-2:]))
 
@@ -89,11 +90,11 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
         return causal(), None
     if attn_mask is None or dtype_name(attn_mask) == "bool":
         return attn_mask, None
-    return None, narrow(attn_mask, q.dtype)
+    return None, downcast(attn_mask, q.dtype)
 
 
 def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded | None:
-    """The dropout of funcmha. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
+    """funcmha's dropout. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
     if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
         return Masked(from_host(np.zeros((1, 1), dtype=bool), like), 0.0)
     if isinstance(keep, Seeded):
@@ -109,7 +110,7 @@ def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded
 def _check_sdpa(
     query: Array, key: Array, value: Array, attn_mask: Array, is_causal: bool, scale: Any, enable_gqa: bool
 ) -> tuple[int, ...]:
-    """The door of `scaled_dot_product_attention`; the axes of the output before L."""
+    """The argument checks; the axes of the output before L."""
     _check.flag("is_causal", is_causal)
     _check.flag("enable_gqa", enable_gqa)
     given = {"query": query, "key": key, "value": value}
@@ -132,14 +133,14 @@ def _check_sdpa(
 
 
 def _batch(shapes: dict[str, tuple[int, ...]], enable_gqa: bool) -> tuple[int, ...]:
-    """What the axes before L and S broadcast to. The heads of query are those of the output with enable_gqa."""
+    """The broadcast axes before L and S. With enable_gqa the output has the heads of query."""
     free = 2 + enable_gqa
     try:
         batch = np.broadcast_shapes(*(shape[:-free] for shape in shapes.values()))
     except ValueError:
         raise ValueError(
             f"query, key and value must broadcast in all axes before their last {free}, got "
-            f"{', '.join(map(str, shapes.values()))}" + ": fewer heads want enable_gqa=True" * (not enable_gqa)
+            f"{', '.join(map(str, shapes.values()))}" + ": fewer heads require enable_gqa=True" * (not enable_gqa)
         ) from None
     if not enable_gqa:
         return batch
@@ -150,7 +151,7 @@ def _batch(shapes: dict[str, tuple[int, ...]], enable_gqa: bool) -> tuple[int, .
 
 def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tuple[int, ...]) -> None:
     if is_causal:
-        raise ValueError("attn_mask must be None with is_causal=True, which is a mask of its own")
+        raise ValueError("attn_mask must be None with is_causal=True, which is a mask itself")
     if not is_array(attn_mask):
         raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
     if dtype_name(attn_mask) not in ("bool", "float32", dtype_name(query)):

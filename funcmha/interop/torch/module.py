@@ -1,4 +1,4 @@
-"""`torch.nn.MultiheadAttention`: its parameters and its masks, in funcmha's words and back.
+"""`torch.nn.MultiheadAttention`: its parameters and masks in funcmha's form, and back.
 
     params = from_module(module)                                            # or from_state_dict(state_dict, num_heads)
     mask, bias = masks(attn_mask, key_padding_mask, module.num_heads)
@@ -6,13 +6,13 @@
     dparams, *_ = mha_vjp(cache, dy)
     to_state_dict(dparams)                                                  # {"in_proj_weight": its .grad, …}
 
-What differs. A boolean mask of PyTorch is True where attention is *forbidden*. Inputs are (N, L, C), `batch_first`, and
-unbatched ones (L, C). `attention_weights(cache)` are per head and before dropout; PyTorch's default is
+Differences from funcmha. A boolean mask of PyTorch is True where attention is *forbidden*. Inputs are (N, L, C),
+`batch_first`, or unbatched (L, C). `attention_weights(cache)` are per head and before dropout; PyTorch's default is
 `attention_weights(cache).mean(-3)`, and a cotangent dw (N, L, S) of that mean is `dweights = broadcast_to(dw[:, None] /
-H, (N, H, L, S))`. A query that may see no key gives NaN in PyTorch with `need_weights=True` or on its inference fast
-path, and out_proj.bias otherwise; here it always gives out_proj.bias.
+H, (N, H, L, S))`. A fully masked row is out_proj.bias here; in PyTorch it is NaN with `need_weights=True` and on the
+inference fast path.
 
-PyTorch is not imported: whoever has a tensor has imported it, and state dicts of NumPy arrays need none.
+PyTorch is not imported: callers with tensors have imported it, and state dicts of NumPy arrays need none.
 
 Axes: L = T queries, S keys, N batch, H heads, C = embed_dim = H·D, Ck = kdim, Cv = vdim.
 """
@@ -25,10 +25,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._xp import Array, dtype_name, namespace
-from funcmha.params import PROJECTIONS
+from funcmha._arrays import Array, dtype_name, namespace
 from funcmha.interop._tensors import to_array
-from funcmha.params import SPEC, Params, check
+from funcmha.params import PROJECTIONS, SPEC, Params, check
 
 PACKED = {"in_proj_weight": "3C C"}
 SEPARATE = {"q_proj_weight": "C C", "k_proj_weight": "C Ck", "v_proj_weight": "C Cv"}
@@ -44,8 +43,8 @@ SHAPES = PACKED | SEPARATE | BIASES | BIAS_KV | OUT
 def from_module(module: Any, /) -> Params:
     """The parameters of a `torch.nn.MultiheadAttention`, as NumPy arrays that share its memory
 
-    What is no parameter is for the caller to pass on: `zero_attn=module.add_zero_attn`, and
-    `dropout=masked(keep, module.dropout)`. Raises TypeError for another kind of module, and what `from_state_dict`
+    The caller passes on the rest: `zero_attn=module.add_zero_attn`, and `dropout=masked(keep, module.dropout)`.
+    Raises TypeError for another kind of module, and what `from_state_dict`
     raises.
     """
     if not hasattr(module, "num_heads") or not hasattr(module, "state_dict"):
@@ -56,11 +55,11 @@ def from_module(module: Any, /) -> Params:
 def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     """{"in_proj_weight": (3C, C), "out_proj.weight": (C, C), …}  →  {"q_proj": {"w": (H, D, C)}, …}
 
-    Tensors on the CPU become NumPy arrays; arrays stay what they are. Nothing is copied, unless strides cannot be split
-    into heads: writing to the one writes to the other. bfloat16 tensors need ml_dtypes.
+    Tensors on the CPU become NumPy arrays; arrays keep their library. Nothing is copied, unless strides cannot be split
+    into heads: both share memory. bfloat16 tensors need ml_dtypes.
 
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
-    num_heads does not divide, TypeError for what is no array, lies on a GPU, or has another dtype than the rest.
+    num_heads does not divide, TypeError for non-arrays, tensors on a GPU, or mixed dtypes.
     """
     _check.mapping("state_dict", state_dict)
     arrays = {name: to_array(name, x) for name, x in state_dict.items()}
@@ -88,11 +87,11 @@ def to_state_dict(params: Params, /) -> dict[str, Array]:
     """{"q_proj": {"w": (H, D, C)}, …}  →  {"in_proj_weight": (3C, C), "out_proj.weight": (C, C), …}
 
     For parameters and for their gradients. PyTorch's own form: q, k and v packed into one matrix if Ck = Cv = C, and
-    in three otherwise; in_proj_bias is always packed. Packing copies, unless q, k and v lie one after another in one
-    buffer of NumPy's, as `from_state_dict` leaves them. Nothing else is copied that is contiguous.
+    in three otherwise; in_proj_bias is always packed. Packing copies, unless q, k and v are contiguous in one
+    buffer of NumPy's, as from `from_state_dict`. No other contiguous array is copied.
 
     Raises ValueError for a tree that PyTorch's module cannot express: K < H, E ≠ D, C ≠ H·D, O ≠ C, or biases on some
-    projections only; KeyError for leaves that it does not know.
+    projections only; KeyError for unknown leaves.
     """
     leaves = _check_expressible(params)
     q, k, v = (_rows(leaves[f"{name}.w"]) for name in PROJECTIONS)
@@ -120,7 +119,7 @@ def _rows(w: Array) -> Array:
 
 
 def _pack(*parts: Array) -> Array:
-    """(C, …), (C, …), (C, …)  →  (3C, …): a view where they lie one after another in one buffer, else a copy"""
+    """(C, …), (C, …), (C, …)  →  (3C, …): a view where they are contiguous in one buffer, else a copy"""
     first = parts[0]
     if not all(_follows(b, a) for a, b in pairwise(parts)):
         return namespace(first).concat(parts)
@@ -128,7 +127,7 @@ def _pack(*parts: Array) -> Array:
 
 
 def _follows(b: Array, a: Array) -> bool:
-    """Whether `b` begins where `a` ends, in memory that one array owns: then what spans both is inside it."""
+    """Whether `b` begins where `a` ends, in the memory of one array."""
     return (
         isinstance(a, np.ndarray)
         and isinstance(b, np.ndarray)
@@ -142,7 +141,7 @@ def _follows(b: Array, a: Array) -> bool:
 
 
 def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
-    """The door of `from_state_dict`: names, dtypes, shapes, heads."""
+    """The argument checks of `from_state_dict`: names, dtypes, shapes, heads."""
     weights = SEPARATE if SEPARATE.keys() & arrays.keys() and "in_proj_weight" not in arrays else PACKED
     biases, bias_kv = (group if group.keys() & arrays.keys() else {} for group in (BIASES, BIAS_KV))
     names = [*weights, *OUT, *biases, *bias_kv]
@@ -163,7 +162,7 @@ def _check_state_dict(arrays: dict[str, Array], num_heads: int) -> None:
 
 
 def _check_expressible(params: Params) -> dict[str, Array]:
-    """The door of `to_state_dict`: the leaves of a tree that `torch.nn.MultiheadAttention` could have."""
+    """The argument checks of `to_state_dict`; the leaves of the tree."""
     axes, leaves = check(params, SPEC)
     C = axes["H"] * axes["D"]
     size = axes.size | {"K": axes["H"], "E": axes["D"], "Cq": C, "O": C}
@@ -190,11 +189,11 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
     """attn_mask (L, S) or (N·H, L, S) or None   key_padding_mask (S) or (N, S) or None   →   mask, bias or None
 
     Boolean ones (True = forbidden) join in `mask` (True = attend), floating ones add up in `bias`; both broadcast to
-    (N, H, L, S). attn_mask becomes (L, S), (N, H, L, S), or (H, L, S) if N = 1, which serves an unbatched query too;
-    key_padding_mask becomes (S) or (N, 1, 1, S). A floating −∞ stays in the bias, where it means "do not attend" too.
+    (N, H, L, S). attn_mask becomes (L, S), (N, H, L, S), or (H, L, S) if N = 1, also for an unbatched query;
+    key_padding_mask becomes (S) or (N, 1, 1, S). A floating −∞ stays in the bias, and means "do not attend".
     Tensors on the CPU become NumPy arrays. A floating mask alone is not copied.
 
-    The `dbias` of `mha_vjp` is the gradient of the sum; sum it over the axes that a summand repeats.
+    The `dbias` of `mha_vjp` is the gradient of the sum; sum it over the axes along which a mask was broadcast.
     Raises TypeError for a mask that is neither boolean nor floating, ValueError for shapes that do not fit.
     """
     attn = None if attn_mask is None else _mask_array("attn_mask", attn_mask)
@@ -205,11 +204,11 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
 
 
 def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
-    """`masks` of what has been checked, in the library of the arrays"""
+    """`masks` of checked arrays, in their library"""
     spread = [x for x in (per_head(attn, H), per_query(padding)) if x is not None]
     allowed = [~x for x in spread if dtype_name(x) == "bool"]
     added = [x for x in spread if dtype_name(x) != "bool"]
-    with np.errstate(over="ignore"):  # twice the least number is −∞, as it is meant
+    with np.errstate(over="ignore"):  # twice the least number is −∞, as intended
         bias = added[0] + added[1] if len(added) == 2 else next(iter(added), None)
     return allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None), bias
 

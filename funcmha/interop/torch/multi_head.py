@@ -5,11 +5,10 @@
         key_padding_mask, attn_mask, embed_dim_to_check=64, num_heads=4, add_zero_attn=False, dropout_p=0.0)
     dquery, dkey, dvalue, din_proj_weight, *_ = multi_head_attention_forward_vjp(cache, (dy, dweights))
 
-What differs from funcmha. Positions come before the batch, boolean masks are True where attention is *forbidden*, the
-projections of q, k and v are one matrix, and the weights are those after dropout. What differs from PyTorch. What is
-differentiable comes first and by position, in the order of `Inputs`, the rest by name. PyTorch draws its dropout mask
-where nobody can draw it again, so here dropout takes its mask, `keep`. A query that may attend to nothing never gives
-NaN.
+Differences from funcmha: positions come before the batch, boolean masks are True where attention is *forbidden*, the
+projections of q, k and v are one matrix, and the weights are those after dropout. Differences from PyTorch: the
+differentiable inputs come first and by position, in the order of `Inputs`, the rest by name; dropout takes its mask,
+`keep`, as an input, as PyTorch's cannot be drawn again; fully masked rows never give NaN.
 
 Axes: L queries, S keys, S' keys with those of bias_k and add_zero_attn, N batch, H heads, D width of a head, E =
 embed_dim = H·D, Ek and Ev the widths of key and value, O output.
@@ -20,15 +19,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import heads_first, heads_last
-from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._arrays import (
+    Array,
+    downcast,
+    dtype_name,
+    from_host,
+    full,
+    heads_first,
+    heads_last,
+    is_array,
+    namespace,
+    unbroadcast,
+    upcast,
+)
 from funcmha.dropout import Masked, Seeded
-from funcmha.params import PROJECTIONS
+from funcmha.engines import attention_weights, log_sum_exp, mha, mha_vjp
 from funcmha.engines import heads as heads_of
-from funcmha.engines import mha, mha_vjp
-from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.ops import INF, drop
-from funcmha.params import Params
+from funcmha.params import PROJECTIONS, Params
 
 from .functional import kept
 from .module import BIAS_KV, SEPARATE, joined, per_head, per_query
@@ -46,10 +54,10 @@ FLAGS = (
 class Inputs(NamedTuple):
     """The differentiable inputs of `multi_head_attention_forward`, or their gradients."""
 
-    query: Array  # (L, N, E), or without N as all that has one
+    query: Array  # (L, N, E), or all without N
     key: Array  # (S, N, Ek)
     value: Array  # (S, N, Ev)
-    in_proj_weight: Array  # (3E, E), or None beside the three of q, k and v
+    in_proj_weight: Array  # (3E, E), or None with the three of q, k and v
     in_proj_bias: Array  # (3E,) or None
     bias_k: Array  # (1, 1, E) or None
     bias_v: Array  # (1, 1, E) or None
@@ -107,15 +115,14 @@ def multi_head_attention_forward(
     query (L, N, E)   key (S, N, Ek)   value (S, N, Ev)   →   y (L, N, O), weights (N, L, S') or (N, H, L, S') or None
 
     The inputs are those of `Inputs`, in its order. Boolean masks are True where attention is forbidden, and have no
-    gradient; floating ones add up, and each has its own. `weights` are None without need_weights; they are those after
-    dropout, and their mean over the heads with average_attn_weights. keep broadcasts to (N, H, L, S').
+    gradient; floating ones are added, and each has a gradient. `weights` are None without need_weights; they are those
+    after dropout, and their mean over the heads with average_attn_weights. keep broadcasts to (N, H, L, S').
 
-    A query that may attend to nothing gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
+    A fully masked row gives out_proj_bias and weights 0. PyTorch gives NaN with need_weights.
 
-    static_k, static_v stand for the projected keys and values, at the cost of a product with the identity; what they
-    replace has gradient 0. is_causal promises that attn_mask is the causal one: PyTorch may then overlook attn_mask,
-    and the keys of bias_k and add_zero_attn with it. Here attn_mask counts in any case, and a promise that does not
-    hold is refused.
+    static_k, static_v replace the projected keys and values, at the cost of a product with the identity; the inputs
+    that they replace have gradient 0. is_causal states that attn_mask is the causal one: PyTorch may then ignore
+    attn_mask, and with it the keys of bias_k and add_zero_attn. Here attn_mask always counts, and must be causal.
     """
     x = Inputs(
         query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,
@@ -133,7 +140,7 @@ def multi_head_attention_forward(
     y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, dropout=dropout)
     weights = _weights(attention_weights(cache), dropout, average_attn_weights) if need_weights else None
     ours = MultiHeadAttentionForwardCache(cache, x, dropout, num_heads, need_weights, average_attn_weights)
-    return (_batch_first(y), narrow(weights, query.dtype)), ours
+    return (_batch_first(y), downcast(weights, query.dtype)), ours
 
 
 def multi_head_attention_forward_vjp(
@@ -160,7 +167,7 @@ def _batch_first(x: Array) -> Array:
 
 
 def _keys(x: Array, static: Array, query: Array) -> Array:
-    """x (S, N, Ek)   →   (N, S, Ek), or in its place static (N·H, S, D), its heads side by side   →   (N, S, E)"""
+    """x (S, N, Ek)   →   (N, S, Ek), or instead static (N·H, S, D), its heads side by side   →   (N, S, E)"""
     if static is None:
         return _batch_first(x)
     reshape, (_, S, D), (*batch, E) = namespace(static).reshape, static.shape, query.shape[1:]
@@ -177,14 +184,14 @@ def _keys_vjp(x: Array, static: Array, dx: Array) -> tuple[Array, Array]:
 
 
 def _params(x: Inputs, H: int) -> Params:
-    """The tree of `mha`. What stands for projected keys or values is projected by the identity."""
+    """The tree of `mha`. Static keys or values are projected by the identity."""
     E = x.query.shape[-1]
     reshape = namespace(x.query).reshape
     params: Params = {}
     for i, (name, static) in enumerate(zip(PROJECTIONS, (None, x.static_k, x.static_v), strict=True)):
         third, separate = slice(i * E, (i + 1) * E), (x.q_proj_weight, x.k_proj_weight, x.v_proj_weight)[i]
         if static is not None:
-            params[name] = {"w": narrow(from_host(np.eye(E).reshape(H, E // H, E), x.query), x.query.dtype)}
+            params[name] = {"w": downcast(from_host(np.eye(E).reshape(H, E // H, E), x.query), x.query.dtype)}
             continue
         w = x.in_proj_weight[third, :] if separate is None else separate
         params[name] = {"w": reshape(w, (H, E // H, w.shape[-1]))}
@@ -241,7 +248,7 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
     """dp, from the bottom up: the mean, then dropout, which is its own adjoint"""
     if dweights is None:
         return None
-    g, H = widen(dweights), cache.num_heads
+    g, H = upcast(dweights), cache.num_heads
     if cache.average_attn_weights:
         *batch, L, S = g.shape
         g = namespace(g).broadcast_to(g[..., None, :, :] / H, (*batch, H, L, S))
@@ -256,7 +263,7 @@ def _dropped(p: Array, dropout: Masked | Seeded | None) -> Array:
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
     """The cotangent of the output, zeros for None, and that of the weights, or None."""
     g, dweights = _check.parts("dy", dy, "dattn_output, dattn_output_weights")
-    x, computed = cache.inputs, widen(cache.inputs.query)
+    x, computed = cache.inputs, upcast(cache.inputs.query)
     shape = (*x.query.shape[:-1], x.out_proj_weight.shape[0])
     g = full(shape, 0.0, x.query) if g is None else g
     _check.cotangent("dattn_output", g, shape, computed, "L N O" if len(shape) == 3 else "L O")
@@ -271,7 +278,7 @@ def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[A
 
 
 def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: bool, is_causal: bool) -> None:
-    """The door of `multi_head_attention_forward`."""
+    """The argument checks of `multi_head_attention_forward`."""
     given = x._asdict().items()
     masks = {name: mask for name, mask in given if name.endswith("mask") and mask is not None}
     _check.one_dtype(
@@ -292,11 +299,11 @@ def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: boo
 
 
 def _check_weights_given(x: Inputs, separate: bool) -> None:
-    """Which weights go together."""
+    """The weights and biases that must be given together."""
     packed = x.in_proj_weight is not None
     names = [name for name in SEPARATE if getattr(x, name) is not None]
     if packed == separate or len(names) != 3 * separate:
-        wanted = "None beside q_proj_weight, k_proj_weight and v_proj_weight" if separate else "given, and they None,"
+        wanted = "None with q_proj_weight, k_proj_weight and v_proj_weight" if separate else "given, and they None,"
         got = ", ".join(names + ["in_proj_weight"] * packed) or "none of them"
         raise ValueError(f"in_proj_weight must be {wanted} with use_separate_proj_weight={separate}, got {got}")
     if (x.bias_k is None) != (x.bias_v is None):
@@ -316,7 +323,7 @@ def _check_shapes(x: Inputs, H: int) -> None:
     known = {"3E": 3 * E, "D": E // H, "N·H": H * (axes["N"] if n else 1)}
     axes.size |= known
     axes.owner |= dict.fromkeys(known, "query")
-    s = "S" if x.static_k is None or x.static_v is None else "Sk"  # where both are static, those of key do not count
+    s = "S" if x.static_k is None or x.static_v is None else "Sk"  # where both are static, those of key are ignored
     width_k, width_v = ("E", "E") if x.in_proj_weight is not None else ("Ek", "Ev")
     letters = {
         "key": f"{s} {n}{width_k}", "value": f"{s} {n}{width_v}", "static_k": "N·H S D", "static_v": "N·H S D",
@@ -333,12 +340,12 @@ def _check_shapes(x: Inputs, H: int) -> None:
 
 def _check_causal(attn_mask: Array) -> None:
     if attn_mask is None:
-        raise ValueError("attn_mask must be given with is_causal=True, which says that it is the causal mask")
+        raise ValueError("attn_mask must be given with is_causal=True, which states that it is the causal mask")
     xp = namespace(attn_mask)
     forbidden = from_host(np.tri(*attn_mask.shape[-2:]) == 0, attn_mask)
     want = forbidden if dtype_name(attn_mask) == "bool" else xp.where(forbidden, -INF, 0.0)
     if not bool(xp.all(attn_mask == want)):
-        raise ValueError("attn_mask must forbid j > i and nothing else, as is_causal=True says it does")
+        raise ValueError("attn_mask must forbid j > i and nothing else with is_causal=True")
 
 
 @attention_weights.register
