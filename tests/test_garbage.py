@@ -8,33 +8,27 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_forward import numbers, other
+from test_derivatives_forward import numbers, other
 
 from funcmha import (
     attention,
-    attention_jvp,
     attention_vjp,
-    attention_vjp_jvp,
     attention_weights,
     head,
-    head_jvp,
     head_params,
     head_vjp,
     log_sum_exp,
     masks,
     mha,
-    mha_jvp,
     mha_vjp,
-    mha_vjp_jvp,
     packing,
-    scores,
-    scores_vjp,
     self_attention,
-    self_attention_step,
-    self_attention_step_vjp,
     self_attention_vjp,
     tree,
 )
+from funcmha.derivatives import attention_jvp, attention_vjp_jvp, head_jvp, mha_jvp, mha_vjp_jvp
+from funcmha.kv_cache import step, step_vjp
+from funcmha.ops import scores, scores_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -262,11 +256,11 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
         tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
         for t in (slice(0, 3), slice(3, 5)):
             mask = masks.padding(~padded[: t.stop])
-            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
+            (y, kv), cache = step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
             ys.append(y)
             caches.append(cache)
         for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
-            dparams, dx, dkv, _ = self_attention_step_vjp(cache, (dy[:, t], dkv))
+            dparams, dx, dkv, _ = step_vjp(cache, (dy[:, t], dkv))
             grads += [dparams, dx]
         return *ys, *grads
 

@@ -33,6 +33,7 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
+from funcmha._arguments import values_of
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp
 from funcmha.engines import BATCHED, SEQUENTIAL, TILED
 from funcmha.engines.tiled import few, threads, tiles

@@ -9,12 +9,11 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from funcmha._bias import on_bias
-from funcmha._doors import values_of
 from hypothesis import given, settings
 from planting import ROOT, table
 
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
+from funcmha._arguments import values_of
 from funcmha.dropout import masked
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import given
-from test_forward import (
+from test_derivatives_forward import (
     EVERYTHING,
     EVERYTHING_MHA,
     MHA_EDGES,
@@ -26,7 +26,6 @@ from test_forward import (
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp, mha_jvp, mha_vjp_jvp
 from funcmha.engines import SEQUENTIAL
-from funcmha.engines.tiled import threads
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import pickle
 import sys
 import threading
@@ -15,11 +16,12 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from funcmha import attention, attention_vjp, attention_weights, decode, masks
-from funcmha.kv_cache import KV, AppendCache, append, append_vjp, empty, step_mask
+from funcmha import attention, attention_vjp, attention_weights, masks
+from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp, empty, step_mask
 from funcmha.rotary import frequencies, rotate, rotate_vjp, table
 from funcmha.testing import check_vjp
 
+BUFFERS = importlib.import_module("funcmha.kv_cache.append")  # as funcmha.kv_cache.append is the function
 STEPS = {"one by one": [1] * 11, "a prompt, then one by one": [7, 1, 1, 1, 1], "several": [3, 5, 2, 1], "at once": [11]}
 LEFTS = [None, 0, 2, 5, 13]
 each_step = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
@@ -36,7 +38,7 @@ def problem(T=11, batch=(2,), H=6, K=3, D=5, E=7):
     return draw((*batch, H, T, D), (*batch, K, T, D), (*batch, K, T, E), (*batch, H, T, E))
 
 
-def cut(x, steps):
+def split(x, steps):
     return np.split(x, np.cumsum(steps)[:-1], axis=-2)
 
 
@@ -44,7 +46,7 @@ def forward(q, k, v, steps, **static):
     """What each step gives: output, cache of append, cache of attention; and the last value."""
     left, engine = static.get("left"), static.get("engine")
     kv, done = empty(k, v), []
-    for q_t, k_t, v_t in zip(*(cut(x, steps) for x in (q, k, v)), strict=True):
+    for q_t, k_t, v_t in zip(*(split(x, steps) for x in (q, k, v)), strict=True):
         kv, appended = append(kv, k_t, v_t, left=left)
         mask = step_mask(kv, q_t.shape[-2], left=left)
         o, attended = attention(q_t, kv.keys, kv.values, mask=mask, engine=engine)
@@ -70,34 +72,34 @@ def backward(done, kv, do):
 @each_left
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_steps_are_the_full_forward(each_engine, steps, left, batch, K):
+def test_steps_equal_the_full_forward(each_engine, steps, left, batch, K):
     q, k, v, _ = problem(batch=batch, K=K)
     want, cache = attention(q, k, v, mask=masks.window(left, 0), engine=each_engine)
     done, kv = forward(q, k, v, steps, left=left, engine=each_engine)
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want, rtol=0, atol=1e-13)
-    rows = cut(attention_weights(cache), steps)
+    rows = split(attention_weights(cache), steps)
     for (*_, attended), row, seen in zip(done, rows, np.cumsum(steps), strict=True):
         got = attention_weights(attended)
         np.testing.assert_allclose(got, row[..., seen - got.shape[-1] : seen], rtol=0, atol=1e-13)
-        assert not row[..., : seen - got.shape[-1]].any()  # of what is forgotten
+        assert not row[..., : seen - got.shape[-1]].any()  # of what is dropped
     assert kv.seen == 11
 
 
 @each_step
 @each_left
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_the_gradient_through_the_past_is_that_of_the_full_forward(each_engine, steps, left, K):
+def test_gradients_of_steps_equal_those_of_the_full_forward(each_engine, steps, left, K):
     q, k, v, do = problem(K=K)
     _, cache = attention(q, k, v, mask=masks.window(left, 0), engine=each_engine)
     want = attention_vjp(cache, do)[:3]
-    got = backward(*forward(q, k, v, steps, left=left, engine=each_engine), cut(do, steps))
+    got = backward(*forward(q, k, v, steps, left=left, engine=each_engine), split(do, steps))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-11)
 
 
 @each_step
 @pytest.mark.parametrize("left", [None, 2])
-def test_outputs_and_gradients_are_torch(steps, left):
+def test_steps_match_torch(steps, left):
     q, k, v, do = problem()
     leaves = [oracles.tensor(x) for x in (q, k, v)]
     i, j = np.arange(11)[:, None], np.arange(11)
@@ -105,7 +107,7 @@ def test_outputs_and_gradients_are_torch(steps, left):
     want, *_ = oracles.attention(*leaves, None, mask=mask, scale=None)
     done, kv = forward(q, k, v, steps, left=left)
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want.detach(), rtol=0, atol=1e-13)
-    got = backward(done, kv, cut(do, steps))
+    got = backward(done, kv, split(do, steps))
     for g, w in zip(got, oracles.gradients([want], [do], leaves), strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-11)
 
@@ -113,25 +115,25 @@ def test_outputs_and_gradients_are_torch(steps, left):
 @each_step
 @each_left
 def test_seen_is_the_position_for_rotary(steps, left):
-    """Queries and keys turned step by step, where `seen` says they stand, and forgetting moves nobody."""
+    """Queries and keys rotated step by step, where `seen` says they stand; dropping tokens moves none of the others."""
     q, k, v, do = problem(D=6)
-    freqs, turn = frequencies(6), table(np.arange(11), frequencies(6))
-    (q_all, q_cache), (k_all, k_cache) = rotate(q, rotary=turn), rotate(k, rotary=turn)
+    freqs, whole = frequencies(6), table(np.arange(11), frequencies(6))
+    (q_all, q_cache), (k_all, k_cache) = rotate(q, rotary=whole), rotate(k, rotary=whole)
     want, cache = attention(q_all, k_all, v, mask=masks.window(left, 0))
     dq, dk, *_ = attention_vjp(cache, do)
     want_dq, want_dk = rotate_vjp(q_cache, dq)[0], rotate_vjp(k_cache, dk)[0]
 
-    kv, done, turned = empty(k, v), [], []
-    for q_t, k_t, v_t in zip(*(cut(x, steps) for x in (q, k, v)), strict=True):
-        turn = table(kv.seen + np.arange(q_t.shape[-2]), freqs)
-        (q_t, q_cache), (k_t, k_cache) = rotate(q_t, rotary=turn), rotate(k_t, rotary=turn)
+    kv, done, rotated = empty(k, v), [], []
+    for q_t, k_t, v_t in zip(*(split(x, steps) for x in (q, k, v)), strict=True):
+        part = table(kv.seen + np.arange(q_t.shape[-2]), freqs)
+        (q_t, q_cache), (k_t, k_cache) = rotate(q_t, rotary=part), rotate(k_t, rotary=part)
         kv, appended = append(kv, k_t, v_t, left=left)
         o, attended = attention(q_t, kv.keys, kv.values, mask=step_mask(kv, q_t.shape[-2], left=left))
         done.append((o, appended, attended))
-        turned.append((q_cache, k_cache))
+        rotated.append((q_cache, k_cache))
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want, rtol=0, atol=1e-13)
-    dq, dk, _ = (cut(g, steps) for g in backward(done, kv, cut(do, steps)))
-    for t, (q_cache, k_cache) in enumerate(turned):
+    dq, dk, _ = (split(g, steps) for g in backward(done, kv, split(do, steps)))
+    for t, (q_cache, k_cache) in enumerate(rotated):
         rows = slice(sum(steps[:t]), sum(steps[: t + 1]))
         np.testing.assert_allclose(rotate_vjp(q_cache, dq[t])[0], want_dq[..., rows, :], rtol=0, atol=1e-11)
         np.testing.assert_allclose(rotate_vjp(k_cache, dk[t])[0], want_dk[..., rows, :], rtol=0, atol=1e-11)
@@ -142,7 +144,7 @@ def test_attention_without_a_head_axis():
     want, cache = attention(q, k, v, mask=masks.causal())
     done, kv = forward(q, k, v, [3, 5, 2, 1])
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done]), want, rtol=0, atol=1e-13)
-    for g, w in zip(backward(done, kv, cut(do, [3, 5, 2, 1])), attention_vjp(cache, do)[:3], strict=True):
+    for g, w in zip(backward(done, kv, split(do, [3, 5, 2, 1])), attention_vjp(cache, do)[:3], strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-11)
 
 
@@ -160,7 +162,7 @@ def appends(draw_):
 @given(appends())
 def test_append_is_concatenation(case):
     (keys, values, k, v), left = case
-    kv, _ = append(KV(keys, values, 29), k, v, left=left)
+    kv, _ = append(KVCache(keys, values, 29), k, v, left=left)
     N = keys.shape[-2]
     kept = N if left is None else min(N, left)
     assert np.array_equal(kv.keys, np.concatenate([keys[..., N - kept :, :], k], axis=-2))
@@ -173,7 +175,7 @@ def test_append_keeps_the_protocol(case):
     inputs, left = case
 
     def f(keys, values, k, v):
-        kv, cache = append(KV(keys, values, 29), k, v, left=left)
+        kv, cache = append(KVCache(keys, values, 29), k, v, left=left)
         return np.concatenate([kv.keys.ravel(), kv.values.ravel()]), (*cache, kv.keys, kv.values)
 
     def f_vjp(cache, dy):
@@ -185,10 +187,10 @@ def test_append_keeps_the_protocol(case):
     check_vjp(f, f_vjp, tuple(inputs))
 
 
-def test_what_is_forgotten_has_no_gradient():
+def test_what_is_dropped_has_no_gradient():
     keys, values, k, v = draw((3, 7, 5), (3, 7, 2), (3, 2, 5), (3, 2, 2))
-    kv, cache = append(KV(keys, values, 7), k, v, left=4)
-    dkv, dk, dv = append_vjp(cache, KV(kv.keys, kv.values, None))
+    kv, cache = append(KVCache(keys, values, 7), k, v, left=4)
+    dkv, dk, dv = append_vjp(cache, KVCache(kv.keys, kv.values, None))
     assert dkv.seen is None
     assert not dkv.keys[:, :3].any()
     assert not dkv.values[:, :3].any()
@@ -199,7 +201,7 @@ def test_what_is_forgotten_has_no_gradient():
 
 
 @pytest.mark.parametrize("left", [0, 1, 4])
-def test_a_window_keeps_exactly_what_the_next_query_sees(left):
+def test_a_window_keeps_what_the_next_query_attends(left):
     k, v = draw((3, 23, 5), (3, 23, 2))
     kv = empty(k, v)
     for t in range(23):
@@ -212,7 +214,7 @@ def test_a_window_keeps_exactly_what_the_next_query_sees(left):
 
 @given(st.integers(0, 7), st.integers(0, 7), st.none() | st.integers(0, 9))
 def test_the_mask_is_the_last_rows_of_the_full_one(N, T, left):
-    kv = KV(*draw((N + T, 5), (N + T, 2)), N + T)
+    kv = KVCache(*draw((N + T, 5), (N + T, 2)), N + T)
     want = masks.dense(masks.window(left, 0), N + T, N + T, kv.keys)[N:]
     assert np.array_equal(masks.dense(step_mask(kv, T, left=left), T, N + T, kv.keys), want)
 
@@ -246,7 +248,7 @@ def test_strided_and_read_only_arrays_are_arrays_like_others(xp):
     k, v = draw((4, 11, 3, 2), (7, 11, 3, 2))
     k, v = k.transpose(3, 2, 1, 0)[..., ::-1], v.transpose(3, 2, 1, 0)[:, :, ::-1]
     kv, plain = empty(xp.to(k), xp.to(v)), empty(k, v)
-    for k_t, v_t in zip(cut(k, [4, 1, 6]), cut(v, [4, 1, 6]), strict=True):
+    for k_t, v_t in zip(split(k, [4, 1, 6]), split(v, [4, 1, 6]), strict=True):
         kv, _ = append(kv, xp.to(k_t), xp.to(v_t))
         plain, _ = append(plain, k_t, v_t)
     assert np.array_equal(xp.back(kv.keys), k)
@@ -275,7 +277,7 @@ def test_jax_takes_the_pair_as_it_is():
             return append(kv, k, v, left=4)
 
         def loss(f, keys, values, k, v):
-            kv = f(f(KV(keys, values, 5), k, v), 2 * k, 3 * v)
+            kv = f(f(KVCache(keys, values, 5), k, v), 2 * k, 3 * v)
             return (kv.keys**3).sum() + (kv.values**2).sum() + kv.seen
 
         ours = jax.custom_vjp(lambda *a: plain(*a)[0])
@@ -289,7 +291,7 @@ def test_jax_takes_the_pair_as_it_is():
 
 def test_the_cache_holds_shapes_alone():
     k, v = draw((3, 5, 4), (3, 5, 7))
-    _, cache = append(KV(k, v, 5), k, v, left=2)
+    _, cache = append(KVCache(k, v, 5), k, v, left=2)
     assert [x.shape for x in cache] == [(3, 5, 0), (3, 5, 0), (3, 7, 4, 0), (3, 7, 7, 0)]
     assert all(x.base is None or x.base.size == 0 for x in cache)
 
@@ -343,7 +345,7 @@ def often():
 
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("left", [None, 3])
-def test_threads_that_append_to_one_value_each_have_their_own(left):
+def test_threads_that_append_to_one_value_have_their_own(left):
     workers, rounds = 8, 60
     k, v = draw((2, 5, 3), (2, 5, 1))
     barrier, failures = threading.Barrier(workers), []
@@ -369,7 +371,7 @@ def test_threads_that_append_to_one_value_each_have_their_own(left):
     assert all(np.array_equal(old.keys, k) and np.array_equal(old.values, v) for old in olds)
 
 
-def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
+def test_only_one_of_two_threads_takes_the_room(monkeypatch):
     """Each waits for the other between its look and its taking."""
     k, v = draw((2, 5, 3), (2, 5, 1))
     old, _ = append(empty(k, v), k, v)
@@ -385,7 +387,7 @@ def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
     def work(me):
         made[me], _ = append(old, me * ones, me * ones[..., :1])
 
-    monkeypatch.setattr(decode, "_rooms", Slow(decode._rooms))
+    monkeypatch.setattr(BUFFERS, "_rooms", Slow(BUFFERS._rooms))
     ones = np.ones((2, 1, 3))
     threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
     for thread in threads:
@@ -405,8 +407,8 @@ def test_two_threads_that_see_one_room_do_not_both_take_it(monkeypatch):
         lambda kv: kv._replace(keys=-kv.keys),
         lambda kv: kv._replace(keys=kv.keys[..., ::-1, :]),
         lambda kv: kv._replace(keys=kv.keys[..., :-1, :], values=kv.values[..., :-1, :]),
-        lambda kv: KV(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
-        lambda kv: KV(kv.keys, kv.keys, kv.seen),
+        lambda kv: KVCache(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
+        lambda kv: KVCache(kv.keys, kv.keys, kv.seen),
         copy.deepcopy,
         lambda kv: pickle.loads(pickle.dumps(kv)),
     ],
@@ -428,13 +430,13 @@ def test_a_value_pieced_together_shows_its_own_rows(other):
 def test_arrays_of_the_caller_are_never_written_to():
     whole, v = draw((3, 9, 4), (3, 9, 7))
     before = whole.copy()
-    kv = KV(whole[:, :5], v[:, :5], 5)  # a view with rows behind it that are somebody's
+    kv = KVCache(whole[:, :5], v[:, :5], 5)  # a view with rows behind it that are somebody's
     for t in range(3):
         kv, _ = append(kv, np.ones((3, 1, 4)), v[:, t : t + 1])
     assert np.array_equal(whole, before)
 
 
-def test_what_is_shown_cannot_be_written_to():
+def test_what_is_held_cannot_be_written_to():
     k, v = draw((3, 5, 4), (3, 5, 7))
     kv, _ = append(empty(k, v), k, v)
     for x in kv[:2]:
@@ -449,7 +451,7 @@ def test_tokens_from_the_buffer_itself_may_be_appended_to_it():
     assert np.array_equal(twice.keys, np.concatenate([k, k[:, 1:4]], axis=1))
 
 
-def test_an_append_that_is_stopped_half_way_leaves_all_as_it_was(monkeypatch):
+def test_an_interrupted_append_changes_nothing(monkeypatch):
     k, v = draw((3, 5, 4), (3, 5, 7))
     kv, _ = append(empty(k, v), k, v)
 
@@ -457,7 +459,7 @@ def test_an_append_that_is_stopped_half_way_leaves_all_as_it_was(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "_shown", stop)  # the rows are written by now
+        patch.setattr(BUFFERS, "_shown", stop)  # the rows are written by now
         with pytest.raises(KeyboardInterrupt):
             append(kv, -k, -v)
     for sign in (2, 3):
@@ -469,11 +471,11 @@ def test_an_append_that_is_stopped_half_way_leaves_all_as_it_was(monkeypatch):
 def test_room_behind_a_view_that_is_gone_is_nobodys():
     """Should an interrupt ever keep an entry from going, an array that got the same id must not write there."""
     k, v, buffer = draw((3, 5, 4), (3, 5, 7), (3, 20, 4))
-    decode._rooms[id(k)] = decode._Room(lambda: None, buffer, 5)
+    BUFFERS._rooms[id(k)] = BUFFERS._Room(lambda: None, buffer, 5)
     try:
-        kv, _ = append(KV(k, v, 5), -k, -v)
+        kv, _ = append(KVCache(k, v, 5), -k, -v)
     finally:
-        del decode._rooms[id(k)]
+        del BUFFERS._rooms[id(k)]
     assert np.array_equal(kv.keys, np.concatenate([k, -k], axis=1))
     assert not np.shares_memory(kv.keys, buffer)
 
@@ -485,7 +487,7 @@ def rows_copied(steps, left=None, capacity=0):
     """How many rows of keys `append` has moved, besides the new ones; and the rows of every buffer that it made."""
     k, v = draw((1, sum(steps), 1), (1, sum(steps), 1))
     kv, copied, buffers = empty(k, v, capacity=capacity), 0, []
-    for k_t, v_t in zip(cut(k, steps), cut(v, steps), strict=True):
+    for k_t, v_t in zip(split(k, steps), split(v, steps), strict=True):
         before = kv.keys
         kv, _ = append(kv, k_t, v_t, left=left)
         if kv.keys.base is not before.base:
@@ -502,7 +504,7 @@ def test_a_token_costs_a_constant_number_of_copied_rows():
 
 @pytest.mark.parametrize("left", [0, 1, 31, 100])
 @pytest.mark.parametrize("T", [1, 2, 17, 51, 64, 300])
-def test_a_window_costs_a_constant_number_of_copied_rows_and_of_room(left, T):
+def test_a_window_costs_constant_copied_rows_and_room(left, T):
     copied, buffers = rows_copied([T] * (2048 // T), left=left)
     assert copied <= 2 * 2048
     assert max(buffers) <= max(left + T, 2 * (left + 1))
@@ -518,32 +520,32 @@ def test_with_capacity_nothing_is_copied():
     assert rows_copied([40, 1, 1, 22, 1], capacity=64) == (64, [130])
 
 
-def test_buffers_and_what_is_known_of_them_go_with_their_values():
+def test_buffers_go_with_their_values():
     k, v = draw((3, 5, 4), (3, 5, 7))
     gc.collect()
-    before = len(decode._rooms)
+    before = len(BUFFERS._rooms)
     kv, _ = append(empty(k, v), k, v)
     for _ in range(9):
         kv, cache = append(kv, k, v)
-    assert len(decode._rooms) == before + 2  # of the last value alone
+    assert len(BUFFERS._rooms) == before + 2  # of the last value alone
     buffer = weakref.ref(kv.keys.base)
     assert cache is not None
     del kv
     gc.collect()
-    assert len(decode._rooms) == before
+    assert len(BUFFERS._rooms) == before
     assert buffer() is None
 
 
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 KEYS, VALUES, K_NEW, V_NEW = draw((2, 3, 5, 4), (2, 3, 5, 7), (2, 3, 1, 4), (2, 3, 1, 7))
-HELD = KV(KEYS, VALUES, 5)
+HELD = KVCache(KEYS, VALUES, 5)
 
 
 @pytest.mark.parametrize(
     ("kv", "k", "v", "error", "message"),
     [
-        ((KEYS, VALUES, 5), K_NEW, V_NEW, TypeError, "kv must be a KV of funcmha.decode, got tuple"),
+        ((KEYS, VALUES, 5), K_NEW, V_NEW, TypeError, "kv must be a KVCache of funcmha.kv_cache, got tuple"),
         (HELD, K_NEW.tolist(), V_NEW, TypeError, "k must be an array, got list"),
         (HELD, K_NEW, None, TypeError, "v must be an array, got NoneType"),
         (HELD._replace(keys=None), K_NEW, V_NEW, TypeError, r"kv\.keys must be an array, got NoneType"),
@@ -582,14 +584,14 @@ def test_append_refuses_a_mixture_of_libraries():
         (lambda: step_mask(HELD, -1), ValueError, "T must be at least 0, got -1"),
         (lambda: step_mask(HELD, True), TypeError, "T must be an int, got True of type bool"),
         (lambda: step_mask(HELD, 1, left=-1), ValueError, "left must be at least 0"),
-        (lambda: step_mask(KEYS, 1), TypeError, "kv must be a KV of funcmha.decode, got ndarray"),
+        (lambda: step_mask(KEYS, 1), TypeError, "kv must be a KVCache of funcmha.kv_cache, got ndarray"),
         (lambda: empty(KEYS, VALUES[:1]), ValueError, r"v must be \(..., K, T, E\) with ...=\(2,\) as in k"),
         (lambda: empty(KEYS, VALUES.astype("f4")), TypeError, "v must have dtype float64 as k has, got float32"),
         (lambda: empty(KEYS, VALUES, capacity=-1), ValueError, "capacity must be at least 0, got -1"),
         (lambda: empty(KEYS, VALUES, capacity=1.0), TypeError, "capacity must be an int, got 1.0 of type float"),
     ],
 )
-def test_the_others_refuse(call, error, message):
+def test_empty_and_step_mask_refuse(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

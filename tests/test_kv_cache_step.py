@@ -16,18 +16,15 @@ from torch.utils import _pytree as torch_pytree
 
 from funcmha import (
     attention_weights,
-    decode,
     log_sum_exp,
     masks,
     self_attention,
-    self_attention_step,
-    self_attention_step_vjp,
     self_attention_vjp,
     tree,
 )
 from funcmha.biases import RelativeBias
 from funcmha.engines import SEQUENTIAL
-from funcmha.kv_cache import KV
+from funcmha.kv_cache import KVCache, empty, step, step_vjp
 from funcmha.rotary import frequencies, table
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MODERN, MODERN_MHA, RELATIVE, MhaProblem, mha_problems
@@ -75,10 +72,10 @@ def cut(x, steps):
 
 
 def chain(params, x, bias, steps, kv=None, **static):
-    """The outputs, the last KV, and the caches."""
+    """The outputs, the last KVCache, and the caches."""
     ys, caches = [], []
     for x_t in cut(x, steps):
-        (y, kv), cache = self_attention_step(params, x_t, kv, bias, **static)
+        (y, kv), cache = step(params, x_t, kv, bias, **static)
         ys.append(y)
         caches.append(cache)
     return np.concatenate(ys, axis=-2), kv, caches
@@ -88,7 +85,7 @@ def back(caches, dys):
     """dparams, dx, dkv, dvalues of the bias: from the last step to the first."""
     dkv, total, dxs, dbias = None, None, [], 0.0
     for cache, dy in zip(reversed(caches), reversed(dys), strict=True):
-        dparams, dx, dkv, dbias_t = self_attention_step_vjp(cache, (dy, dkv))
+        dparams, dx, dkv, dbias_t = step_vjp(cache, (dy, dkv))
         total = dparams if total is None else tree.map(np.add, total, dparams)
         dxs.append(dx)
         dbias = None if dbias_t is None else dbias + dbias_t.values
@@ -161,8 +158,8 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
         rng.standard_normal((*group, rows, width)) for rows in (N, held) for width in (problem.D, problem.E)
     )
     seen = N if left is not None and left > N else N + 2  # and two are forgotten
-    kv = KV(keys, values, seen)
-    (y, after), cache = self_attention_step(
+    kv = KVCache(keys, values, seen)
+    (y, after), cache = step(
         params, x, kv, bias, left=left, rotary=turns(problem, 0, seen + T + 1), **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
@@ -177,7 +174,7 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
     names = tree.flatten(leaves[0])
     outputs = [torch.where(torch.isinf(a), 0.0, a) for a in outputs]
     wanted = oracles.gradients(outputs, [dy, dweights, dlse, dkeys, dvalues], [*names.values(), *leaves[1:]])
-    dparams, dx, dkv, dbias = self_attention_step_vjp(cache, (dy, (dkeys, dvalues)), dweights=dweights, dlse=dlse)
+    dparams, dx, dkv, dbias = step_vjp(cache, (dy, (dkeys, dvalues)), dweights=dweights, dlse=dlse)
     for a, b in zip((*(tree.flatten(dparams)[n] for n in names), dx, *dkv[:2], dbias), wanted, strict=True):
         close(a, b)
     assert dkv.seen is None
@@ -201,8 +198,8 @@ def one_step(dtype, N=5, left=4, **more):
 
 def f(params, x, keys, values, bias, **static):
     """The step as a function of arrays to one array."""
-    kv = None if keys is None else KV(keys, values, 5)
-    (y, after), cache = self_attention_step(params, x, kv, None if bias is None else RelativeBias(bias), **static)
+    kv = None if keys is None else KVCache(keys, values, 5)
+    (y, after), cache = step(params, x, kv, None if bias is None else RelativeBias(bias), **static)
     return np.concatenate([a.ravel() for a in (y, after.keys, after.values)]), (cache, y, *after[:2])
 
 
@@ -210,7 +207,7 @@ def f_vjp(cache, dy):
     cache, *outputs = cache
     parts = np.split(dy, np.cumsum([a.size for a in outputs])[:-1])
     dy, dkeys, dvalues = (g.reshape(a.shape) for g, a in zip(parts, outputs, strict=True))
-    dparams, dx, dkv, dbias = self_attention_step_vjp(cache, (dy, (dkeys, dvalues)))
+    dparams, dx, dkv, dbias = step_vjp(cache, (dy, (dkeys, dvalues)))
     dkeys, dvalues = (None, None) if dkv is None else dkv[:2]
     return dparams, dx, dkeys, dvalues, None if dbias is None else dbias.values
 
@@ -246,14 +243,14 @@ def test_half_types_are_rounded_once(dtype, past):
 @pytest.mark.parametrize("N", [0, 5])
 def test_a_cotangent_that_is_none_is_zero(each_engine, N):
     (params, x, keys, values, bias), static = one_step("float64", N=N)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, N), RelativeBias(bias), **static)
+    (y, after), cache = step(params, x, KVCache(keys, values, N), RelativeBias(bias), **static)
     zero = np.zeros_like
     for some, all_of in (
         ((y, None), (y, tuple(map(zero, after[:2])))),
         ((None, after), (zero(y), after)),
         ((None, after[:2]), (zero(y), after)),
     ):
-        got, want = (jax.tree.leaves(self_attention_step_vjp(cache, dy_dkv)) for dy_dkv in (some, all_of))
+        got, want = (jax.tree.leaves(step_vjp(cache, dy_dkv)) for dy_dkv in (some, all_of))
         assert len(got) == len(want)
         for g, w in zip(got, want, strict=True):
             close(g, w)
@@ -262,13 +259,13 @@ def test_a_cotangent_that_is_none_is_zero(each_engine, N):
 def test_no_past_is_an_empty_one():
     """None for kv, and for its gradient; else a gradient of no rows."""
     (params, x, keys, values, bias), static = one_step("float64", N=0)
-    (y, after), cache = self_attention_step(params, x, None, RelativeBias(bias), **static)
+    (y, after), cache = step(params, x, None, RelativeBias(bias), **static)
     empty = decode.empty(keys, values, capacity=8)
-    (want, after_empty), cache_empty = self_attention_step(params, x, empty, RelativeBias(bias), **static)
+    (want, after_empty), cache_empty = step(params, x, empty, RelativeBias(bias), **static)
     assert np.array_equal(y, want)
     jax.tree.map(np.testing.assert_array_equal, after, after_empty)
-    dparams, dx, dkv, _ = self_attention_step_vjp(cache, (y, after))
-    want_params, want_dx, want_dkv, _ = self_attention_step_vjp(cache_empty, (y, after))
+    dparams, dx, dkv, _ = step_vjp(cache, (y, after))
+    want_params, want_dx, want_dkv, _ = step_vjp(cache_empty, (y, after))
     jax.tree.map(np.testing.assert_array_equal, (dparams, dx), (want_params, want_dx))
     assert dkv is None
     assert (want_dkv.keys.shape, want_dkv.values.shape, want_dkv.seen) == (keys.shape, values.shape, None)
@@ -278,9 +275,9 @@ def test_every_array_library_gives_the_same(xp):
     (params, x, keys, values, bias), static = one_step("float64")
     results = []
     for to, back_ in ((np.array, np.asarray), (xp.to, xp.back)):
-        inputs = tree.map(to, params), to(x), KV(to(keys), to(values), 5), RelativeBias(to(bias))
-        (y, after), cache = self_attention_step(*inputs, **static)
-        dparams, dx, dkv, dbias = self_attention_step_vjp(cache, (y, after))
+        inputs = tree.map(to, params), to(x), KVCache(to(keys), to(values), 5), RelativeBias(to(bias))
+        (y, after), cache = step(*inputs, **static)
+        dparams, dx, dkv, dbias = step_vjp(cache, (y, after))
         found = [y, *after[:2], *tree.flatten(dparams).values(), dx, *dkv[:2], dbias.values]
         assert {type(a) for a in found} == {type(inputs[1])}
         results.append([back_(a) for a in found])
@@ -290,9 +287,9 @@ def test_every_array_library_gives_the_same(xp):
 
 def test_the_cache_is_a_plain_pytree_named_after_its_op():
     (params, x, keys, values, bias), static = one_step("float64", engine=SEQUENTIAL)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), RelativeBias(bias), **static)
-    assert type(cache).__name__ == "SelfAttentionStepCache"
-    want = jax.tree.leaves(self_attention_step_vjp(cache, (y, after)))
+    (y, after), cache = step(params, x, KVCache(keys, values, 5), RelativeBias(bias), **static)
+    assert type(cache).__name__ == "StepCache"
+    want = jax.tree.leaves(step_vjp(cache, (y, after)))
     for flatten, unflatten in (
         (jax.tree.flatten, lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
         (optree.tree_flatten, lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
@@ -300,24 +297,24 @@ def test_the_cache_is_a_plain_pytree_named_after_its_op():
     ):
         leaves, spec = flatten(cache)
         assert all(leaf is None or isinstance(leaf, (np.ndarray, float)) for leaf in leaves)
-        got = jax.tree.leaves(self_attention_step_vjp(unflatten(leaves, spec), (y, after)))
+        got = jax.tree.leaves(step_vjp(unflatten(leaves, spec), (y, after)))
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_jax_traces_the_step_and_where_it_stands():
     """Under jit `seen` is a tracer: the rows of the table are taken all the same; gradients are JAX's own."""
     (params, x, keys, values, bias), static = one_step("float64", dropout=None)
-    (y, after), cache = self_attention_step(params, x, KV(keys, values, 5), RelativeBias(bias), **static)
+    (y, after), cache = step(params, x, KVCache(keys, values, 5), RelativeBias(bias), **static)
     with jax.enable_x64(True):
 
         def loss(params, x, kv, bias):
-            y, after = self_attention_step(params, x, kv, RelativeBias(bias), **static)[0]
+            y, after = step(params, x, kv, RelativeBias(bias), **static)[0]
             return sum((a**2).sum() / 2 for a in (y, *after[:2])), (y, *after)
 
         every = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True))
-        want, got = every(params, x, KV(keys, values, 5), bias)
+        want, got = every(params, x, KVCache(keys, values, 5), bias)
         jax.tree.map(close, got, (y, *after))
-        dparams, dx, dkv, dbias = self_attention_step_vjp(cache, (y, after))
+        dparams, dx, dkv, dbias = step_vjp(cache, (y, after))
         jax.tree.map(close, (dparams, dx, *dkv[:2], dbias.values), (*want[:2], *want[2][:2], want[3]))
 
 
@@ -327,13 +324,13 @@ def test_jax_traces_the_step_and_where_it_stands():
 def test_a_step_copies_no_past():
     """The keys that the attention saw are those handed on, in the room that the prompt made; and all values stay."""
     (params, x, *_), static = one_step("float64", left=None)
-    (_, first), _ = self_attention_step(params, x, None, **static)
+    (_, first), _ = step(params, x, None, **static)
     kept = first.keys.copy()
-    (_, second), cache = self_attention_step(params, x[:, :1], first, **static)
+    (_, second), cache = step(params, x[:, :1], first, **static)
     assert np.shares_memory(second.keys, first.keys)
     assert cache.attention.k is second.keys
     assert cache.attention.v is second.values
-    (_, other), _ = self_attention_step(params, x[:, 1:2], first, **static)
+    (_, other), _ = step(params, x[:, 1:2], first, **static)
     assert not np.shares_memory(other.keys, second.keys)
     assert np.array_equal(first.keys, kept)
 
@@ -347,7 +344,7 @@ def test_prompts_of_different_lengths_are_those_of_each_alone(each_engine):
     kv, ys = None, []
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         visible = masks.padding(np.arange(stop) >= pads[:, None])
-        (y, kv), _ = self_attention_step(params, x[:, start:stop], kv, mask=visible, **static | {"rotary": turn})
+        (y, kv), _ = step(params, x[:, start:stop], kv, mask=visible, **static | {"rotary": turn})
         ys.append(y)
     y = np.concatenate(ys, axis=1)
     for b, pad in enumerate(pads):
@@ -358,7 +355,7 @@ def test_prompts_of_different_lengths_are_those_of_each_alone(each_engine):
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 (PARAMS, X, KEYS, VALUES, BIAS), STATIC = one_step("float64")
-PAST = KV(KEYS, VALUES, 5)
+PAST = KVCache(KEYS, VALUES, 5)
 EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
 
 
@@ -369,7 +366,7 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X.tolist()), {}, TypeError, "x must be an array, got list"),
         ((PARAMS, X.astype("f4")), {}, TypeError, "x must have dtype float64 as q_proj.w has, got float32"),
         ((PARAMS, X[..., 1:]), {}, ValueError, r"x must be \(..., T, Cq\) with Cq=17 as in q_proj.w, got \(2, 3, 16\)"),
-        ((PARAMS, X, PAST[:2]), {}, TypeError, "kv must be a KV of funcmha.decode, got tuple"),
+        ((PARAMS, X, PAST[:2]), {}, TypeError, "kv must be a KVCache of funcmha.kv_cache, got tuple"),
         ((PARAMS, X, PAST._replace(seen=4)), {}, ValueError, "kv.seen must be at least N=5 as in kv.keys, got 4"),
         ((PARAMS, X, PAST._replace(seen=5.0)), {}, TypeError, "kv.seen must be an int, got 5.0 of type float"),
         ((PARAMS, X, PAST._replace(keys=KEYS[..., 1:])), {}, ValueError, r"kv.keys must be .* D=8 as in q_proj.w, got"),
@@ -398,11 +395,11 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
 )  # fmt: skip
 def test_the_step_refuses(args, static, error, message):
     with pytest.raises(error, match=message):
-        self_attention_step(*args, **STATIC | static)
+        step(*args, **STATIC | static)
 
 
 def test_the_vjp_refuses_cotangents_that_are_not_of_the_outputs():
-    (y, after), cache = self_attention_step(PARAMS, X, PAST, RelativeBias(BIAS), **STATIC)
+    (y, after), cache = step(PARAMS, X, PAST, RelativeBias(BIAS), **STATIC)
     for dy_dkv, error, message in (
         (y, TypeError, r"dy_dkv must be \(dy, dkv\) as the output is, got ndarray"),
         ((None, None), TypeError, "dy_dkv must have dy or dkv, got None for both"),
@@ -410,12 +407,12 @@ def test_the_vjp_refuses_cotangents_that_are_not_of_the_outputs():
         ((y, PAST), ValueError, r"dkeys must be \(..., K, N', D\) = \(2, 2, 7, 8\) as the output is"),
         ((y, (after.keys, after.keys)), ValueError, r"dvalues must be \(..., K, N', E\) = \(2, 2, 7, 13\)"),
         ((y, (after.keys, None)), TypeError, "dvalues must be an array, got NoneType"),
-        ((y, after.keys), TypeError, "dkv must be a KV, or a pair of dkeys and dvalues, got ndarray"),
+        ((y, after.keys), TypeError, "dkv must be a KVCache, or a pair of dkeys and dvalues, got ndarray"),
         ((y.astype("f4"), after), TypeError, "dy must have dtype float64 as the output has, got float32"),
     ):
         with pytest.raises(error, match=message):
-            self_attention_step_vjp(cache, dy_dkv)
+            step_vjp(cache, dy_dkv)
     with pytest.raises(ValueError, match=r"dweights must be \(..., H, T, N'\) = \(2, 4, 3, 7\)"):
-        self_attention_step_vjp(cache, (y, None), dweights=y)
+        step_vjp(cache, (y, None), dweights=y)
     with pytest.raises(ValueError, match=r"dlse must be \(..., H, T\) = \(2, 4, 3\)"):
-        self_attention_step_vjp(cache, (y, None), dlse=y)
+        step_vjp(cache, (y, None), dlse=y)

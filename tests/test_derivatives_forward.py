@@ -29,8 +29,7 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp, norm_jvp
-from funcmha.engines.tiled import threads
+from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
