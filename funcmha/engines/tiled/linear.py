@@ -94,7 +94,7 @@ def _of_samples(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Pla
     x, dw, db = rows.reshape(B, n, I), dw.reshape(B, O, I), None if db is None else db.reshape(B, O)
 
     def of_some(some: slice) -> None:
-        g = _beside(parts, slice(some.start * n, some.stop * n)).reshape(-1, n, O)
+        g = _beside(parts, slice(some.start * n, some.stop * n)).reshape(some.stop - some.start, n, O)
         for k in range(0, max(n, 1), plan.terms):
             part = g[:, k : k + plan.terms]
             product_of_part = np.matmul(part.swapaxes(1, 2), x[some, k : k + plan.terms])
