@@ -116,7 +116,7 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
 
 
 def over_rows(fl: Arithmetic, g: Rounded) -> Rounded:
-    """`norms.rows.row_sum`: Σ over all but the last axis"""
+    """`norms._row_sum`: Σ over all but the last axis"""
     D = g.value.shape[-1]
     rows = tie(Rounded(g.value.reshape(-1, D), g.error.reshape(-1, D)))
     return each(lambda a: a[0], fl.unbroadcast(rows, (1, D)))  # type: ignore[no-any-return]
