@@ -143,7 +143,7 @@ def test_purity_structure_and_gradient(pair):
         "mha",
         "rotary",
         "norms",
-        "biases.relative",
+        "biases",
         "merge",
         "decode",
         "packing",
@@ -266,8 +266,7 @@ def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
         "mha",
         "rotary",
         "norms",
-        "biases.relative",
-        "biases.tiles",
+        "biases",
     ):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
