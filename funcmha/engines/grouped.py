@@ -23,7 +23,7 @@ from funcmha._arguments import (
 )
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
-from funcmha.masks.appended import append_keys
+from funcmha.masks import append_keys
 from funcmha.masks.zero import zero_inputs
 from funcmha.mha import HeadCache as OneHeadCache
 from funcmha.mha import PositionCache, rounded

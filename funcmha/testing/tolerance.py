@@ -20,8 +20,7 @@ from funcmha._arrays import HALF, Array
 from funcmha.biases import ArrayBias, RelativeBias
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.grouped import append_rows
-from funcmha.masks import Mask, as_mask, dense
-from funcmha.masks.appended import append_keys
+from funcmha.masks import Mask, append_keys, as_mask, dense
 from funcmha.norms import Norm
 from funcmha.params import Params
 from funcmha.rotary import Rotary
