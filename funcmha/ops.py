@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._arrays import Array, downcast, from_host, namespace, own, row_blocks, sum_over_batch, upcast
+from ._arrays import Array, downcast, from_host, full, namespace, own, row_blocks, sum_over_batch, upcast
 from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
@@ -60,9 +60,10 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
-    dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
+    dx, dw, db = g @ w, full((*batch, *w.shape), 0.0, w), None if b is None else full((*batch, *b.shape), 0.0, b)
+    for i in row_blocks(n):
+        dw = dw + xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :]
+        db = None if b is None else db + xp.sum(rows_g[..., i, :], axis=-2)
     return downcast(dx, dy.dtype), downcast(dw, dy.dtype), downcast(db, dy.dtype)
 
 
