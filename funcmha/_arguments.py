@@ -279,13 +279,7 @@ def check_cotangents_of_mha(dy: Array, dweights: Array, dlse: Array, o: Array, O
 
 
 def check_inputs(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    options: Any,
+    axes: _check.Axes, leaves: dict[str, Array], query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The inputs beside the parameters, of which `axes` knows the sizes."""
     inputs, bias = [("query", query), ("key", key), ("value", value)], as_bias(bias)

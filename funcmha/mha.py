@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Unpack
 from . import _arguments, _check, tree
 from ._arguments import Bias, HeadOptions, Options, takes
 from ._arrays import Array, downcast, full, namespace, sum_over_batch, upcast
-from .biases import RelativeBias, as_bias
+from .biases import as_bias
 from .masks.appended import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
@@ -37,13 +37,7 @@ class HeadCache(NamedTuple):
 
 @takes(HeadOptions)
 def head(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   o (..., T, E)
@@ -139,13 +133,7 @@ class MhaCache(NamedTuple):
 
 @takes(HeadOptions)
 def mha(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   y (..., T, O)
@@ -223,7 +211,7 @@ class SelfAttentionCache(NamedTuple):
 
 @takes(HeadOptions)
 def self_attention(
-    params: Params, x: Array, bias: Array | RelativeBias = None, /, **options: Unpack[HeadOptions]
+    params: Params, x: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)      x (..., T, C)   →   y (..., T, O)
 

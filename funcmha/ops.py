@@ -18,7 +18,6 @@ import numpy as np
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
 from ._arrays import Array, downcast, from_host, full, namespace, own, row_blocks, sum_over_batch, upcast
-from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
 
@@ -154,9 +153,7 @@ class ScoresCache(NamedTuple):
 
 
 @takes(ScoresOptions)
-def scores(
-    q: Array, k: Array, bias: Array | RelativeBias = None, /, **options: Unpack[ScoresOptions]
-) -> tuple[Array, ScoresCache]:
+def scores(q: Array, k: Array, bias: Any = None, /, **options: Unpack[ScoresOptions]) -> tuple[Array, ScoresCache]:
     """z = softcap · tanh(scale · q kᵀ / softcap) + bias, and −∞ where not mask
     q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
 
@@ -176,7 +173,7 @@ def scores(
     return downcast(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
 
-def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Any]:
     """dq, dk, dbias: `scores` from the bottom up
 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
@@ -230,13 +227,7 @@ class AttentionCache(NamedTuple):
 
 @takes(AttentionOptions)
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | RelativeBias = None,
-    sink: Array = None,
-    /,
-    **options: Unpack[AttentionOptions],
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, **options: Unpack[AttentionOptions]
 ) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
@@ -268,7 +259,7 @@ def attention(
 @underflow_is_zero
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
 

@@ -11,7 +11,6 @@ from funcmha import _check
 from funcmha._arguments import Cotangents, Tangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, downcast, full, namespace, unbroadcast, upcast
 from funcmha._check import shape_of
-from funcmha.biases import RelativeBias
 from funcmha.engines import batched, tiled
 from funcmha.engines.tiled import forward_mode, second_order
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
@@ -82,7 +81,7 @@ def attention_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
@@ -101,7 +100,7 @@ def _attention_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
@@ -167,13 +166,13 @@ def attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
     *,
     dlse: Array = None,
     dlse_dot: Array = None,
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: the tangents of `attention_vjp`
     from those of its inputs: of do (..., H, T, E), q, k, v, bias, sink and, where given, of dlse (..., H, T)
 
@@ -194,7 +193,7 @@ def _attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
     *,

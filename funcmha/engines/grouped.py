@@ -13,14 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._arguments import (
-    Bias,
-    Options,
-    check_cotangents_of_mha,
-    check_head,
-    check_mha,
-    check_one_input,
-)
+from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
@@ -33,14 +26,7 @@ from funcmha.params import PROJECTIONS, Params, group_params, join_groups, join_
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
-from .projections import (
-    CombineCache,
-    ProjectCache,
-    combine,
-    combine_vjp,
-    project,
-    project_qkv_vjp,
-)
+from .projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from .table import attention_vjp
 from .tiled.threads import with_single_threaded_blas
 
@@ -187,12 +173,7 @@ def _width(group: GroupCache) -> int:
 
 
 def _attend_vjp(
-    group: GroupCache,
-    do: Array,
-    dweights: Array,
-    dlse: Array,
-    add_to: tuple[Array, ...],
-    batch_axes: int,
+    group: GroupCache, do: Array, dweights: Array, dlse: Array, add_to: tuple[Array, ...], batch_axes: int
 ) -> tuple[Params, tuple[Array, ...], Bias]:
     """dparams, add_to + (dquery, dkey, dvalue), dbias: `_attend` from the bottom up
 
@@ -273,13 +254,7 @@ def head(
 
 @with_single_threaded_blas
 def head_vjp(
-    cache: HeadCache,
-    do: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.head_vjp`"""
     _check.flag("per_sample", per_sample)
@@ -327,13 +302,7 @@ def mha(
 
 
 def mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.mha_vjp`"""
     return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
@@ -341,12 +310,7 @@ def mha_vjp(
 
 @with_single_threaded_blas
 def _mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    dweights: Array,
-    dlse: Array,
-    per_sample: bool,
-    dxs: tuple[Array, ...],
+    cache: MhaCache, dy: Array, dweights: Array, dlse: Array, per_sample: bool, dxs: tuple[Array, ...]
 ) -> tuple[Any, ...]:
     """dparams, one gradient for each of dxs, dbias: the groups from the last to the first"""
     _check.flag("per_sample", per_sample)
@@ -395,13 +359,7 @@ def self_attention(
 
 
 def self_attention_vjp(
-    cache: SelfAttentionCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias     with dx added up in one array"""
     return _mha_vjp(cache.mha, dy, dweights, dlse, per_sample, (None,))

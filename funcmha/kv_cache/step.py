@@ -26,14 +26,7 @@ from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick
 from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
-from funcmha.engines.projections import (
-    CombineCache,
-    ProjectCache,
-    combine,
-    combine_vjp,
-    project,
-    project_qkv_vjp,
-)
+from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
@@ -75,7 +68,7 @@ def step(
     params: Params,
     x: Array,
     kv: KVCache | None = None,
-    bias: Array | RelativeBias = None,
+    bias: Any = None,
     /,
     *,
     engine: Engine | str | None = None,

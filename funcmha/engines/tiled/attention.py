@@ -32,7 +32,7 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | RelativeBias = None,
+    bias: Any = None,
     sink: Array = None,
     /,
     *,
