@@ -20,7 +20,7 @@ check: .venv/ready ## formatting, lint and types
 bench: .venv/ready ## forward and backward against PyTorch, timed
 	$(BIN)/python -m benchmarks
 
-mutants: .venv/ready ## plant every fault of tests/faults, and see the suite catch it
+mutants: .venv/ready ## plant the faults of tests/faults.txt and a sample of mutations, and see the suite catch them
 	$(BIN)/python tests/mutants.py
 
 kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside funcmha; fetches 0.3 GB

@@ -11,8 +11,7 @@ conjugate gradients, stopped at negative curvature, a step of Newton's method.
 import numpy as np
 
 from funcmha import init, mha, mha_vjp, tree
-from funcmha.derivatives import mha_jvp
-from funcmha.derivatives import mha_vjp_jvp
+from funcmha.derivatives import mha_jvp, mha_vjp_jvp
 
 B, T, C, H = 4, 12, 16, 4
 DECAY = 1e-2

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from . import _check, tree
-from ._xp import Array, widen
+from ._arrays import Array, upcast
 from .biases import ArrayBias, RelativeBias, as_bias
 from .dropout import Masked, Seeded
 from .masks import Dense, Mask, as_mask
@@ -52,7 +52,7 @@ class Options(NamedTuple):
     """The options, checked: None is none."""
 
     mask: Mask | None = None
-    scale: Any = None  # of every head, or (H,) of NumPy
+    scale: Any = 1.0  # of every head, or (H,) of NumPy
     softcap: Any = None  # of every head, or (H,) of NumPy
     dropout: Masked | Seeded | None = None
     zero_attn: bool = False
@@ -65,11 +65,6 @@ class Options(NamedTuple):
         mask = None if self.mask is None else self.mask.heads(h.start, h.stop)
         dropout = None if self.dropout is None else self.dropout.heads(h)
         return self._replace(mask=mask, scale=scale, softcap=softcap, dropout=dropout)
-
-    @property
-    def of_attention(self) -> AttentionOptions:
-        """Those that attention itself takes."""
-        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "dropout": self.dropout}
 
 
 INSTEAD = {  # what other libraries call it, and funcmha 0.1
@@ -179,13 +174,12 @@ def check_attention(
         bias.check(axes, scores)
     if sink is not None:
         axes("sink", sink, "H") if head else axes("sink", sink, "")
-    checked = Options(
+    return bias, Options(
         check_mask(axes, options.get("mask"), scores),
-        check_per_head(axes, "scale", options.get("scale")),
+        check_scale(axes, options.get("scale")),
         check_per_head(axes, "softcap", options.get("softcap"), positive=True),
         check_dropout(axes, options.get("dropout"), scores),
     )
-    return bias, checked if checked.scale is not None else checked._replace(scale=max(axes["D"], 1) ** -0.5)
 
 
 def name_of(bias: Bias) -> str:
@@ -196,6 +190,12 @@ def name_of(bias: Bias) -> str:
 def values_of(bias: Any) -> Array:
     """The differentiable numbers of a bias, as it was given or checked."""
     return bias.values if isinstance(bias, ArrayBias | RelativeBias) else bias
+
+
+def check_scale(axes: _check.Axes, scale: Any) -> Any:
+    """The scale, D ** -0.5 unless it is given."""
+    scale = check_per_head(axes, "scale", scale)
+    return max(axes["D"], 1) ** -0.5 if scale is None else scale
 
 
 def check_per_head(axes: _check.Axes, name: str, x: Any, positive: bool = False) -> Any:
@@ -296,9 +296,7 @@ def check_inputs(
     return axes, *check_options(axes, leaves, bias, options)
 
 
-def check_options(
-    axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: Any
-) -> tuple[Bias, Options]:
+def check_options(axes: _check.Axes, leaves: dict[str, Array], bias: Bias, options: Any) -> tuple[Bias, Options]:
     """The bias and the options of heads whose sizes `axes` knows."""
     check_names(options, HeadOptions)
     zero_attn, one_head = options.get("zero_attn", False), "H" not in axes.size
@@ -315,7 +313,7 @@ def check_options(
     if one_head:
         bias = None if bias is None else bias.with_head_axis()
         dropout = dropout._replace(keep=_with_head_axis(dropout.keep)) if isinstance(dropout, Masked) else dropout
-    scale = check_per_head(axes, "scale", options.get("scale"))
+    scale = check_scale(axes, options.get("scale"))
     softcap = check_per_head(axes, "softcap", options.get("softcap"), positive=True)
     norm = _check_norm(options.get("qk_norm"), leaves)
     rotary = _check_rotary(axes, options.get("rotary"))
@@ -416,8 +414,8 @@ def check_tangents(
     check_bias_tangent(bias_dot, bias, q)
     _check.tangent("sink_dot", sink_dot, _check.shape_of(sink), q, "H" if head else "")
     dtype = next((x.dtype for _, x in tangents if x is not None), q.dtype)
-    wide_bias = None if bias_dot is None else bias_dot.map(widen)
-    return Tangents(widen(q_dot), widen(k_dot), widen(v_dot), wide_bias, widen(sink_dot)), dtype
+    wide_bias = None if bias_dot is None else bias_dot.map(upcast)
+    return Tangents(upcast(q_dot), upcast(k_dot), upcast(v_dot), wide_bias, upcast(sink_dot)), dtype
 
 
 def check_cotangents(
@@ -431,7 +429,7 @@ def check_cotangents(
     _check.cotangent("dlse", dlse, lse, q, "... H T", optional=True)
     _check.tangent("do_dot", do_dot, o, q, "... H T E")
     _check.tangent("dlse_dot", dlse_dot, lse, q, "... H T")
-    return Cotangents(*map(widen, given.values()))
+    return Cotangents(*map(upcast, given.values()))
 
 
 def check_bias_tangent(bias_dot: Bias, bias: Bias, computed: Array) -> None:

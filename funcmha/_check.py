@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._xp import HALF, Array, dtype_name, is_array
+from ._arrays import HALF, Array, dtype_name, is_array
 
 # complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
@@ -43,7 +43,7 @@ def boolean(name: str, x: Any, meaning: str) -> None:
 
 
 def number(name: str, x: Any, low: float = -float("inf"), below: float = float("inf")) -> float:
-    """`x` as a Python float, so that it never widens a dtype; ValueError unless low ≤ x < below and finite."""
+    """`x` as a Python float, so that it never changes a dtype; ValueError unless low ≤ x < below and finite."""
     if not isinstance(x, Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a real number, got {x!r} of type {type(x).__name__}")
     try:
@@ -116,7 +116,7 @@ def parts(name: str, x: Any, of: str) -> tuple[Any, ...]:
 def cotangent(
     name: str, x: Any, shape: tuple[int, ...], computed: Array, symbols: str, *, optional: bool = False
 ) -> None:
-    """Raise unless `x` has this shape and the dtype of `computed`, or a half dtype that widens to it."""
+    """Raise unless `x` has this shape and the dtype of `computed`, or a half dtype that upcasts to it."""
     if x is None and optional:
         return
     if not is_array(x):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import Array, from_host, of_heads
+from ._arrays import Array, from_host, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -62,7 +62,7 @@ class Masked(NamedTuple):
     rate: float
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
-        """The booleans as they are, which broadcast to `shape`."""
+        """The booleans as they are, in the library they are of: they broadcast to `shape`."""
         return self.keep
 
     def heads(self, h: slice) -> "Masked":
@@ -70,7 +70,7 @@ class Masked(NamedTuple):
         return Masked(of_heads(self.keep, h), self.rate)
 
 
-def masked(keep: Array, rate: float, /) -> Masked:
+def masked(keep: Array, rate: float) -> Masked:
     """a = p ⊙ keep / (1 − rate)        keep booleans, True = keep   rate 0 ≤ … < 1   →   `Masked`
 
     `keep` broadcasts to the weights, (..., H, T, S), and whoever drew it kept each with probability 1 − rate.

@@ -11,7 +11,7 @@ Axes: T queries, E value width; `...` is batch, heads included.
 from typing import NamedTuple
 
 from . import _check
-from ._xp import HALF, Array, dtype_name, namespace, narrow, widen
+from ._arrays import HALF, Array, downcast, dtype_name, namespace, upcast
 from .engines import log_sum_exp
 
 INF = float("inf")
@@ -41,7 +41,7 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, Mer
     """
     check_merge(o1, lse1, o2, lse2)
     dtype, xp = o1.dtype, namespace(lse1)
-    o1, o2 = widen(o1), widen(o2)
+    o1, o2 = upcast(o1), upcast(o2)
     top = xp.maximum(lse1, lse2)
     top = xp.where(top == -INF, 0.0, top)
     e1, e2 = xp.exp(lse1 - top), xp.exp(lse2 - top)  # the larger is 1, so that e1 + e2 = 1 + e1 e2
@@ -50,7 +50,7 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, Mer
     total = xp.where(total == 0, 1.0, total)
     w1, w2 = e1 / total, e2 / total
     o = _share(w1, o1, lse1 == -INF) + _share(w2, o2, lse2 == -INF)
-    return narrow(o, dtype), MergeCache(o1, o2, w1, w2, lse)
+    return downcast(o, dtype), MergeCache(o1, o2, w1, w2, lse)
 
 
 def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[Array, Array, Array, Array]:
@@ -64,13 +64,13 @@ def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[A
     o1, o2, w1, w2, lse = cache
     _check.cotangent("do", do, o1.shape, o1, "... T E")
     _check.cotangent("dlse", dlse, lse.shape, lse, "... T", optional=True)
-    xp, g, dlse = namespace(lse), widen(do), widen(dlse)
+    xp, g, dlse = namespace(lse), upcast(do), upcast(dlse)
     # ⟨do, o1⟩ − ⟨do, o⟩ = w2 ⟨do, o1 − o2⟩, as w1 + w2 = 1: nothing cancels where one part has almost all
     moved = xp.where(w1 * w2 == 0, 0.0, w1 * w2 * xp.sum(g * (o1 - o2), axis=-1))
     dlse1 = moved if dlse is None else moved + xp.where(w1 == 0, 0.0, w1 * dlse)
     dlse2 = -moved if dlse is None else xp.where(w2 == 0, 0.0, w2 * dlse) - moved
     do1, do2 = _share(w1, g, w1 == 0), _share(w2, g, w2 == 0)
-    return narrow(do1, do.dtype), dlse1, narrow(do2, do.dtype), dlse2
+    return downcast(do1, do.dtype), dlse1, downcast(do2, do.dtype), dlse2
 
 
 @log_sum_exp.register

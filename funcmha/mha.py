@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Unpack
 
 from . import _arguments, _check, tree
 from ._arguments import Bias, HeadOptions, Options, takes
-from ._xp import Array, full, namespace, narrow, sum_over_batch, widen
+from ._arrays import Array, downcast, full, namespace, sum_over_batch, upcast
 from .biases import RelativeBias, as_bias
 from .masks.appended import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
-from .ops import AttentionCache, LinearCache, attention, attention_vjp, given, linear, linear_vjp
+from .ops import AttentionCache, LinearCache, attend, attention_vjp, given, linear, linear_vjp
 from .params import Params, join_heads, leaf, one_head, present
 from .rotary import RotateCache, rotate, rotate_vjp
 
@@ -54,10 +54,10 @@ def head(
     `mha`.
     """
     _, bias, x = _arguments.check_head(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, cache = _head(params, *inputs, bias, x)
-    return narrow(o, dtype), cache
+    return downcast(o, dtype), cache
 
 
 def head_vjp(
@@ -74,9 +74,9 @@ def head_vjp(
     _check.cotangent("do", do, (*x.shape[:-1], v.shape[-1]), x, "... T E")
     _check.cotangent("dweights", dweights, (*x.shape[:-1], k.shape[-2]), x, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
-    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
-    dlse = None if dlse is None else widen(dlse)[..., None, :]
-    *grads, dbias = _head_vjp(cache, widen(do), dweights, dlse, x.ndim - 2 if per_sample else 0)
+    dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
+    dlse = None if dlse is None else upcast(dlse)[..., None, :]
+    *grads, dbias = _head_vjp(cache, upcast(do), dweights, dlse, x.ndim - 2 if per_sample else 0)
     return rounded((*grads, None if dbias is None else dbias.without_head_axis()), do.dtype)
 
 
@@ -90,13 +90,13 @@ def _head(params: Params, query: Array, key: Array, value: Array, bias: Bias, x:
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v[..., None, :, :], leaf(params, "bias_kv.v"), x.zero_attn)
     sink, appended = leaf(params, "sink.w"), k.shape[-2] - key.shape[-2]
-    o, attention_cache = attention(
+    o, attention_cache = attend(
         q,
         k,
         v,
         bias if bias is None else bias.append_keys(key.shape[-2], appended),
         sink if sink is None else sink[None],
-        **(x.of_attention | {"mask": append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)}),
+        x._replace(mask=append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)),
     )
     cache = HeadCache(params, query_cache, key_cache, value_cache, q_position, k_position, bias, attention_cache)
     return o[..., 0, :, :], cache
@@ -170,8 +170,8 @@ def mha(
     Vaswani et al. 2017, section 3.2.2; appended keys as in `torch.nn.MultiheadAttention`.
     """
     axes, bias, x = _arguments.check_mha(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     y, heads, out = 0.0, [], []
     for h in range(axes["H"]):
         one = slice(h, h + 1)
@@ -180,7 +180,7 @@ def mha(
         y = y + y_h
         heads.append(head_cache)
         out.append(out_cache)
-    return narrow(y, dtype), MhaCache(params, tuple(heads), tuple(out), bias)
+    return downcast(y, dtype), MhaCache(params, tuple(heads), tuple(out), bias)
 
 
 def mha_vjp(
@@ -198,7 +198,7 @@ def mha_vjp(
     _check.flag("per_sample", per_sample)
     o, w, keys = cache.out[0].x, leaf(cache.params, "out_proj.w"), cache.heads[0].attention.k.shape[-2]
     _arguments.check_cotangents_of_mha(dy, dweights, dlse, o, w.shape[0], w.shape[1], keys)
-    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    g, dweights, dlse = upcast(dy), upcast(dweights), upcast(dlse)
     batch_axes = o.ndim - 2 if per_sample else 0
     dheads, dquery, dkey, dvalue, dbiases = [], 0.0, 0.0, 0.0, []
     for h in reversed(range(len(cache.heads))):
@@ -241,7 +241,7 @@ def self_attention_vjp(
     _check.cache(cache, SelfAttentionCache, "self_attention")
     _check.one_dtype([("dy", dy)])
     dparams, dquery, dkey, dvalue, dbias = mha_vjp(
-        cache.mha, widen(dy), dweights=dweights, dlse=dlse, per_sample=per_sample
+        cache.mha, upcast(dy), dweights=dweights, dlse=dlse, per_sample=per_sample
     )
     return rounded((dparams, dquery + dkey + dvalue, as_bias(dbias)), dy.dtype)
 
@@ -294,4 +294,4 @@ def append_rows_vjp(S: int, row: Array, dy: Array, batch_axes: int) -> tuple[Arr
 def rounded(grads: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
     """Gradients of the parameters, the inputs and the bias, rounded to the dtype of the cotangent."""
     dparams, *dxs, dbias = grads
-    return tree.map(lambda g: narrow(g, dtype), dparams), *(narrow(dx, dtype) for dx in dxs), given(dbias, dtype)
+    return tree.map(lambda g: downcast(g, dtype), dparams), *(downcast(dx, dtype) for dx in dxs), given(dbias, dtype)

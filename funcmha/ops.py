@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._xp import Array, from_host, namespace, narrow, own, row_blocks, sum_over_batch, widen
+from ._arrays import Array, downcast, from_host, namespace, own, row_blocks, sum_over_batch, upcast
 from .biases import RelativeBias
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
@@ -43,10 +43,10 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
     """
     check_linear(x, w, b)
     dtype = x.dtype
-    x, w, b = widen(x), widen(w), widen(b)
+    x, w, b = upcast(x), upcast(w), upcast(b)
     y = x @ namespace(x).matrix_transpose(w)
     y = y if b is None else y + b
-    return narrow(y, dtype), LinearCache(x, w, b)
+    return downcast(y, dtype), LinearCache(x, w, b)
 
 
 def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:
@@ -57,13 +57,13 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     _check.cache(cache, LinearCache, "linear")
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
-    xp, g, batch = namespace(x), widen(dy), tuple(x.shape[:batch_axes])
+    xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
     dx = g @ w
     dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
     db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
-    return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
+    return downcast(dx, dy.dtype), downcast(dw, dy.dtype), downcast(db, dy.dtype)
 
 
 # ── softmax ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -87,8 +87,8 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
-    p, *_ = softmax_with_sink(widen(x), where)
-    return own(narrow(p, x.dtype), p), SoftmaxCache(p)
+    p, *_ = softmax_with_sink(upcast(x), where)
+    return own(downcast(p, x.dtype), p), SoftmaxCache(p)
 
 
 @underflow_is_zero
@@ -97,8 +97,8 @@ def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     _check.cache(cache, SoftmaxCache, "softmax")
     (p,) = cache
     _check.cotangent("dp", dp, p.shape, p, "... S")
-    dx, _ = softmax_with_sink_vjp(p, widen(dp))
-    return (narrow(dx, dp.dtype),)
+    dx, _ = softmax_with_sink_vjp(p, upcast(dp))
+    return (downcast(dx, dp.dtype),)
 
 
 def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
@@ -167,12 +167,12 @@ def scores(
     mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
 
     dtype, xp = q.dtype, namespace(q)
-    q, k = zero_masked_queries(widen(q), mask), zero_unattended_keys(widen(k), mask)
-    bias = None if bias is None else bias.map(widen)
+    q, k = zero_masked_queries(upcast(q), mask), zero_unattended_keys(upcast(k), mask)
+    bias = None if bias is None else bias.map(upcast)
     scale = _per_head(x.scale, q)
     z, slope = _scores(q, k, bias, scale, _per_head(x.softcap, q))
     z = z if mask is None else xp.where(mask, z, -INF)
-    return narrow(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
+    return downcast(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
 
 def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
@@ -184,9 +184,9 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
     q, k, bias, slope, allowed, scale = cache
     _check.cotangent("dz", dz, allowed.shape, q, "... H T S")
     dtype, xp = dz.dtype, namespace(q)
-    g = xp.where(allowed, widen(dz), 0.0)
+    g = xp.where(allowed, upcast(dz), 0.0)
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
-    return narrow(dq, dtype), narrow(dk, dtype), given(dbias, dtype)
+    return downcast(dq, dtype), downcast(dk, dtype), given(dbias, dtype)
 
 
 def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
@@ -228,7 +228,6 @@ class AttentionCache(NamedTuple):
 
 
 @takes(AttentionOptions)
-@underflow_is_zero
 def attention(
     q: Array,
     k: Array,
@@ -260,17 +259,9 @@ def attention(
     Vaswani et al. 2017, eq. 1.
     """
     bias, x = check_attention(q, k, v, bias, sink, options)
-    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
-
-    dtype = q.dtype
-    q = zero_masked_queries(widen(q), mask)
-    k, v = zero_unattended_keys(widen(k), mask), zero_unattended_keys(widen(v), mask)
-    bias, sink = None if bias is None else bias.map(widen), widen(sink)
-    scale, softcap, keep, rate = _per_head(x.scale, q), _per_head(x.softcap, q), *_kept(x, q, k)
-    z, slope = _scores(q, k, bias, scale, softcap)
-    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
-    o = drop(p, keep, rate) @ per_query_head(v, q)
-    return narrow(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x)
+    return downcast(o, q.dtype), cache
 
 
 @underflow_is_zero
@@ -287,20 +278,32 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(widen(do), attended(cache))
+    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended(cache))
 
     # o = a v   with   a = dropout(p)
     dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
     dp = drop(g @ xp.matrix_transpose(per_query_head(v, q)), keep, rate)
-    dp = dp if dweights is None else dp + widen(dweights)
+    dp = dp if dweights is None else dp + upcast(dweights)
     # p, lse = softmax(z, sink)
     p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
-    dz, drows = softmax_with_sink_vjp(p, dp, widen(dlse), p_sink)
+    dz, drows = softmax_with_sink_vjp(p, dp, upcast(dlse), p_sink)
     dsink = None if sink is None else sum_over_batch(xp.sum(drows, axis=-1), sink.ndim, batch_axes)
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
-    dq, dk, dv, dsink = (narrow(dx, dtype) for dx in (dq, dk, dv, dsink))
+    dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, given(dbias, dtype), dsink
+
+
+@underflow_is_zero
+def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast"""
+    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
+    q, k, v = zero_masked_queries(q, mask), zero_unattended_keys(k, mask), zero_unattended_keys(v, mask)
+    scale, softcap, (keep, rate) = _per_head(x.scale, q), _per_head(x.softcap, q), _kept(x, q, k)
+    z, slope = _scores(q, k, bias, scale, softcap)
+    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    o = drop(p, keep, rate) @ per_query_head(v, q)
+    return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
 def attended(cache: AttentionCache) -> Array:
@@ -310,7 +313,7 @@ def attended(cache: AttentionCache) -> Array:
 
 def given(dbias: Bias, dtype: Any) -> Any:
     """The gradient of a bias as the bias was given, an array or a `RelativeBias`, rounded to `dtype`."""
-    return None if dbias is None else dbias.map(lambda g: narrow(g, dtype)).given
+    return None if dbias is None else dbias.map(lambda g: downcast(g, dtype)).given
 
 
 def _per_head(x: Any, q: Array) -> Any:

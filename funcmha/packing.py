@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, masks
-from ._xp import Array, from_host, full, namespace
+from ._arrays import Array, from_host, full, namespace
 from .masks import Spans
 
 # ── what cu_seqlens says ─────────────────────────────────────────────────────────────────────────────────────────

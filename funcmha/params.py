@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, tree
-from ._xp import Array, namespace
+from ._arrays import Array, namespace
 
 Params = dict[str, Any]
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, of_sample, outline, widen
+from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, of_sample, outline, upcast
 
 
 class HalfPairs(NamedTuple):
@@ -150,9 +150,9 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     and ValueError otherwise. Su et al. 2021, eq. 34.
     """
     _check_rotate(x, rotary)
-    dtype, x = x.dtype, widen(x)
+    dtype, x = x.dtype, upcast(x)
     turn = rotary._replace(cos=_beside(rotary.cos, x), sin=_beside(rotary.sin, x))
-    return narrow(_turned(x, turn), dtype), RotateCache(turn, outline(x))
+    return downcast(_turned(x, turn), dtype), RotateCache(turn, outline(x))
 
 
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
@@ -160,7 +160,7 @@ def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     _check.cache(cache, RotateCache, "rotate")
     turn, like = cache
     _check.cotangent("dy", dy, like.shape[:-1], like, "... T D")
-    return (narrow(_turned(widen(dy), turn._replace(sin=-turn.sin)), dy.dtype),)
+    return (downcast(_turned(upcast(dy), turn._replace(sin=-turn.sin)), dy.dtype),)
 
 
 def cut_turned(cache: RotateCache, heads: slice) -> RotateCache:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _check, tree
 from ._arguments import check_mask
-from ._xp import Array, namespace
+from ._arrays import Array, namespace
 from .engines import heads
 from .masks import Mask
 from .ops import AttentionCache

@@ -1,22 +1,24 @@
-"""Plant one fault at a time in a copy of the package, and see the test-suite catch it: `make mutants`.
+"""See the tests catch faults in the package, one at a time: `make mutants`.
 
-    python tests/mutants.py              every fault
-    python tests/mutants.py dropout      those that have the word in their file, their tests, their name or their code
+    python tests/mutants.py                             the faults of tests/faults.txt, then a sample of the mutants
+    python tests/mutants.py planted [WORD]              those of tests/faults.txt with the word in their function
+    python tests/mutants.py sample [SIZE [SEED]]        300 of all mutants, and another 300 with another seed
+    python tests/mutants.py places ops._softmax "α / β → α"    where an operation applies, and what it does
 
-The faults of `funcmha/tiled/tiles.py` are in `tests/faults/tiled/tiles.txt`, and so for every file. It reads: `#` the
-tests of which one must fail, for all faults until the next such lines; then for each fault its name, what it takes out
-(`-`, once in the file) and what it puts in (`+`). A fault is caught if its tests run and one of them fails: an error on
-import does not count, nor does a test that takes longer than `SECONDS`.
+A mutant that survives shows a hole in the tests, or changes nothing: then it belongs into tests/equivalent.txt.
+funcmha/x.py has the tests of tests/test_x.py, funcmha/a/b.py those of tests/test_a_b.py or else of tests/test_a.py, and
+both have those of MORE.
 """
 
+import ast
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import array_api_strict  # noqa: F401 — these for the tests, see `start`
 import hypothesis.extra.numpy  # noqa: F401
@@ -25,45 +27,39 @@ import mpmath  # noqa: F401
 import numpy  # noqa: F401
 import pytest
 import torch  # noqa: F401
+from planting import ROOT, Fault, everywhere, scope, sites, table
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
-SECONDS = 300  # for the tests of one fault, of which each takes a second or a few
+SECONDS = 300  # for the tests of one fault
+PLANTED = table(ROOT / "tests/faults.txt")
+MORE = {  # tests beside those of the same name, of all files whose path begins so
+    "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
+    "mha.py": ["test_modern.py"],
+    "params.py": ["test_modern.py"],
+    "biases/": ["test_bias.py"],
+    "masks/kinds.py": ["test_packing.py"],
+    "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py"],
+    "derivatives/": ["test_forward.py", "test_double.py"],
+    "engines/tiled/forward_mode.py": ["test_forward.py"],
+    "engines/tiled/second_order.py": ["test_double.py"],
+    "kv_cache/append.py": ["test_decode.py"],
+    "kv_cache/step.py": ["test_step.py"],
+    "npz/atomic.py": ["test_atomic.py"],
+    "npz/": ["test_npz_refused.py"],
+    "testing/": ["test_testing.py"],
+    "testing/rounding": ["test_tolerance.py"],
+    "testing/tolerance.py": ["test_tolerance.py"],
+}
+ELSE = ["test_protocol.py", "test_mha.py", "test_properties.py"]  # of what has no tests of its name
 
 
-class Fault(NamedTuple):
-    file: str  # in funcmha/
-    tests: tuple[str, ...]  # in tests/
-    name: str
-    old: str
-    new: str
-
-    def plant(self, source: str) -> str:
-        """The source with the fault in it; ValueError unless there is exactly one place for it."""
-        if (n := source.count(self.old)) != 1:
-            raise ValueError(f"{self.file} must have this once, not {n} times: {self.old}")
-        return source.replace(self.old, self.new)
-
-
-def faults() -> list[Fault]:
-    """All of `tests/faults`, file by file."""
-    folder = ROOT / "tests/faults"
-    paths = sorted(folder.rglob("*.txt"))
-    return [
-        fault for path in paths for fault in parse(f"{path.relative_to(folder).with_suffix('.py')}", path.read_text())
-    ]
-
-
-def parse(file: str, text: str) -> list[Fault]:
-    found, tests = [], ()
-    for paragraph in text.strip().split("\n\n"):
-        lines = paragraph.split("\n")
-        if lines[0].startswith("#"):
-            tests = tuple(line[2:] for line in lines)
-        else:
-            old, new = ("\n".join(line[2:] for line in lines[1:] if line[0] == sign) for sign in "-+")
-            found.append(Fault(file, tests, lines[0], old, new))
-    return found
+def catching(path: Path) -> list[str]:
+    """The files of tests/ that should catch a fault in this file of funcmha/, in the order in which they run."""
+    parts = [part.strip("_") for part in path.with_suffix("").parts if part != "__init__"]
+    named = ["_".join(["test", *parts[:n]]) + ".py" for n in range(len(parts), 0, -1)]
+    own = [name for name in named if (ROOT / "tests" / name).exists()][:1]
+    more = [test for begin, tests in MORE.items() if str(path).startswith(begin) for test in tests]
+    return list(dict.fromkeys(own + more)) or ELSE
 
 
 def copied(where: Path) -> Path:
@@ -99,45 +95,77 @@ def start(where: Path, tests: Iterable[str]) -> int:
 
 
 def verdicts(faults: Iterable[Fault], copies: list[Path]) -> Iterator[tuple[Fault, str]]:
-    """Each fault and what became of it, in the order in which they end; in each copy there is one at a time."""
+    """Each fault and what became of it, in the order in which they end; in each copy there is one at a time.
+
+    Caught is what its tests run with and fail: an error on import does not count, nor does a test that takes too long.
+    """
     running: dict[int, tuple[Fault, Path, str]] = {}
     waiting = iter(faults)
     while True:
         while copies and (fault := next(waiting, None)):
-            source = (copies[-1] / "funcmha" / fault.file).read_text()
-            try:
-                (copies[-1] / "funcmha" / fault.file).write_text(fault.plant(source))
-            except ValueError:
-                yield fault, "DOES NOT APPLY"
-                continue
             copy = copies.pop()
-            running[start(copy, fault.tests)] = fault, copy, source
+            source = (copy / "funcmha" / fault.path).read_text()
+            (copy / "funcmha" / fault.path).write_text(fault.plant(source))
+            running[start(copy, catching(fault.path))] = fault, copy, source
         if not running:
             return
         pid, status = os.wait()
         fault, copy, source = running.pop(pid)
-        (copy / "funcmha" / fault.file).write_text(source)
+        (copy / "funcmha" / fault.path).write_text(source)
         copies.append(copy)
         yield fault, {0: "SURVIVED", 1: "caught"}.get(os.waitstatus_to_exitcode(status), "DID NOT RUN")
 
 
-def main(word: str = "") -> int:
-    chosen = [fault for fault in faults() if word in "\n".join((*fault[:1], *fault[1], *fault[2:]))]
-    if not chosen:
-        print(f"No fault has the word {word!r} in its file, its tests, its name or its code.")
-        return 1
+def planted(word: str = "") -> bool:
+    """Whether each fault of the table whose function has the word is caught."""
+    chosen = [fault for fault in PLANTED if word in fault.function]
     with tempfile.TemporaryDirectory() as temporary:
         copies = [copied(Path(temporary) / str(n)) for n in range(WORKERS)]
-        _, status = os.waitpid(start(copies[0], dict.fromkeys(test for fault in chosen for test in fault.tests)), 0)
+        _, status = os.waitpid(start(copies[0], dict.fromkeys(test for f in chosen for test in catching(f.path))), 0)
         if status:
             print("Without any fault, the tests of these faults must pass, and do not.")
-            return 1
+            return False
         caught = 0
         for fault, result in verdicts(chosen, copies):
             caught += result == "caught"
-            print(f"{result:<15} {fault.file:<22} {fault.name:<90} {' '.join(fault.tests)}", flush=True)
+            print(f"{result:<12} {fault.function:<44} {fault.operation:<50} {fault.says}", flush=True)
     print(f"{caught} of {len(chosen)} planted faults were caught")
-    return 0 if caught == len(chosen) else 1
+    return caught == len(chosen)
+
+
+def sample(size: str = "300", seed: str = "0") -> bool:
+    """Whether each of so many mutants, of all that there are, is caught, or known to be no fault."""
+    paths = [path.relative_to(ROOT / "funcmha") for path in sorted((ROOT / "funcmha").rglob("*.py"))]
+    known = {fault[:3] for fault in (*PLANTED, *table(ROOT / "tests/equivalent.txt"))}
+    mutants = [fault for path in paths for fault in everywhere(path) if fault[:3] not in known]
+    chosen = random.Random(seed).sample(mutants, min(int(size), len(mutants)))
+    with tempfile.TemporaryDirectory() as temporary:
+        copies = [copied(Path(temporary) / str(n)) for n in range(WORKERS)]
+        survived = []
+        for fault, result in verdicts(chosen, copies):
+            if result == "SURVIVED":
+                survived.append(fault)
+                print(f"{result:<12} {fault.function:<44} {fault.operation}  {fault.place}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutants, of {len(mutants)}, were caught")
+    return not survived
+
+
+def places(function: str, *operations: str) -> bool:
+    """What each operation would do to the function, place by place."""
+    fault = Fault(function, "", "", "")
+    source = (ROOT / "funcmha" / fault.path).read_text()
+    for operation in operations:
+        found = list(sites(scope(ast.parse(source), fault.name), operation))
+        for k, (node, new) in enumerate(found, 1):
+            print(f"{k}/{len(found)}  {ast.unparse(node)}   →   {new}")
+    return True
+
+
+def main(*words: str) -> int:
+    doing = {"planted": planted, "sample": sample, "places": places}
+    if words:
+        return 0 if doing[words[0]](*words[1:]) else 1
+    return 0 if all([planted(), sample()]) else 1
 
 
 if __name__ == "__main__":

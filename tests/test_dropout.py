@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pytrees import PYTREES
 
 from funcmha import attention, attention_vjp
-from funcmha.dropout import Seeded, masked, philox, seeded
+from funcmha.dropout import Masked, Seeded, masked, philox, seeded
 
 ANSWERS = [  # Random123, tests/kat_vectors: philox4x32 10 <counter> <key> <answer>
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -169,6 +170,67 @@ def test_attention_drops_by_tiles_as_by_the_whole():
             np.testing.assert_allclose(got, want[part], rtol=1e-12, atol=1e-12)
 
 
+# ── a mask with its rate ─────────────────────────────────────────────────────────────────────────────────────────
+
+KEEP = np.random.default_rng(0).random((2, 3, 5, 7)) < 0.6
+
+
+def test_dropout_by_a_seed_is_dropout_by_its_mask():
+    """Outputs and gradients, bit for bit. Oracle: the mask that the seed stands for, made whole."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.standard_normal(s) for s in ((2, 3, 5, 2), (2, 3, 7, 2), (2, 3, 7, 2), (2, 3, 5, 2)))
+    drop = seeded(3, 0.4)
+    (o, cache), (want, cache_want) = (
+        attention(q, k, v, dropout=d) for d in (drop, masked(drop.dense((2, 3, 5, 7)), drop.rate))
+    )
+    assert np.array_equal(o, want)
+    for a, b in zip(attention_vjp(cache, do)[:3], attention_vjp(cache_want, do)[:3], strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_mask_is_taken_as_it_is():
+    """No copy, no other shape: what broadcasts stays small."""
+    drop = masked(KEEP[0, :1], np.float32(0.5))
+    assert drop.keep.base is not None
+    assert np.shares_memory(drop.dense((2, 3, 5, 7)), KEEP)
+    assert drop.dense((2, 3, 5, 7)).shape == (1, 5, 7)
+    assert type(drop.rate) is float
+    assert drop.rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("keep", "want"),
+    [(KEEP, KEEP[:, 1:3]), (KEEP[0], KEEP[0, 1:3]), (KEEP[:, :1], KEEP[:, :1]), (KEEP[0, 0], KEEP[0, 0])],
+    ids=["batch", "heads", "broadcast", "no heads"],
+)
+def test_heads_of_a_mask(keep, want):
+    """Those heads where there is a head axis; the mask as it is where all heads share it."""
+    part = masked(keep, 0.5).heads(slice(1, 3))
+    assert type(part) is Masked
+    assert np.array_equal(part.keep, want)
+    assert part.rate == 0.5
+
+
+def test_heads_of_a_seed():
+    """Oracle: the same heads of the whole."""
+    whole = seeded(7, 0.4).dense((2, 5, 3, 7))
+    assert np.array_equal(seeded(7, 0.4).heads(slice(2, 4)).dense((2, 2, 3, 7)), whole[:, 2:4])
+    assert seeded(7, 0.4).heads(slice(None)) == seeded(7, 0.4)
+
+
+@pytest.mark.parametrize("library", PYTREES)
+@pytest.mark.parametrize("drop", [masked(KEEP, 0.3), seeded(2024, 0.3, first_head=2)], ids=["mask", "seed"])
+def test_dropout_is_a_plain_pytree(drop, library):
+    """By the pytrees of three libraries: arrays and numbers, and the type comes back."""
+    flatten, unflatten = PYTREES[library]
+    leaves, spec = flatten(drop)
+    assert all(isinstance(leaf, np.ndarray | int | float) for leaf in leaves)
+    again = unflatten(leaves, spec)
+    assert type(again) is type(drop)
+    assert np.array_equal(again.dense((2, 3, 5, 7)), drop.dense((2, 3, 5, 7)))
+    assert again.rate == drop.rate
+
+
 # ── statistics, at fixed seeds ───────────────────────────────────────────────────────────────────────────────────
 
 N = 512
@@ -234,6 +296,14 @@ def test_the_rate_is_met_to_two_to_the_minus_32(j):
         (lambda: seeded(1, -0.1), ValueError, "rate must be at least 0 and below 1, got -0.1"),
         (lambda: seeded(1, float("nan")), ValueError, "rate must be at least 0 and below 1, got nan"),
         (lambda: seeded(1, "0.1"), TypeError, "rate must be a real number, got '0.1' of type str"),
+        (lambda: masked(None, 0.1), TypeError, "keep must be a boolean array, True = keep, got None"),
+        (lambda: masked(True, 0.1), TypeError, "keep must be a boolean array, True = keep, got bool"),
+        (lambda: masked([True], 0.1), TypeError, "keep must be a boolean array, True = keep, got list"),
+        (lambda: masked(np.ones(7), 0.1), TypeError, "keep must be boolean, True = keep, got dtype float64"),
+        (lambda: masked(KEEP, 1.5), ValueError, "rate must be at least 0 and below 1, got 1.5"),
+        (lambda: masked(KEEP, -0.5), ValueError, "rate must be at least 0 and below 1, got -0.5"),
+        (lambda: masked(KEEP, None), TypeError, "rate must be a real number, got None of type NoneType"),
+        (lambda: masked(KEEP, KEEP), TypeError, "rate must be a real number, got"),
         (lambda: seeded(1, 0.1, first_head=-1), ValueError, r"first_head must be at least 0, got -1"),
         (lambda: seeded(1, 0.1, first_key=2**34), ValueError, r"first_key must be below 2\*\*34, got"),
         (lambda: seeded(1, 0.1).dense((5,)), ValueError, r"shape must be \(..., H, T, S\) or \(T, S\), got \(5,\)"),

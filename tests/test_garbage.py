@@ -8,33 +8,27 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_forward import numbers, other
+from test_derivatives_forward import numbers, other
 
 from funcmha import (
     attention,
-    attention_jvp,
     attention_vjp,
-    attention_vjp_jvp,
     attention_weights,
     head,
-    head_jvp,
     head_params,
     head_vjp,
     log_sum_exp,
     masks,
     mha,
-    mha_jvp,
     mha_vjp,
-    mha_vjp_jvp,
     packing,
-    scores,
-    scores_vjp,
     self_attention,
-    self_attention_step,
-    self_attention_step_vjp,
     self_attention_vjp,
     tree,
 )
+from funcmha.derivatives import attention_jvp, attention_vjp_jvp, head_jvp, mha_jvp, mha_vjp_jvp
+from funcmha.kv_cache import step, step_vjp
+from funcmha.ops import scores, scores_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -225,7 +219,7 @@ WIDE = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in tur
 
 
 @each_garbage
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
 def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
@@ -239,7 +233,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
 
 
 @pytest.mark.parametrize("mask", [masks.causal(-1), masks.causal(1) & SOME[None], masks.causal(-1) & SOME[None]])
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
 def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(problem, mask):
     """Those of three inputs that are no longer one array: each is blanked for itself."""
     params, x, *_ = problem.inputs("float64")
@@ -262,11 +256,11 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
         tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
         for t in (slice(0, 3), slice(3, 5)):
             mask = masks.padding(~padded[: t.stop])
-            (y, kv), cache = self_attention_step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
+            (y, kv), cache = step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
             ys.append(y)
             caches.append(cache)
         for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
-            dparams, dx, dkv, _ = self_attention_step_vjp(cache, (dy[:, t], dkv))
+            dparams, dx, dkv, _ = step_vjp(cache, (dy[:, t], dkv))
             grads += [dparams, dx]
         return *ys, *grads
 

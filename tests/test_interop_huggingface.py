@@ -480,7 +480,7 @@ def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half,
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3, local"])
 def test_float64_there_is_float32_in_part(name):
-    """The library as it is: float64 inputs give float32 accuracy, which is why the other tests widen what it names."""
+    """The library as it is: float64 inputs give float32 accuracy, which is why the other tests upcast what it names."""
     as_it_is = run(name, None)
     layer = layer_of(name, as_it_is)
     y, _ = self_attention(layer.params, as_it_is.x, **layer.options(T, OFFSET))

@@ -13,7 +13,7 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from funcmha import attention_weights, init, mha, mha_vjp, tree
-from funcmha._xp import unbroadcast
+from funcmha._arrays import unbroadcast
 from funcmha.interop.torch import from_module, from_state_dict, masks, to_state_dict
 from funcmha.masks import causal
 

@@ -27,7 +27,7 @@ from funcmha import (
     sizes,
     tree,
 )
-from funcmha._xp import unbroadcast
+from funcmha._arrays import unbroadcast
 from funcmha.biases import RelativeBias, dense, diagonal_sums
 from funcmha.dropout import masked
 from funcmha.norms import LayerNorm

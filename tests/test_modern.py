@@ -25,10 +25,10 @@ from funcmha import (
 from funcmha.biases import RelativeBias, dense, diagonal_sums
 from funcmha.dropout import Seeded
 from funcmha.engines import ENGINES, SEQUENTIAL, TILED
+from funcmha.engines.tiled import tiles
 from funcmha.norms import L2Norm, RMSNorm
 from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
-from funcmha.engines.tiled import tiles
 
 MHA, HEADS = (importlib.import_module(f"funcmha.{name}") for name in ("mha", "heads"))  # as funcmha.mha is the function
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import example, given
 from torch.nn import functional
 
-from funcmha import init, mha_jvp, mha_vjp_jvp, self_attention, self_attention_vjp, tree
+from funcmha import init, self_attention, self_attention_vjp, tree
+from funcmha.derivatives import mha_jvp, mha_vjp_jvp
 from funcmha.norms import RMSNorm, l2_norm, l2_norm_vjp, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
 from funcmha.norms.rows import leading_bit
 from funcmha.testing import check_vjp

@@ -12,6 +12,7 @@ from hypothesis import example, given
 import funcmha
 from funcmha import attention_vjp, log_sum_exp, masks, packing
 from funcmha.engines import SEQUENTIAL, TILED
+from funcmha.engines.tiled import tiles
 from funcmha.packing import (
     cumulative,
     pack,
@@ -25,7 +26,6 @@ from funcmha.packing import (
     unpad_vjp,
 )
 from funcmha.testing import check_vjp
-from funcmha.engines.tiled import tiles
 
 H, K, D, E = 6, 2, 5, 7
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 11]), max_size=5)

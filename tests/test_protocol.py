@@ -17,7 +17,7 @@ import torch
 from pytrees import PYTREES
 
 import funcmha
-from funcmha import biases, norms, rotary
+from funcmha import biases, merge, norms, ops, rotary
 from funcmha.biases import RelativeBias
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing import check_vjp
@@ -60,7 +60,7 @@ PAIRS = {
     "linear": Pair(funcmha.linear, funcmha.linear_vjp, normal((2, 5, 3), (7, 3), (7,)), {}),
     "softmax": Pair(funcmha.softmax, funcmha.softmax_vjp, normal((2, 5, 3)), {}),
     "attention": Pair(funcmha.attention, funcmha.attention_vjp, ATTENTION.inputs, ATTENTION.static() | ENGINE),
-    "scores": Pair(funcmha.scores, funcmha.scores_vjp, normal((2, 4, 3, 5), (2, 2, 7, 5), (4, 1, 7)), {"softcap": 2.0}),
+    "scores": Pair(ops.scores, ops.scores_vjp, normal((2, 4, 3, 5), (2, 2, 7, 5), (4, 1, 7)), {"softcap": 2.0}),
     "head": Pair(funcmha.head, funcmha.head_vjp, one_head_inputs, {"zero_attn": True} | ENGINE),
     "mha": Pair(funcmha.mha, funcmha.mha_vjp, SQUARE.inputs, SQUARE.static() | ENGINE),
     "self_attention": Pair(
@@ -86,11 +86,11 @@ PAIRS = {
     "lookup": Pair(
         biases.lookup, biases.lookup_vjp, normal((5, 3)), {"index": biases.clipped(biases.distances(5, 7), 2)}
     ),
-    "merge": Pair(funcmha.merge, funcmha.merge_vjp, normal((2, 5, 3), (2, 5), (2, 5, 3), (2, 5)), {}),
+    "merge": Pair(merge.merge, merge.merge_vjp, normal((2, 5, 3), (2, 5), (2, 5, 3), (2, 5)), {}),
 }
 # Their inputs or outputs hold an integer, or are tuples of any length, or nothing is computed with them: held to the
 # protocol in test_decode.py, test_packing.py and test_step.py.
-ELSEWHERE = {"append", "pack", "unpack", "pad", "unpad", "self_attention_step"}
+ELSEWHERE = {"append", "pack", "unpack", "pad", "unpad", "step"}
 all_pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 # With half types the lse of `merge` is float32: inputs of two dtypes, which test_merge.py tries.
 ONE_DTYPE = {name: pair for name, pair in PAIRS.items() if name != "merge"}
@@ -275,7 +275,9 @@ def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     ):
         module = importlib.import_module(f"funcmha.{name}")
         monkeypatch.setattr(
-            module, "narrow", lambda x, d, narrow=module.narrow: rounded.add(getattr(x, "dtype", None)) or narrow(x, d)
+            module,
+            "downcast",
+            lambda x, d, downcast=module.downcast: rounded.add(getattr(x, "dtype", None)) or downcast(x, d),
         )
     y, cache = pair.f(*pair.inputs(dtype), **pair.static)
     pair.f_vjp(cache, y)

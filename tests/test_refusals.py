@@ -24,14 +24,11 @@ from funcmha import (
     linear,
     linear_vjp,
     masks,
-    merge_vjp,
     mha,
     mha_vjp,
     norms,
     packing,
-    seeded,
     self_attention,
-    self_attention_step_vjp,
     self_attention_vjp,
     softmax,
     softmax_vjp,
@@ -39,8 +36,9 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.kv_cache import KV, append, append_vjp, step_mask
 from funcmha.engines import ENGINES, SEQUENTIAL
+from funcmha.kv_cache import KVCache, append, append_vjp, step_mask, step_vjp
+from funcmha.merge import merge_vjp
 from funcmha.rotary import HalfPairs, frequencies, rotate, rotate_vjp, table
 from funcmha.testing.strategies import MhaProblem
 
@@ -50,7 +48,7 @@ PARAMS, *INPUTS, _ = MhaProblem(D=8).inputs("float64")
 Y, CACHE = mha(PARAMS, *INPUTS)
 TABLE = table(np.arange(5), frequencies(8))
 X = ones((2, 5, 8))
-HELD = KV(ones((2, 3, 5, 4)), ones((2, 3, 5, 7)), 5)
+HELD = KVCache(ones((2, 3, 5, 4)), ones((2, 3, 5, 7)), 5)
 KEEP = ones((5, 7), bool)
 
 
@@ -140,7 +138,7 @@ CACHES = {
     "y and its cache swapped": (lambda: mha_vjp(Y, CACHE), "cache must come from mha, got ndarray"),
     "self-attention's": (lambda: self_attention_vjp(CACHE, Y), "cache must come from self_attention, got MhaCache"),
     "head's": (lambda: head_vjp(CACHE, Y), "cache must come from head, got MhaCache"),
-    "a step's": (lambda: self_attention_step_vjp(CACHE, (Y, None)), "cache must come from self_attention_step, got Mh"),
+    "a step's": (lambda: step_vjp(CACHE, (Y, None)), "cache must come from step, got Mh"),
     "linear's": (lambda: linear_vjp(CACHE, Y), "cache must come from linear, got MhaCache"),
     "softmax's": (lambda: softmax_vjp(CACHE, Y), "cache must come from softmax, got MhaCache"),
     "attention's": (lambda: attention_vjp(CACHE, Y), "cache must come from an attention of funcmha, got MhaCache"),
@@ -173,10 +171,10 @@ OTHERS = {
                                   "kv.seen must be an int, got array([5, 4]) of type ndarray"),
     "a fraction of a position": (lambda: append(HELD._replace(seen=np.array(5.0)), *HELD[:2]), TypeError,
                                  "kv.seen must be an int, got array(5.) of type ndarray"),
-    "the mask of lists": (lambda: step_mask(KV([1], [1], 1), 1), TypeError, "kv.keys must be an array, got list"),
-    "the mask of one axis": (lambda: step_mask(KV(ones(3), ones(3), 3), 1), ValueError, "kv.keys must be (..., N, D)"),
+    "the mask of lists": (lambda: step_mask(KVCache([1], [1], 1), 1), TypeError, "kv.keys must be an array, got list"),
+    "the mask of one axis": (lambda: step_mask(KVCache(ones(3), ones(3), 3), 1), ValueError, "kv.keys must be (..., N, D)"),
     "one cotangent of two": (lambda: append_vjp(append(HELD, *HELD[:2])[1], HELD.keys), TypeError,
-                             "dkv must be a KV, or a pair of dkeys and dvalues, got ndarray"),
+                             "dkv must be a KVCache, or a pair of dkeys and dvalues, got ndarray"),
     "lengths that are ragged": (lambda: packing.cumulative([[1], [2, 3]]), TypeError, "lengths must be (B,) of intege"),
     "no cotangents of sequences": (
         lambda: packing.unpack_vjp(packing.unpack(X, cu_seqlens=np.array([0, 2, 5]))[1], None), ValueError,

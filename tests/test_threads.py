@@ -265,11 +265,16 @@ def test_a_call_in_a_signal_handler_changes_no_bit_of_the_other():
 
 
 def test_scratch_of_a_call_within_a_call_is_another():
-    with threads.single_threaded_blas():
-        outer = threads.scratch("a", (3, 5), np.float32)
-        with threads.single_threaded_blas():
-            assert not np.shares_memory(outer, threads.scratch("a", (3, 5), np.float32))
-        assert np.shares_memory(outer, threads.scratch("a", (3, 5), np.float32))
+    arrays = []
+
+    def task(depth):
+        arrays.append(threads.scratch("a", (3, 5), np.float32))
+        if depth:
+            threads.run(task, [depth - 1], flops=0, plan=PLAN)
+            assert np.shares_memory(arrays[-2], threads.scratch("a", (3, 5), np.float32))
+
+    threads.run(task, [1], flops=0, plan=PLAN)
+    assert not np.shares_memory(*arrays)
 
 
 def test_a_task_may_have_tasks_of_its_own(monkeypatch):

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from funcmha._bias import on_bias
+from funcmha._doors import values_of
 from hypothesis import given
 from test_ops import close
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -31,15 +33,13 @@ from funcmha import (
     self_attention_vjp,
     tree,
 )
-from funcmha._bias import on_bias
-from funcmha._doors import values_of
+from funcmha._arguments import values_of
+from funcmha.derivatives import attention_jvp, attention_vjp_jvp
 from funcmha.engines import BATCHED, SEQUENTIAL, TILED
-from funcmha.derivatives import attention_jvp
-from funcmha.derivatives import attention_vjp_jvp
-from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
-from funcmha.testing.tolerance import assert_within, attention_bounds
 from funcmha.engines.tiled import few, threads, tiles
 from funcmha.engines.tiled.products import product
+from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
+from funcmha.testing.tolerance import assert_within, attention_bounds
 
 
 def blas_threads():

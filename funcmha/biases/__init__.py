@@ -13,7 +13,7 @@ Axes: T queries, S keys, H heads; `...` is batch. What a bias is and what it ans
 one are in `tiles`, what makes one in `relative`.
 """
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from .bias import ArrayBias, Bias, RelativeBias, as_bias, check_relative
 from .relative import (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 from funcmha import _check
-from funcmha._xp import Array, full, is_array, namespace, of_heads, unbroadcast
+from funcmha._arrays import Array, full, is_array, namespace, of_heads, unbroadcast
 
 from .tiles import diagonal_sums, toeplitz
 

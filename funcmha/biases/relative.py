@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, from_host, full, namespace, narrow, outline, widen
+from funcmha._arrays import Array, downcast, from_host, full, namespace, outline, upcast
 
 from .bias import RelativeBias
 
@@ -31,9 +31,9 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
     _check.Axes()("slopes", slopes, "... H")
     far = np.abs(distances(T, S, offset)).astype(np.float64)
 
-    dtype, slopes = slopes.dtype, widen(slopes)
+    dtype, slopes = slopes.dtype, upcast(slopes)
     distance = namespace(slopes).astype(from_host(far, slopes), slopes.dtype)
-    return RelativeBias(narrow(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
+    return RelativeBias(downcast(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
 
 
 def alibi_vjp(cache: AlibiCache, dbias: RelativeBias, /) -> tuple[Array]:
@@ -41,7 +41,7 @@ def alibi_vjp(cache: AlibiCache, dbias: RelativeBias, /) -> tuple[Array]:
     _check.cache(cache, AlibiCache, "alibi")
     slopes, distance = cache
     _check_dbias(dbias, (*slopes.shape, distance.shape[0]), slopes)
-    return (narrow(-(widen(dbias.values) @ distance), dbias.values.dtype),)
+    return (downcast(-(upcast(dbias.values) @ distance), dbias.values.dtype),)
 
 
 def alibi_slopes(H: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def lookup(table: Array, /, *, index: np.ndarray) -> tuple[RelativeBias, LookupC
     xp = namespace(table)
     values = xp.take(xp.matrix_transpose(table), from_host(index.astype(np.int64), table), axis=-1)
     order, rows, first = (from_host(a, table) for a in (order, rows, first))
-    return RelativeBias(values), LookupCache(order, rows, first, widen(outline(table)))
+    return RelativeBias(values), LookupCache(order, rows, first, upcast(outline(table)))
 
 
 def lookup_vjp(cache: LookupCache, dbias: RelativeBias, /) -> tuple[Array]:
@@ -94,12 +94,12 @@ def lookup_vjp(cache: LookupCache, dbias: RelativeBias, /) -> tuple[Array]:
     _check_dbias(dbias, (like.shape[1], order.shape[0]), like)
     xp = namespace(like)
     # After each step a value is the sum of up to twice as many of its row, itself the first (Hillis and Steele 1986).
-    g, reach = xp.take(widen(dbias.values), order, axis=-1), 1
+    g, reach = xp.take(upcast(dbias.values), order, axis=-1), 1
     while reach < rows.shape[0]:
         more = xp.where(rows[:-reach] == rows[reach:], g[:, reach:], 0.0)
         g, reach = xp.concat([g[:, :-reach] + more, g[:, -reach:]], axis=-1), 2 * reach
     g = xp.concat([g, full((g.shape[0], 1), 0.0, g)], axis=-1)
-    return (narrow(xp.matrix_transpose(xp.take(g, first, axis=-1)), dbias.values.dtype),)
+    return (downcast(xp.matrix_transpose(xp.take(g, first, axis=-1)), dbias.values.dtype),)
 
 
 # ── what to look up ──────────────────────────────────────────────────────────────────────────────────────────────

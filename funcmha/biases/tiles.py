@@ -6,7 +6,7 @@ of diagonals, and for 0 where T = S = 0.
 
 import numpy as np
 
-from funcmha._xp import Array, from_host, full, namespace, narrow, widen
+from funcmha._arrays import Array, downcast, from_host, full, namespace, upcast
 from funcmha.masks import Range
 
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
@@ -45,9 +45,9 @@ def diagonal_sums(dz: Array) -> Array:
 
     The adjoint of `toeplitz`. One pass over dz, in NumPy with a buffer of 128 rows, elsewhere of all.
     """
-    g, (R, N) = widen(dz), dz.shape[-2:]
+    g, (R, N) = upcast(dz), dz.shape[-2:]
     if R < 2 or not isinstance(g, np.ndarray):
-        return narrow(_sheared(g), dz.dtype)
+        return downcast(_sheared(g), dz.dtype)
     size = min(R, ROWS)
     width = size + N - 1
     # Rows one shorter than the buffer's begin one further left each time: there a diagonal of g is a column.
@@ -58,7 +58,7 @@ def diagonal_sums(dz: Array) -> Array:
     for start, stop in _blocks(R, size):
         skewed[..., : stop - start, :] = g[..., start:stop, :]
         total[..., R - start - size : R - start + N - 1] += ones @ buffer
-    return narrow(total, dz.dtype)
+    return downcast(total, dz.dtype)
 
 
 def _blocks(n: int, size: int) -> list[Range]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from funcmha import _check
 from funcmha._arguments import Cotangents, Tangents, check_cotangents, check_tangents
+from funcmha._arrays import Array, downcast, full, namespace, unbroadcast, upcast
 from funcmha._check import shape_of
-from funcmha._xp import Array, full, namespace, narrow, unbroadcast, widen
 from funcmha.biases import RelativeBias
 from funcmha.engines import batched, tiled
 from funcmha.engines.tiled import forward_mode, second_order
@@ -41,10 +41,10 @@ def linear_jvp(cache: LinearCache, x_dot: Array = None, w_dot: Array = None, b_d
     _check.tangent("b_dot", b_dot, shape_of(b), x, "O")
     xp = namespace(x)
     y_dot = full((*x.shape[:-1], w.shape[0]), 0.0, x)
-    y_dot = y_dot if x_dot is None else y_dot + widen(x_dot) @ xp.matrix_transpose(w)
-    y_dot = y_dot if w_dot is None else y_dot + x @ xp.matrix_transpose(widen(w_dot))
-    y_dot = y_dot if b_dot is None else y_dot + widen(b_dot)
-    return narrow(y_dot, next((dot.dtype for _, dot in dots if dot is not None), x.dtype))
+    y_dot = y_dot if x_dot is None else y_dot + upcast(x_dot) @ xp.matrix_transpose(w)
+    y_dot = y_dot if w_dot is None else y_dot + x @ xp.matrix_transpose(upcast(w_dot))
+    y_dot = y_dot if b_dot is None else y_dot + upcast(b_dot)
+    return downcast(y_dot, next((dot.dtype for _, dot in dots if dot is not None), x.dtype))
 
 
 def linear_vjp_jvp(
@@ -66,11 +66,11 @@ def linear_vjp_jvp(
     _check.tangent("b_dot", b_dot, shape_of(b), x, "O")
     zeros, dtype = namespace(x).zeros_like, dy.dtype
     dy_dot, x_dot, w_dot = (
-        zeros(a) if dot is None else widen(dot) for dot, a in ((dy_dot, widen(dy)), (x_dot, x), (w_dot, w))
+        zeros(a) if dot is None else upcast(dot) for dot, a in ((dy_dot, upcast(dy)), (x_dot, x), (w_dot, w))
     )
     dx_dot, dw_dot, db_dot = linear_vjp(cache, dy_dot)
-    dx_more, dw_more, _ = linear_vjp(LinearCache(x_dot, w_dot, None), widen(dy))
-    return narrow(dx_dot + dx_more, dtype), narrow(dw_dot + dw_more, dtype), narrow(db_dot, dtype)
+    dx_more, dw_more, _ = linear_vjp(LinearCache(x_dot, w_dot, None), upcast(dy))
+    return downcast(dx_dot + dx_more, dtype), downcast(dw_dot + dw_more, dtype), downcast(db_dot, dtype)
 
 
 # ── attention, forward mode ──────────────────────────────────────────────────────────────────────────────────────
@@ -113,7 +113,7 @@ def _attention_jvp(
     o_dot = drop(p_dot, cache.keep, cache.rate) @ per_query_head(v, q)
     if x.v is not None:
         o_dot = o_dot + drop(cache.p, cache.keep, cache.rate) @ per_query_head(x.v, q)
-    return narrow(o_dot, dtype), narrow(lse_dot, dtype)
+    return downcast(o_dot, dtype), downcast(lse_dot, dtype)
 
 
 attention_jvp.register(AttentionCache, _attention_jvp)
@@ -223,7 +223,9 @@ def _attention_vjp_jvp(
     dq_dot = cache.scale * (du_dot @ per_query_head(k, q) + du @ per_query_head(x.k, q))
     dk_dot = xp.matrix_transpose(du_dot) @ (cache.scale * q) + xp.matrix_transpose(du) @ (cache.scale * x.q)
     dbias_dot = None if cache.bias is None else cache.bias.dense_vjp(dz_dot)
-    dq_dot, dk_dot, dv_dot, dsink_dot = (narrow(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot))
+    dq_dot, dk_dot, dv_dot, dsink_dot = (
+        downcast(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot)
+    )
     return dq_dot, dk_dot, dv_dot, given(dbias_dot, dtype), dsink_dot
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from funcmha import _check, ops, tree
 from funcmha._arguments import Bias, check_bias_tangent, check_params_tangent, name_of, values_of
-from funcmha._xp import Array, namespace, narrow, widen
+from funcmha._arrays import Array, downcast, namespace, upcast
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.engines import batched, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
@@ -58,7 +58,7 @@ def head_jvp(
     x, dtype = _check_dots(one, one.params, HEAD_SPEC, bias, params_dot, query_dot, key_dot, value_dot, bias_dot)
     bias_dot = None if x.bias is None else x.bias.with_head_axis()
     o_dot, lse_dot = attention_jvp(one.attention, *_inner(one, x._replace(bias=bias_dot)).attention)
-    return narrow(o_dot[..., 0, :, :], dtype), narrow(lse_dot[..., 0, :], dtype)
+    return downcast(o_dot[..., 0, :, :], dtype), downcast(lse_dot[..., 0, :], dtype)
 
 
 class _Inner(NamedTuple):
@@ -236,7 +236,7 @@ def mha_jvp(
         o_dot, lse_dot = attention_jvp(one.attention, *_inner(one, x.head(h)).attention)
         y_dot = y_dot + linear_jvp(out, o_dot[..., 0, :, :], *_out_dots(x, h))
         lse_dots.append(lse_dot)
-    return narrow(y_dot, dtype), narrow(namespace(y_dot).concat(lse_dots, axis=-2), dtype)
+    return downcast(y_dot, dtype), downcast(namespace(y_dot).concat(lse_dots, axis=-2), dtype)
 
 
 def mha_vjp_jvp(
@@ -262,8 +262,8 @@ def mha_vjp_jvp(
     x, dtype = _check_mha_dots(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
     tangents = any(a is not None for a in (params_dot, query_dot, key_dot, value_dot, bias_dot))
     _check_cotangents(cache, dy, dy_dot, dlse, dlse_dot, dtype if tangents else None)
-    g, dlse, dlse_dot = widen(dy), widen(dlse), widen(dlse_dot)
-    g_dot = namespace(g).zeros_like(g) if dy_dot is None else widen(dy_dot)
+    g, dlse, dlse_dot = upcast(dy), upcast(dlse), upcast(dlse_dot)
+    g_dot = namespace(g).zeros_like(g) if dy_dot is None else upcast(dy_dot)
     dheads, dquery, dkey, dvalue, dbiases = [], 0.0, 0.0, 0.0, []
     for h, (one, out) in enumerate(zip(heads(cache), outputs(cache), strict=True)):
         y, lses = _inner(one, x.head(h)), (None if a is None else a[..., h : h + 1, :] for a in (dlse, dlse_dot))
@@ -315,10 +315,10 @@ def _check_dots(
     ):
         _check.tangent(name, dot, of.x.shape, computed, f"... {letters}")
     check_bias_tangent(bias_dot, bias, computed)
-    wide_bias = None if bias_dot is None else bias_dot.map(widen)
-    wide_params = {} if params_dot is None else tree.map(widen, params_dot)
+    wide_bias = None if bias_dot is None else bias_dot.map(upcast)
+    wide_params = {} if params_dot is None else tree.map(upcast, params_dot)
     dtype = next((x.dtype for _, x in given if x is not None), computed.dtype)
-    return Dots(wide_params, widen(query_dot), widen(key_dot), widen(value_dot), wide_bias), dtype
+    return Dots(wide_params, upcast(query_dot), upcast(key_dot), upcast(value_dot), wide_bias), dtype
 
 
 def _check_cotangents(cache: Any, dy: Array, dy_dot: Array, dlse: Array, dlse_dot: Array, tangents: Any) -> None:

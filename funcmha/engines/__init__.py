@@ -16,7 +16,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import AttentionOptions, HeadOptions, takes
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.biases import RelativeBias
 from funcmha.params import Params
 
@@ -56,16 +56,16 @@ class Engine(NamedTuple):
     head: Pair
     mha: Pair
     self_attention: Pair
-    attend: Callable[..., Any]  # attention whose o stays the cache's own: not to be written to, nor handed out
+    attend: Callable[..., Any]  # attention of checked and upcast arguments, whose o may be the cache's own
     plan: Plan | None = None  # None: there is nothing to plan
     numpy_only: bool = False
 
     def call(self, function: str) -> Callable[..., Any]:
         """The forward of a pair, which knows the plan"""
-        f: Callable[..., Any] = self.attend if function == "attend" else getattr(self, function)[0]
+        f: Callable[..., Any] = getattr(self, function)[0]
         if self.plan is None:
             return f
-        if function in ("attention", "attend"):
+        if function == "attention":
             return partial(f, plan=self.plan)
         return partial(f, method=Method(self.attend, self.plan))
 
@@ -76,7 +76,7 @@ SEQUENTIAL = Engine(
     head=(sequential.head, sequential.head_vjp),
     mha=(sequential.mha, sequential.mha_vjp),
     self_attention=(sequential.self_attention, sequential.self_attention_vjp),
-    attend=ops.attention,
+    attend=lambda *args: ops.attend(*args[:-1]),
 )
 TILED = Engine(
     "tiled",
@@ -91,7 +91,7 @@ TILED = Engine(
 BATCHED = TILED._replace(
     name="batched",
     attention=(batched.attention, batched.attention_vjp),
-    attend=batched.attention,
+    attend=batched.attend,
     plan=Plan(group_numbers=2**21),  # projections of short sequences take longest, and want to be wide
     numpy_only=False,
 )

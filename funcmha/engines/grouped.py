@@ -21,7 +21,7 @@ from funcmha._arguments import (
     check_mha,
     check_one_input,
 )
-from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, own, sum_over_batch, widen
+from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
 from funcmha.masks.zero import zero_inputs
@@ -42,6 +42,7 @@ from .projections import (
     project_qkv_vjp,
 )
 from .table import attention_vjp
+from .tiled.threads import with_single_threaded_blas
 
 # ── q, k and v: kept, or projected again ─────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +135,7 @@ class GroupCache(NamedTuple):
 class Method(NamedTuple):
     """What an engine attends with."""
 
-    attention: Callable[..., Any]
+    attend: Callable[..., Any]  # of arguments that are checked and upcast; its o may be the cache's own
     plan: Plan
 
 
@@ -152,14 +153,14 @@ def _attend(
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v, leaf(params, "bias_kv.v"), x.zero_attn)
     S, appended = key.shape[-2], k.shape[-3] - key.shape[-2]
-    o, cache = method.attention(
+    o, cache = method.attend(
         heads_first(q),
         heads_first(k),
         heads_first(v),
         None if bias is None else bias.append_keys(S, appended),
         leaf(params, "sink.w"),
-        **(x.of_attention | {"mask": append_keys(x.mask, query.shape[-2], S, appended, query)}),
-        plan=plan,
+        x._replace(mask=append_keys(x.mask, query.shape[-2], S, appended, query)),
+        plan,
     )
     group = GroupCache(
         params,
@@ -253,6 +254,7 @@ class HeadCache(NamedTuple):
     group: GroupCache  # of one head
 
 
+@with_single_threaded_blas
 def head(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, HeadCache]:
@@ -260,15 +262,16 @@ def head(
     _, bias, x = check_head(params, query, key, value, bias, options)
     dtype, params, bias = (
         query.dtype,
-        join_heads([tree.map(widen, params)], 1),
-        None if bias is None else bias.map(widen),
+        join_heads([tree.map(upcast, params)], 1),
+        None if bias is None else bias.map(upcast),
     )
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
-    return own(narrow(o, dtype), o), HeadCache(group)
+    return own(downcast(o, dtype), o), HeadCache(group)
 
 
+@with_single_threaded_blas
 def head_vjp(
     cache: HeadCache,
     do: Array,
@@ -284,10 +287,10 @@ def head_vjp(
     _check.cotangent("do", do, (*x.shape[:-1], group.v.project.w.shape[-2]), x, "... T E")
     _check.cotangent("dweights", dweights, (*x.shape[:-1], group.rest.num_keys), x, "... T S'", optional=True)
     _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
-    dweights = None if dweights is None else widen(dweights)[..., None, :, :]
-    dlse = None if dlse is None else widen(dlse)[..., None, :]
+    dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
+    dlse = None if dlse is None else upcast(dlse)[..., None, :]
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)
-    dgroup, dxs, dbias = _attend_vjp(group, widen(do)[..., None, :], dweights, dlse, nothing, batch_axes)
+    dgroup, dxs, dbias = _attend_vjp(group, upcast(do)[..., None, :], dweights, dlse, nothing, batch_axes)
     dbias = None if dbias is None else dbias.without_head_axis()
     return rounded((one_head(dgroup, 0), *dxs, dbias), do.dtype)
 
@@ -302,13 +305,14 @@ class MhaCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
 
 
+@with_single_threaded_blas
 def mha(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
-    dtype, params, bias = query.dtype, tree.map(widen, params), None if bias is None else bias.map(widen)
-    inputs = zero_inputs(widen(query), widen(key), widen(value), x.mask, x.zero_attn or "bias_kv" in params)
+    dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
+    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
@@ -319,7 +323,7 @@ def mha(
         for piece, of_piece in _pieces(group, out, plan):
             groups.append(piece)
             outs.append(of_piece)
-    return narrow(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
+    return downcast(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
 
 
 def mha_vjp(
@@ -335,6 +339,7 @@ def mha_vjp(
     return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
 
 
+@with_single_threaded_blas
 def _mha_vjp(
     cache: MhaCache,
     dy: Array,
@@ -347,7 +352,7 @@ def _mha_vjp(
     _check.flag("per_sample", per_sample)
     w, o, like = leaf(cache.params, "out_proj.w"), cache.out[0].o, cache.out[0].o[..., 0, :]
     check_cotangents_of_mha(dy, dweights, dlse, like, w.shape[0], w.shape[1], cache.groups[0].rest.num_keys)
-    g, dweights, dlse = widen(dy), widen(dweights), widen(dlse)
+    g, dweights, dlse = upcast(dy), upcast(dweights), upcast(dlse)
     batch_axes, stop = o.ndim - 3 if per_sample else 0, w.shape[1]
     dgroups, dbiases = [], []
     for group, out in zip(reversed(cache.groups), reversed(cache.out), strict=True):

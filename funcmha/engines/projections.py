@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha import ops
-from funcmha._xp import Array, full, namespace
+from funcmha._arrays import Array, full, namespace
 from funcmha.ops import LinearCache
 from funcmha.params import PROJECTIONS, Params
 

@@ -4,7 +4,7 @@ from functools import singledispatch
 from typing import Any
 
 from funcmha import ops
-from funcmha._xp import Array, own, read_only
+from funcmha._arrays import Array, own, read_only
 from funcmha.biases import RelativeBias
 
 from . import batched, tiled

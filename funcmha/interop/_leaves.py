@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.params import REQUIRED, SPEC, Params, check
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._xp import Array, dtype_name, is_array
+from funcmha._arrays import Array, dtype_name, is_array
 
 
 def to_array(name: str, x: Any) -> Array:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import is_array
+from funcmha._arrays import is_array
 from funcmha.params import Params
 from funcmha.tree import unflatten
 

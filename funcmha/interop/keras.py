@@ -28,7 +28,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha import masks as structured
-from funcmha._xp import Array, is_array
+from funcmha._arrays import Array, is_array
 from funcmha.masks import Mask
 from funcmha.params import Params, sizes
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._xp import Array, dtype_name, full, heads_first, heads_last, is_array, namespace, narrow, widen
+from funcmha._arrays import Array, downcast, dtype_name, full, heads_first, heads_last, is_array, namespace, upcast
 from funcmha.engines import attention_weights
 from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp
 from funcmha.masks import Mask
@@ -106,7 +106,7 @@ def attention(
     o, heads = engines.attention(q, k, v, bias, **options)
     qk, output = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), **options)
 
-    Y, qk = narrow(_as_given(o, Q), Q.dtype), narrow(qk, Q.dtype)
+    Y, qk = downcast(_as_given(o, Q), Q.dtype), downcast(qk, Q.dtype)
     return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, output)
 
 
@@ -127,7 +127,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
         dbias = dbias if dbias_output is None else dbias + dbias_output
     dk, dv = dk if dkeys is None else dk + dkeys, dv if dvalues is None else dv + dvalues
 
-    dq, dk, dv, dbias = (narrow(dx, Q.dtype) for dx in (dq, dk, dv, dbias))
+    dq, dk, dv, dbias = (downcast(dx, Q.dtype) for dx in (dq, dk, dv, dbias))
     dpast = KVCache(None, None, None)  # type: ignore[arg-type]
     if appended is not None:
         dpast, dk, dv = append_vjp(appended, (dk, dv))
@@ -179,8 +179,8 @@ def _present(past_key: Array, past_value: Array, k: Array, v: Array) -> tuple[Ar
 def _computed(x: Array, softmax_precision: int | None) -> Array:
     """`x` in the dtype to compute in: float64 if softmax_precision is, else as everywhere"""
     if x is None or PRECISIONS.get(softmax_precision or 0) != "float64":
-        return widen(x)
-    return x if dtype_name(x) == "complex128" else narrow(x, namespace(x).float64)
+        return upcast(x)
+    return x if dtype_name(x) == "complex128" else downcast(x, namespace(x).float64)
 
 
 def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
@@ -196,7 +196,7 @@ def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
     _check.cotangent("dqk_matmul_output", dy[3], (B, H, T, k.shape[-2]), Q, "B H T S", optional=True)
     if dy[3] is not None and cache.qk_matmul_output is None:
         raise ValueError("dqk_matmul_output must be None, as qk_matmul_output is, got an array")
-    dY, *others = (narrow(d, q.dtype) for d in dy)
+    dY, *others = (downcast(d, q.dtype) for d in dy)
     do = full(o, 0.0, q) if dY is None else dY if Q.ndim == 4 else _split(dY, H)
     return [do, *others]
 

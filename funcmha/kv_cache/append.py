@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._xp import Array, dtype_name, full, is_array, namespace, outline, own
+from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ import numpy as np
 
 from funcmha import _check, tree
 from funcmha._arguments import AttentionOptions, Bias, Options, check_names, check_options, name_of, takes, values_of
-from funcmha._xp import Array, full, heads_first, heads_last, namespace, narrow, or_zeros, widen
+from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, or_zeros, upcast
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick
@@ -99,26 +99,27 @@ def step(
     """
     left, N, own, o = _check_step(params, x, kv, bias, options)
     chosen = pick(engine, x, N)
-    dtype, params, plan = x.dtype, tree.map(widen, params), chosen.plan or Plan()
-    (q, q_cache), (k, k_cache), (v, v_cache) = (project(params[name], widen(x), plan=plan) for name in PROJECTIONS)
+    dtype, params, plan = x.dtype, tree.map(upcast, params), chosen.plan or Plan()
+    (q, q_cache), (k, k_cache), (v, v_cache) = (project(params[name], upcast(x), plan=plan) for name in PROJECTIONS)
     q_projected, k_projected = (None, None) if o.qk_norm is None else (q, k)
     q, q_position = positioned(q, params.get("q_norm", {}), o.qk_norm, o.rotary[0])
     k, k_position = positioned(k, params.get("k_norm", {}), o.qk_norm, o.rotary[1])
     held, after, appended = _append(kv, heads_first(k), heads_first(v), left, dtype)
-    heads, attention = chosen.call("attend")(
+    heads, attention = chosen.attend(
         heads_first(q),
         held.keys,
         held.values,
-        None if own is None else own.map(widen),
+        None if own is None else own.map(upcast),
         leaf(params, "sink.w"),
-        **o.of_attention,
+        o,
+        plan,
     )
     y, out = combine(params["out_proj"], heads_last(heads), plan=plan)
     cache = StepCache(
         params, q_cache, k_cache, v_cache, q_position, k_position, q_projected, k_projected, appended, attention, out,
         as_bias(bias),
     )  # fmt: skip
-    return (narrow(y, dtype), after), cache
+    return (downcast(y, dtype), after), cache
 
 
 def step_vjp(
@@ -141,9 +142,9 @@ def step_vjp(
     plan = getattr(getattr(cache.attention, "rest", None), "plan", None) or Plan()
     dout, do = combine_vjp(cache.out, dy, plan=plan)
     dq, dkeys, dvalues, dbias, dsink = attention_vjp(
-        cache.attention, heads_first(do), dweights=widen(dweights), dlse=widen(dlse)
+        cache.attention, heads_first(do), dweights=upcast(dweights), dlse=upcast(dlse)
     )
-    dkeys, dvalues = (dkeys, dvalues) if dheld is None else (dkeys + widen(dheld[0]), dvalues + widen(dheld[1]))
+    dkeys, dvalues = (dkeys, dvalues) if dheld is None else (dkeys + upcast(dheld[0]), dvalues + upcast(dheld[1]))
     dkv, dk, dv = (None, dkeys, dvalues) if cache.appended is None else append_vjp(cache.appended, (dkeys, dvalues))
     dq, dk, dv = heads_last(dq), heads_last(dk), heads_last(dv)
     cache = _zeroed(cache, dq, dk, dv)
@@ -153,9 +154,9 @@ def step_vjp(
     dparams |= {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
-    dpast = None if dkv is None else KVCache(narrow(dkv.keys, dtype), narrow(dkv.values, dtype), dkv.seen)
+    dpast = None if dkv is None else KVCache(downcast(dkv.keys, dtype), downcast(dkv.values, dtype), dkv.seen)
     dbias = _differences_vjp(cache.bias, cache.out.o.shape[-3], as_bias(dbias))
-    return tree.map(lambda g: narrow(g, dtype), dparams), narrow(dx, dtype), dpast, given(dbias, dtype)
+    return tree.map(lambda g: downcast(g, dtype), dparams), downcast(dx, dtype), dpast, given(dbias, dtype)
 
 
 def _zeroed(cache: StepCache, *dys: Array) -> StepCache:
@@ -179,11 +180,11 @@ def _append(
     kv: KVCache | None, k: Array, v: Array, left: int | None, dtype: Any
 ) -> tuple[KVCache, KVCache, AppendCache | None]:
     """What the queries attend, in the dtype computed with; what is handed on, in `dtype`; and for the gradient"""
-    past = empty(k, v) if kv is None else KVCache(widen(kv.keys), widen(kv.values), kv.seen)
+    past = empty(k, v) if kv is None else KVCache(upcast(kv.keys), upcast(kv.values), kv.seen)
     held, cache = append(past, k, v, left=left)
     after = held
     if k.dtype != dtype:
-        k, v = narrow(k, dtype), narrow(v, dtype)
+        k, v = downcast(k, dtype), downcast(v, dtype)
         after, _ = append(empty(k, v) if kv is None else kv, k, v, left=left)
     return held, after, None if kv is None else cache
 

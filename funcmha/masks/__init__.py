@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
 from .mask import Block, Dense, Intersection, Mask, Range, as_mask

@@ -1,6 +1,6 @@
 """What a mask says of keys that are appended: every query attends them."""
 
-from funcmha._xp import Array, full, namespace
+from funcmha._arrays import Array, full, namespace
 
 from .mask import Mask, as_mask
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array, of_sample
+from funcmha._arrays import Array, of_sample
 
 from .mask import Block, Mask, Range, summary, to_library
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, of_sample
+from funcmha._arrays import Array, dtype_name, from_host, is_array, namespace, of_sample
 
 Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
 Block = Literal["empty", "full", "mixed"]

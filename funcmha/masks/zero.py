@@ -7,7 +7,7 @@ Axes: T queries, S keys, H query heads, K key/value heads; `...` is batch.
 
 import numpy as np
 
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 
 from .mask import Mask
 

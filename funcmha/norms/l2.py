@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, namespace, narrow, or_zeros, widen
+from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
 
 from .rows import INF, check_batch_axes, check_norm, check_second, check_tangents, leading_bit
 
@@ -26,7 +26,7 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     ValueError for a negative eps.
     """
     eps = check_norm(x, None, None, eps)
-    dtype, x = x.dtype, widen(x)
+    dtype, x = x.dtype, upcast(x)
     xp, unit = namespace(x), leading_bit(x, eps)
     x, floor = x / unit, eps / unit
     root = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
@@ -34,14 +34,14 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     root = xp.where(below, floor, root)
     root = xp.where(root == 0, INF, root)
     y = x / root
-    return narrow(y, dtype), L2NormCache(y, root, unit, below)
+    return downcast(y, dtype), L2NormCache(y, root, unit, below)
 
 
 def l2_norm_vjp(cache: L2NormCache, dy: Array, /) -> tuple[Array]:
     """dx = (dy − y Σ y dy) / ‖x‖,   or dy / eps where ‖x‖ < eps"""
     _check.cache(cache, L2NormCache, "l2_norm")
     _check.cotangent("dy", dy, cache.y.shape, cache.y, "... D")
-    return (narrow(_jacobian(cache, widen(dy)), dy.dtype),)
+    return (downcast(_jacobian(cache, upcast(dy)), dy.dtype),)
 
 
 def l2_norm_jvp(cache: L2NormCache, x_dot: Array = None, /) -> Array:
@@ -49,7 +49,7 @@ def l2_norm_jvp(cache: L2NormCache, x_dot: Array = None, /) -> Array:
     _check.cache(cache, L2NormCache, "l2_norm")
     y = cache.y
     check_tangents(y, None, None, x_dot, None, None)
-    return narrow(_jacobian(cache, or_zeros(x_dot, y.shape, y)), _check.dtype_of(y, x_dot))
+    return downcast(_jacobian(cache, or_zeros(x_dot, y.shape, y)), _check.dtype_of(y, x_dot))
 
 
 def l2_norm_vjp_jvp(cache: L2NormCache, dy: Array, dy_dot: Array = None, x_dot: Array = None, /) -> tuple[Array]:
@@ -61,10 +61,10 @@ def l2_norm_vjp_jvp(cache: L2NormCache, dy: Array, dy_dot: Array = None, x_dot: 
     y = cache.y
     check_second(y, dy, dy_dot, x_dot=x_dot)
     check_tangents(y, None, None, x_dot, None, None)
-    dtype, dy, dy_dot, x_dot = dy.dtype, widen(dy), or_zeros(dy_dot, y.shape, y), or_zeros(x_dot, y.shape, y)
+    dtype, dy, dy_dot, x_dot = dy.dtype, upcast(dy), or_zeros(dy_dot, y.shape, y), or_zeros(x_dot, y.shape, y)
     y_dot, j_g, j_g_dot = (_jacobian(cache, a) for a in (x_dot, dy, dy_dot))
     bent = y_dot * _along(cache, y, dy) + y * _along(cache, y_dot, dy) + j_g * _along(cache, y, x_dot)
-    return (narrow(j_g_dot - bent / cache.root / cache.unit, dtype),)
+    return (downcast(j_g_dot - bent / cache.root / cache.unit, dtype),)
 
 
 def _jacobian(cache: L2NormCache, g: Array) -> Array:

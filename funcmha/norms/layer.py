@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, namespace, narrow, or_zeros, widen
+from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
 
 from .rows import (
     affine_jvp,
@@ -42,12 +42,12 @@ def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> 
     shapes that do not fit or a negative eps. Ba, Kiros and Hinton 2016, eq. 4.
     """
     eps = check_norm(x, w, b, eps)
-    dtype, x, w, b = x.dtype, widen(x), widen(w), widen(b)
+    dtype, x, w, b = x.dtype, upcast(x), upcast(w), upcast(b)
     c, scale = _centred(x)
     n, root, unit = rms(c, eps**0.5 * scale)
     y = n if w is None else n * w
     y = y if b is None else y + b
-    return narrow(y, dtype), LayerNormCache(n, root, unit, scale, w, b)
+    return downcast(y, dtype), LayerNormCache(n, root, unit, scale, w, b)
 
 
 def layer_norm_vjp(cache: LayerNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:
@@ -59,11 +59,11 @@ def layer_norm_vjp(cache: LayerNormCache, dy: Array, /, *, batch_axes: int = 0) 
     n, w, b = cache.n, cache.w, cache.b
     _check.cotangent("dy", dy, n.shape, n, "... D")
     check_batch_axes(batch_axes, n)
-    g = widen(dy)
+    g = upcast(dy)
     db = None if b is None else row_sum(g, b, batch_axes)
     dw = None if w is None else row_sum(n * g, w, batch_axes)
     dx = _jacobian(cache, g if w is None else w * g)
-    return narrow(dx, dy.dtype), narrow(dw, dy.dtype), narrow(db, dy.dtype)
+    return downcast(dx, dy.dtype), downcast(dw, dy.dtype), downcast(db, dy.dtype)
 
 
 def layer_norm_jvp(cache: LayerNormCache, x_dot: Array = None, w_dot: Array = None, b_dot: Array = None, /) -> Array:
@@ -72,7 +72,7 @@ def layer_norm_jvp(cache: LayerNormCache, x_dot: Array = None, w_dot: Array = No
     n, w, b = cache.n, cache.w, cache.b
     check_tangents(n, w, b, x_dot, w_dot, b_dot)
     n_dot = _jacobian(cache, or_zeros(x_dot, n.shape, n))
-    return narrow(affine_jvp(n, n_dot, w, widen(w_dot), widen(b_dot)), _check.dtype_of(n, x_dot, w_dot, b_dot))
+    return downcast(affine_jvp(n, n_dot, w, upcast(w_dot), upcast(b_dot)), _check.dtype_of(n, x_dot, w_dot, b_dot))
 
 
 def layer_norm_vjp_jvp(
@@ -92,13 +92,13 @@ def layer_norm_vjp_jvp(
     n, root, unit, scale, w, b = cache
     check_second(n, dy, dy_dot, x_dot=x_dot, w_dot=w_dot, b_dot=b_dot)
     check_tangents(n, w, b, x_dot, w_dot, b_dot)
-    dtype, dy, dy_dot, x_dot = dy.dtype, widen(dy), or_zeros(dy_dot, n.shape, n), or_zeros(x_dot, n.shape, n)
-    g, g_dot = weighted(w, widen(w_dot), dy, dy_dot)
+    dtype, dy, dy_dot, x_dot = dy.dtype, upcast(dy), or_zeros(dy_dot, n.shape, n), or_zeros(x_dot, n.shape, n)
+    g, g_dot = weighted(w, upcast(w_dot), dy, dy_dot)
     n_dot, j_g, j_g_dot = (_jacobian(cache, a) for a in (x_dot, g, g_dot))
     bent = n_dot * mean(n * g) + n * mean(n_dot * g) + j_g * mean(n * x_dot)
     dw_dot = None if w is None else row_sum(n_dot * dy + n * dy_dot, w)
     db_dot = None if b is None else row_sum(dy_dot, b)
-    return narrow(j_g_dot - bent / root / unit * scale, dtype), narrow(dw_dot, dtype), narrow(db_dot, dtype)
+    return downcast(j_g_dot - bent / root / unit * scale, dtype), downcast(dw_dot, dtype), downcast(db_dot, dtype)
 
 
 def _jacobian(cache: LayerNormCache, g: Array) -> Array:

@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, narrow, or_zeros, widen
+from funcmha._arrays import Array, downcast, or_zeros, upcast
 
 from .rows import (
     affine_jvp,
@@ -41,11 +41,11 @@ def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -
     eps, offset = check_norm(x, w, None, eps), _check.number("offset", offset)
     if offset and w is None:
         raise ValueError(f"offset must be 0 where there is no w that it could be added to, got {offset}")
-    dtype, x, w = x.dtype, widen(x), widen(w)
+    dtype, x, w = x.dtype, upcast(x), upcast(w)
     w = w + offset if offset else w
     n, root, unit = rms(x, eps**0.5)
     y = n if w is None else n * w
-    return narrow(y, dtype), RmsNormCache(n, root, unit, w)
+    return downcast(y, dtype), RmsNormCache(n, root, unit, w)
 
 
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array]:
@@ -57,10 +57,10 @@ def rms_norm_vjp(cache: RmsNormCache, dy: Array, /, *, batch_axes: int = 0) -> t
     n, root, unit, w = cache
     _check.cotangent("dy", dy, n.shape, n, "... D")
     check_batch_axes(batch_axes, n)
-    g = widen(dy)
+    g = upcast(dy)
     dw = None if w is None else row_sum(n * g, w, batch_axes)
     dx = rms_vjp(n, root, unit, g if w is None else w * g)
-    return narrow(dx, dy.dtype), narrow(dw, dy.dtype)
+    return downcast(dx, dy.dtype), downcast(dw, dy.dtype)
 
 
 def rms_norm_jvp(cache: RmsNormCache, x_dot: Array = None, w_dot: Array = None, /) -> Array:
@@ -69,7 +69,7 @@ def rms_norm_jvp(cache: RmsNormCache, x_dot: Array = None, w_dot: Array = None, 
     n, root, unit, w = cache
     check_tangents(n, w, None, x_dot, w_dot, None)
     n_dot = rms_vjp(n, root, unit, or_zeros(x_dot, n.shape, n))
-    return narrow(affine_jvp(n, n_dot, w, widen(w_dot)), _check.dtype_of(n, x_dot, w_dot))
+    return downcast(affine_jvp(n, n_dot, w, upcast(w_dot)), _check.dtype_of(n, x_dot, w_dot))
 
 
 def rms_norm_vjp_jvp(
@@ -84,12 +84,12 @@ def rms_norm_vjp_jvp(
     n, root, unit, w = cache
     check_second(n, dy, dy_dot, x_dot=x_dot, w_dot=w_dot)
     check_tangents(n, w, None, x_dot, w_dot, None)
-    dtype, dy, dy_dot, x_dot = dy.dtype, widen(dy), or_zeros(dy_dot, n.shape, n), or_zeros(x_dot, n.shape, n)
-    g, g_dot = weighted(w, widen(w_dot), dy, dy_dot)
+    dtype, dy, dy_dot, x_dot = dy.dtype, upcast(dy), or_zeros(dy_dot, n.shape, n), or_zeros(x_dot, n.shape, n)
+    g, g_dot = weighted(w, upcast(w_dot), dy, dy_dot)
     n_dot, j_g, j_g_dot = (rms_vjp(n, root, unit, a) for a in (x_dot, g, g_dot))
     bent = n_dot * mean(n * g) + n * mean(n_dot * g) + j_g * mean(n * x_dot)
     dw_dot = None if w is None else row_sum(n_dot * dy + n * dy_dot, w)
-    return narrow(j_g_dot - bent / root / unit, dtype), narrow(dw_dot, dtype)
+    return downcast(j_g_dot - bent / root / unit, dtype), downcast(dw_dot, dtype)
 
 
 class RMSNorm(NamedTuple):

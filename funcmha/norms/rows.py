@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from funcmha import _check
-from funcmha._xp import Array, full, namespace, row_blocks
+from funcmha._arrays import Array, full, namespace, row_blocks
 
 INF = float("inf")
 

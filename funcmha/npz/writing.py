@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import dtype_name, is_array
+from funcmha._arrays import dtype_name, is_array
 
 from . import npy, stored
 from .files import File, written

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from .rounding import TINY
 

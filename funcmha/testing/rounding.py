@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._xp import HALF, Array, unbroadcast
+from funcmha._arrays import HALF, Array, unbroadcast
 from funcmha.params import Params
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array, unbroadcast
+from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import diagonal_sums
 
 from .rounding import EXP, Arithmetic, Rounded, alike, each, tie, transpose

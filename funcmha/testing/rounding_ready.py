@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary

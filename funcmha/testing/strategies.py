@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from funcmha import biases, dropout, masks, norms, params, rotary, tree
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
 BIASES = (

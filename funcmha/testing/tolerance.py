@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import HALF, Array
+from funcmha._arrays import HALF, Array
 from funcmha.biases import ArrayBias, RelativeBias
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.grouped import append_rows

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import tree
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.engines import attention_weights, mha, mha_vjp
 from funcmha.interop.torch import from_state_dict, masks, to_state_dict
 from funcmha.params import Params, init

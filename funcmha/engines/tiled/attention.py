@@ -12,8 +12,8 @@ from typing import Any, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._arguments import AttentionOptions, check_attention
-from funcmha._xp import Array, narrow, widen
+from funcmha._arguments import AttentionOptions, Bias, Options, check_attention
+from funcmha._arrays import Array, downcast, own, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
@@ -44,22 +44,20 @@ def attention(
 
     Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
     """
-    o, cache = attend(q, k, v, bias, sink, plan=plan, **options)
-    return o.copy(order="K") if o is cache.rest.o else o, cache
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
+        raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
+    return own(downcast(o, q.dtype), cache.rest.o), cache
 
 
 @np.errstate(under="ignore")
 def attend(
-    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan, **options: Any
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
 ) -> tuple[Array, AttentionCache]:
-    """`attention`, whose o is that of the cache: not to be written to"""
-    bias, x = check_attention(q, k, v, bias, sink, options)
-    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
-        raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
-
-    dtype = q.dtype
-    q, k, v, sink = widen(q), widen(k), widen(v), widen(sink)
-    bias = None if bias is None else bias.map(widen).map(_in_range)
+    """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
+    bias = None if bias is None else bias.map(_in_range)
     q, k, v = zeroed(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -67,7 +65,7 @@ def attend(
     rest = Rest(bias, sink, o, row_sum, row_max, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
     with threads.single_threaded_blas():
         shifted = forward(Views.of(rest.beside(q, k, v)))
-    return narrow(o, dtype), (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
+    return o, (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
 
 
 @np.errstate(under="ignore")
@@ -82,14 +80,14 @@ def attention_vjp(
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
     factor = _factor(do, dweights, dlse)
-    cotangents = (None if a is None else widen(a) if factor == 1 else factor * widen(a) for a in (do, dweights, dlse))
+    cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
 
     def scaled_back(dx: Array) -> Array:
         return dx if factor == 1 else dx / factor
 
     *grads, dbias, dsink = _gradients(cache, *cotangents)
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
-    dq, dk, dv, dsink = (None if dx is None else narrow(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
+    dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
     return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.masks import Range
 
 from . import threads

@@ -6,12 +6,15 @@ does every product itself, each on one BLAS thread, has no such neighbour. (docs
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # A call may begin in the middle of another one on the same thread: in a signal handler, or when something is collected.
 _lock = threading.RLock()
@@ -65,9 +68,17 @@ def single_threaded_blas() -> Iterator[None]:
         _here.depth, _here.before = depth, before
 
 
-def depth() -> int:
-    """How many calls this thread is in, one in the other."""
-    return _here.depth
+def with_single_threaded_blas(f: F) -> F:
+    """f, with BLAS held at one thread once for all that it calls, if it is given NumPy arrays."""
+
+    @wraps(f)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(x, np.ndarray) for x in args):
+            return f(*args, **kwargs)
+        with single_threaded_blas():
+            return f(*args, **kwargs)
+
+    return held  # type: ignore[return-value]
 
 
 def limit() -> int | None:

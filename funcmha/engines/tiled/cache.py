@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.biases import RelativeBias
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.plan import Plan

@@ -10,7 +10,7 @@ Axes: T queries, S keys, G query heads that read the key/value head, D query/key
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 

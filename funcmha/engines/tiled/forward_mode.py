@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Tangents, check_tangents
-from funcmha._xp import Array, narrow
+from funcmha._arrays import Array, downcast
 from funcmha.masks import Range
 
 from . import threads
@@ -54,7 +54,7 @@ def attention_jvp(
         threads.run(
             lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan
         )
-    return narrow(o_dot, dtype), narrow(lse_dot, dtype)
+    return downcast(o_dot, dtype), downcast(lse_dot, dtype)
 
 
 def tangent_views(cache: AttentionCache, dot: Tangents) -> Views:

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
-from funcmha._arguments import check_linear
-from funcmha._xp import Array, narrow, widen
+from funcmha._arrays import Array, downcast, upcast
 from funcmha.engines.plan import Plan
 from funcmha.ops import LinearCache
 
@@ -20,8 +19,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
     `add_to` is of y's shape and in the dtype computed with, and y is written into it; or None.
     """
-    check_linear(x, w, b)
-    cache = LinearCache(widen(x), widen(w), widen(b))
+    cache = LinearCache(upcast(x), upcast(w), upcast(b))
     rows, wt = _rows(cache.x), cache.w.T
     if len(rows) > plan.copied_rows:
         wt = np.ascontiguousarray(wt)  # row-major by row-major is the fastest of the products
@@ -34,7 +32,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
     with threads.single_threaded_blas():
         threads.run(work, _pieces(y, plan), flops=2 * rows.size * len(w), plan=plan)
-    return narrow(y.reshape(*x.shape[:-1], len(w)), x.dtype), cache
+    return downcast(y.reshape(*x.shape[:-1], len(w)), x.dtype), cache
 
 
 def linear_vjp(
@@ -55,7 +53,7 @@ def linear_vjp(
     given = dy if isinstance(dy, tuple) else (dy,)
     if not isinstance(dy, tuple):  # several come from within
         _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
-    rows, parts = _rows(x), [_rows(widen(part)) for part in given]
+    rows, parts = _rows(x), [_rows(upcast(part)) for part in given]
     dx = np.empty(rows.shape, x.dtype) if add_to is None else _rows(add_to)
 
     def of_x(at: tuple[slice, slice]) -> None:
@@ -69,7 +67,7 @@ def linear_vjp(
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](task[1]), tasks, flops=4 * rows.size * len(w), plan=plan)
     dtype = given[0].dtype
-    return narrow(dx.reshape(x.shape), dtype), narrow(dw, dtype), None if b is None else narrow(db, dtype)
+    return downcast(dx.reshape(x.shape), dtype), downcast(dw, dtype), None if b is None else downcast(db, dtype)
 
 
 def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -> list[Any]:

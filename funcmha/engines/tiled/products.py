@@ -6,7 +6,7 @@ GPT-2's sizes are as close to float64 as PyTorch's (docs/decisions/0027-digits-a
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 
 from . import threads
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._xp import Array, unbroadcast
+from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import diagonal_sums, diagonals
 
 from .tiles import Head, Tile, blocks

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Cotangents, check_cotangents, check_tangents
-from funcmha._xp import Array, narrow
+from funcmha._arrays import Array, downcast
 from funcmha.biases import RelativeBias
 from funcmha.masks.zero import zero_masked_queries
 from funcmha.ops import given
@@ -62,9 +62,9 @@ def attention_vjp_jvp(
     work = _Second(x, views, rows, with_head_axis(dq_dot), with_head_axis(dk_dot), with_head_axis(dv_dot), dbias)
     with threads.single_threaded_blas():
         _run(work)
-    dsink = None if rest.sink is None else narrow(total_of_sink(_of_sink(work), rest.sink, 0), do.dtype)
+    dsink = None if rest.sink is None else downcast(total_of_sink(_of_sink(work), rest.sink, 0), do.dtype)
     dbias_dot = None if dbias is None else given(bias._replace(values=dbias.total()), do.dtype)
-    dq_dot, dk_dot, dv_dot = (narrow(g, do.dtype) for g in (dq_dot, dk_dot, dv_dot))
+    dq_dot, dk_dot, dv_dot = (downcast(g, do.dtype) for g in (dq_dot, dk_dot, dv_dot))
     return dq_dot, dk_dot, dv_dot, dbias_dot, dsink
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
 
 from . import blas
 from .blas import single_threaded_blas as single_threaded_blas
+from .blas import with_single_threaded_blas as with_single_threaded_blas
 from .quota import cpu_quota
 
 VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -78,7 +79,9 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
     stopped = threading.Event()
 
     def worker() -> None:
+        depth = _local.depth
         try:
+            _local.depth = depth + 1
             for task in queue:
                 if stopped.is_set():
                     return
@@ -86,6 +89,8 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
         except BaseException:
             stopped.set()
             raise
+        finally:
+            _local.depth = depth
 
     helpers: list[_Helper] = []
     try:
@@ -205,6 +210,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Scratch(threading.local):
+    depth = 0  # calls whose tasks this thread is in: one may begin in the middle of another, in a signal handler
+
     def __init__(self) -> None:
         self.buffers: dict[tuple[int, str, Any], Array] = {}
 
@@ -213,10 +220,10 @@ _local = _Scratch()
 
 
 def scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
-    """An uninitialised array that belongs to this thread, and to the call that it is in, until it asks for the same
+    """An uninitialised array that belongs to this thread and the call whose task it is in, until that asks for the same
     name again.
     """
-    size, key = shape[0] * shape[1], (blas.depth(), name, dtype)
+    size, key = shape[0] * shape[1], (_local.depth, name, dtype)
     buffer = _local.buffers.get(key)
     if buffer is None or buffer.size < size:
         buffer = _local.buffers[key] = np.empty(size, dtype)

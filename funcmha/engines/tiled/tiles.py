@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.biases import toeplitz
 from funcmha.dropout import Seeded
 from funcmha.engines.plan import Plan

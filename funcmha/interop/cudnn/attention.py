@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, unbroadcast, upcast
 from funcmha.biases import RelativeBias, alibi_slopes, dense, distances
 from funcmha.dropout import Masked, masked
 from funcmha.engines import attention, attention_vjp, log_sum_exp
@@ -83,13 +83,13 @@ def sdpa(
     kept = _check_dropout(axes, dropout)
 
     dtype = q.dtype
-    mask, q, kh, vh = _within(axes, lengths, band), widen(q), widen(k), widen(v)
+    mask, q, kh, vh = _within(axes, lengths, band), upcast(q), upcast(k), upcast(v)
     if axes["H_k"] != axes["H_v"]:
         kh, vh = per_query_head(kh, q), per_query_head(vh, q)
-    added = _with_alibi(axes, widen(bias), q) if use_alibi_mask else widen(bias)
-    sink = None if sink_token is None else widen(sink_token)[0, :, 0, 0]
+    added = _with_alibi(axes, upcast(bias), q) if use_alibi_mask else upcast(bias)
+    sink = None if sink_token is None else upcast(sink_token)[0, :, 0, 0]
     o, inner = attention(q, kh, vh, added, sink, mask=mask, scale=scale, dropout=kept)
-    return narrow(o, dtype), SdpaCache(inner, k, v, bias, sink_token)
+    return downcast(o, dtype), SdpaCache(inner, k, v, bias, sink_token)
 
 
 def sdpa_vjp(
@@ -103,12 +103,12 @@ def sdpa_vjp(
     shape = (*inner.q.shape[:-1], v.shape[-1])
     _check.cotangent("do", do, shape, inner.q, "B H_q S_q D_v")
     _check.cotangent("dstats", dstats, (*shape[:-1], 1), inner.q, "B H_q S_q 1", optional=True)
-    dlse = None if dstats is None else widen(dstats)[..., 0]
-    dq, dk, dv, dadded, dsink = attention_vjp(inner, widen(do), dlse=dlse)
-    dsink_token = None if sink_token is None else narrow(dsink[None, :, None, None], sink_token.dtype)
+    dlse = None if dstats is None else upcast(dstats)[..., 0]
+    dq, dk, dv, dadded, dsink = attention_vjp(inner, upcast(do), dlse=dlse)
+    dsink_token = None if sink_token is None else downcast(dsink[None, :, None, None], sink_token.dtype)
     dbias = None if bias is None else unbroadcast(dadded, bias.shape)
     dk, dv = per_key_head(dk, k), per_key_head(dv, v)
-    dq, dk, dv, dbias = (narrow(dx, do.dtype) for dx in (dq, dk, dv, dbias))
+    dq, dk, dv, dbias = (downcast(dx, do.dtype) for dx in (dq, dk, dv, dbias))
     return dq, dk, dv, dbias, dsink_token
 
 
@@ -126,7 +126,7 @@ def _with_alibi(axes: _check.Axes, bias: Array, like: Array) -> Array | Relative
     """bias + slope · (j − i): in linear memory if there is no bias"""
     T, S = axes["S_q"], axes["S_kv"]
     values = alibi_slopes(axes["H_q"])[:, None] * distances(T, S)
-    relative = RelativeBias(narrow(from_host(values, like), like.dtype))
+    relative = RelativeBias(downcast(from_host(values, like), like.dtype))
     return relative if bias is None else bias + dense(relative, T, S)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, from_host, namespace
+from funcmha._arrays import Array, from_host, namespace
 from funcmha.packing import _scatter
 
 from .attention import check_integers

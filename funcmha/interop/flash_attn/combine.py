@@ -6,7 +6,7 @@ Axes: Z parts, B batch, T queries, N queries of all sequences, H query heads, E 
 from typing import NamedTuple
 
 from funcmha import _check
-from funcmha._xp import Array, full, namespace, narrow, or_zeros, outline, widen
+from funcmha._arrays import Array, downcast, full, namespace, or_zeros, outline, upcast
 from funcmha.engines import log_sum_exp
 from funcmha.merge import MergeCache, merge, merge_vjp
 from funcmha.ops import INF
@@ -27,13 +27,13 @@ def flash_attn_combine(out_partial: Array, lse_partial: Array, /) -> tuple[tuple
     FA3's and FA4's, where it has no gradient.
     """
     _check_parts(out_partial, lse_partial)
-    like = widen(out_partial[:1, ..., :0])
+    like = upcast(out_partial[:1, ..., :0])
     out, lse, merges = full(out_partial.shape[1:], 0.0, like), full(lse_partial.shape[1:], -INF, like), []
     for z in range(out_partial.shape[0]):
-        out, cache = merge(out, lse, widen(out_partial[z, ...]), lse_partial[z, ...])
+        out, cache = merge(out, lse, upcast(out_partial[z, ...]), lse_partial[z, ...])
         lse = log_sum_exp(cache)
         merges.append(cache)
-    return (narrow(out, out_partial.dtype), lse), FlashAttnCombineCache(widen(outline(out_partial)), tuple(merges))
+    return (downcast(out, out_partial.dtype), lse), FlashAttnCombineCache(upcast(outline(out_partial)), tuple(merges))
 
 
 def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array], /) -> tuple[Array, Array]:
@@ -51,7 +51,7 @@ def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array]
         dout, dlse, *of_part = merge_vjp(part, dout, dlse=dlse)
         grads.append(of_part)
     dout_partial, dlse_partial = (namespace(like).stack(parts[::-1]) for parts in zip(*grads, strict=True))
-    return narrow(dout_partial, dtype), dlse_partial
+    return downcast(dout_partial, dtype), dlse_partial
 
 
 def _check_parts(out_partial: Array, lse_partial: Array) -> None:
@@ -62,6 +62,6 @@ def _check_parts(out_partial: Array, lse_partial: Array) -> None:
     axes("lse_partial", lse_partial, f"Z {tokens} H")
     if axes["Z"] == 0:
         raise ValueError("out_partial must have at least one part, got Z=0")
-    wanted = widen(outline(out_partial)).dtype
+    wanted = upcast(outline(out_partial)).dtype
     if lse_partial.dtype != wanted:
         raise TypeError(f"lse_partial must have dtype {wanted}, in which out is computed, got {lse_partial.dtype}")

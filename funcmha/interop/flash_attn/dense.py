@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from funcmha import _check, masks
-from funcmha._xp import Array, heads_first, heads_last, namespace, narrow, outline, widen
+from funcmha._arrays import Array, downcast, heads_first, heads_last, namespace, outline, upcast
 from funcmha.biases import AlibiCache, alibi, alibi_vjp
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention, attention_vjp
@@ -154,7 +154,7 @@ def flash_attn_func(
     check_per_head(axes, q, alibi_slopes, learnable_sink)
     inputs, dropout = (q, k, v, alibi_slopes, learnable_sink, qv), check_dropout(axes, keep, dropout_p)
     out, cache = attend(*inputs, scores=scores, listed=listed, dropout=dropout)
-    return narrow(out, q.dtype), cache
+    return downcast(out, q.dtype), cache
 
 
 def flash_attn_func_vjp(
@@ -167,8 +167,8 @@ def flash_attn_func_vjp(
     q, E = cache.attention.q, cache.attention.v.shape[-1]
     B, H, T, _ = q.shape
     _check.cotangent("dout", dout, (B, T, H, E), q, "B T H E")
-    dq, dk, dv, dslopes, dsink, dqv = attend_vjp(cache, widen(dout), dweights=dweights, dlse=dlse)
-    dq, dk, dv, dqv = (narrow(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
+    dq, dk, dv, dslopes, dsink, dqv = attend_vjp(cache, upcast(dout), dweights=dweights, dlse=dlse)
+    dq, dk, dv, dqv = (downcast(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
     return dq, dk, dv, rounded(dslopes, cache.alibi_slopes), rounded(dsink, cache.learnable_sink), dqv
 
 
@@ -182,13 +182,13 @@ def attend(
     q · k + qv · v is one product of rows of D + E, which is also the width of the scale.
     """
     T, S, D = q.shape[-3], k.shape[-3], None if qv is None else q.shape[-1]
-    bias, of_slopes = (None, None) if slopes is None else alibi(widen(slopes), T=T, S=S, offset=S - T)
-    rows, keys, values = (heads_first(widen(x)) for x in (q, k, v))
+    bias, of_slopes = (None, None) if slopes is None else alibi(upcast(slopes), T=T, S=S, offset=S - T)
+    rows, keys, values = (heads_first(upcast(x)) for x in (q, k, v))
     if qv is not None:
         xp = namespace(rows)
-        rows, keys = xp.concat([rows, heads_first(widen(qv))], axis=-1), xp.concat([keys, values], axis=-1)
+        rows, keys = xp.concat([rows, heads_first(upcast(qv))], axis=-1), xp.concat([keys, values], axis=-1)
     mask, scale, softcap = scores.mask(T, S, listed), scores.scale, scores.softcap
-    inputs = rows, keys, values, bias, widen(sink)
+    inputs = rows, keys, values, bias, upcast(sink)
     o, cache = attention(*inputs, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
     return heads_last(o), FlashAttnFuncCache(slopes, sink, of_slopes, cache, D)
 
@@ -209,7 +209,7 @@ def attend_vjp(
 
 def rounded(dx: Array, x: Array) -> Array:
     """The gradient of slopes or of a sink, which have a dtype of their own."""
-    return None if x is None else narrow(dx, x.dtype)
+    return None if x is None else downcast(dx, x.dtype)
 
 
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,8 +232,8 @@ def check_per_head(axes: _check.Axes, q: Array, alibi_slopes: Any, learnable_sin
             continue
         _check.one_dtype([(name, x)])
         axes(name, x, symbols)
-        wanted = widen(outline(q)).dtype
-        if widen(x).dtype != wanted:
+        wanted = upcast(outline(q)).dtype
+        if upcast(x).dtype != wanted:
             raise TypeError(f"{name} must have dtype {wanted}, in which q is computed, got {x.dtype}: cast it")
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, from_host, heads_first, heads_last, namespace, narrow, or_zeros, outline
+from funcmha._arrays import Array, downcast, from_host, heads_first, heads_last, namespace, or_zeros, outline
 from funcmha.packing import cumulative, positions
 from funcmha.rotary import PAIRS, Rotary, RotateCache, rotate, rotate_vjp
 
@@ -129,7 +129,7 @@ def flash_attn_with_kvcache_vjp(
         of_q, of_k = rotated
         dk = _rotate_vjp(of_k, dk)
         dq = _rotate_vjp(of_q, dq)
-    dq, dk_cache, dv_cache, dk, dv, dqv = (narrow(dx, dtype) for dx in (dq, dk_cache, dv_cache, dk, dv, dqv))
+    dq, dk_cache, dv_cache, dk, dv, dqv = (downcast(dx, dtype) for dx in (dq, dk_cache, dv_cache, dk, dv, dqv))
     return dq, dk_cache, dv_cache, dk, dv, dslopes, dsink, dqv
 
 

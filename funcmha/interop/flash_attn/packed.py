@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.dropout import Seeded
 from funcmha.packing import check_cumulative
 

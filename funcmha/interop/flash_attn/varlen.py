@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, from_host, full, namespace, narrow, of_sample, outline, unbroadcast, widen
+from funcmha._arrays import Array, downcast, from_host, full, namespace, of_sample, outline, unbroadcast, upcast
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.ops import INF
@@ -110,7 +110,7 @@ def flash_attn_varlen_func_vjp(
     _check.cache(cache, FlashAttnVarlenFuncCache, "flash_attn_varlen_func")
     check_cotangents(cache, dout, dweights, dlse)
     dq, dk, dv, dslopes, dsink, dqv = attend_each_vjp(cache, dout, dweights=dweights, dlse=dlse)
-    dq, dk, dv, dqv = (narrow(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
+    dq, dk, dv, dqv = (downcast(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
     return dq, dk, dv, dslopes, dsink, dqv
 
 
@@ -156,8 +156,8 @@ def attend_each(
         out, cache = attend(*inputs, own, scores=scores, listed=at.listed_by(i), dropout=drop)
         outs.append(out)
         parts.append(cache)
-    of_q, of_k, of_v, of_qv = (widen(outline(x)) for x in (q, k, v, qv))
-    joined = narrow(_placed(outs, at.queries, (*queries.shape[:-1], v.shape[-1]), of_q), q.dtype)
+    of_q, of_k, of_v, of_qv = (upcast(outline(x)) for x in (q, k, v, qv))
+    joined = downcast(_placed(outs, at.queries, (*queries.shape[:-1], v.shape[-1]), of_q), q.dtype)
     out = namespace(q).reshape(joined, (*q.shape[:-1], v.shape[-1]))
     return out, FlashAttnVarlenFuncCache(of_q, of_k, of_v, slopes, sink, of_qv, tuple(parts), at)
 
@@ -167,7 +167,7 @@ def attend_each_vjp(
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """dq, dk, dv, dslopes, dsink, dqv: `attend_each` from the bottom up; those of tokens are not yet rounded"""
     q, k, v, slopes, sink, qv, parts, at = cache
-    dout, transpose = flat(widen(dout)), namespace(dout).matrix_transpose
+    dout, transpose = flat(upcast(dout)), namespace(dout).matrix_transpose
     dlse = None if dlse is None else namespace(dlse).reshape(transpose(dlse), dout.shape[:-1])
     grads: list[tuple[Array, ...]] = []
     for b, (i, j) in enumerate(at.slices()):

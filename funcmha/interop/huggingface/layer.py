@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.interop._tensors import to_array
 from funcmha.masks import Mask, intersection, padding, window
 from funcmha.norms import RMSNorm

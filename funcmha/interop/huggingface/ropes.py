@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from funcmha import _check, rotary
-from funcmha._xp import Array
+from funcmha._arrays import Array
 from funcmha.rotary import Rotary, frequencies, llama3_frequencies, ntk_base, yarn_frequencies
 
 Config = dict[str, Any]  # rope_parameters with all defaults

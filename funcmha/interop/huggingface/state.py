@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from funcmha import _check, tree
-from funcmha._xp import Array, namespace
+from funcmha._arrays import Array, namespace
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params
 

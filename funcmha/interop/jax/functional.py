@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._xp import (
+from funcmha._arrays import (
     HALF,
     Array,
+    downcast,
     dtype_name,
     from_host,
     full,
@@ -40,8 +41,7 @@ from funcmha._xp import (
     heads_last,
     is_array,
     namespace,
-    narrow,
-    widen,
+    upcast,
 )
 from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.masks import Mask
@@ -93,7 +93,7 @@ def dot_product_attention(
     scale = None if scale is None else _check.number("scale", scale)
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if bias is not None and bias.dtype != query.dtype:
-        q, k, v = widen(q), widen(k), widen(v)
+        q, k, v = upcast(q), upcast(k), upcast(v)
 
     o, attention = engines.attention(q, k, v, bias, mask=_without(allowed, padding), scale=scale)
     padding = None if padding is None else from_host(padding, q)
@@ -103,7 +103,7 @@ def dot_product_attention(
         zero_q, zero_k = full((*q.shape[:2], 1, 1), 0.0, q), full((*k.shape[:3], 1), 0.0, k)
         average, mean = engines.attention(zero_q, zero_k, v)
         o = namespace(o).where(masked[..., None], average, o)
-    return narrow(_heads_last(o, query), query.dtype), DotProductAttentionCache(
+    return downcast(_heads_last(o, query), query.dtype), DotProductAttentionCache(
         attention, mean, masked, padding, query, bias
     )
 
@@ -119,17 +119,17 @@ def dot_product_attention_vjp(
     batch, computed = "B " if query.ndim == 4 else "", log_sum_exp(attention)
     _check.cotangent("dy", dy, query.shape, computed, batch + "T N H")
     _check.cotangent("dlse", dlse, query.shape[:-1], computed, batch + "T N", optional=True)
-    do = _heads_first(widen(dy))
-    dlse = None if dlse is None else _heads_first(widen(dlse)[..., None])[..., 0]
+    do = _heads_first(upcast(dy))
+    dlse = None if dlse is None else _heads_first(upcast(dlse)[..., None])[..., 0]
 
     dq, dk, dv, dbias, _ = engines.attention_vjp(attention, do, dlse=dlse)
     if masked is not None:
         xp = namespace(do)
         dmean = xp.sum(xp.where(masked[..., None], do, 0.0), axis=-2, keepdims=True)
         dv = dv + engines.attention_vjp(mean, dmean)[2]
-    dquery, dkey, dvalue = (narrow(_heads_last(dx, query), dy.dtype) for dx in (dq, dk, dv))
+    dquery, dkey, dvalue = (downcast(_heads_last(dx, query), dy.dtype) for dx in (dq, dk, dv))
     alike = bias is None or bias.dtype == query.dtype
-    return dquery, dkey, dvalue, narrow(dbias, dy.dtype if alike else bias.dtype)
+    return dquery, dkey, dvalue, downcast(dbias, dy.dtype if alike else bias.dtype)
 
 
 @attention_weights.register

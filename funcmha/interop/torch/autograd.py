@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from funcmha import _check
-from funcmha._xp import Array, dtype_name
+from funcmha._arrays import Array, dtype_name
 from funcmha.interop._tensors import bfloat16, to_array
 
 Tensor = Any  # torch.Tensor

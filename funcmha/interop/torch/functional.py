@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._arrays import Array, downcast, dtype_name, from_host, is_array, namespace, unbroadcast, upcast
 from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
@@ -56,12 +56,12 @@ def scaled_dot_product_attention(
     """
     batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     dropout = kept(dropout_p, keep, query)
-    q, k, v = (_spread(widen(x), batch, enable_gqa) for x in (query, key, value))
+    q, k, v = (_spread(upcast(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
         k, v = per_query_head(k, q), per_query_head(v, q)
     mask, bias = _mask_and_bias(attn_mask, is_causal, q)
     o, cache = attention(q, k, v, bias, mask=mask, scale=scale, dropout=dropout)
-    return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
+    return downcast(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
 
 
 def scaled_dot_product_attention_vjp(
@@ -71,11 +71,12 @@ def scaled_dot_product_attention_vjp(
     _check.cache(cache, ScaledDotProductAttentionCache, "scaled_dot_product_attention")
     q, v, attn_mask = cache.attention.q, cache.attention.v, cache.inputs[3]
     _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
-    *grads, dbias, _ = attention_vjp(cache.attention, widen(dy))
+    *grads, dbias, _ = attention_vjp(cache.attention, upcast(dy))
     dquery, dkey, dvalue = (
-        narrow(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype) for dx, x in zip(grads, cache.inputs, strict=False)
+        downcast(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype)
+        for dx, x in zip(grads, cache.inputs, strict=False)
     )
-    return dquery, dkey, dvalue, None if dbias is None else narrow(dbias, attn_mask.dtype)
+    return dquery, dkey, dvalue, None if dbias is None else downcast(dbias, attn_mask.dtype)
 
 
 def _spread(x: Array, batch: tuple[int, ...], enable_gqa: bool) -> Array:
@@ -89,7 +90,7 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
         return causal(), None
     if attn_mask is None or dtype_name(attn_mask) == "bool":
         return attn_mask, None
-    return None, narrow(attn_mask, q.dtype)
+    return None, downcast(attn_mask, q.dtype)
 
 
 def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded | None:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._xp import Array, dtype_name, namespace
+from funcmha._arrays import Array, dtype_name, namespace
 from funcmha.interop._tensors import to_array
 from funcmha.params import PROJECTIONS, SPEC, Params, check
 

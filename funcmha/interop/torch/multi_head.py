@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._xp import (
+from funcmha._arrays import (
     Array,
+    downcast,
     dtype_name,
     from_host,
     full,
@@ -28,9 +29,8 @@ from funcmha._xp import (
     heads_last,
     is_array,
     namespace,
-    narrow,
     unbroadcast,
-    widen,
+    upcast,
 )
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines import attention_weights, log_sum_exp, mha, mha_vjp
@@ -140,7 +140,7 @@ def multi_head_attention_forward(
     y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, dropout=dropout)
     weights = _weights(attention_weights(cache), dropout, average_attn_weights) if need_weights else None
     ours = MultiHeadAttentionForwardCache(cache, x, dropout, num_heads, need_weights, average_attn_weights)
-    return (_batch_first(y), narrow(weights, query.dtype)), ours
+    return (_batch_first(y), downcast(weights, query.dtype)), ours
 
 
 def multi_head_attention_forward_vjp(
@@ -191,7 +191,7 @@ def _params(x: Inputs, H: int) -> Params:
     for i, (name, static) in enumerate(zip(PROJECTIONS, (None, x.static_k, x.static_v), strict=True)):
         third, separate = slice(i * E, (i + 1) * E), (x.q_proj_weight, x.k_proj_weight, x.v_proj_weight)[i]
         if static is not None:
-            params[name] = {"w": narrow(from_host(np.eye(E).reshape(H, E // H, E), x.query), x.query.dtype)}
+            params[name] = {"w": downcast(from_host(np.eye(E).reshape(H, E // H, E), x.query), x.query.dtype)}
             continue
         w = x.in_proj_weight[third, :] if separate is None else separate
         params[name] = {"w": reshape(w, (H, E // H, w.shape[-1]))}
@@ -248,7 +248,7 @@ def _weights_vjp(cache: MultiHeadAttentionForwardCache, dweights: Array) -> Arra
     """dp, from the bottom up: the mean, then dropout, which is its own adjoint"""
     if dweights is None:
         return None
-    g, H = widen(dweights), cache.num_heads
+    g, H = upcast(dweights), cache.num_heads
     if cache.average_attn_weights:
         *batch, L, S = g.shape
         g = namespace(g).broadcast_to(g[..., None, :, :] / H, (*batch, H, L, S))
@@ -263,7 +263,7 @@ def _dropped(p: Array, dropout: Masked | Seeded | None) -> Array:
 def _check_cotangents(cache: MultiHeadAttentionForwardCache, dy: Any) -> tuple[Array, Array]:
     """The cotangent of the output, zeros for None, and that of the weights, or None."""
     g, dweights = _check.parts("dy", dy, "dattn_output, dattn_output_weights")
-    x, computed = cache.inputs, widen(cache.inputs.query)
+    x, computed = cache.inputs, upcast(cache.inputs.query)
     shape = (*x.query.shape[:-1], x.out_proj_weight.shape[0])
     g = full(shape, 0.0, x.query) if g is None else g
     _check.cotangent("dattn_output", g, shape, computed, "L N O" if len(shape) == 3 else "L O")

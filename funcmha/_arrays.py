@@ -1,0 +1,151 @@
+"""The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
+
+from functools import cache
+from math import isqrt
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
+
+NO_ARRAYS = (np.generic, np.ma.MaskedArray, np.matrix)
+HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
+
+
+def namespace(x: Array) -> ModuleType:
+    """The module whose functions take `x`: numpy for a NumPy array, cupy for a CuPy array, and so on."""
+    if isinstance(x, np.ndarray):
+        return np  # as its __array_namespace__ says, which imports, as nothing can when the interpreter ends
+    xp: ModuleType
+    if hasattr(x, "__array_namespace__"):
+        xp = x.__array_namespace__()
+    elif type(x).__module__.startswith("cupy"):  # cupy.ndarray has no __array_namespace__
+        import cupy
+
+        xp = cupy
+    else:  # torch tensors, and older libraries
+        import array_api_compat
+
+        xp = array_api_compat.array_namespace(x)
+    return xp
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of some library: a NumPy scalar, a list and a number are not.
+
+    Nor is a masked array, whose mask nobody would read, or a matrix, which multiplies and indexes in its own way.
+    """
+    known = hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")
+    return known and not isinstance(x, NO_ARRAYS)
+
+
+def dtype_name(x: Array) -> str:
+    """'float32' for numpy.float32, torch.float32, array_api_strict.float32, …"""
+    kind: Any = type(x.dtype)
+    return _name(kind, x.dtype)
+
+
+@cache
+def _name(kind: Any, dtype: Any) -> str:
+    """Remembered, as the string of a NumPy dtype takes 3 µs; by type first, as libraries may not compare theirs."""
+    return str(dtype).rpartition(".")[2]
+
+
+def upcast(x: Array) -> Array:
+    """`x` in the dtype to compute in: float16 and bfloat16 become float32, everything else is already there."""
+    if x is None or dtype_name(x) not in HALF:
+        return x
+    xp = namespace(x)
+    return xp.astype(x, xp.float32)
+
+
+def downcast(x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`: the one rounding at the end of a computation that `upcast` began."""
+    return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
+
+
+def own(y: Array, kept: Array) -> Array:
+    """y, copied where it is the very array that a cache keeps: what is returned belongs to the caller."""
+    return namespace(y).astype(y, y.dtype, copy=True) if y is kept else y
+
+
+def read_only(x: Array) -> Array:
+    """A view that cannot be written to; a copy where the library has no such thing."""
+    if not isinstance(x, np.ndarray):
+        return own(x, x)
+    view = x.view()
+    view.flags.writeable = False
+    return view
+
+
+def from_host(a: np.ndarray, like: Array) -> Array:
+    """The NumPy array `a` in the library and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return a
+    xp = namespace(like)
+    if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none
+        return xp.asarray(a)
+    return xp.asarray(a, device=like.device)
+
+
+def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:
+    """A cotangent in the dtype to compute in, and for None 0 in the library, dtype and on the device of `like`."""
+    return full(shape, 0.0, like) if x is None else upcast(x)
+
+
+def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of `broadcast_to(x, g.shape)` for x of `shape`: the sum over every axis that was repeated."""
+    xp = namespace(g)
+    extra = g.ndim - len(shape)
+    repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
+    axes = (*range(extra), *repeated)
+    return xp.reshape(xp.sum(g, axis=axes), shape) if axes else g
+
+
+def sum_over_batch(g: Array, rank: int, batch_axes: int) -> Array:
+    """g (b₁, …, bₙ, ..., and `rank` axes)   →   (b₁, …, bₙ, and `rank` axes), summed over all between"""
+    axes = tuple(range(batch_axes, g.ndim - rank))
+    return namespace(g).sum(g, axis=axes) if axes else g
+
+
+def row_blocks(n: int) -> list[slice]:
+    """About √n blocks of n rows: a sum of partial sums of √n terms loses √n ulps at worst, one long sum n."""
+    size = max(isqrt(n), 1)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def of_heads(a: Array, h: slice, rank: int = 3) -> Array:
+    """a (..., H or 1, and `rank` − 1 axes), or without a head axis, or None, as the heads `h` see it"""
+    if a is None or a.ndim < rank or a.shape[-rank] == 1:
+        return a
+    return a[(..., h, *(slice(None),) * (rank - 1))]
+
+
+def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
+    """a (..., and `rank` axes) at the element `b` of the batch, along which it may be broadcast; None stays None"""
+    if a is None or a.ndim <= rank:
+        return a
+    batch = a.shape[: a.ndim - rank]
+    own = b[len(b) - len(batch) :]
+    return a[(*(0 if n == 1 else i for i, n in zip(own, batch, strict=True)), ...)]
+
+
+def heads_first(x: Array) -> Array:
+    """x (..., T, H, D)   →   (..., H, T, D)"""
+    return namespace(x).moveaxis(x, -2, -3)
+
+
+def heads_last(x: Array) -> Array:
+    """x (..., H, T, D)   →   (..., T, H, D)"""
+    return namespace(x).moveaxis(x, -3, -2)
+
+
+def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
+    """`value` everywhere, in the library, dtype and on the device of `like`."""
+    return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)
+
+
+def outline(x: Array) -> Array:
+    """Of x nothing but its shape, library, dtype and device, for a cache: (*x.shape, 0). None stays None."""
+    return None if x is None else full((*x.shape, 0), 0.0, x)
