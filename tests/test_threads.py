@@ -502,9 +502,9 @@ def test_a_blas_with_a_number_for_each_thread_is_held_in_each(clean):
     for caller in callers:
         caller.join(10)
     assert numbers == {"a": [1, 5, 5], "b": [1, 3, 3]}
-    seen = set()
-    threads.run(lambda _: (seen.add(library.get_num_threads()), time.sleep(0.05)), range(4), flops=1e9, plan=PLAN)
-    assert seen == {8, 1}  # outside of a hold the caller keeps its own; a thread of the pool has one
+    found = set()
+    threads.run(lambda _: (found.add(library.get_num_threads()), time.sleep(0.05)), range(4), flops=1e9, plan=PLAN)
+    assert found == {8, 1}  # outside of a hold the caller keeps its own; a thread of the pool has one
 
 
 # ── the container's quota ────────────────────────────────────────────────────────────────────────────────────────

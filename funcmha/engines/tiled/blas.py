@@ -54,7 +54,7 @@ def single_threaded_blas() -> Iterator[None]:
     """Hold every BLAS library at one thread; the last to leave puts back what the first one found.
 
     What is set to something else in the meantime is what the user wants: it is left so, or put back so if another call
-    has begun since. (That somebody has set it to one thread cannot be seen while it is held.)
+    has begun since. (That somebody has set it to one thread cannot be known while it is held.)
     """
     token, depth, before = object(), _here.depth, _here.before
     try:
