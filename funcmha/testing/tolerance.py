@@ -171,7 +171,7 @@ def mha_bounds(
     rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
     extra = (rows["k"] is not None) + zero
     tables: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
-    mask, added = append_keys(None if mask is None else as_mask(mask), T, S, extra, None), _exact_bias(bias, T, S)
+    mask, added = append_keys(_on_host(mask), T, S, extra, None), _exact_bias(bias, T, S)
     mask = host(dense(mask, T, S + extra, None))
 
     q, q_position = position(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, tables[0])
@@ -204,6 +204,11 @@ def mha_bounds(
 
 
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _on_host(mask: Any) -> Mask | None:
+    """A mask, which may be an array of any library, on the host."""
+    return mask if mask is None or isinstance(mask, Mask) else as_mask(host(mask))
 
 
 def _swap_heads(a: Array) -> Array:
