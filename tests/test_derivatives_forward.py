@@ -23,13 +23,13 @@ from funcmha import (
     masks,
     mha,
     mha_vjp,
-    norms,
     ops,
     self_attention,
     tree,
 )
 from funcmha.biases import RelativeBias
 from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp
+from funcmha.engines import TILED, Plan
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("each_engine")
 
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 STEP = 1e-30
+ON_THREADS = TILED._replace(plan=Plan(tile_rows=16, tile_cols=8, thread_flops=0))
 
 EVERYTHING = AttentionProblem(
     T=13, S=17, bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, mask="intersection", rate=0.3
@@ -121,7 +122,7 @@ def torch_jvp(f, inputs, dots):
 
 @given(attention_problems(**(MODERN | MODERATE)))
 @on_edges
-def test_attention_jvp_is_torch(problem):
+def test_attention_jvp_matches_torch(problem):
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     _, cache = attention(*arrays, **static)
     want = torch_jvp(lambda *x: oracles.attention(*x, **static), arrays, dots)
@@ -176,12 +177,12 @@ def test_jvp_of_every_array_library_is_the_same(xp):
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
 def test_a_tangent_of_what_the_mask_hides_has_no_effect(garbage):
-    problem, hidden = AttentionProblem(bias="... H T S"), np.array([True, False, True, True, False, False, True])
-    mask = np.broadcast_to(hidden, (problem.T, problem.S))
+    problem, attended = AttentionProblem(bias="... H T S"), np.array([True, False, True, True, False, False, True])
+    mask = np.broadcast_to(attended, (problem.T, problem.S))
     dots = other(problem).inputs("float64")
     spoilt = (
         dots[0],
-        *(np.where(hidden[:, None], x, garbage) for x in dots[1:3]),
+        *(np.where(attended[:, None], x, garbage) for x in dots[1:3]),
         np.where(mask, dots[3], garbage),
         None,
     )
@@ -201,7 +202,7 @@ def test_an_empty_row_does_not_change():
         assert np.isfinite(x_dot).all()
 
 
-def test_attention_without_head_axis_is_one_head_forwards():
+def test_jvp_without_a_head_axis_equals_one_head():
     problem = AttentionProblem(batch=(), K=1, G=1, sink=True)
     arrays, dots = problem.inputs("float64"), other(problem).inputs("float64")
     _, cache = attention(*arrays, mask=masks.causal(2))
@@ -212,19 +213,19 @@ def test_attention_without_head_axis_is_one_head_forwards():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_types_are_rounded_once_forwards(dtype):
+def test_jvp_of_half_types_is_rounded_once(dtype):
     problem = AttentionProblem(bias="... H T+S-1", sink=True, mask="causal")
     arrays, dots = problem.inputs(dtype), other(problem).inputs(dtype)
     _, cache = attention(*arrays, **problem.static())
-    arrays, wide = (like(x, (a.astype(np.float32) for a in numbers(x))) for x in (arrays, dots))
-    _, cache_wide = attention(*arrays, **problem.static())
-    for got, want in zip(attention_jvp(cache, *dots), attention_jvp(cache_wide, *wide), strict=True):
+    arrays, dots_32 = (like(x, (a.astype(np.float32) for a in numbers(x))) for x in (arrays, dots))
+    _, cache_32 = attention(*arrays, **problem.static())
+    for got, want in zip(attention_jvp(cache, *dots), attention_jvp(cache_32, *dots_32), strict=True):
         assert got.dtype == dtype
         assert want.dtype == np.float32
         assert np.array_equal(got, want.astype(dtype))
 
 
-def test_reference_keeps_the_digits_of_saturated_rows_forwards():
+def test_jvp_keeps_the_digits_of_saturated_rows():
     """ṗ = p (ż − Σ p ż) cancels where p is almost 1: with spread 30, not one digit is left of the plain form."""
     rng = np.random.default_rng(7)
     bias, bias_dot = 30 * rng.standard_normal((5, 7)), 100 + rng.standard_normal((5, 7))
@@ -240,18 +241,17 @@ def test_reference_keeps_the_digits_of_saturated_rows_forwards():
                 assert abs(want - float(g)) <= 1e-13 * 31 * abs(want)
 
 
-def test_jvp_gives_the_same_bits_on_many_threads(each_engine, monkeypatch):
+def test_jvp_gives_the_same_bits_on_many_threads(monkeypatch):
     problem = replace(EVERYTHING, T=64, S=65)
-    _, cache = attention(*problem.inputs("float32"), **problem.static())
+    _, cache = attention(*problem.inputs("float32"), **problem.static(), engine=ON_THREADS)
     dots = other(problem).inputs("float32")
     want = attention_jvp(cache, *dots)
-    monkeypatch.setattr(threads, "ALONE", 0)
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
     for a, b in zip(attention_jvp(cache, *dots), want, strict=True):
         assert np.array_equal(a, b)
 
 
-# ── linear and norms ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── linear ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def some(seed, *shapes):
@@ -269,27 +269,6 @@ def test_linear_jvp_is_the_adjoint_of_its_vjp(shapes):
     assert not linear_jvp(cache).any()
 
 
-NORMS = {
-    "rms": (lambda x, w: norms.rms_norm(x, w, eps=1e-3), 1),
-    "rms without w": (lambda x: norms.rms_norm(x, eps=1e-3), 0),
-    "rms with an offset": (lambda x, w: norms.rms_norm(x, w, eps=1e-3, offset=1.0), 1),
-    "l2": (lambda x: norms.l2_norm(x, eps=1e-6), 0),
-    "l2 below its floor": (lambda x: norms.l2_norm(x, eps=2.5), 0),
-    "layer": (lambda x, w, b: norms.layer_norm(x, w, b, eps=1e-3), 2),
-    "layer without w": (lambda x: norms.layer_norm(x, eps=1e-3), 0),
-}
-
-
-@pytest.mark.parametrize(("norm", "leaves"), NORMS.values(), ids=NORMS)
-def test_norm_jvp_is_the_complex_step(norm, leaves):
-    shapes = [(3, 5, 7)] + [(7,)] * leaves
-    inputs, dots = some(0, *shapes), some(1, *shapes)
-    y, _ = norm(*(x + 1j * STEP * d for x, d in zip(inputs, dots, strict=True)))
-    close(norm_jvp(norm(*inputs)[1], *dots), np.imag(y) / STEP, bar=1e-14)
-    half = [x.astype(np.float16) for x in (*inputs, *dots)]
-    assert norm_jvp(norm(*half[: len(inputs)])[1], *half[len(inputs) :]).dtype == np.float16
-
-
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVERYTHING_MHA = MhaProblem(
@@ -299,7 +278,7 @@ MHA_EDGES = (
     EVERYTHING_MHA,
     replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, qk_norm="rms", turned="interleaved of some", Ck=17, Cv=17),
     replace(EVERYTHING_MHA, qk_norm="l2", bias="1 T+S-1", biases=False),
-    replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are made again
+    replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are recomputed
     MhaProblem(K=3, G=2, mask="empty rows", zero_attn=True),
 )
 
@@ -325,7 +304,7 @@ def test_mha_jvp_and_vjp_are_each_other_s_adjoint(problem):
 
 
 @pytest.mark.parametrize("problem", MHA_EDGES)
-def test_mha_jvp_is_torch(problem):
+def test_mha_jvp_matches_torch(problem):
     inputs, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
     _, cache = mha(*inputs, **static)
     want = torch_jvp(lambda *x: oracles.mha(*x, **static), inputs, dots)
@@ -358,10 +337,10 @@ def test_mha_jvp_of_every_array_library_is_the_same(xp):
 def test_half_types_of_mha_are_rounded_once_forwards():
     problem = MHA_EDGES[1]
     inputs, dots = problem.inputs(np.float16), other(problem).inputs(np.float16)
-    wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in (inputs, dots)]
+    upcast = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in (inputs, dots)]
     _, cache = mha(*inputs, **problem.static())
-    _, cache_wide = mha(*wide[0], **problem.static())
-    for got, want in zip(mha_jvp(cache, *dots), mha_jvp(cache_wide, *wide[1]), strict=True):
+    _, cache_32 = mha(*upcast[0], **problem.static())
+    for got, want in zip(mha_jvp(cache, *dots), mha_jvp(cache_32, *upcast[1]), strict=True):
         assert got.dtype == np.float16
         assert np.array_equal(got, want.astype(np.float16))
 
@@ -370,7 +349,7 @@ HEADS = {
     "bias of each sample": (replace(EVERYTHING_MHA, mask="lengths", bias="none", rate=0.0, K=1, G=1), (2, 5, 5)),
     "bias of all": (MhaProblem(K=1, G=1, bias_kv=True, zero_attn=True, qk_norm="rms", rate=0.3, seeded=True), (1, 7)),
     "relative bias of each sample": (MhaProblem(K=1, G=1, mask="causal"), (2, 11)),
-    "made again": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
+    "recomputed": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
 }
 
 

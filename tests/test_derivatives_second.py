@@ -14,6 +14,7 @@ from test_derivatives_forward import (
     EVERYTHING_MHA,
     MHA_EDGES,
     MODERATE,
+    ON_THREADS,
     close,
     like,
     numbers,
@@ -25,7 +26,6 @@ from test_derivatives_forward import (
 
 from funcmha import attention, attention_vjp, mha, mha_vjp, tree
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp, mha_jvp, mha_vjp_jvp
-from funcmha.engines import SEQUENTIAL
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -38,11 +38,11 @@ from funcmha.testing.strategies import (
 pytestmark = pytest.mark.usefixtures("each_engine")
 
 
-def double(problem):
+def double(problem, engine=None):
     """cache, (do, do_dot), (dlse, dlse_dot), tangents of the inputs"""
     arrays, static = problem.inputs("float64"), problem.static()
     (do, _, dlse), (do_dot, _, dlse_dot) = problem.cotangents("float64"), other(problem).cotangents("float64")
-    return attention(*arrays, **static)[1], (do, do_dot), (dlse, dlse_dot), other(problem).inputs("float64")
+    return attention(*arrays, **static, engine=engine)[1], (do, do_dot), (dlse, dlse_dot), other(problem).inputs("float64")
 
 
 def torch_second(f, inputs, dots, cotangents, cotangents_dot):
@@ -74,7 +74,7 @@ def finite_lse(outputs):
 
 @given(problem=attention_problems(**(MODERN | MODERATE)))
 @on_edges
-def test_attention_vjp_jvp_is_torch(each_engine, problem):
+def test_attention_vjp_jvp_matches_torch(each_engine, problem):
     cache, (do, do_dot), (dlse, dlse_dot), dots = double(problem)
     got = attention_vjp_jvp(cache, do, do_dot, *dots, dlse=dlse, dlse_dot=dlse_dot)
     static = problem.static()
@@ -147,12 +147,12 @@ def test_second_order_of_every_array_library_is_the_same(xp):
 
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
-def test_a_tangent_of_a_key_that_nobody_sees_has_no_effect_at_second_order(garbage):
-    problem, seen = AttentionProblem(), np.array([True, False, True, True, False, False, True])
+def test_a_tangent_of_an_unattended_key_has_no_effect(garbage):
+    problem, attended = AttentionProblem(), np.array([True, False, True, True, False, False, True])
     do, *_ = problem.cotangents("float64")
     q_dot, *dots = other(problem).inputs("float64")[:3]
-    spoilt = (np.where(seen[:, None], x, garbage) for x in dots)
-    _, cache = attention(*problem.inputs("float64"), mask=np.broadcast_to(seen, (problem.T, problem.S)))
+    spoilt = (np.where(attended[:, None], x, garbage) for x in dots)
+    _, cache = attention(*problem.inputs("float64"), mask=np.broadcast_to(attended, (problem.T, problem.S)))
     got, want = attention_vjp_jvp(cache, do, do, q_dot, *spoilt), attention_vjp_jvp(cache, do, do, q_dot, *dots)
     for a, b in zip(numbers(got), numbers(want), strict=True):
         close(a, b)
@@ -162,10 +162,10 @@ def test_a_tangent_of_a_key_that_nobody_sees_has_no_effect_at_second_order(garba
 def test_half_types_are_rounded_once_at_second_order(dtype):
     problem = AttentionProblem(bias="... H T+S-1", sink=True, mask="causal")
     groups = problem.inputs(dtype), other(problem).inputs(dtype), problem.cotangents(dtype)[:1]
-    wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
+    upcast = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
     got, want = (
         attention_vjp_jvp(attention(*arrays, **problem.static())[1], do, do, *dots)
-        for arrays, dots, (do,) in (groups, wide)
+        for arrays, dots, (do,) in (groups, upcast)
     )
     for a, b in zip(numbers(got), numbers(want), strict=True):
         assert a.dtype == dtype
@@ -173,11 +173,10 @@ def test_half_types_are_rounded_once_at_second_order(dtype):
 
 
 @pytest.mark.parametrize("bias", ["... H T+S-1", "1 S"])
-def test_second_order_gives_the_same_bits_on_many_threads(each_engine, monkeypatch, bias):
+def test_second_order_gives_the_same_bits_on_many_threads(monkeypatch, bias):
     problem = replace(EVERYTHING, T=64, S=65, bias=bias)
-    cache, (do, do_dot), _, dots = double(problem)
+    cache, (do, do_dot), _, dots = double(problem, engine=ON_THREADS)
     want = attention_vjp_jvp(cache, do, do_dot, *dots)
-    monkeypatch.setattr(threads, "ALONE", 0)
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
     for a, b in zip(numbers(attention_vjp_jvp(cache, do, do_dot, *dots)), numbers(want), strict=True):
         assert np.array_equal(a, b)
@@ -229,7 +228,7 @@ def sorted_tree(x):
 
 
 @pytest.mark.parametrize("problem", MHA_EDGES)
-def test_mha_vjp_jvp_is_torch(each_engine, problem):
+def test_mha_vjp_jvp_matches_torch(each_engine, problem):
     problem, cache, (dy, dy_dot), (dlse, dlse_dot), dots = double_mha(each_engine, problem)
     got, static = mha_vjp_jvp(cache, dy, dy_dot, *dots, dlse=dlse, dlse_dot=dlse_dot), problem.static()
     want = torch_second(
@@ -254,7 +253,7 @@ def test_the_hessian_of_mha_is_symmetric(each_engine, problem):
 
 
 @pytest.mark.parametrize("given_", [(0,), (1,), (2, 3), (4,), ()])
-def test_no_tangent_of_mha_is_a_tangent_of_zeros_at_second_order(each_engine, given_):
+def test_no_tangent_of_mha_is_one_of_zeros_at_second_order(each_engine, given_):
     for problem in MHA_EDGES[:3]:
         problem, cache, (dy, dy_dot), _, dots = double_mha(each_engine, problem)
         some = [x if i in given_ else None for i, x in enumerate(dots)]
@@ -268,16 +267,16 @@ def test_no_tangent_of_mha_is_a_tangent_of_zeros_at_second_order(each_engine, gi
 
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
-def test_a_tangent_of_an_input_that_nobody_sees_has_no_effect(garbage):
-    problem, seen = MhaProblem(qk_norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
+def test_a_tangent_of_an_unattended_input_has_no_effect(garbage):
+    problem, attended = MhaProblem(qk_norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
     params_dot, query_dot, *dots, _ = other(problem).inputs("float64")
     dy, *_ = problem.cotangents("float64")
-    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": np.broadcast_to(seen, (5, 7))})
-    hidden, spoilt = ([np.where(seen[:, None], x, value) for x in dots] for value in (0.0, garbage))
-    got, want = (mha_vjp_jvp(cache, dy, dy, params_dot, query_dot, *x) for x in (spoilt, hidden))
+    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": np.broadcast_to(attended, (5, 7))})
+    zeroed, spoilt = ([np.where(attended[:, None], x, value) for x in dots] for value in (0.0, garbage))
+    got, want = (mha_vjp_jvp(cache, dy, dy, params_dot, query_dot, *x) for x in (spoilt, zeroed))
     for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
         assert np.array_equal(a, b)
-    for a, b in zip(*(mha_jvp(cache, params_dot, query_dot, *x) for x in (spoilt, hidden)), strict=True):
+    for a, b in zip(*(mha_jvp(cache, params_dot, query_dot, *x) for x in (spoilt, zeroed)), strict=True):
         assert np.array_equal(a, b)
 
 
@@ -296,9 +295,9 @@ def test_second_order_of_mha_in_every_array_library_is_the_same(xp):
 def test_half_types_of_mha_are_rounded_once_at_second_order():
     problem = replace(MHA_EDGES[1], softcap=None)
     groups = (problem.inputs(np.float16), other(problem).inputs(np.float16), problem.cotangents(np.float16)[:1])
-    wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
+    upcast = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in groups]
     got, want = (
-        mha_vjp_jvp(mha(*inputs, **problem.static())[1], dy, dy, *dots) for inputs, dots, (dy,) in (groups, wide)
+        mha_vjp_jvp(mha(*inputs, **problem.static())[1], dy, dy, *dots) for inputs, dots, (dy,) in (groups, upcast)
     )
     for a, b in zip(sorted_numbers(got), sorted_numbers(want), strict=True):
         assert a.dtype == np.float16
