@@ -42,7 +42,12 @@ def double(problem, engine=None):
     """cache, (do, do_dot), (dlse, dlse_dot), tangents of the inputs"""
     arrays, static = problem.inputs("float64"), problem.static()
     (do, _, dlse), (do_dot, _, dlse_dot) = problem.cotangents("float64"), other(problem).cotangents("float64")
-    return attention(*arrays, **static, engine=engine)[1], (do, do_dot), (dlse, dlse_dot), other(problem).inputs("float64")
+    return (
+        attention(*arrays, **static, engine=engine)[1],
+        (do, do_dot),
+        (dlse, dlse_dot),
+        other(problem).inputs("float64"),
+    )
 
 
 def torch_second(f, inputs, dots, cotangents, cotangents_dot):
