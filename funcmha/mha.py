@@ -49,7 +49,7 @@ def head(
     """
     _, bias, x = _arguments.check_head(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     o, cache = _head(params, *inputs, bias, x)
     return downcast(o, dtype), cache
 
@@ -159,7 +159,7 @@ def mha(
     """
     axes, bias, x = _arguments.check_mha(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     y, heads, out = 0.0, [], []
     for h in range(axes["H"]):
         one = slice(h, h + 1)

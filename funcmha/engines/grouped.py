@@ -246,7 +246,7 @@ def head(
         join_heads([tree.map(upcast, params)], 1),
         None if bias is None else bias.map(upcast),
     )
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
     return own(downcast(o, dtype), o), HeadCache(group)
@@ -287,7 +287,7 @@ def mha(
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
