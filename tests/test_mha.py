@@ -16,6 +16,7 @@ from funcmha import (
     head,
     head_params,
     head_vjp,
+    init,
     linear,
     linear_vjp,
     log_sum_exp,
