@@ -3,7 +3,7 @@
 python -m funcmha verify              funcmha against PyTorch, value by value
 python -m funcmha inspect FILE.npz    what a parameter file holds
 
-Exit status: 0 if all is well, 1 if a value does not agree, 2 for bad input, with one line that says why.
+Exit status: 0 for success, 1 if a value does not agree, 2 for bad input, with one line that says why.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .params import SPEC, sizes
 
 
 class BadInputError(Exception):
-    """What the user gave cannot be worked with: the message is all that there is to say."""
+    """Bad input from the user: the message is printed without a traceback."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         status: int = args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -163,7 +163,7 @@ def _versions() -> dict[str, str]:
 
 
 def _progress(text: str) -> None:
-    """The one line that says what is going on, where there is somebody to read it."""
+    """One line of progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text and text + ' …'}", end="", file=sys.stderr, flush=True)
 
@@ -190,8 +190,8 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     print()
     for prefix, found in trees.items():
-        told = found if isinstance(found, str) else "  ".join(f"{axis}={n}" for axis, n in found.items())
-        print(f"{prefix or 'attention'}: {told}")
+        text = found if isinstance(found, str) else "  ".join(f"{axis}={n}" for axis, n in found.items())
+        print(f"{prefix or 'attention'}: {text}")
     print(f"{len(entries)} leaves, {numbers:,} numbers, {total:,} bytes")
     return 0
 

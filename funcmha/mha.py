@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Unpack
 from . import _arguments, _check, tree
 from ._arguments import Bias, HeadOptions, Options, takes
 from ._arrays import Array, downcast, full, namespace, sum_over_batch, upcast
-from .biases import RelativeBias, as_bias
+from .biases import as_bias
 from .masks.appended import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
-from .ops import AttentionCache, LinearCache, attention, attention_vjp, given, linear, linear_vjp
+from .ops import AttentionCache, LinearCache, attend, attention_vjp, given, linear, linear_vjp
 from .params import Params, join_heads, leaf, one_head, present
 from .rotary import RotateCache, rotate, rotate_vjp
 
@@ -37,13 +37,7 @@ class HeadCache(NamedTuple):
 
 @takes(HeadOptions)
 def head(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   o (..., T, E)
@@ -90,13 +84,13 @@ def _head(params: Params, query: Array, key: Array, value: Array, bias: Bias, x:
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v[..., None, :, :], leaf(params, "bias_kv.v"), x.zero_attn)
     sink, appended = leaf(params, "sink.w"), k.shape[-2] - key.shape[-2]
-    o, attention_cache = attention(
+    o, attention_cache = attend(
         q,
         k,
         v,
         bias if bias is None else bias.append_keys(key.shape[-2], appended),
         sink if sink is None else sink[None],
-        **(x.of_attention | {"mask": append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)}),
+        x._replace(mask=append_keys(x.mask, q.shape[-2], key.shape[-2], appended, q)),
     )
     cache = HeadCache(params, query_cache, key_cache, value_cache, q_position, k_position, bias, attention_cache)
     return o[..., 0, :, :], cache
@@ -139,13 +133,7 @@ class MhaCache(NamedTuple):
 
 @takes(HeadOptions)
 def mha(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo
     query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   →   y (..., T, O)
@@ -223,7 +211,7 @@ class SelfAttentionCache(NamedTuple):
 
 @takes(HeadOptions)
 def self_attention(
-    params: Params, x: Array, bias: Array | RelativeBias = None, /, **options: Unpack[HeadOptions]
+    params: Params, x: Array, bias: Any = None, /, **options: Unpack[HeadOptions]
 ) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)      x (..., T, C)   →   y (..., T, O)
 

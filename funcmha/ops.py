@@ -17,8 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._arrays import Array, downcast, from_host, namespace, own, row_blocks, sum_over_batch, upcast
-from .biases import RelativeBias
+from ._arrays import Array, downcast, from_host, full, namespace, own, row_blocks, sum_over_batch, upcast
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
 
@@ -60,9 +59,10 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
-    dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
+    dx, dw, db = g @ w, full((*batch, *w.shape), 0.0, w), None if b is None else full((*batch, *b.shape), 0.0, b)
+    for i in row_blocks(n):
+        dw = dw + xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :]
+        db = None if b is None else db + xp.sum(rows_g[..., i, :], axis=-2)
     return downcast(dx, dy.dtype), downcast(dw, dy.dtype), downcast(db, dy.dtype)
 
 
@@ -153,9 +153,7 @@ class ScoresCache(NamedTuple):
 
 
 @takes(ScoresOptions)
-def scores(
-    q: Array, k: Array, bias: Array | RelativeBias = None, /, **options: Unpack[ScoresOptions]
-) -> tuple[Array, ScoresCache]:
+def scores(q: Array, k: Array, bias: Any = None, /, **options: Unpack[ScoresOptions]) -> tuple[Array, ScoresCache]:
     """z = softcap · tanh(scale · q kᵀ / softcap) + bias, and −∞ where not mask
     q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
 
@@ -175,7 +173,7 @@ def scores(
     return downcast(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
 
-def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Any]:
     """dq, dk, dbias: `scores` from the bottom up
 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
@@ -228,15 +226,8 @@ class AttentionCache(NamedTuple):
 
 
 @takes(AttentionOptions)
-@underflow_is_zero
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | RelativeBias = None,
-    sink: Array = None,
-    /,
-    **options: Unpack[AttentionOptions],
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, **options: Unpack[AttentionOptions]
 ) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
@@ -260,23 +251,15 @@ def attention(
     Vaswani et al. 2017, eq. 1.
     """
     bias, x = check_attention(q, k, v, bias, sink, options)
-    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
-
-    dtype = q.dtype
-    q = zero_masked_queries(upcast(q), mask)
-    k, v = zero_unattended_keys(upcast(k), mask), zero_unattended_keys(upcast(v), mask)
-    bias, sink = None if bias is None else bias.map(upcast), upcast(sink)
-    scale, softcap, keep, rate = _per_head(x.scale, q), _per_head(x.softcap, q), *_kept(x, q, k)
-    z, slope = _scores(q, k, bias, scale, softcap)
-    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
-    o = drop(p, keep, rate) @ per_query_head(v, q)
-    return downcast(o, dtype), AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x)
+    return downcast(o, q.dtype), cache
 
 
 @underflow_is_zero
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
 
@@ -301,6 +284,18 @@ def attention_vjp(
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
     return dq, dk, dv, given(dbias, dtype), dsink
+
+
+@underflow_is_zero
+def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast"""
+    mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
+    q, k, v = zero_masked_queries(q, mask), zero_unattended_keys(k, mask), zero_unattended_keys(v, mask)
+    scale, softcap, (keep, rate) = _per_head(x.scale, q), _per_head(x.softcap, q), _kept(x, q, k)
+    z, slope = _scores(q, k, bias, scale, softcap)
+    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    o = drop(p, keep, rate) @ per_query_head(v, q)
+    return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
 def attended(cache: AttentionCache) -> Array:

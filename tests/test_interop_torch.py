@@ -343,7 +343,7 @@ ORDER = ("q_proj", "k_proj", "v_proj")
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (0, 0, 0), (0, 1, 1)])
-def test_parameters_of_one_buffer_in_another_order_are_packed_by_a_copy(order):
+def test_parameters_in_another_order_are_packed_by_a_copy(order):
     buffer = np.random.default_rng(0).standard_normal((3, 3, 2, 6))
     params = {name: {"w": buffer[i]} for name, i in zip(ORDER, order, strict=True)}
     params["out_proj"] = {"w": np.ones((6, 3, 2))}
@@ -358,7 +358,7 @@ def test_a_view_of_read_only_parameters_is_read_only():
     assert not back.flags.writeable
 
 
-def test_read_only_parameters_are_not_in_a_view_that_can_be_written():
+def test_no_writable_view_holds_read_only_parameters():
     params = from_state_dict({"in_proj_weight": np.ones((18, 6)), "out_proj.weight": np.ones((6, 6))}, 3)
     params["k_proj"]["w"].flags.writeable = False
     packed = to_state_dict(params)["in_proj_weight"]

@@ -17,7 +17,7 @@ from funcmha._arguments import values_of
 from funcmha.dropout import masked
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact
-from funcmha.testing.rounding_ready import ready, ready_vjp, turn
+from funcmha.testing.rounding_position import position, position_vjp, rotate
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -292,8 +292,8 @@ def test_a_norm_is_within(norm, size, offset):
     x = np.float32(size) * x + np.float32(offset)
     params = {leaf: {"w": w, "b": b}[leaf] for leaf in norm.leaves}
     fl, p = Arithmetic.of("float32"), tree.map(exact, params)
-    y, cache = ready(fl, exact(x), p, norm, None)
-    dx, dparams = ready_vjp(fl, cache, p, norm, None, exact(dy))
+    y, cache = position(fl, exact(x), p, norm, None)
+    dx, dparams = position_vjp(fl, cache, p, norm, None, exact(dy))
 
     def run(x, params, dy):
         y, cache = norm.apply(x, params)
@@ -321,7 +321,7 @@ def test_turning_is_within(pairs):
         y, cache = rotary.rotate(np.moveaxis(x, -2, -3), rotary=table)
         return tuple(np.moveaxis(a, -3, -2) for a in (y, *rotary.rotate_vjp(cache, np.moveaxis(dy, -2, -3))))
 
-    bounds = turn(fl, exact(x), table, 1), turn(fl, exact(dy), table, -1)
+    bounds = rotate(fl, exact(x), table, 1), rotate(fl, exact(dy), table, -1)
     for got, want, bound in zip(run(x, dy), run(wide(x), wide(dy)), bounds, strict=True):
         np.testing.assert_allclose(bound.value, want, rtol=1e-12, atol=1e-12)
         assert_within(got, want, bound.error)

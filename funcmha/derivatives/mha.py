@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from funcmha import _check, ops, tree
 from funcmha._arguments import Bias, check_bias_tangent, check_params_tangent, name_of, values_of
 from funcmha._arrays import Array, downcast, namespace, upcast
-from funcmha.biases import RelativeBias, as_bias
+from funcmha.biases import as_bias
 from funcmha.engines import batched, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
@@ -45,7 +45,7 @@ def head_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     /,
 ) -> tuple[Array, Array]:
     """ȯ (..., T, E), l̇se (..., T) of the tangents of `head`'s inputs: as in `mha_jvp`, of one head
@@ -221,7 +221,7 @@ def mha_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     /,
 ) -> tuple[Array, Array]:
     """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
@@ -247,7 +247,7 @@ def mha_vjp_jvp(
     query_dot: Array = None,
     key_dot: Array = None,
     value_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     /,
     *,
     dlse: Array = None,

@@ -6,17 +6,16 @@ longer to wake its threads than to do it alone: with NumPy arrays BLAS is held a
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha import ops
-from funcmha._arguments import Bias
-from funcmha._arrays import Array, of_heads
+from funcmha._arguments import Bias, Options, check_attention
+from funcmha._arrays import Array, downcast, of_heads, upcast
 
 from .plan import Plan
-from .tiled.threads import single_threaded_blas
+from .tiled.threads import with_single_threaded_blas
 
 
 class Rest(NamedTuple):
@@ -69,20 +68,27 @@ class AttentionCache(NamedTuple):
         return ops.AttentionCache(*self[:3], *self.rest[:-1])
 
 
-def attention(*inputs: Any, plan: Plan | None, **options: Any) -> tuple[Array, AttentionCache]:
+def attention(
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan | None, **options: Any
+) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
-    with _still(inputs[0]):
-        o, cache = ops.attention(*inputs, **options)
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
+    return downcast(o, q.dtype), cache
+
+
+@with_single_threaded_blas
+def attend(
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan | None
+) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast"""
+    o, cache = ops.attend(q, k, v, bias, sink, x)
     rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
     return o, rest.beside(cache.q, cache.k, cache.v)
 
 
+@with_single_threaded_blas
 def attention_vjp(cache: AttentionCache, do: Array, /, **cotangents: Any) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink     as `funcmha.ops.attention_vjp`"""
-    with _still(do):
-        return ops.attention_vjp(cache.of_ops, do, **cotangents)
-
-
-def _still(x: Any) -> AbstractContextManager[None]:
-    """BLAS at one thread, for NumPy arrays"""
-    return single_threaded_blas() if isinstance(x, np.ndarray) else nullcontext()
+    return ops.attention_vjp(cache.of_ops, do, **cotangents)

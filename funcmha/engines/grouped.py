@@ -13,14 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._arguments import (
-    Bias,
-    Options,
-    check_cotangents_of_mha,
-    check_head,
-    check_mha,
-    check_one_input,
-)
+from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks.appended import append_keys
@@ -33,15 +26,9 @@ from funcmha.params import PROJECTIONS, Params, group_params, join_groups, join_
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
-from .projections import (
-    CombineCache,
-    ProjectCache,
-    combine,
-    combine_vjp,
-    project,
-    project_qkv_vjp,
-)
+from .projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from .table import attention_vjp
+from .tiled.threads import with_single_threaded_blas
 
 # ── q, k and v: kept, or projected again ─────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +121,7 @@ class GroupCache(NamedTuple):
 class Method(NamedTuple):
     """What an engine attends with."""
 
-    attention: Callable[..., Any]
+    attend: Callable[..., Any]  # of arguments that are checked and upcast; its o may be the cache's own
     plan: Plan
 
 
@@ -152,14 +139,14 @@ def _attend(
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v, leaf(params, "bias_kv.v"), x.zero_attn)
     S, appended = key.shape[-2], k.shape[-3] - key.shape[-2]
-    o, cache = method.attention(
+    o, cache = method.attend(
         heads_first(q),
         heads_first(k),
         heads_first(v),
         None if bias is None else bias.append_keys(S, appended),
         leaf(params, "sink.w"),
-        **(x.of_attention | {"mask": append_keys(x.mask, query.shape[-2], S, appended, query)}),
-        plan=plan,
+        x._replace(mask=append_keys(x.mask, query.shape[-2], S, appended, query)),
+        plan,
     )
     group = GroupCache(
         params,
@@ -186,12 +173,7 @@ def _width(group: GroupCache) -> int:
 
 
 def _attend_vjp(
-    group: GroupCache,
-    do: Array,
-    dweights: Array,
-    dlse: Array,
-    add_to: tuple[Array, ...],
-    batch_axes: int,
+    group: GroupCache, do: Array, dweights: Array, dlse: Array, add_to: tuple[Array, ...], batch_axes: int
 ) -> tuple[Params, tuple[Array, ...], Bias]:
     """dparams, add_to + (dquery, dkey, dvalue), dbias: `_attend` from the bottom up
 
@@ -253,6 +235,7 @@ class HeadCache(NamedTuple):
     group: GroupCache  # of one head
 
 
+@with_single_threaded_blas
 def head(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, HeadCache]:
@@ -269,14 +252,9 @@ def head(
     return own(downcast(o, dtype), o), HeadCache(group)
 
 
+@with_single_threaded_blas
 def head_vjp(
-    cache: HeadCache,
-    do: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.head_vjp`"""
     _check.flag("per_sample", per_sample)
@@ -302,6 +280,7 @@ class MhaCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
 
 
+@with_single_threaded_blas
 def mha(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
 ) -> tuple[Array, MhaCache]:
@@ -323,25 +302,15 @@ def mha(
 
 
 def mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.mha_vjp`"""
     return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
 
 
+@with_single_threaded_blas
 def _mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    dweights: Array,
-    dlse: Array,
-    per_sample: bool,
-    dxs: tuple[Array, ...],
+    cache: MhaCache, dy: Array, dweights: Array, dlse: Array, per_sample: bool, dxs: tuple[Array, ...]
 ) -> tuple[Any, ...]:
     """dparams, one gradient for each of dxs, dbias: the groups from the last to the first"""
     _check.flag("per_sample", per_sample)
@@ -390,13 +359,7 @@ def self_attention(
 
 
 def self_attention_vjp(
-    cache: SelfAttentionCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias     with dx added up in one array"""
     return _mha_vjp(cache.mha, dy, dweights, dlse, per_sample, (None,))

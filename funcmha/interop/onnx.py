@@ -85,7 +85,7 @@ def attention(
     left_window_size, right_window_size    inclusive, −1 for no bound; from opset 25 on
     opset               the version of the operator; 25 serves all later opsets until the operator changes
 
-    A fully masked row has Y = 0 and weights 0. The present grows in place, see `funcmha.decode`, if it is the past of
+    A fully masked row has Y = 0 and weights 0. The present grows in place, see `funcmha.kv_cache`, if it is the past of
     the next call; without a past it is K and V. Raises TypeError and ValueError for what the operator of this opset
     does not support, before any arithmetic.
     https://onnx.ai/onnx/operators/onnx__Attention.html
@@ -295,7 +295,7 @@ def check_inputs(
 
 
 def check_attn_mask(axes: _check.Axes, attn_mask: Any, q: Array, opset: int) -> None:
-    """Boolean or of the dtype of Q; from opset 24 on, its last axis is extended, not broadcast."""
+    """Boolean or of the dtype of Q; from opset 24 on, its last axis may be shorter, and is not broadcast."""
     if attn_mask is None:
         return
     if not is_array(attn_mask):

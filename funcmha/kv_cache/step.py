@@ -26,14 +26,7 @@ from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick
 from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
-from funcmha.engines.projections import (
-    CombineCache,
-    ProjectCache,
-    combine,
-    combine_vjp,
-    project,
-    project_qkv_vjp,
-)
+from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
@@ -75,7 +68,7 @@ def step(
     params: Params,
     x: Array,
     kv: KVCache | None = None,
-    bias: Array | RelativeBias = None,
+    bias: Any = None,
     /,
     *,
     engine: Engine | str | None = None,
@@ -105,13 +98,14 @@ def step(
     q, q_position = positioned(q, params.get("q_norm", {}), o.qk_norm, o.rotary[0])
     k, k_position = positioned(k, params.get("k_norm", {}), o.qk_norm, o.rotary[1])
     held, after, appended = _append(kv, heads_first(k), heads_first(v), left, dtype)
-    heads, attention = chosen.call("attend")(
+    heads, attention = chosen.attend(
         heads_first(q),
         held.keys,
         held.values,
         None if own is None else own.map(upcast),
         leaf(params, "sink.w"),
-        **o.of_attention,
+        o,
+        plan,
     )
     y, out = combine(params["out_proj"], heads_last(heads), plan=plan)
     cache = StepCache(

@@ -1,4 +1,4 @@
-"""Check that a function and its vjp keep the protocol, and that the gradient is the gradient."""
+"""Check that a function and its vjp follow the protocol, and that the gradient is correct."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from funcmha._arrays import Array
 
 from .rounding import TINY
 
-STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be as small as it likes
+STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be this small
 
 
 def check_vjp(
@@ -26,11 +26,11 @@ def check_vjp(
     """|⟨dy, J d⟩ − ⟨Jᵀ dy, d⟩| ≤ tolerance · Σ |Jᵀ dy| |d|      for a random cotangent dy and a random direction d
 
     `y, cache = f(*inputs, **static)` and `grads = f_vjp(cache, dy)`, where each input is a NumPy array, a dict of
-    dicts of them, or None. Raises AssertionError, saying what is wrong, unless
+    dicts of them, or None. Raises AssertionError, with the reason, unless
 
     - the gradients are a tuple, one per input, with the tree, the shapes and the dtypes of the inputs, None for None;
     - neither function writes to the inputs, and the vjp leaves its cotangent and the cache as they were;
-    - calling either again gives the same bits, and twice the cotangent exactly twice the gradients, but for underflow;
+    - a second call gives the same bits, and twice the cotangent exactly twice the gradients, except for underflow;
     - in float64 the gradient passes the inequality above, with J d by a complex step (Squire and Trapp 1998), which is
       exact to rounding: `f` must therefore take complex128 arrays, and be holomorphic as every op of funcmha is.
     """

@@ -1,19 +1,21 @@
-"""Floating-point arithmetic whose numbers know how far off they may be, and the ops of funcmha written in it.
+"""Floating-point arithmetic whose numbers carry an error bound, and the ops of funcmha written in it.
 
-`tolerance` replays an op and its vjp in it, line by line. The rules:
+`tolerance` replays an op and its vjp in this arithmetic, line by line. The rules:
 
   * Roundings are independent, with mean 0. So the errors of the n terms of a sum add to √(Σ e²), and forming the sum
     adds (1 + √n) u Σ |terms|: Theorem 3.1 of Higham and Mary (SIAM J. Sci. Comput. 41(5), 2019) with λ = 1, and 1 more
     for the shortest sums. Errors of different origin add plainly.
-  * What is one error in many places does not average out. An error of a value enters the outputs of all queries; the
-    total of a row, and Σ p dp in its gradient, are off by one amount for all its keys; queries that are alike are
-    rounded alike. `Rounded.rows` and `Rounded.cols` carry these, to be added plainly along a row or down a column.
-  * A constant (a scale, a cap, 1 / (1 − rate)) that is no number of float32 costs one rounding more, in any precision.
-  * What is smaller than the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, an
-    empty row) has bound 0.
+  * A shared error does not average out. An error of a value enters the outputs of all queries; the row sum, and Σ p dp
+  in
+    its gradient, have one error for all keys of the row; equal queries are rounded equally. `Rounded.rows` and
+    `Rounded.cols` carry these errors, to be added plainly along a row or down a column.
+  * A constant (a scale, a soft cap, 1 / (1 − rate)) that is not exact in float32 costs one more rounding, in any
+  precision. * Numbers below the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, a
+  fully masked
+    row) has bound 0.
 
-float16 and bfloat16 are storage: the arithmetic is float32's, and the one rounding at the end may cost a unit in the
-last place. Weights and lse stay float32 there.
+float16 and bfloat16 are storage: the arithmetic is that of float32, and the one rounding at the end may cost a unit in
+the last place. Weights and lse stay float32 there.
 """
 
 from collections.abc import Callable
@@ -27,14 +29,14 @@ from funcmha.params import Params
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
 TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
-EXP = 4.0  # exp and log are off by 2 units in the last place at most, in NumPy, PyTorch and CUDA
+EXP = 4.0  # exp and log have an error of at most 2 units in the last place, in NumPy, PyTorch and CUDA
 
 
 class Rounded(NamedTuple):
     value: Array  # in exact arithmetic
     error: Array  # |computed − value| ≤ error, entry by entry
-    rows: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each row, times this
-    cols: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each column, times this
+    rows: tuple[Array, ...] = ()  # parts of the error: each is this times one unknown of [−1, 1] per row
+    cols: tuple[Array, ...] = ()  # parts of the error: each is this times one unknown of [−1, 1] per column
 
 
 def exact(x: Array) -> Any:
@@ -43,7 +45,7 @@ def exact(x: Array) -> Any:
 
 
 def each(f: Callable[[Array], Array], x: Any) -> Any:
-    """x after f, which only moves numbers about; None for None."""
+    """x after f, which only moves numbers; None for None."""
     return None if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))
 
 
@@ -54,12 +56,12 @@ def transpose(x: Rounded) -> Rounded:
 
 
 def alike(x: Rounded) -> Rounded:
-    """x, where rows will be summed over that may be all but equal: then they are rounded alike."""
+    """x before a sum over rows that may be almost equal: then they are rounded equally."""
     return x._replace(cols=(x.error,) if np.any(x.error) else ())
 
 
 def tie(x: Rounded) -> Rounded:
-    """x, where rows will be summed over: of m that are equal the errors add to m e, which is √m times √(Σ e²)."""
+    """x before a sum over rows: the errors of m equal rows add to m e, which is √m times √(Σ e²)."""
     *batch, T, n = x.value.shape
     error = np.sum(x.error, axis=-1)
     mark = np.rint(1e3 * np.sum(x.value * np.cos(np.arange(n)), axis=-1) / np.where(error > 0, error, 1.0))
@@ -72,16 +74,16 @@ class Arithmetic(NamedTuple):
     """Floating-point arithmetic on `Rounded`: its primitives, and the ops of funcmha written in them."""
 
     u: float
-    tiny: float  # below this, what is computed may be 0
+    tiny: float  # a result below this may be computed as 0
 
     @classmethod
     def of(cls, dtype: Any) -> "Arithmetic":
-        """What is computed with where `dtype` is stored."""
+        """The arithmetic for arrays stored as `dtype`."""
         name = "float32" if name_of(dtype) in HALF else name_of(dtype)
         return cls(U[name], TINY.get(name, TINY["float64"]))
 
     def rounding(self, size: Array, n: Array | float = 0) -> Array:
-        """Of a sum of n products where Σ |terms| = size; n = 0: of one operation whose result has that size."""
+        """Error of a sum of n products with Σ |terms| = size; for n = 0 of one operation with a result of that size."""
         return (1 + n**0.5) * (self.u * size + self.tiny * (size > 0))
 
     def add(self, x: Rounded, y: Rounded) -> Rounded:
@@ -90,7 +92,7 @@ class Arithmetic(NamedTuple):
         return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.rows)
 
     def constant(self, c: Array | float) -> Array:
-        """How many roundings it costs to have c: 1, unless it is a number of float32."""
+        """The roundings in c: 1, or 0 if it is exact in float32."""
         exactly = np.asarray(c, np.float64)
         return np.where(exactly.astype(np.float32) == exactly, 0.0, 1.0)
 
@@ -144,28 +146,28 @@ class Arithmetic(NamedTuple):
         return dx, dw, db
 
     def project(self, p: Params, x: Rounded) -> Rounded:
-        """`heads.project`"""
+        """`projections.project`"""
         H, D, _ = p["w"].value.shape
         y = self.linear(x, each(_rows, p["w"]), each(np.ravel, p.get("b")))
         return each(lambda a: a.reshape(*a.shape[:-1], H, D), y)  # type: ignore[no-any-return]
 
     def project_vjp(self, p: Params, x: Rounded, dy: Rounded) -> tuple[Params, Rounded]:
-        """`heads.project_vjp`"""
+        """`projections.project_vjp`"""
         dx, dw, db = self.linear_vjp(x, each(_rows, p["w"]), each(np.ravel, p.get("b")), each(_merge, dy))
         return _like(p, dw, db), dx
 
-    def extend_drow(self, dy: Rounded, S: int) -> Rounded:
-        """`heads.extend_vjp`: of the row that is appended after S"""
+    def append_drow(self, dy: Rounded, S: int) -> Rounded:
+        """`grouped.append_rows_vjp`: the gradient of the row appended after S"""
         return self.unbroadcast(Rounded(dy.value[..., S, :, :], dy.error[..., S, :, :]), dy.value.shape[-2:])
 
     def combine(self, p: Params, o: Rounded, dy: Rounded) -> tuple[Rounded, Params]:
-        """`heads.combine` and the parameters' part of `heads.combine_vjp`: y, dparams"""
+        """`projections.combine`, and dparams of `projections.combine_vjp`: y, dparams"""
         w, b, o = each(_merge, p["w"]), p.get("b"), each(_merge, o)
         _, dw, db = self.linear_vjp(o, w, b, dy)
         return self.linear(o, w, b), _like(p, dw, db)
 
     def combine_do(self, p: Params, dy: Rounded) -> Rounded:
-        """do of `heads.combine_vjp`"""
+        """do of `projections.combine_vjp`"""
         _, H, E = p["w"].value.shape
         do = self.matmul(dy, each(_merge, p["w"]))
         return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
@@ -188,7 +190,7 @@ def host(x: Array) -> Array:
 
 
 def name_of(dtype: Any) -> str:
-    """'float32' for numpy.float32, torch.float32, "float32", …; TypeError unless it is one that funcmha takes."""
+    """'float32' for numpy.float32, torch.float32, "float32", …; TypeError for other dtypes."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
     if name not in U:
         raise TypeError(f"dtype must be one of {', '.join(U)}, got {dtype!r}")

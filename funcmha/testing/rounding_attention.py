@@ -1,14 +1,13 @@
-"""What attention and its gradient cost, in the arithmetic of `funcmha.testing.rounding`.
+"""Errors of attention and its gradient, in the arithmetic of `funcmha.testing.rounding`.
 
-  * Softmax makes an absolute error of a score a relative error of its weight. A common shift changes nothing, so a
-    weight over 1/2 is what the others of its row are compared with, and has no error itself: a saturated row is exact.
+  * Softmax turns an absolute error of a score into a relative error of its weight. Adding a constant to a row changes
+    nothing, so a weight over 1/2 serves as the reference of its row and has no error itself: a saturated row is exact.
     (After Blanchard, Higham and Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with errors in the scores.)
-  * A sink is one more key, with an exact score and value 0, that all queries see. Where dp is centred at m, that of the
-    largest weight, the error of the sink's weight enters δ times m.
-  * tanh is nowhere steeper than 1, and steeper the nearer to 0: an error of a score moves its cap by itself times the
-    slope where it comes nearest to 0, at most. An error of a query bends the slopes of all its keys, and adds plainly
-    in dq.
-  * A bias of differences has for its gradient sums along diagonals, to which each row contributes once.
+  * A sink is one more key, with an exact score and value 0, that all queries attend. Where dp is centred at m, that of
+    the largest weight, the error of the sink's weight enters δ times m.
+  * tanh has slopes up to 1, which grow towards 0: an error of a score moves its soft cap by at most itself times the
+    largest slope on its way. An error of a query changes the slopes of all its keys, and adds plainly in dq.
+  * The gradient of a `RelativeBias` consists of sums along diagonals, to which each row contributes once.
 
 Axes: T queries, S keys, H query heads, D query/key width, E value width; `...` is batch.
 """
@@ -36,11 +35,11 @@ class Static(NamedTuple):
 
 
 def soft_cap(fl: Arithmetic, z: Rounded, softcap: Array | float) -> tuple[Rounded, Rounded]:
-    """`ops._soft_cap`: softcap · tanh(z / softcap), and its slope 1 − tanh²"""
+    """The soft cap of `ops._scores`: softcap · tanh(z / softcap), and its slope 1 − tanh²"""
     a, roundings = z.value / softcap, 1 + fl.constant(softcap)
     t = np.tanh(a)
 
-    def moved(by: Array) -> Array:  # how far tanh may move with a: it is steepest where a comes nearest to 0
+    def moved(by: Array) -> Array:  # how far tanh may move with a: it is steepest nearest to 0
         return np.minimum(by * (1 - np.tanh(np.maximum(np.abs(a) - by, 0.0)) ** 2), 1 + np.abs(t))
 
     t_error = moved(z.error / softcap + roundings * fl.rounding(np.abs(a))) + EXP * fl.rounding(np.abs(t))
@@ -52,16 +51,16 @@ def soft_cap(fl: Arithmetic, z: Rounded, softcap: Array | float) -> tuple[Rounde
 
 
 def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounded, Rounded]:
-    """`ops._softmax`: p, p from lse, and lse"""
+    """`ops.softmax_with_sink`: p, p recomputed from lse, and lse"""
     u, n = fl.u, z.value.shape[-1] ** 0.5
     x = np.where(allowed, z.value, -np.inf)
     top = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
     empty = np.isneginf(top)
     top = np.where(empty, 0.0, top)
     e = np.exp(x - top)
-    total = np.where(empty, 1.0, np.sum(e, axis=-1, keepdims=True))
-    p, log_total = e / total, np.log(total)
-    lse = np.where(empty, -np.inf, top + log_total)
+    row_sum = np.where(empty, 1.0, np.sum(e, axis=-1, keepdims=True))
+    p, log_sum = e / row_sum, np.log(row_sum)
+    lse = np.where(empty, -np.inf, top + log_sum)
 
     below = np.where(allowed, top - x, 0.0)
     score = np.where(allowed, z.error, 0.0)
@@ -79,24 +78,24 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     common += np.sum(light, axis=-1, keepdims=True) * of_heavy(e_error)
     for row in z.rows:
         common += np.sum(p * apart(np.abs(row)), axis=-1, keepdims=True)
-    shift = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
-    size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_total + np.abs(lse)
-    lse_error = np.where(empty, 0.0, shift + u * size)
+    from_scores = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
+    size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_sum + np.abs(lse)
+    lse_error = np.where(empty, 0.0, from_scores + u * size)
 
     def weights(own: Array, common: Array) -> Rounded:
-        # p grows to p exp(r) at most, and to 1; first order would not do where scores are off by more than 1
+        # p grows to at most p exp(r), and to 1; first order does not suffice where scores are off by more than 1
         r = own + common
-        error = np.exp(np.minimum(r - below - log_total, 0.0)) * -np.expm1(-r) + fl.tiny
+        error = np.exp(np.minimum(r - below - log_sum, 0.0)) * -np.expm1(-r) + fl.tiny
         return Rounded(p, np.where(allowed, error, 0.0), (p * np.minimum(common, 1.0),))
 
-    again = weights(e_error, lse_error)  # exp(x − lse)
-    return weights(apart(e_error), common), again, Rounded(lse[..., 0], lse_error[..., 0])
+    recomputed = weights(e_error, lse_error)  # exp(x − lse)
+    return weights(apart(e_error), common), recomputed, Rounded(lse[..., 0], lse_error[..., 0])
 
 
 def softmax_vjp(
     fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Rounded | None, p_sink: Rounded | None
 ) -> tuple[Rounded, Rounded | None]:
-    """`ops._softmax_vjp`"""
+    """`ops.softmax_with_sink_vjp`"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
     size = np.abs(dp.value) + np.abs(delta.value)
@@ -120,11 +119,11 @@ def softmax_vjp(
 def scores(
     fl: Arithmetic, q: Rounded, k: Rounded, bias: Rounded | None, static: Static
 ) -> tuple[Rounded, Rounded, Any]:
-    """Scaled queries, scores, and the slope of the cap, where k has the heads of q."""
+    """Scaled queries, scores, and the slope of the soft cap, where k has the heads of q."""
     D, k_t = q.value.shape[-1], transpose(k)
     qs = fl.times(q, max(D, 1) ** -0.5 if static.scale is None else static.scale)
     z, slope = fl.matmul(qs, k_t), None
-    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k_t.value**2)))  # an error of a query is one for its keys
+    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k_t.value**2)))  # an error of a query is shared by its keys
     if static.softcap is not None:
         z, slope = soft_cap(fl, z, static.softcap)
     return qs, z if bias is None else fl.add(z, bias), slope
@@ -147,18 +146,18 @@ def attention(
         allowed = allowed & (bias.value > -np.inf)
         bias = each(lambda a: np.where(np.isneginf(a), 0.0, a), bias)
     group = 1 if q.value.ndim < 3 else q.value.shape[-3] // max(k.value.shape[-3], 1)
-    seen = np.any(allowed, axis=-2)[..., None]
-    kh, vh = (each(lambda a: np.where(seen, a if group == 1 else np.repeat(a, group, -3), 0.0), a) for a in (k, v))
+    attended = np.any(allowed, axis=-2)[..., None]
+    kh, vh = (each(lambda a: np.where(attended, a if group == 1 else np.repeat(a, group, -3), 0.0), a) for a in (k, v))
 
     qs, z, slope = scores(fl, q, kh, bias, static)
-    p, again, p_sink, lse = softmax_beside(fl, z, sink, allowed)
+    p, p_recomputed, p_sink, lse = softmax_beside(fl, z, sink, allowed)
     dropout = 1.0 if static.keep is None else static.keep / (1 - static.rate)
     o = fl.matmul(fl.times(p, dropout), vh)
-    p = again if static.recomputed else p
+    p = p_recomputed if static.recomputed else p
     a = fl.times(p, dropout)
 
     dv = fl.matmul(transpose(alike(a)), do)
-    # an error of do is one for all dv of a column
+    # an error of do is shared by all dv of a column
     dv = dv._replace(cols=(np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tie(do).error ** 2),))
     dp = fl.times(fl.matmul(do, transpose(vh)), dropout)
     dp = dp if static.dweights is None else fl.add(dp, static.dweights)
@@ -166,7 +165,7 @@ def attention(
     du = dz if slope is None else fl.multiply(dz, slope)
     dk = fl.matmul(transpose(alike(du)), qs)
     dq = fl.matmul(du, kh)
-    if slope is not None:  # an error of a query bends the slopes of all its keys
+    if slope is not None:  # an error of a query changes the slopes of all its keys
         dq = dq._replace(error=dq.error + (np.abs(dz.value) * sum(slope.rows)) @ np.abs(kh.value))
     dq = fl.times(dq, max(q.value.shape[-1], 1) ** -0.5 if static.scale is None else static.scale)
     dk, dv = per_key_head(fl, dk, group), per_key_head(fl, dv, group)
@@ -174,19 +173,19 @@ def attention(
 
 
 def softmax_beside(fl: Arithmetic, z: Rounded, sink: Rounded | None, allowed: Array) -> tuple[Any, ...]:
-    """`softmax` with the sink as one more key, that all see: p, p from lse, the sink's (..., H, T, 1), and lse"""
+    """`softmax` with the sink as one more key: p, p recomputed from lse, the sink's (..., H, T, 1), and lse"""
     if sink is None:
-        p, again, lse = softmax(fl, z, allowed)
-        return p, again, None, lse
+        p, recomputed, lse = softmax(fl, z, allowed)
+        return p, recomputed, None, lse
     S, shape = z.value.shape[-1], (*z.value.shape[:-1], 1)
 
     def beside(a: Array, last: Array) -> Array:
         return np.concatenate([a, np.broadcast_to(last, shape)], axis=-1)
 
     z = each(lambda a: beside(a, np.zeros(())), z)._replace(value=beside(z.value, sink.value[..., None, None]))
-    p, again, lse = softmax(fl, z, beside(allowed, np.ones((), bool)))
-    p_sink = Rounded(again.value[..., S:], again.error[..., S:])
-    return each(lambda a: a[..., :S], p), each(lambda a: a[..., :S], again), p_sink, lse
+    p, recomputed, lse = softmax(fl, z, beside(allowed, np.ones((), bool)))
+    p_sink = Rounded(recomputed.value[..., S:], recomputed.error[..., S:])
+    return each(lambda a: a[..., :S], p), each(lambda a: a[..., :S], recomputed), p_sink, lse
 
 
 def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
@@ -196,12 +195,12 @@ def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
     def rows(a: Array) -> Array:
         return (np.moveaxis(a, -3, 0) if a.ndim > 2 else a).reshape(heads, -1, 1)
 
-    total = fl.unbroadcast(tie(Rounded(rows(drows.value), rows(drows.error))), (heads, 1, 1))
-    return each(lambda a: a[:, 0, 0] if drows.value.ndim > 2 else a[0, 0, 0], total)  # type: ignore[no-any-return]
+    summed = fl.unbroadcast(tie(Rounded(rows(drows.value), rows(drows.error))), (heads, 1, 1))
+    return each(lambda a: a[:, 0, 0] if drows.value.ndim > 2 else a[0, 0, 0], summed)  # type: ignore[no-any-return]
 
 
 def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Rounded:
-    """`RelativeBias.dense_vjp`: the sums along the diagonals, over the axes that `shape` repeats"""
+    """`RelativeBias.dense_vjp`: sums along the diagonals, and over the axes that were broadcast from `shape`"""
     value, size, square = (diagonal_sums(a) for a in (dz.value, np.abs(dz.value), dz.error**2))
     n = diagonal_sums(np.ones(dz.value.shape[-2:])) * (size.size / max(prod(shape), 1))
     error = fl.rounding(unbroadcast(size, shape), n) + np.sqrt(unbroadcast(square, shape))

@@ -47,7 +47,7 @@ GAINS = (1e-8, 1e-3, 1.0, 10.0, 1e2, 1e4)
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """Inputs for `funcmha.attention`."""
+    """Inputs of `funcmha.attention`."""
 
     batch: tuple[int, ...] = (2,)
     T: int = 5
@@ -65,8 +65,8 @@ class AttentionProblem:
     softcap: float | None = None
     per_head: bool = False  # whether scale and softcap, where given, are one for each head
     gain: float = 1.0  # multiplies the queries, and so the scores
-    family: str = "normal"  # one of FAMILIES: what the values are like
-    layout: str = "contiguous"  # one of LAYOUTS: how they lie in memory
+    family: str = "normal"  # one of FAMILIES: the kind of values
+    layout: str = "contiguous"  # one of LAYOUTS: their layout in memory
     seed: int = 0
 
     @property
@@ -76,7 +76,7 @@ class AttentionProblem:
 
     @property
     def keys(self) -> int:
-        """The keys that are attended to."""
+        """The number of keys."""
         return self.S
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ class AttentionProblem:
         return dropout.masked(keep, self.rate)
 
     def _each_head(self, x: float | None, step: float) -> Any:
-        """A number, or numbers from it on in steps of so much of it; of scale / softcap too no two are alike."""
+        """x, or one number per head, each larger by `step` times x; so that no two of scale / softcap are equal."""
         return x if x is None or not self.per_head else tuple(x * (1 + step * h) for h in range(self.H))
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
@@ -112,7 +112,7 @@ class AttentionProblem:
         return self._lay(do, dtype), self._lay(dweights, dtype), self._lay(self._normal("dlse", rows), dtype)
 
     def _rng(self, name: str) -> Any:
-        """A stream for each name, so that no array depends on which others are drawn."""
+        """A random stream per name, so that no array depends on which others are drawn."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
     def _normal(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -145,7 +145,7 @@ class AttentionProblem:
         }[self.mask]
 
     def _family(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Normal q, k and v turned into values of the family, times the gain."""
+        """Values of the family from normal q, k and v, times the gain."""
         if self.family == "ties":
             q, k, v = np.round(q), np.round(k), np.round(v)
         elif self.family == "equal keys":
@@ -178,7 +178,7 @@ class AttentionProblem:
 
 @dataclass(frozen=True)
 class MhaProblem(AttentionProblem):
-    """Inputs for `funcmha.mha`: an attention problem with projections around it."""
+    """Inputs of `funcmha.mha`: an attention problem with projections around it."""
 
     Cq: int = 17
     Ck: int = 19
@@ -192,7 +192,7 @@ class MhaProblem(AttentionProblem):
 
     @property
     def keys(self) -> int:
-        """The keys that are attended to: S, and those that are appended."""
+        """The number of keys: S, and those that are appended."""
         return self.S + self.bias_kv + self.zero_attn
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
@@ -210,7 +210,7 @@ class MhaProblem(AttentionProblem):
         return super().static() | {"zero_attn": self.zero_attn} | {name: x for name, x in more.items() if x is not None}
 
     def _rotary(self) -> Any:
-        """Tables of queries and keys that turn half of the features, or all but an odd one."""
+        """Tables of queries and keys that rotate half of the features, or all but an odd one."""
         if self.turned == "none":
             return None
         width = self.D // 2 * 2 if "all" in self.turned else self.D // 4 * 2
@@ -225,7 +225,7 @@ class MhaProblem(AttentionProblem):
         return self._lay(self._normal("dy", (*self.batch, self.T, self.O)), dtype), dweights, dlse
 
     def _params(self, dtype: Any) -> params.Params:
-        """Weights that keep the size of what they multiply, and biases of size 1."""
+        """Weights that preserve the size of their inputs, and biases of size 1."""
         leaves = {}
         for leaf, axes in params.SPEC.items():
             if self._has(leaf):
@@ -274,7 +274,7 @@ _MHA_FIELDS: dict[str, Any] = {
     "bias_kv": st.booleans(),
     "zero_attn": st.booleans(),
 }
-# What a problem has only when asked: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
+# Not drawn unless asked for: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
 MODERN: dict[str, Any] = {
     "bias": st.sampled_from([*BIASES, *RELATIVE]),
     "sink": st.booleans(),
@@ -296,5 +296,5 @@ def mha_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[MhaProbl
 
 
 def _agrees(problem: MhaProblem) -> bool:
-    """An appended key has no position, and so no part in a `RelativeBias`."""
+    """Appended keys have no position, so no `RelativeBias` is allowed beside them."""
     return "T+S-1" not in problem.bias or not (problem.bias_kv or problem.zero_attn)

@@ -1,13 +1,13 @@
-"""How far off a correct implementation may be: an error bound for every entry of every output and gradient.
+"""The largest error of a correct implementation: a bound for every entry of every output and gradient.
 
     bounds = mha_bounds(params, query, key, value, bias, dy, mask=mask, dtype="float32")
     assert_within(got, want, bounds.y, name="y")      got in float32, want in float64, from the same inputs
 
 The bounds come from replaying an op and its vjp, line by line, in the arithmetic of `funcmha.testing.rounding`, whose
-numbers know their errors. Its rules are derived, not fitted, and there is no factor in front.
+numbers carry their errors. Its rules are derived, not fitted, and there is no factor in front.
 
-Not covered: overflow, and sums over thousands of terms that are all but equal, whose roundings are not independent
-(512 equal terms: measured at 3 times the bound).
+Not covered: overflow, and sums over thousands of almost equal terms, whose roundings are not independent (512 equal
+terms: measured at 3 times the bound).
 """
 
 from collections.abc import Sequence
@@ -28,31 +28,31 @@ from funcmha.rotary import Rotary
 
 from .rounding import TINY, Arithmetic, Rounded, U, each, exact, host, name_of
 from .rounding_attention import Static, attention, over_diagonals
-from .rounding_ready import ready, ready_vjp
+from .rounding_position import position, position_vjp
 
 
 def unit_roundoff(dtype: Any) -> float:
     """u, such that rounding x costs at most u |x|: 2⁻²⁴ for float32
 
-    `dtype` is a name, or a dtype of any library. Raises TypeError unless it is one that funcmha takes.
+    `dtype` is a name, or a dtype of any library. Raises TypeError for dtypes that funcmha does not support.
     """
     return U[name_of(dtype)]
 
 
-# ── to compare ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── comparing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def worst_ratio(got: Array, want: Array, bound: Array) -> float:
-    """max |got − want| / bound      at most 1 for what is correct
+    """max |got − want| / bound      at most 1 for correct results
 
-    Equal entries count 0, −∞ and −∞ too; others ∞ where the bound is 0, or one of the three is not finite. No entries
-    count 0. Raises ValueError unless all have one shape.
+    Equal entries count as 0, also −∞ and −∞; others as ∞ where the bound is 0, or one of the three is not finite.
+    Arrays without entries count as 0. Raises ValueError unless all have one shape.
     """
     return float(np.max(_ratios(host(got), host(want), host(bound)), initial=0.0))
 
 
 def assert_within(got: Array, want: Array, bound: Array, *, factor: float = 1.0, name: str = "result") -> None:
-    """Raise AssertionError, which shows the worst entry, unless |got − want| ≤ factor · bound in each."""
+    """Raise AssertionError, which names the worst entry, unless |got − want| ≤ factor · bound in every entry."""
     g, w, b = host(got), host(want), host(bound)
     ratios = _ratios(g, w, b)
     failed = np.count_nonzero(ratios > factor)
@@ -105,7 +105,7 @@ class MhaBounds(NamedTuple):
 
 
 def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> LinearBounds:
-    """Bounds for `linear` and its vjp in `dtype`. The arguments, of any dtype, are what is computed with, exactly."""
+    """Bounds for `linear` and its vjp in `dtype`. The arguments, of any dtype, are taken as exact."""
     fl = Arithmetic.of(dtype)
     x, w, b, dy = exact(x), exact(w), exact(b), exact(dy)
     return LinearBounds(*_bounds((fl.linear(x, w, b), *fl.linear_vjp(x, w, b, dy)), dtype))
@@ -131,7 +131,7 @@ def attention_bounds(
 ) -> AttentionBounds:
     """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`.
 
-    recomputed  for what keeps no weights, and has them from the scores and lse when it needs them: exp(score − lse)
+    recomputed  for implementations that keep no weights, and recompute them from the scores and lse: exp(score − lse)
     """
     fl, T, S = Arithmetic.of(dtype), q.shape[-2], k.shape[-2]
     mask = host(dense(mask, T, S, None))
@@ -170,13 +170,13 @@ def mha_bounds(
     query, key, value, dy, dweights, dlse = (exact(a) for a in (query, key, value, dy, dweights, dlse))
     rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
     extra = (rows["k"] is not None) + zero
-    turns: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
-    mask, added = append_keys(None if mask is None else as_mask(mask), T, S, extra, None), _exact_bias(bias, T, S)
+    tables: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
+    mask, added = append_keys(_on_host(mask), T, S, extra, None), _exact_bias(bias, T, S)
     mask = host(dense(mask, T, S + extra, None))
 
-    q, q_ready = ready(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, turns[0])
-    k, k_ready = ready(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), qk_norm, turns[1])
-    k, v = _extend(k, rows["k"], zero), _extend(fl.project(params["v_proj"], value), rows["v"], zero)
+    q, q_position = position(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, tables[0])
+    k, k_position = position(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), qk_norm, tables[1])
+    k, v = _append_rows(k, rows["k"], zero), _append_rows(fl.project(params["v_proj"], value), rows["v"], zero)
     do = fl.combine_do(params["out_proj"], dy)
     q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
     keep, rate = _keep(dropout, (*q.value.shape[:-1], S + extra))
@@ -187,15 +187,15 @@ def mha_bounds(
     y, dout_proj = fl.combine(params["out_proj"], o, dy)
 
     own_dk, own_dv = (each(lambda a: a[..., :S, :, :], dx) for dx in (dk, dv))
-    own_dk, dk_norm = ready_vjp(fl, k_ready, params.get("k_norm", {}), qk_norm, turns[1], own_dk)
-    dq, dq_norm = ready_vjp(fl, q_ready, params.get("q_norm", {}), qk_norm, turns[0], dq)
+    own_dk, dk_norm = position_vjp(fl, k_position, params.get("k_norm", {}), qk_norm, tables[1], own_dk)
+    dq, dq_norm = position_vjp(fl, q_position, params.get("q_norm", {}), qk_norm, tables[0], dq)
     dq_proj, dquery = fl.project_vjp(params["q_proj"], query, dq)
     dk_proj, dkey = fl.project_vjp(params["k_proj"], key, own_dk)
     dv_proj, dvalue = fl.project_vjp(params["v_proj"], value, own_dv)
     dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout_proj}
     dparams |= {name: d for name, d in (("q_norm", dq_norm), ("k_norm", dk_norm)) if d}
     if rows["k"] is not None:
-        dparams["bias_kv"] = {name: fl.extend_drow(d, S) for name, d in (("k", dk), ("v", dv))}
+        dparams["bias_kv"] = {name: fl.append_drow(d, S) for name, d in (("k", dk), ("v", dv))}
     if dsink is not None:
         dparams["sink"] = {"w": dsink}
     dbias = _dbias(fl, bias, each(lambda a: a[..., :S], dz))
@@ -206,12 +206,17 @@ def mha_bounds(
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _on_host(mask: Any) -> Mask | None:
+    """A mask, which may be an array of any library, on the host."""
+    return mask if mask is None or isinstance(mask, Mask) else as_mask(host(mask))
+
+
 def _swap_heads(a: Array) -> Array:
     """(..., T, H, D)   →   (..., H, T, D), and back"""
     return np.swapaxes(a, -2, -3)
 
 
-def _extend(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
+def _append_rows(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
     """`grouped.append_rows`"""
     value, none = (None, None) if row is None else (row.value, np.zeros(row.value.shape))
     rows = tuple(append_rows(row, none, zero) for row in x.rows)

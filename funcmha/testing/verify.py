@@ -31,7 +31,7 @@ TOLERANCE = {"float32": "|got − want| ≤ 1e-5 + 1e-5 |want|", "float64": "|go
 
 
 class Row(NamedTuple):
-    """One value of funcmha and how far it is from PyTorch's."""
+    """One value of funcmha and its difference from PyTorch's."""
 
     problem: str  # one of PROBLEMS
     dtype: str
@@ -85,7 +85,7 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """The comparison, row by row; `progress` is told what is being computed
+    """The comparison, row by row; `progress` is called with what is being computed
 
     Raises ModuleNotFoundError where PyTorch is not installed, ValueError for sizes that do not fit.
     """
@@ -130,10 +130,10 @@ def self_attention_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem
 
 
 def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
-    """All that the module can do, at once. No row is empty: PyTorch has no answer there.
+    """Every option of the module at once. No row is fully masked: PyTorch has no answer there.
 
-    The cotangents have standard deviation 1 / √(B·T), as of a loss averaged over rows, so that a gradient that is
-    summed over all rows is of size 1. At size √(B·T) its rounding errors alone would exceed 1e-5, on either side.
+    The cotangents have standard deviation 1 / √(B·T), as those of a loss averaged over rows, so that a gradient summed
+    over all rows has size 1. At size √(B·T) its rounding errors alone would exceed 1e-5, on either side.
     """
     rng = np.random.default_rng(seed)
     S, Ck, Cv = T + T // 4, C + C // 2, max(C // 2, 1)
@@ -167,10 +167,10 @@ def run_funcmha(problem: Problem) -> dict[str, Array]:
 
 
 def run_bounds(problem: Problem) -> dict[str, Array]:
-    """How far off a correct implementation may be in float32, by name. The bounds of three summed gradients add.
+    """The error bounds in float32, by name. The bounds of three summed gradients add.
 
-    Bounds are proportional to the unit roundoff, to within 1 % here, so that these serve float64 too: they take longer
-    than all the rest.
+    Bounds are proportional to the unit roundoff, to within 1 % here, so these serve float64 too: they take longer to
+    compute than everything else.
     """
     bounds = mha_bounds(
         problem.params,
@@ -238,7 +238,7 @@ def _mask(problem: Problem) -> Array:
 def _named(
     problem: Problem, y: Array, weights: Array, dparams: Params, dinputs: Sequence[Array], dbias: Array
 ) -> dict[str, Array]:
-    """What is compared, under the name it has in the table."""
+    """The values to compare, under their names in the table."""
     named = {"output": y}
     if problem.dweights is not None:
         named["weights"] = weights

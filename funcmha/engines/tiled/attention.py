@@ -12,8 +12,8 @@ from typing import Any, Unpack
 import numpy as np
 
 from funcmha import _check
-from funcmha._arguments import AttentionOptions, check_attention
-from funcmha._arrays import Array, downcast, upcast
+from funcmha._arguments import AttentionOptions, Bias, Options, check_attention
+from funcmha._arrays import Array, downcast, own, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
@@ -32,7 +32,7 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | RelativeBias = None,
+    bias: Any = None,
     sink: Array = None,
     /,
     *,
@@ -44,22 +44,20 @@ def attention(
 
     Real NumPy arrays only, else TypeError. Memory O(H (T + S)) beside the inputs. o lies in memory as q does.
     """
-    o, cache = attend(q, k, v, bias, sink, plan=plan, **options)
-    return o.copy(order="K") if o is cache.rest.o else o, cache
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
+        raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
+    return own(downcast(o, q.dtype), cache.rest.o), cache
 
 
 @np.errstate(under="ignore")
 def attend(
-    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan, **options: Any
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
 ) -> tuple[Array, AttentionCache]:
-    """`attention`, whose o is that of the cache: not to be written to"""
-    bias, x = check_attention(q, k, v, bias, sink, options)
-    if not isinstance(q, np.ndarray) or q.dtype.kind == "c":
-        raise TypeError(f"q must be a real NumPy array for the engine 'tiled', got {type(q).__name__} of {q.dtype}")
-
-    dtype = q.dtype
-    q, k, v, sink = upcast(q), upcast(k), upcast(v), upcast(sink)
-    bias = None if bias is None else bias.map(upcast).map(_in_range)
+    """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
+    bias = None if bias is None else bias.map(_in_range)
     q, k, v = zeroed(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -67,7 +65,7 @@ def attend(
     rest = Rest(bias, sink, o, row_sum, row_max, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
     with threads.single_threaded_blas():
         shifted = forward(Views.of(rest.beside(q, k, v)))
-    return downcast(o, dtype), (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
+    return o, (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
 
 
 @np.errstate(under="ignore")

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
-from funcmha._arguments import check_linear
 from funcmha._arrays import Array, downcast, upcast
 from funcmha.engines.plan import Plan
 from funcmha.ops import LinearCache
@@ -20,7 +19,6 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
     `add_to` is of y's shape and in the dtype computed with, and y is written into it; or None.
     """
-    check_linear(x, w, b)
     cache = LinearCache(upcast(x), upcast(w), upcast(b))
     rows, wt = _rows(cache.x), cache.w.T
     if len(rows) > plan.copied_rows:
@@ -38,13 +36,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
 
 def linear_vjp(
-    cache: LinearCache,
-    dy: Array | tuple[Array, ...],
-    /,
-    *,
-    add_to: Array = None,
-    batch_axes: int = 0,
-    plan: Plan,
+    cache: LinearCache, dy: Array | tuple[Array, ...], /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Array, Array, Array]:
     """dx = add_to + dy w     dw = Σ dy xᵀ     db = Σ dy        sums over all axes but the first `batch_axes`
 
@@ -96,7 +88,7 @@ def _of_samples(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Pla
     x, dw, db = rows.reshape(B, n, I), dw.reshape(B, O, I), None if db is None else db.reshape(B, O)
 
     def of_some(some: slice) -> None:
-        g = _beside(parts, slice(some.start * n, some.stop * n)).reshape(-1, n, O)
+        g = _beside(parts, slice(some.start * n, some.stop * n)).reshape(some.stop - some.start, n, O)
         for k in range(0, max(n, 1), plan.terms):
             part = g[:, k : k + plan.terms]
             product_of_part = np.matmul(part.swapaxes(1, 2), x[some, k : k + plan.terms])

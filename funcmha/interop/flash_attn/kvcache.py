@@ -58,7 +58,7 @@ def flash_attn_with_kvcache(
       →   out (B, T, H, E)
 
     The original writes k and v into the caches, and returns `out`. Here the inputs stay as they were: new caches are
-    returned beside `out`, or without k the given ones. That copies them; `funcmha.decode` does not. The gradient is
+    returned beside `out`, or without k the given ones. That copies them; `funcmha.kv_cache` does not. The gradient is
     that of all three outputs and reaches earlier tokens; the original has none.
 
     cache_seqlens       an int or (B,): the number of slots in use, behind which k is written. All slots unless given,

@@ -32,7 +32,12 @@ BIASES: dict[str, tuple[str | None, tuple[str, ...]]] = {  # the switch, None fo
     "glm4": ("attention_bias", INPUTS),
     "stablelm": ("use_qkv_bias", INPUTS),
 }
-KINDS_OF_PHI3 = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # of old, of today
+KINDS_OF_PHI3 = {
+    "default": "default",
+    "longrope": "longrope",
+    "su": "longrope",
+    "yarn": "longrope",
+}  # old name: current name
 
 
 class Sizes(NamedTuple):
@@ -158,7 +163,7 @@ def pairs(c: dict[str, Any]) -> Literal["half", "interleaved"]:
 
 
 def rope(c: dict[str, Any], n: int) -> dict[str, Any] | None:
-    """The parameters of rotary positions in layer n, in the form of today; None where it has none."""
+    """The parameters of rotary positions in layer n, in the current form; None where it has none."""
     kind = c["model_type"]
     if not _has_rope(c, n):
         return None
