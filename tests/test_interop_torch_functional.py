@@ -318,7 +318,7 @@ def masked(attn_mask):
 
 
 GROUPS = sdpa_zeros((6, 5, 4), (4, 7, 4), (4, 7, 4))
-NARROW = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
+MIXED = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
 SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
 
 
@@ -333,7 +333,7 @@ SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
         (ValueError, "key must be .* with D=4 as in query", sdpa_zeros((5, 4), (7, 3)), {}),
         (ValueError, "value must be .* with S=7 as in key", sdpa_zeros((5, 4), (7, 4), (5, 4)), {}),
         (ValueError, "query, key and value must broadcast", sdpa_zeros((2, 3, 5, 4), (4, 3, 7, 4)), {}),
-        (TypeError, "key must have dtype float64", NARROW, {}),
+        (TypeError, "key must have dtype float64", MIXED, {}),
         (TypeError, "as query has, or float32, added to", masked(zeros(5, 7, dtype=int)), {}),
         (TypeError, "attn_mask must be boolean", SINGLE, {}),
         (TypeError, "attn_mask must be an array", masked(True), {}),

@@ -72,10 +72,10 @@ def backward(done, kv, do):
 @each_left
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_steps_equal_the_full_forward(each_engine, steps, left, batch, K):
+def test_steps_equal_the_full_forward(engine, steps, left, batch, K):
     q, k, v, _ = problem(batch=batch, K=K)
-    want, cache = attention(q, k, v, mask=masks.window(left, 0), engine=each_engine)
-    done, kv = forward(q, k, v, steps, left=left, engine=each_engine)
+    want, cache = attention(q, k, v, mask=masks.window(left, 0), engine=engine)
+    done, kv = forward(q, k, v, steps, left=left, engine=engine)
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want, rtol=0, atol=1e-13)
     rows = split(attention_weights(cache), steps)
     for (*_, attended), row, seen in zip(done, rows, np.cumsum(steps), strict=True):
@@ -88,11 +88,11 @@ def test_steps_equal_the_full_forward(each_engine, steps, left, batch, K):
 @each_step
 @each_left
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_gradients_of_steps_equal_those_of_the_full_forward(each_engine, steps, left, K):
+def test_gradients_of_steps_equal_those_of_the_full_forward(engine, steps, left, K):
     q, k, v, do = problem(K=K)
-    _, cache = attention(q, k, v, mask=masks.window(left, 0), engine=each_engine)
+    _, cache = attention(q, k, v, mask=masks.window(left, 0), engine=engine)
     want = attention_vjp(cache, do)[:3]
-    got = backward(*forward(q, k, v, steps, left=left, engine=each_engine), split(do, steps))
+    got = backward(*forward(q, k, v, steps, left=left, engine=engine), split(do, steps))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-11)
 

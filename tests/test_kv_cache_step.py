@@ -91,13 +91,13 @@ def back(caches, dys):
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
 @example(MhaProblem(**SQUARE, qk_norm="rms", D=8, turned="half of some", K=1, G=3), [3, 0, 2, 1], 0)
-def test_steps_equal_self_attention_of_all_tokens(each_engine, problem, steps, left):
+def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left):
     """Output and every gradient, to 1e-11, whatever the chunks; of tables and biases that are longer than needed."""
     n = sum(steps)
     params, x, bias, static, dy = drawn(problem, n)
     middle = None if bias is None else RelativeBias(bias.values[..., P - n : P + n - 1])
     causal = {"mask": masks.window(left, 0), "rotary": tables(problem, 0, n)}
-    static["engine"] = each_engine
+    static["engine"] = engine
     want, cache = self_attention(params, x, middle, **causal, **static)
     y, kv, caches = chain(params, x, bias, steps, left=left, rotary=tables(problem, 0, P), **static)
     close(y, want)
@@ -138,7 +138,7 @@ def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, rotary, **
 
 
 @given(problems(T=st.sampled_from([0, 1, 2, 5]), S=st.just(P)), st.integers(0, 7), lefts, st.data())
-def test_one_step_matches_torch(each_engine, problem, N, left, data):
+def test_one_step_matches_torch(engine, problem, N, left, data):
     """A step after any past, with masks, biases and dropout of its own, and cotangents of all that it gives."""
     T, held = problem.T, problem.T + (N if left is None else min(N, left))
     problem = replace(problem, S=held, bias=data.draw(st.sampled_from(["none", "... H T S", "1 S", "T 1"])),
@@ -153,7 +153,7 @@ def test_one_step_matches_torch(each_engine, problem, N, left, data):
     seen = N if left is not None and left > N else N + 2  # and two are dropped
     kv = KVCache(keys, values, seen)
     (y, after), cache = step(
-        params, x, kv, bias, left=left, rotary=tables(problem, 0, seen + T + 1), engine=each_engine, **static
+        params, x, kv, bias, left=left, rotary=tables(problem, 0, seen + T + 1), engine=engine, **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
     mask = static.pop("mask")
@@ -235,8 +235,8 @@ def test_half_types_are_rounded_once(dtype, past):
 
 
 @pytest.mark.parametrize("N", [0, 5])
-def test_a_cotangent_that_is_none_is_zero(each_engine, N):
-    (params, x, keys, values, bias), static = one_step("float64", N=N, engine=each_engine)
+def test_a_cotangent_that_is_none_is_zero(engine, N):
+    (params, x, keys, values, bias), static = one_step("float64", N=N, engine=engine)
     (y, after), cache = step(params, x, KVCache(keys, values, N), RelativeBias(bias), **static)
     zero = np.zeros_like
     for some, all_of in (
@@ -279,8 +279,8 @@ def test_every_array_library_gives_the_same(xp):
         close(got, want)
 
 
-def test_the_cache_is_a_plain_pytree_named_after_its_op(each_engine):
-    (params, x, keys, values, bias), static = one_step("float64", engine=each_engine)
+def test_the_cache_is_a_plain_pytree_named_after_its_op(engine):
+    (params, x, keys, values, bias), static = one_step("float64", engine=engine)
     (y, after), cache = step(params, x, KVCache(keys, values, 5), RelativeBias(bias), **static)
     assert type(cache).__name__ == "StepCache"
     want = jax.tree.leaves(step_vjp(cache, (y, after)))
@@ -325,9 +325,9 @@ def test_a_step_copies_no_past():
     assert np.array_equal(first.keys, kept)
 
 
-def test_prompts_of_different_lengths_equal_each_alone(each_engine):
+def test_prompts_of_different_lengths_equal_each_alone(engine):
     """Padded on the left to one length: a mask hides the padding, and each sample's table begins where it does."""
-    (params, x, *_), static = one_step("float64", left=None, dropout=None, engine=each_engine)
+    (params, x, *_), static = one_step("float64", left=None, dropout=None, engine=engine)
     x = np.concatenate([x, x[:, ::-1]], axis=1)
     pads, places = np.array([0, 2]), np.arange(8) - np.array([[0], [2]])
     rotary = table(places[:, None], frequencies(4), pairs="half")

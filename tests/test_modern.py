@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_mha import compare_with_torch
-from test_ops import close
+from test_ops import close, each_path
 
 from funcmha import (
     attention,
@@ -226,14 +226,6 @@ def test_biases_of_some_projections_of_one_input(engine):
     for leaf, grad in got.items():
         close(grad, want[leaf])
 
-
-PATHS = {
-    "sequential": SEQUENTIAL,
-    "batched": BATCHED,
-    "few queries": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3)),
-    "tiles": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, few_queries=0)),
-}
-each_path = pytest.mark.parametrize("engine", PATHS.values(), ids=PATHS)
 
 # ── extremes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
