@@ -14,6 +14,7 @@ from planting import ROOT, table
 
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
 from funcmha._arguments import values_of
+from funcmha.biases import RelativeBias
 from funcmha.dropout import masked
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact
@@ -41,7 +42,7 @@ from funcmha.testing.tolerance import (
 
 
 def wide(x):
-    return tree.map(lambda a: on_bias(_double, a), x)
+    return tree.map(lambda a: a.map(_double) if isinstance(a, RelativeBias) else _double(a), x)
 
 
 def _double(a):
