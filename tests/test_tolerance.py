@@ -42,7 +42,7 @@ from funcmha.testing.tolerance import (
 
 
 def wide(x):
-    return tree.map(lambda a: RelativeBias(_double(a.values)) if isinstance(a, RelativeBias) else _double(a), x)
+    return tree.map(lambda a: a.map(_double) if isinstance(a, RelativeBias) else _double(a), x)
 
 
 def _double(a):

@@ -12,6 +12,7 @@ Every array is read-only. Axes: T queries, S keys, K key/value heads, G query he
 width, Cq Ck Cv input widths, O output width.
 """
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -24,50 +25,60 @@ from funcmha._arrays import Array
 
 MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
 BIASES = (
-    "none",
-    "... H T S",
-    "... 1 T S",
-    "... H 1 S",
-    "... H T 1",
-    "... 1 1 S",
-    "H T S",
-    "1 T S",
-    "T S",
-    "1 S",
-    "T 1",
-    "S",
-)
+    "none", "... H T S", "... 1 T S", "... H 1 S", "... H T 1", "... 1 1 S", "H T S", "1 T S", "T S", "1 S", "T 1", "S",
+)  # fmt: skip
 RELATIVE = ("... H T+S-1", "1 T+S-1", "T+S-1")  # biases that are a `RelativeBias`
-FAMILIES = ("normal", "ties", "equal keys", "one hot", "offset values", "powers of two", "tiny", "zeros")
-NORMS = ("none", "rms", "l2", "layer")
+FAMILIES: dict[str, Any] = {  # what becomes of normal q, k and v
+    "normal": lambda q, k, v: (q, k, v),
+    "ties": lambda q, k, v: (np.round(q), np.round(k), np.round(v)),
+    "equal keys": lambda q, k, v: (q, k[..., :1, :] + np.zeros_like(k), v),
+    "one hot": lambda q, k, v: (*(np.where(a == np.max(a, axis=-1, keepdims=True), 1.0, 0.0) for a in (q, k)), v),
+    "offset values": lambda q, k, v: (q, k, v + 100),
+    "powers of two": lambda *x: (np.copysign(2.0 ** np.round(2 * a), a) for a in x),
+    "tiny": lambda *x: (1e-20 * a for a in x),
+    "zeros": lambda *x: map(np.zeros_like, x),
+}
+LAYOUTS: dict[str, Any] = {
+    "contiguous": lambda a: a,
+    "fortran": np.asfortranarray,
+    "reversed": lambda a: np.flip(np.flip(a).copy()),
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "repeated": lambda a: np.broadcast_to(a[:1, ...], a.shape),
+}
+NORMS = {"none": None, "rms": norms.RMSNorm(), "l2": norms.L2Norm(), "layer": norms.LayerNorm()}
 ROTARIES = ("none", "half of all", "half of some", "interleaved of all", "interleaved of some")
-LAYOUTS = ("contiguous", "fortran", "reversed", "strided", "repeated")
 GAINS = (1e-8, 1e-3, 1.0, 10.0, 1e2, 1e4)
+
+
+def drawn(default: Any, choices: Any) -> Any:
+    """A field with a default, which is drawn from a sequence or a strategy."""
+    strategy = choices if isinstance(choices, st.SearchStrategy) else st.sampled_from([*choices])
+    return dataclasses.field(default=default, metadata={"drawn": strategy})
 
 
 @dataclass(frozen=True)
 class AttentionProblem:
     """Inputs of `funcmha.attention`."""
 
-    batch: tuple[int, ...] = (2,)
-    T: int = 5
-    S: int = 7
-    K: int = 2
-    G: int = 3
-    D: int = 11
-    E: int = 13
-    mask: str = "none"  # one of MASKS
-    bias: str = "none"  # one of BIASES or RELATIVE: its axes, where 1 is broadcast
+    batch: tuple[int, ...] = drawn((2,), [(), (1,), (2,), (3,), (2, 3), (0,)])
+    T: int = drawn(5, [0, 1, 2, 3, 5, 13, 64, 65])
+    S: int = drawn(7, [0, 1, 2, 3, 7, 17, 64, 65])
+    K: int = drawn(2, st.integers(1, 3))
+    G: int = drawn(3, st.integers(1, 3))
+    D: int = drawn(11, [1, 2, 3, 8, 11])
+    E: int = drawn(13, [1, 2, 5, 8, 13])
+    mask: str = drawn("none", MASKS)
+    bias: str = drawn("none", BIASES)  # or one of RELATIVE: its axes, where 1 is broadcast
     sink: bool = False
-    rate: float = 0.0  # of dropout
+    rate: float = drawn(0.0, [0.0, 0.0, 0.3])  # of dropout
     seeded: bool = False  # whether dropout is drawn from a seed
-    scale: float | None = None
+    scale: float | None = drawn(None, [None, None, 1.0, 0.0, -0.5])
     softcap: float | None = None
     per_head: bool = False  # whether scale and softcap, where given, are one for each head
-    gain: float = 1.0  # multiplies the queries, and so the scores
-    family: str = "normal"  # one of FAMILIES: the kind of values
-    layout: str = "contiguous"  # one of LAYOUTS: their layout in memory
-    seed: int = 0
+    gain: float = drawn(1.0, GAINS)  # multiplies the queries, and so the scores
+    family: str = drawn("normal", FAMILIES)
+    layout: str = drawn("contiguous", LAYOUTS)  # in memory
+    seed: int = drawn(0, st.integers(0, 2**32 - 1))
 
     @property
     def H(self) -> int:  # noqa: N802 — an axis
@@ -146,47 +157,25 @@ class AttentionProblem:
 
     def _family(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values of the family from normal q, k and v, times the gain."""
-        if self.family == "ties":
-            q, k, v = np.round(q), np.round(k), np.round(v)
-        elif self.family == "equal keys":
-            k = k[..., :1, :] + np.zeros_like(k)
-        elif self.family == "one hot":
-            q, k = (np.where(a == np.max(a, axis=-1, keepdims=True), 1.0, 0.0) for a in (q, k))
-        elif self.family == "offset values":
-            v = v + 100
-        elif self.family == "powers of two":
-            q, k, v = (np.copysign(2.0 ** np.round(2 * a), a) for a in (q, k, v))
-        elif self.family == "tiny":
-            q, k, v = 1e-20 * q, 1e-20 * k, 1e-20 * v
-        elif self.family == "zeros":
-            q, k, v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+        q, k, v = FAMILIES[self.family](q, k, v)
         return self.gain * q, k, v
 
     def _lay(self, a: np.ndarray, dtype: Any) -> Array:
         """`a` in `dtype` and in the layout of the problem, read-only."""
-        a = a.astype(dtype)
-        if self.layout == "fortran":
-            a = np.asfortranarray(a)
-        elif self.layout == "reversed":
-            a = np.flip(np.flip(a).copy())
-        elif self.layout == "strided":
-            a = np.repeat(a, 2, axis=-1)[..., ::2]
-        elif self.layout == "repeated":
-            a = np.broadcast_to(a[:1, ...], a.shape)
-        return _frozen(a)
+        return _frozen(LAYOUTS[self.layout](a.astype(dtype)))
 
 
 @dataclass(frozen=True)
 class MhaProblem(AttentionProblem):
     """Inputs of `funcmha.mha`: an attention problem with projections around it."""
 
-    Cq: int = 17
-    Ck: int = 19
-    Cv: int = 23
-    O: int = 29
-    biases: bool = True
-    bias_kv: bool = False
-    zero_attn: bool = False
+    Cq: int = drawn(17, [1, 2, 7, 12])
+    Ck: int = drawn(19, [1, 3, 7, 12])
+    Cv: int = drawn(23, [1, 5, 7, 12])
+    O: int = drawn(29, [1, 2, 11, 12])
+    biases: bool = drawn(True, st.booleans())
+    bias_kv: bool = drawn(False, st.booleans())
+    zero_attn: bool = drawn(False, st.booleans())
     qk_norm: str = "none"  # one of NORMS
     turned: str = "none"  # one of ROTARIES
 
@@ -205,8 +194,7 @@ class MhaProblem(AttentionProblem):
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, dropout, zero_attn, and softcap, qk_norm and rotary if there are any."""
-        norm = {"none": None, "rms": norms.RMSNorm(), "l2": norms.L2Norm(), "layer": norms.LayerNorm()}[self.qk_norm]
-        more = {"qk_norm": norm, "rotary": self._rotary()}
+        more = {"qk_norm": NORMS[self.qk_norm], "rotary": self._rotary()}
         return super().static() | {"zero_attn": self.zero_attn} | {name: x for name, x in more.items() if x is not None}
 
     def _rotary(self) -> Any:
@@ -248,32 +236,6 @@ def _frozen(a: np.ndarray) -> np.ndarray:
     return a
 
 
-_FIELDS: dict[str, Any] = {
-    "batch": st.sampled_from([(), (1,), (2,), (3,), (2, 3), (0,)]),
-    "T": st.sampled_from([0, 1, 2, 3, 5, 13, 64, 65]),
-    "S": st.sampled_from([0, 1, 2, 3, 7, 17, 64, 65]),
-    "K": st.integers(1, 3),
-    "G": st.integers(1, 3),
-    "D": st.sampled_from([1, 2, 3, 8, 11]),
-    "E": st.sampled_from([1, 2, 5, 8, 13]),
-    "mask": st.sampled_from(MASKS),
-    "bias": st.sampled_from(BIASES),
-    "rate": st.sampled_from([0.0, 0.0, 0.3]),
-    "scale": st.sampled_from([None, None, 1.0, 0.0, -0.5]),
-    "gain": st.sampled_from(GAINS),
-    "family": st.sampled_from(FAMILIES),
-    "layout": st.sampled_from(LAYOUTS),
-    "seed": st.integers(0, 2**32 - 1),
-}
-_MHA_FIELDS: dict[str, Any] = {
-    "Cq": st.sampled_from([1, 2, 7, 12]),
-    "Ck": st.sampled_from([1, 3, 7, 12]),
-    "Cv": st.sampled_from([1, 5, 7, 12]),
-    "O": st.sampled_from([1, 2, 11, 12]),
-    "biases": st.booleans(),
-    "bias_kv": st.booleans(),
-    "zero_attn": st.booleans(),
-}
 # Not drawn unless asked for: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
 MODERN: dict[str, Any] = {
     "bias": st.sampled_from([*BIASES, *RELATIVE]),
@@ -282,17 +244,21 @@ MODERN: dict[str, Any] = {
     "softcap": st.sampled_from([None, None, 0.5, 30.0]),
     "per_head": st.booleans(),
 }
-MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from(NORMS), "turned": st.sampled_from(ROTARIES)}
+MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from([*NORMS]), "turned": st.sampled_from(ROTARIES)}
 
 
 def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[AttentionProblem]:
     """Any `AttentionProblem`; a field named here is drawn from the strategy given for it."""
-    return st.builds(AttentionProblem, **(_FIELDS | fields))
+    return st.builds(AttentionProblem, **(_strategies(AttentionProblem) | fields))
 
 
 def mha_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[MhaProblem]:
     """Any `MhaProblem`; a field named here is drawn from the strategy given for it."""
-    return st.builds(MhaProblem, **(_FIELDS | _MHA_FIELDS | fields)).filter(_agrees)
+    return st.builds(MhaProblem, **(_strategies(MhaProblem) | fields)).filter(_agrees)
+
+
+def _strategies(problem: type[AttentionProblem]) -> dict[str, Any]:
+    return {field.name: field.metadata["drawn"] for field in dataclasses.fields(problem) if field.metadata}
 
 
 def _agrees(problem: MhaProblem) -> bool:
