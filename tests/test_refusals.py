@@ -228,7 +228,7 @@ def test_views_are_arrays_like_others(pair, view):
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
 @pytest.mark.parametrize("size", [{"T": 0}, {"S": 0}, {"K": 0}, {"D": 0}, {"E": 0}, {"O": 0}, {"T": 0, "S": 0}])
 def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
     """No queries, keys, heads, features: finite, and of the shapes that they must have; for each sample too."""
