@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
+from funcmha._arrays import Array, downcast, namespace, or_zeros, own, upcast
 
 from .rows import INF, check_batch_axes, check_norm, check_second, check_tangents, leading_bit
 
@@ -34,7 +34,7 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     root = xp.where(below, floor, root)
     root = xp.where(root == 0, INF, root)
     y = x / root
-    return downcast(y, dtype), L2NormCache(y, root, unit, below)
+    return own(downcast(y, dtype), y), L2NormCache(y, root, unit, below)
 
 
 def l2_norm_vjp(cache: L2NormCache, dy: Array, /) -> tuple[Array]:

@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
+from funcmha._arrays import Array, downcast, namespace, or_zeros, own, upcast
 
 from .rows import (
     affine_jvp,
@@ -47,7 +47,7 @@ def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> 
     n, root, unit = rms(c, eps**0.5 * scale)
     y = n if w is None else n * w
     y = y if b is None else y + b
-    return downcast(y, dtype), LayerNormCache(n, root, unit, scale, w, b)
+    return own(downcast(y, dtype), n), LayerNormCache(n, root, unit, scale, w, b)
 
 
 def layer_norm_vjp(cache: LayerNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:

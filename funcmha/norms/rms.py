@@ -6,7 +6,7 @@ Axes: D the width that is normalised over; `...` is batch.
 from typing import Any, NamedTuple
 
 from funcmha import _check
-from funcmha._arrays import Array, downcast, or_zeros, upcast
+from funcmha._arrays import Array, downcast, or_zeros, own, upcast
 
 from .rows import (
     affine_jvp,
@@ -45,7 +45,7 @@ def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -
     w = w + offset if offset else w
     n, root, unit = rms(x, eps**0.5)
     y = n if w is None else n * w
-    return downcast(y, dtype), RmsNormCache(n, root, unit, w)
+    return own(downcast(y, dtype), n), RmsNormCache(n, root, unit, w)
 
 
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array]:
