@@ -41,22 +41,22 @@ def check_vjp(
 
     `y, cache = f(*inputs, **static)` and `grads = f_vjp(cache, dy)`, where inputs and y are NumPy arrays, Python
     numbers, None, or dicts, tuples, lists, NamedTuples and dataclasses of them. What is not floating (integers, masks)
-    has no gradient: None, or 0. A Python int has one where f_vjp returns a float. Raises AssertionError with the reason,
-    also under `python -O`, unless
+    has no gradient: None, or 0. A Python int has one where f_vjp returns a float. Raises AssertionError with the
+    reason, also under `python -O`, unless
 
     - the gradients are a tuple, one per input, with the tree, the shapes and the dtypes of the inputs, None for None;
     - neither function writes to the inputs, and the vjp leaves its cotangent and the cache as they were;
     - a second call gives the same bits, and twice the cotangent exactly twice the gradients, except for underflow;
     - in float64 the gradient passes the inequality above.
 
-    J d comes from a complex step (Squire and Trapp 1998), which is exact to rounding, where f takes complex128 arrays and
-    is holomorphic, as every op of funcmha is; differences confirm this. Where f is not holomorphic (abs, norm, var, conj,
-    casts to real types), J d comes from differences, and the inequality holds within their estimated error: about 1e-11
-    for a smooth f, about 1e-4 for one that rounds to float32 on its way. The result says which method was used. At a
-    corner of f, such as that of |x| at 0, any value in between is a gradient: a nearby point is checked instead.
+    J d comes from a complex step (Squire and Trapp 1998), which is exact to rounding, where f takes complex128 arrays
+    and is holomorphic, as every op of funcmha is; differences confirm this. Where f is not holomorphic (abs, norm, var,
+    conj, casts to real types), J d comes from differences, and the inequality holds within their estimated error: about
+    1e-11 for a smooth f, about 1e-4 for one that rounds to float32 on its way. The result says which method was used.
+    At a corner of f, such as that of |x| at 0, any value in between is a gradient: a nearby point is checked instead.
 
-    Raises ValueError where float64 cannot resolve a derivative of f, TypeError for inputs or outputs that are complex or
-    of another library.
+    Raises ValueError where float64 cannot resolve a derivative of f, TypeError for inputs or outputs that are complex
+    or of another library.
     """
     static = dict(static or {})
     _check_inputs(inputs)
