@@ -559,8 +559,20 @@ HELD = KVCache(KEYS, VALUES, 5)
         (HELD, K_NEW, np.ones((2, 3, 2, 7)), ValueError, r"v must be .* with .*T=1 as in k"),
         (HELD, K_NEW[0, 0, 0], V_NEW, ValueError, r"k must be \(..., K, T, D\) with .*, got \(4,\)"),
         (HELD._replace(values=VALUES[:, :, 1:]), K_NEW, V_NEW, ValueError, r"kv\.values must be .*N=5 as in kv\.keys"),
-        (HELD._replace(position=4), K_NEW, V_NEW, ValueError, r"kv\.position must be at least N=5 as in kv\.keys, got 4"),
-        (HELD._replace(position=None), K_NEW, V_NEW, TypeError, r"kv\.position must be an int, got None of type NoneType"),
+        (
+            HELD._replace(position=4),
+            K_NEW,
+            V_NEW,
+            ValueError,
+            r"kv\.position must be at least N=5 as in kv\.keys, got 4",
+        ),
+        (
+            HELD._replace(position=None),
+            K_NEW,
+            V_NEW,
+            TypeError,
+            r"kv\.position must be an int, got None of type NoneType",
+        ),
     ],
 )
 def test_append_refuses(kv, k, v, error, message):

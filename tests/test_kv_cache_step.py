@@ -357,7 +357,7 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X.astype("f4")), {}, TypeError, "x must have dtype float64 as q_proj.w has, got float32"),
         ((PARAMS, X[..., 1:]), {}, ValueError, r"x must be \(..., T, Cq\) with Cq=17 as in q_proj.w, got \(2, 3, 16\)"),
         ((PARAMS, X, PAST[:2]), {}, TypeError, "kv must be a KVCache of funcmha.kv_cache, got tuple"),
-        ((PARAMS, X, PAST._replace(position=4)), {}, ValueError, "kv.position must be at least N=5 as in kv.keys, got 4"),
+        ((PARAMS, X, PAST._replace(position=4)), {}, ValueError, "kv.position must be at least N=5 as in kv.keys"),
         ((PARAMS, X, PAST._replace(position=5.0)), {}, TypeError, "kv.position must be an int, got 5.0 of type float"),
         ((PARAMS, X, PAST._replace(keys=KEYS[..., 1:])), {}, ValueError, r"kv.keys must be .* D=8 as in q_proj.w, got"),
         ((PARAMS, X, PAST._replace(keys=KEYS[:1])), {}, ValueError, r"kv.keys must be .* ...=\(2,\) as in x"),

@@ -34,7 +34,17 @@ from funcmha.ops import given
 from funcmha.params import PROJECTIONS, SPEC, Params, check, leaf
 from funcmha.rotary import Rotary, check_table
 
-from .append import AppendCache, KVCache, append, append_vjp, check_kv, check_library, check_position, empty, two_cotangents
+from .append import (
+    AppendCache,
+    KVCache,
+    append,
+    append_vjp,
+    check_kv,
+    check_library,
+    check_position,
+    empty,
+    two_cotangents,
+)
 
 
 class StepOptions(AttentionOptions, total=False):
@@ -83,8 +93,8 @@ def step(
     mask     what is forbidden beside that; broadcasts to (..., H, T, N'), so (B, 1, 1, N') for padding
     bias     broadcasts to (..., H, T, N'), differentiable. A `RelativeBias` is that of a whole context, 2P − 1 values
              of which the step takes those for its N' keys
-    rotary   the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.position on; those
-             of each sample are (B, 1, P). Keys are held normalised and rotated
+    rotary   the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.position on;
+             those of each sample are (B, 1, P). Keys are held normalised and rotated
     dropout  as in `mha`, for (..., H, T, N'); a `Seeded` is that of a whole context, of which the step takes its part
 
     All else is as in `mha`, and so is what it raises; also ValueError for a context that is too short, and for
@@ -195,7 +205,9 @@ def _rows_from(rotary: Any, position: Any, T: int) -> Any:
         cos, sin = (xp.take(xp.asarray(table), at, axis=-2) for table in rotary)
         return rotary._replace(cos=cos, sin=sin)
     if position + T > (P := rotary.cos.shape[-2]):
-        raise ValueError(f"rotary must have positions 0, 1, … up to {position + T}, as kv.position={position} and T={T}, got {P}")
+        raise ValueError(
+            f"rotary must have positions 0, 1, … up to {position + T}, as kv.position={position} and T={T}, got {P}"
+        )
     at = slice(int(position), int(position) + T)
     return rotary._replace(cos=rotary.cos[..., at, :], sin=rotary.sin[..., at, :])
 
@@ -262,7 +274,9 @@ def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple
     axes("kv.values", kv.values, "... K N E")
     check_position(kv, N := axes["N"])
     if left is not None and left > N and isinstance(kv.position, Integral) and kv.position > N:
-        raise ValueError(f"left must be at most N={N} as in kv.keys, as {kv.position - N} tokens are dropped, got {left}")
+        raise ValueError(
+            f"left must be at most N={N} as in kv.keys, as {kv.position - N} tokens are dropped, got {left}"
+        )
     return N, kv.position
 
 
