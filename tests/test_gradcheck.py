@@ -12,8 +12,10 @@ import pytest
 from test_protocol import PAIRS, all_pairs
 
 import funcmha
-from funcmha import decode, merge, merge_vjp, packing, self_attention_step, self_attention_step_vjp
-from funcmha.biases import Relative
+from funcmha import kv_cache, packing
+from funcmha.biases import RelativeBias
+from funcmha.kv_cache import step, step_vjp
+from funcmha.merge import merge, merge_vjp
 from funcmha.testing import check_vjp
 from funcmha.testing.strategies import MhaProblem
 
@@ -54,24 +56,24 @@ OPTIONS = {name: x for name, x in STEP.static().items() if name == "scale"}
 def step_inputs(past, seen):
     params, x, *_ = STEP.inputs("float64")
     keys, values = (normal(*x.shape[:-2], STEP.K, past, n) for n in (STEP.D, STEP.E))
-    return params, x, decode.KV(keys, values, seen), None
+    return params, x, kv_cache.KVCache(keys, values, seen), None
 
 
 STRUCTURED = {
     "append": (
-        decode.append,
-        decode.append_vjp,
-        (decode.KV(normal(3, 5, 7), normal(3, 5, 2), 9), normal(3, 4, 7), normal(3, 4, 2)),
+        kv_cache.append,
+        kv_cache.append_vjp,
+        (kv_cache.KVCache(normal(3, 5, 7), normal(3, 5, 2), 9), normal(3, 4, 7), normal(3, 4, 2)),
         {"left": 3},
     ),
     "pack": (packing.pack, packing.pack_vjp, (normal(3, 2, 7), normal(3, 0, 7), normal(3, 5, 7)), {}),
     "unpack": (packing.unpack, packing.unpack_vjp, (normal(3, 10, 7),), {"cu_seqlens": np.array([0, 2, 7, 7, 10])}),
     "pad": (packing.pad, packing.pad_vjp, (normal(3, 10, 7),), {"cu_seqlens": np.array([0, 2, 7, 7, 10])}),
     "unpad": (packing.unpad, packing.unpad_vjp, (normal(3, 2, 5, 7),), {"cu_seqlens": np.array([0, 2, 2, 7])}),
-    "self_attention_step": (self_attention_step, self_attention_step_vjp, step_inputs(5, 5), OPTIONS),
-    "self_attention_step of no past": (
-        self_attention_step,
-        self_attention_step_vjp,
+    "step": (step, step_vjp, step_inputs(5, 5), OPTIONS),
+    "step of no past": (
+        step,
+        step_vjp,
         (*step_inputs(5, 5)[:2], None, None),
         OPTIONS,
     ),
@@ -93,7 +95,7 @@ def test_structures_agree_by_complex_step(f, f_vjp, inputs, static):
 
 
 def test_a_wrong_gradient_in_one_part_of_a_structure():
-    f, f_vjp, inputs, static = STRUCTURED["self_attention_step"]
+    f, f_vjp, inputs, static = STRUCTURED["step"]
 
     def off(change):
         def wrong(cache, dy):
@@ -191,7 +193,7 @@ class Data:
         (lambda a, b: (a, (b, None)), lambda x: (x[0], x[1][0])),
         (lambda a, b: {"a": a, "b": {"c": b}}, lambda x: (x["a"], x["b"]["c"])),
         (Two, tuple),
-        (lambda a, b: (Relative(a), Data(b, 3)), lambda x: (x[0].values, x[1].a)),
+        (lambda a, b: (RelativeBias(a), Data(b, 3)), lambda x: (x[0].values, x[1].a)),
     ],
     ids=["list", "tuples", "dicts", "NamedTuple", "dataclass"],
 )

@@ -141,6 +141,7 @@ def test_every_public_op_is_here():
         if (getattr(f, "__module__", None) or "").startswith(node.__name__)
     }  # fmt: skip
     public = {name for name in {*funcmha.__all__} | own if name.endswith("_vjp") and name[0] != "_"}
+    public -= {"softmax_with_sink_vjp"}  # a formula that ops and derivatives share: it has no cache
     assert {name.removesuffix("_vjp") for name in public} == {pair.f.__name__ for pair in PAIRS.values()} | ELSEWHERE
     assert all(hasattr(funcmha, name) for name in funcmha.__all__)
     assert sorted(funcmha.__all__) == funcmha.__all__
@@ -167,7 +168,7 @@ def test_the_vjp_is_the_next_function_in_the_file(path):
 
 def test_every_part_with_gradients_is_among_those_files():
     assert {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES} >= {
-        *("ops", "mha", "merge", "packing", "rotary", "norms/rms", "norms/l2", "norms/layer", "biases/relative"),
+        *("ops", "mha", "merge", "packing", "rotary", "norms", "biases/relative"),
         *("engines/grouped", "engines/projections", "engines/batched", "engines/tiled/attention"),
         *("engines/tiled/linear", "kv_cache/append", "kv_cache/step"),
     }
@@ -300,7 +301,9 @@ def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     y, cache = pair.f(*pair.inputs(dtype), **pair.static)
     pair.f_vjp(cache, y)
     assert rounded - {None} == {np.dtype(computed)}
-    leaves = jax.tree.leaves(cache)
+    paths, _ = jax.tree_util.tree_flatten_with_path(cache)
+    exact = ("scale", "softcap")  # options in the engine of tiles, which takes them as they were given
+    leaves = [leaf for path, leaf in paths if getattr(path[-1], "name", None) not in exact]
     assert all(isinstance(leaf, (np.ndarray, Number)) for leaf in leaves)
     dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, np.ndarray)}
     assert dtypes <= {np.dtype(computed), np.dtype(bool), np.dtype(np.int64)}

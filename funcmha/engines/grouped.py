@@ -159,19 +159,6 @@ def _attend(
     return heads_last(o), group if appended or prod(o.shape) <= plan.kept_numbers else _without(group, plan)
 
 
-def _without(group: GroupCache, plan: Plan) -> GroupCache:
-    """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
-    T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
-    names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
-    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
-    return group._replace(**recomputed)
-
-
-def _width(group: GroupCache) -> int:
-    """The largest of the input widths"""
-    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
-
-
 def _attend_vjp(
     group: GroupCache, do: Array, dweights: Array, dlse: Array, add_to: tuple[Array, ...], batch_axes: int
 ) -> tuple[Params, tuple[Array, ...], Bias]:
@@ -197,6 +184,19 @@ def _attend_vjp(
     if dsink is not None:
         dparams["sink"] = {"w": dsink}
     return dparams | {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}, dxs, dbias
+
+
+def _without(group: GroupCache, plan: Plan) -> GroupCache:
+    """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
+    T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
+    names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
+    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
+    return group._replace(**recomputed)
+
+
+def _width(group: GroupCache) -> int:
+    """The largest of the input widths"""
+    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
 
 
 def _slice_group(group: GroupCache, kv: slice) -> GroupCache:

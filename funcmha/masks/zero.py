@@ -25,7 +25,7 @@ def zero_masked_queries(x: Array, mask: Array) -> Array:
 def zero_inputs(
     query: Array, key: Array, value: Array, mask: Mask | None, appended: bool
 ) -> tuple[Array, Array, Array]:
-    """The inputs of all heads, upcast, with 0 at queries that attend no key in any head, and at keys that no query attends
+    """The inputs of all heads, upcast, with 0 at queries that attend no key in any head, and at unattended keys
 
     A NaN there would reach Σ dq xᵀ and Σ dk xᵀ as 0 · NaN. Where all three are one array they stay one, as the gradient
     of `self_attention` takes it: with 0 at tokens that neither attend nor are attended. Every query attends `appended`

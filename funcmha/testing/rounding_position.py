@@ -64,6 +64,18 @@ def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
 # ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def less_its_mean(fl: Arithmetic, x: Rounded, first_subtracted: bool) -> Rounded:
+    """x − mean x: in `layer_norm` the row's first number is subtracted before, in its gradient it is not"""
+    D = max(x.value.shape[-1], 1)
+    terms = np.abs(x.value - x.value[..., :1]) if first_subtracted else np.abs(x.value)
+    own = x.error + fl.u * terms * first_subtracted
+    mean = np.sqrt(_sum(own**2)) / D + (2 + D**0.5) * fl.u * _sum(terms) / D
+    value = x.value - _sum(x.value) / D
+    rows = (*(row - _sum(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
+    of_rows = sum((np.abs(_sum(row)) / D for row in x.rows), mean)
+    return Rounded(value, own + of_rows + fl.u * np.abs(value), rows)
+
+
 def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     """n = x / root, and its root: of `norms.rms_norm`, `l2_norm` or `layer_norm`"""
     x = less_its_mean(fl, x, True) if isinstance(norm, LayerNorm) else x
@@ -84,18 +96,6 @@ def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     most = np.abs(n) + (1 if is_l2 else D**0.5)  # the largest norm of a row
     error = np.minimum(x.error / root * (1 + off) + np.abs(n) * off + fl.rounding(np.abs(n)), most)
     return Normed(Rounded(n, error, (n * np.minimum(off, 1.0), *(row / root for row in x.rows))), root, off, short)
-
-
-def less_its_mean(fl: Arithmetic, x: Rounded, first_subtracted: bool) -> Rounded:
-    """x − mean x: in `layer_norm` the row's first number is subtracted before, in its gradient it is not"""
-    D = max(x.value.shape[-1], 1)
-    terms = np.abs(x.value - x.value[..., :1]) if first_subtracted else np.abs(x.value)
-    own = x.error + fl.u * terms * first_subtracted
-    mean = np.sqrt(_sum(own**2)) / D + (2 + D**0.5) * fl.u * _sum(terms) / D
-    value = x.value - _sum(x.value) / D
-    rows = (*(row - _sum(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
-    of_rows = sum((np.abs(_sum(row)) / D for row in x.rows), mean)
-    return Rounded(value, own + of_rows + fl.u * np.abs(value), rows)
 
 
 def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Rounded:
