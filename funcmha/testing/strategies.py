@@ -15,6 +15,7 @@ width, Cq Ck Cv input widths, O output width.
 import dataclasses
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,8 @@ class AttentionProblem:
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
         """q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   bias or None   sink (H,) or None"""
-        q = self._normal("q", (*self.batch, self.H, self.T, self.D))
-        k = self._normal("k", (*self.batch, self.K, self.S, self.D))
-        v = self._normal("v", (*self.batch, self.K, self.S, self.E))
-        sink = _frozen(self._normal("sink.w", (self.H,)).astype(dtype)) if self.sink else None
-        return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype), sink
+        sink = _frozen(self._normal("sink.w", "H").astype(dtype)) if self.sink else None
+        return *self._inputs(dtype, q="... H T D", k="... K S D", v="... K S E"), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, dropout, and softcap if there is one."""
@@ -118,24 +116,24 @@ class AttentionProblem:
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """do (..., H, T, E)   dweights (..., H, T, keys)   dlse (..., H, T)"""
-        rows = (*self.batch, self.H, self.T)
-        do, dweights = self._normal("do", (*rows, self.E)), self._normal("dweights", (*rows, self.keys))
-        return self._lay(do, dtype), self._lay(dweights, dtype), self._lay(self._normal("dlse", rows), dtype)
+        axes = {"do": "... H T E", "dweights": "... H T keys", "dlse": "... H T"}
+        do, dweights, dlse = (self._lay(self._normal(*item), dtype) for item in axes.items())
+        return do, dweights, dlse
 
     def _rng(self, name: str) -> Any:
         """A random stream per name, so that no array depends on which others are drawn."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
-    def _normal(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _normal(self, name: str, axes: str) -> np.ndarray:
+        """Standard normal numbers along `axes`, such as "... H T D"; their sizes are attributes."""
+        sizes = {"...": self.batch, "1": (1,), "T+S-1": (max(self.T + self.S - 1, 0),)}
+        shape = [n for axis in axes.split() for n in (sizes[axis] if axis in sizes else (getattr(self, axis),))]
         return np.asarray(self._rng(name).standard_normal(shape))
 
     def _bias(self, dtype: Any) -> Array:
         if self.bias == "none":
             return None
-        size = {"...": self.batch, "H": (self.H,), "T": (self.T,), "S": (self.S,), "1": (1,)}
-        size["T+S-1"] = (max(self.T + self.S - 1, 0),)
-        shape = tuple(n for axis in self.bias.split() for n in size[axis])
-        bias = self._lay(self._normal("bias", shape), dtype)
+        bias = self._lay(self._normal("bias", self.bias), dtype)
         return biases.RelativeBias(bias) if "T+S-1" in self.bias else bias
 
     def _mask(self) -> Any:
@@ -155,10 +153,10 @@ class AttentionProblem:
             "intersection": masks.causal(S - T) & lengths,
         }[self.mask]
 
-    def _family(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values of the family from normal q, k and v, times the gain."""
-        q, k, v = FAMILIES[self.family](q, k, v)
-        return self.gain * q, k, v
+    def _inputs(self, dtype: Any, **axes: str) -> list[Array]:
+        """Arrays of the family, the first times the gain."""
+        first, *rest = FAMILIES[self.family](*(self._normal(*item) for item in axes.items()))
+        return [self._lay(a, dtype) for a in (self.gain * first, *rest)]
 
     def _lay(self, a: np.ndarray, dtype: Any) -> Array:
         """`a` in `dtype` and in the layout of the problem, read-only."""
@@ -186,11 +184,8 @@ class MhaProblem(AttentionProblem):
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
         """params   query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   bias or None"""
-        query = self._normal("query", (*self.batch, self.T, self.Cq))
-        key = self._normal("key", (*self.batch, self.S, self.Ck))
-        value = self._normal("value", (*self.batch, self.S, self.Cv))
-        arrays = (self._lay(a, dtype) for a in self._family(query, key, value))
-        return self._params(dtype), *arrays, self._bias(dtype)
+        inputs = self._inputs(dtype, query="... T Cq", key="... S Ck", value="... S Cv")
+        return self._params(dtype), *inputs, self._bias(dtype)
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, dropout, zero_attn, and softcap, qk_norm and rotary if there are any."""
@@ -210,16 +205,16 @@ class MhaProblem(AttentionProblem):
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """dy (..., T, O)   dweights (..., H, T, keys)   dlse (..., H, T)"""
         _, dweights, dlse = super().cotangents(dtype)
-        return self._lay(self._normal("dy", (*self.batch, self.T, self.O)), dtype), dweights, dlse
+        return self._lay(self._normal("dy", "... T O"), dtype), dweights, dlse
 
     def _params(self, dtype: Any) -> params.Params:
         """Weights that preserve the size of their inputs, and biases of size 1."""
         leaves = {}
         for leaf, axes in params.SPEC.items():
             if self._has(leaf):
-                shape = tuple(getattr(self, axis) for axis in axes.split())
-                fan_in = max(np.prod(shape[1:] if leaf == "out_proj.w" else shape[2:]), 1)
-                leaves[leaf] = _frozen((fan_in**-0.5 * self._normal(leaf, shape)).astype(dtype))
+                a = self._normal(leaf, axes)
+                fan_in = max(prod(a.shape[1:] if leaf == "out_proj.w" else a.shape[2:]), 1)
+                leaves[leaf] = _frozen((fan_in**-0.5 * a).astype(dtype))
         return tree.unflatten(leaves)
 
     def _has(self, leaf: str) -> bool:
