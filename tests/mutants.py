@@ -35,7 +35,7 @@ PLANTED = table(ROOT / "tests/faults.txt")
 MORE = {  # tests beside those of the same name, of all files whose path begins so
     "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
     "mha.py": ["test_modern.py"],
-    "params.py": ["test_modern.py"],
+    "params.py": ["test_mha.py", "test_modern.py"],
     "norms/": ["test_norm_derivatives.py"],
     "biases/": ["test_bias.py"],
     "masks/kinds.py": ["test_packing.py"],
@@ -48,7 +48,7 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "engines/tiled/quota.py": ["test_threads.py"],
     "npz/atomic.py": ["test_atomic.py"],
     "npz/": ["test_npz_refused.py", "test_npz_files.py", "test_npz_mmap.py"],
-    "testing/": ["test_testing.py"],
+    "testing/": ["test_testing.py", "test_gradcheck.py"],
     "testing/rounding": ["test_tolerance.py"],
     "testing/tolerance.py": ["test_tolerance.py"],
 }
