@@ -48,7 +48,7 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "engines/tiled/quota.py": ["test_threads.py"],
     "npz/atomic.py": ["test_atomic.py"],
     "npz/": ["test_npz_refused.py", "test_npz_files.py", "test_npz_mmap.py"],
-    "testing/": ["test_testing.py"],
+    "testing/": ["test_testing.py", "test_gradcheck.py"],
     "testing/rounding": ["test_tolerance.py"],
     "testing/tolerance.py": ["test_tolerance.py"],
 }
