@@ -184,7 +184,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Any]:
     dtype, xp = dz.dtype, namespace(q)
     g = xp.where(allowed, upcast(dz), 0.0)
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
-    return downcast(dq, dtype), downcast(dk, dtype), given(dbias, dtype)
+    return downcast(dq, dtype), downcast(dk, dtype), round_bias(dbias, dtype)
 
 
 def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
@@ -270,7 +270,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended(cache))
+    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended_pairs(cache))
 
     # o = a v   with   a = dropout(p)
     dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
@@ -283,7 +283,7 @@ def attention_vjp(
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
-    return dq, dk, dv, given(dbias, dtype), dsink
+    return dq, dk, dv, round_bias(dbias, dtype), dsink
 
 
 @underflow_is_zero
@@ -298,12 +298,12 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
-def attended(cache: AttentionCache) -> Array:
+def attended_pairs(cache: AttentionCache) -> Array:
     """Booleans (..., H, T, S or 1), over whose columns `any` says which queries attend a key"""
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
-def given(dbias: Bias, dtype: Any) -> Any:
+def round_bias(dbias: Bias, dtype: Any) -> Any:
     """The gradient of a bias as the bias was given, an array or a `RelativeBias`, rounded to `dtype`."""
     return None if dbias is None else dbias.map(lambda g: downcast(g, dtype)).given
 

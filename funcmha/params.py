@@ -138,7 +138,7 @@ def leaf(params: Params, name: str) -> Array:
     return params.get(branch, {}).get(last)
 
 
-def present(params: Params) -> Params:
+def drop_absent(params: Params) -> Params:
     """The tree without leaves that are None, and without the branches that this empties."""
     kept = {name: {last: a for last, a in branch.items() if a is not None} for name, branch in params.items()}
     return {name: branch for name, branch in kept.items() if branch}

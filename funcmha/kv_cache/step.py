@@ -30,7 +30,7 @@ from funcmha.engines.projections import CombineCache, ProjectCache, combine, com
 from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
-from funcmha.ops import given
+from funcmha.ops import round_bias
 from funcmha.params import PROJECTIONS, SPEC, Params, check, leaf
 from funcmha.rotary import Rotary, check_table
 
@@ -71,6 +71,7 @@ class StepCache(NamedTuple):
     attention: Any  # what the engine keeps, of T queries and N' keys
     out: CombineCache
     bias: Bias  # as it was given, or None
+    plan: Plan | None  # None for arrays that are no NumPy arrays, so that JAX sees arrays and numbers it may trace
 
 
 @takes(StepOptions)
@@ -120,7 +121,7 @@ def step(
     y, out = combine(params["out_proj"], heads_last(heads), plan=plan)
     cache = StepCache(
         params, q_cache, k_cache, v_cache, q_position, k_position, q_projected, k_projected, appended, attention, out,
-        as_bias(bias),
+        as_bias(bias), plan if isinstance(x, np.ndarray) else None,
     )  # fmt: skip
     return (downcast(y, dtype), after), cache
 
@@ -142,7 +143,7 @@ def step_vjp(
     """
     _check.cache(cache, StepCache, "step")
     dtype, dy, dheld = _check_cotangents(cache, dy_dkv, dweights, dlse)
-    plan = getattr(getattr(cache.attention, "rest", None), "plan", None) or Plan()
+    plan = Plan() if cache.plan is None else cache.plan
     dout, do = combine_vjp(cache.out, dy, plan=plan)
     dq, dkeys, dvalues, dbias, dsink = attention_vjp(
         cache.attention, heads_first(do), dweights=upcast(dweights), dlse=upcast(dlse)
@@ -159,7 +160,7 @@ def step_vjp(
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
     dpast = None if dkv is None else KVCache(downcast(dkv.keys, dtype), downcast(dkv.values, dtype), dkv.position)
     dbias = _differences_vjp(cache.bias, cache.out.o.shape[-3], as_bias(dbias))
-    return tree.map(lambda g: downcast(g, dtype), dparams), downcast(dx, dtype), dpast, given(dbias, dtype)
+    return tree.map(lambda g: downcast(g, dtype), dparams), downcast(dx, dtype), dpast, round_bias(dbias, dtype)
 
 
 def _zeroed(cache: StepCache, *dys: Array) -> StepCache:

@@ -18,7 +18,7 @@ from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
-from funcmha.ops import given
+from funcmha.ops import round_bias
 
 from . import threads
 from .backward import Backward
@@ -90,7 +90,7 @@ def attention_vjp(
     *grads, dbias, dsink = _gradients(cache, *cotangents)
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
     dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
-    return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
+    return dq, dk, dv, None if dbias is None else round_bias(dbias.map(scaled_back), do.dtype), dsink
 
 
 def _factor(*cotangents: Array) -> float:
