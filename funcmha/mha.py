@@ -14,7 +14,7 @@ from . import _arguments, _check, tree
 from ._arguments import Bias, HeadOptions, Options, takes
 from ._arrays import Array, downcast, full, namespace, sum_over_batch, upcast
 from .biases import as_bias
-from .masks.appended import append_keys
+from .masks import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
 from .ops import AttentionCache, LinearCache, attend, attention_vjp, linear, linear_vjp, round_bias

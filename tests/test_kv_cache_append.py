@@ -591,7 +591,11 @@ def test_append_refuses_a_mixture_of_libraries():
     ("call", "error", "message"),
     [
         (lambda: append(HELD, K_NEW, V_NEW, left=-1), ValueError, "left must be at least 0, or None for no bound, got"),
-        (lambda: append(HELD, K_NEW, V_NEW, left=2.0), TypeError, "left must be an int or None, got 2.0 of type float"),
+        (
+            lambda: append(HELD, K_NEW, V_NEW, left=2.0),
+            TypeError,
+            "left must be an int, or None for no bound, got 2.0 of type float",
+        ),
         (lambda: step_mask(HELD, 6), ValueError, r"T must be at most N=5 as in kv\.keys, .*, got 6"),
         (lambda: step_mask(HELD, -1), ValueError, "T must be at least 0, got -1"),
         (lambda: step_mask(HELD, True), TypeError, "T must be an int, got True of type bool"),

@@ -16,7 +16,7 @@ from funcmha import _check, tree
 from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
-from funcmha.masks.appended import append_keys
+from funcmha.masks import append_keys
 from funcmha.masks.zero import zero_inputs
 from funcmha.mha import HeadCache as OneHeadCache
 from funcmha.mha import PositionCache, round_gradients
