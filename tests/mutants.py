@@ -36,7 +36,7 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
     "mha.py": ["test_modern.py"],
     "params.py": ["test_mha.py", "test_modern.py"],
-    "norms/": ["test_norm_derivatives.py"],
+    "norms": ["test_norm_derivatives.py"],
     "biases/": ["test_bias.py"],
     "masks/kinds.py": ["test_packing.py"],
     "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py"],
