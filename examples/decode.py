@@ -1,8 +1,8 @@
-"""Greedy decoding with a key/value cache, beside the forward of the whole text again for each token.
+"""Greedy decoding with a key/value cache, compared with a forward pass over the whole text for each token.
 
-A small decoder with rotary positions, grouped heads and random parameters. Each layer's keys and values are a `KV`. The
-first call appends the prompt, the others one token each; then the same with a sliding window. The logits must be those
-of the full forward, to rounding.
+A small decoder with rotary positions, grouped heads and random parameters. Each layer has its own `KVCache`. The first
+call appends the prompt, the others one token each; then the same with a sliding window. The logits must equal those of
+the full forward, to rounding.
 
     python examples/decode.py
 """
@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from funcmha import init, masks, self_attention, self_attention_step
+from funcmha import init, kv_cache, masks, self_attention
 from funcmha.norms import rms_norm
 from funcmha.rotary import frequencies, table
 
@@ -20,24 +20,24 @@ PROMPT, NEW = 200, 56
 
 LAYER_PARAMS = [init(seed, C, H, num_kv_heads=K, dtype=np.float64) for seed in range(LAYERS)]
 EMBEDDING, UNEMBEDDING = np.random.default_rng(0).standard_normal((2, VOCABULARY, C)) / 10
-COS, SIN = TURNS = table(np.arange(PROMPT + NEW), frequencies(C // H))
+TABLE = table(np.arange(PROMPT + NEW), frequencies(C // H))  # rotary positions of the whole context
 
 
 def full_forward(tokens, left):
     """logits (T, VOCABULARY) of a whole text"""
     x, T = EMBEDDING[tokens], len(tokens)
-    turns = TURNS._replace(cos=COS[:T], sin=SIN[:T])
+    rotary = TABLE._replace(cos=TABLE.cos[:T], sin=TABLE.sin[:T])
     for params in LAYER_PARAMS:
-        y, _ = self_attention(params, rms_norm(x, eps=1e-6)[0], mask=masks.window(left, 0), rotary=turns)
+        y, _ = self_attention(params, rms_norm(x, eps=1e-6)[0], mask=masks.window(left, 0), rotary=rotary)
         x = x + y
     return x @ UNEMBEDDING.T
 
 
 def step(tokens, kvs, left):
-    """logits (T, VOCABULARY) of the T tokens that follow those of kvs, and kvs with them: one KV for each layer"""
+    """logits (T, VOCABULARY) of T new tokens, and the caches with these tokens: one `KVCache` for each layer"""
     x, after = EMBEDDING[tokens], []
     for params, kv in zip(LAYER_PARAMS, kvs, strict=True):
-        (y, kv), _ = self_attention_step(params, rms_norm(x, eps=1e-6)[0], kv, left=left, rotary=TURNS)
+        (y, kv), _ = kv_cache.step(params, rms_norm(x, eps=1e-6)[0], kv, left=left, rotary=TABLE)
         x = x + y
         after.append(kv)
     return x @ UNEMBEDDING.T, after
@@ -50,7 +50,7 @@ def timed(f, *args):
 
 
 def decode(left):
-    """The largest difference between the logits of the two, as a part of the largest logit."""
+    """The largest difference between the logits of the two, relative to the largest logit."""
     tokens = list(np.random.default_rng(1).integers(0, VOCABULARY, PROMPT))
     kvs, new, worst = [None] * LAYERS, tokens, 0.0
     print(f"\n{'all tokens before' if left is None else f'itself and {left} tokens before'}")

@@ -1,9 +1,9 @@
-"""A small GPT that learns a text by heart: every gradient by hand, each block's backward its forward upside down.
+"""A small GPT that memorises a text: every gradient by hand, each block's backward its forward upside down.
 
-Characters go in and the next characters come out: an embedding, blocks of attention and MLP, each behind a norm and
-beside a residual, and the embedding again as output. Its gradient is checked against a difference quotient, AdamW
-trains it on `text.txt` (the opening of A Tale of Two Cities, Charles Dickens, 1859), and it then recites the text,
-greedily, from parameters that went through a file.
+It predicts the next character: an embedding, blocks of attention and MLP with norms and residuals, and the embedding
+again as the output matrix. Its gradient is checked against a difference quotient. AdamW trains it on `text.txt` (the
+opening of A Tale of Two Cities, Charles Dickens, 1859), and it then generates the text greedily, with parameters that
+were saved and loaded.
 
     python examples/gpt.py
 """
@@ -28,8 +28,8 @@ FREQUENCIES = frequencies(C // H)
 STEPS, RATE, WARMUP, DECAY, BETA1, BETA2 = 100, 8e-3, 10, 0.01, 0.9, 0.98
 PROMPT = len("It was")
 
-# Axes: T tokens, V characters of the vocabulary, C width, M width inside the MLP; `...` is batch. What is learnt or
-# flows through comes before the / and has a gradient, what is given comes after the * and has none.
+# Axes: T tokens, V characters of the vocabulary, C width, M width inside the MLP; `...` is batch. Parameters and
+# activations come before the / and have a gradient, constants come after the * and have none.
 
 # ── embedding ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -109,21 +109,21 @@ class BlockCache(NamedTuple):
     mlp: MlpCache
 
 
-def block(params, x, /, *, turn):
+def block(params, x, /, *, rotary):
     """x = x + attention(norm(x)),   then   x = x + mlp(norm(x))        x (..., T, C)   →   (..., T, C)"""
     n, norm1 = rms_norm(x, params["norm1"], eps=EPS)
-    y, attention = self_attention(params["attention"], n, mask=masks.causal(), rotary=turn)
+    y, attention = self_attention(params["attention"], n, mask=masks.causal(), rotary=rotary)
     x = x + y
     n, norm2 = rms_norm(x, params["norm2"], eps=EPS)
-    y, think = mlp(params["mlp"], n)
+    y, mlp_cache = mlp(params["mlp"], n)
     x = x + y
-    return x, BlockCache(norm1, attention, norm2, think)
+    return x, BlockCache(norm1, attention, norm2, mlp_cache)
 
 
 def block_vjp(cache, dx, /):
-    """dparams, dx        y = x + f(x) has two ways back: dx = dy + f'(x)ᵀ dy"""
-    norm1, attention, norm2, think = cache
-    dmlp, dn = mlp_vjp(think, dx)
+    """dparams, dx        y = x + f(x) has the gradient dx = dy + f'(x)ᵀ dy"""
+    norm1, attention, norm2, mlp_cache = cache
+    dmlp, dn = mlp_vjp(mlp_cache, dx)
     dbranch, dnorm2 = rms_norm_vjp(norm2, dn)
     dx = dx + dbranch
     dattention, dn, _ = self_attention_vjp(attention, dx)
@@ -144,10 +144,10 @@ class GptCache(NamedTuple):
 
 def gpt(params, /, *, tokens):
     """logits (T, V) of the character after each of the tokens (T,)"""
-    turn, caches = table(np.arange(len(tokens)), FREQUENCIES), {}
+    rotary, caches = table(np.arange(len(tokens)), FREQUENCIES), {}
     x, lookup = embed(params["embedding"], tokens=tokens)
     for name, each in params["blocks"].items():
-        x, caches[name] = block(each, x, turn=turn)
+        x, caches[name] = block(each, x, rotary=rotary)
     n, norm = rms_norm(x, params["norm"], eps=EPS)
     logits, output = linear(n, params["embedding"])
     return logits, GptCache(lookup, caches, norm, output)
@@ -156,17 +156,17 @@ def gpt(params, /, *, tokens):
 def gpt_vjp(cache, dlogits, /):
     """dparams        the embedding is used twice, so its gradient is a sum"""
     lookup, caches, norm, output = cache
-    dn, dread, _ = linear_vjp(output, dlogits)
+    dn, doutput, _ = linear_vjp(output, dlogits)
     dx, dnorm = rms_norm_vjp(norm, dn)
     dblocks = {}
     for name in reversed(caches):
         dblocks[name], dx = block_vjp(caches[name], dx)
-    (dwrite,) = embed_vjp(lookup, dx)
-    return ({"embedding": dwrite + dread, "blocks": dblocks, "norm": dnorm},)
+    (dinput,) = embed_vjp(lookup, dx)
+    return ({"embedding": dinput + doutput, "blocks": dblocks, "norm": dnorm},)
 
 
 def init_gpt(seed, V, dtype):
-    """A tree of parameters; matrices that write to the residual stream begin smaller, as in GPT-2."""
+    """A tree of parameters; matrices that write to the residual stream start smaller, as in GPT-2."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, std):
@@ -211,7 +211,7 @@ def cross_entropy_vjp(cache, dloss, /):
 
 
 def loss_and_gradient(params, text):
-    """The mean loss of a character given those before it, how often it is the likeliest, and dloss/dparams."""
+    """The mean loss per character, the accuracy of the most likely one, and dloss/dparams."""
     tokens, targets = text[:-1], text[1:]
     logits, cache = gpt(params, tokens=tokens)
     loss, entropy = cross_entropy(logits, targets=targets)
@@ -236,7 +236,7 @@ def check_gradient(params, text, h=1e-6):
 
 class Moments(NamedTuple):
     m: Any  # mean gradient, a tree as the parameters are
-    v: Any  # mean of its squares
+    v: Any  # mean of its square
 
 
 def adamw(params, grads, moments, step):
@@ -265,11 +265,11 @@ def train(params, text):
     return params
 
 
-# ── what it has learnt ───────────────────────────────────────────────────────────────────────────────────────────
+# ── generation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def through_a_file(params):
-    """The parameters, saved and loaded: the same bits."""
+    """The parameters, saved and loaded, with the same bits."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "gpt.npz"
         save(path, params)
@@ -279,8 +279,8 @@ def through_a_file(params):
     return loaded
 
 
-def recite(params, tokens, length):
-    """The tokens, and after them the likeliest one, again and again, up to `length`."""
+def generate(params, tokens, length):
+    """The tokens, continued greedily up to `length`."""
     while len(tokens) < length:
         logits, _ = gpt(params, tokens=tokens)
         tokens = np.append(tokens, logits[-1].argmax())
@@ -291,6 +291,6 @@ if __name__ == "__main__":
     characters, text = np.unique(list(Path(__file__).with_name("text.txt").read_text()), return_inverse=True)
     check_gradient(init_gpt(0, len(characters), np.float64), text[:64])
     params = through_a_file(train(init_gpt(0, len(characters), np.float32), text))
-    recited = recite(params, text[:PROMPT], len(text))
-    print(f"\n{''.join(characters[recited])}")
-    assert (recited == text)[PROMPT:].mean() >= 0.99
+    generated = generate(params, text[:PROMPT], len(text))
+    print(f"\n{''.join(characters[generated])}")
+    assert (generated == text)[PROMPT:].mean() >= 0.99

@@ -1,9 +1,9 @@
-"""The curvature of a loss of multi-head attention, and a Newton step, by Hessian-vector products.
+"""The curvature of a loss of multi-head attention, and Newton steps, by Hessian-vector products.
 
-The loss is that of a self-attention that learns to put a sequence in reverse order: L(params) = ½ mean (y − target)² +
-½ DECAY ‖params‖². Its Hessian has as many rows as there are parameters, and is never made: a product with a direction
-is one call of forward mode and one of second order. Power iteration finds the largest eigenvalue, and with it
-conjugate gradients, stopped at negative curvature, a step of Newton's method.
+Self-attention learns to reverse a sequence: L(params) = ½ mean (y − target)² + ½ DECAY ‖params‖². The Hessian has as
+many rows as there are parameters, and is never formed: its product with a direction is one call of forward mode and one
+of second order. Power iteration finds the largest eigenvalue, and conjugate gradients, stopped at negative curvature, a
+step of Newton's method.
 
     python examples/hessian.py
 """
@@ -22,7 +22,7 @@ TARGET = X[:, ::-1]
 
 
 def loss_of(params):
-    """L, its gradient, and the function that takes a direction d to L″ d"""
+    """L, its gradient, and the function that maps a direction d to L″ d"""
     y, cache = mha(params, X, X, X)
     dy = (y - TARGET) / y.size
     gradient = plus(mha_vjp(cache, dy)[0], params, DECAY)
@@ -84,7 +84,7 @@ def newton_direction(hessian, gradient, steps=40):
 
 
 def by_differences(params, d, h=1e-5):
-    """L″ d from two gradients, right to about h²"""
+    """L″ d from two gradients, with an error of about h²"""
     after, before = (loss_of(plus(params, d, t))[1] for t in (h, -h))
     return times(0.5 / h, plus(after, before, -1.0))
 

@@ -1,8 +1,8 @@
-"""A layer of a Hugging Face checkpoint: read from its file, run, trained for a step and put back.
+"""A layer of a Hugging Face checkpoint: read from its file, run, trained for a step and written back.
 
-The checkpoint is made here, with random weights: Llama with grouped heads and the longer context of Llama 3.1. Its
-layer 1 must give in funcmha what it gives in transformers, output and gradients, in float32. After a step of gradient
-descent in NumPy it goes back into the file, and transformers, which loads that anew, must give the new output.
+The checkpoint is made here, with random weights: Llama with grouped heads and the longer context of Llama 3.1. Output
+and gradients of its layer 1 in funcmha must equal those in transformers, in float32. After a step of gradient descent
+in NumPy the layer is written back into the file, and transformers, which loads it anew, must return the new output.
 
     python examples/huggingface.py
 """
@@ -42,25 +42,25 @@ CONFIG = LlamaConfig(
 
 
 def watch(model, tokens):
-    """What goes into the attention of the layer and comes out of it, in a forward of the whole model."""
-    attention, seen = model.layers[LAYER].self_attn, {}
+    """Input and output of the attention of the layer, in a forward pass of the whole model."""
+    attention, recorded = model.layers[LAYER].self_attn, {}
 
     def before(module, args, kwargs):
-        seen["x"] = kwargs["hidden_states"].detach().requires_grad_()
-        return args, kwargs | {"hidden_states": seen["x"]}
+        recorded["x"] = kwargs["hidden_states"].detach().requires_grad_()
+        return args, kwargs | {"hidden_states": recorded["x"]}
 
     hooks = [
         attention.register_forward_pre_hook(before, with_kwargs=True),
-        attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0])),
+        attention.register_forward_hook(lambda module, args, output: recorded.update(y=output[0])),
     ]
     model(input_ids=tokens)
     for hook in hooks:
         hook.remove()
-    return seen["x"], seen["y"]
+    return recorded["x"], recorded["y"]
 
 
 def difference(a, b):
-    """The largest difference of a from b, as a part of the largest number in b."""
+    """The largest difference of a and b, relative to the largest number in b."""
     return np.abs(a - b).max() / np.abs(b).max()
 
 
@@ -76,7 +76,7 @@ def main():
         dy = torch.randn(theirs.shape)
         theirs.backward(dy)
 
-        layer = load_layer(checkpoint, LAYER)  # its tensors alone, and its scale, rotary table and mask from the config
+        layer = load_layer(checkpoint, LAYER)  # only its tensors; scale, rotary table and mask from the config
         y, cache = self_attention(layer.params, x.detach().numpy(), **layer.options(T))
         dparams, dx, _ = self_attention_vjp(cache, dy.numpy())
 
@@ -93,7 +93,7 @@ def main():
         save_layer(checkpoint, layer._replace(params=trained))
         y, _ = self_attention(trained, x.detach().numpy(), **layer.options(T))
         again, theirs = watch(LlamaModel.from_pretrained(checkpoint), tokens)
-        assert torch.equal(again, x)  # the layer before it is what it was
+        assert torch.equal(again, x)  # the layer before it has not changed
         off = difference(y, theirs.detach().numpy())
         print(f"after a step, saved and loaded by transformers: {off:.1e}")
         assert off < 1e-5

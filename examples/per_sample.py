@@ -1,10 +1,10 @@
-"""Private training: every sample's gradient is clipped before they are added up (Abadi et al. 2016, algorithm 1).
+"""Private training: the gradient of each sample is clipped before the sum (Abadi et al. 2016, algorithm 1).
 
     python examples/per_sample.py
 
-A layer of attention learns to return the mean of the tokens that look like the first one. One sample in eight has a
-wrong and huge target: without clipping it pulls the weights away, with it each sample has the same say. Beside it: who
-pulled hardest, which the norms of the gradients of single samples tell.
+A layer of attention learns to return the mean of the tokens that are similar to the first one. One sample in eight has
+a wrong and huge target. Without clipping it dominates the gradient; with clipping each sample has bounded influence.
+The norms of the gradients of single samples also identify the wrong samples.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ STEPS, RATE, CLIP, NOISE = 60, 0.5, 0.5, 0.02
 
 
 def problem(rng):
-    """x (B, T, C), what should come out, and which samples are wrong."""
+    """x (B, T, C), the target, and which samples are wrong."""
     x = rng.standard_normal((B, T, C))
     like = x @ x[:, :1].mT > 0
     target = np.broadcast_to((x * like).sum(1, keepdims=True) / like.sum(1, keepdims=True), x.shape)
@@ -25,7 +25,7 @@ def problem(rng):
 
 
 def gradients(params, x, target):
-    """The mean square of each sample (B), and its gradient: a tree whose leaves begin with the batch."""
+    """The mean squared error of each sample (B), and its gradient: a tree whose leaves start with the batch axis."""
     y, cache = self_attention(params, x)
     dy = (2 / (T * C)) * (y - target)
     dparams, *_ = self_attention_vjp(cache, dy, per_sample=True)
@@ -58,7 +58,7 @@ def train(clip, noise, rng, x, target, good):
 
 
 def main():
-    """Compare the three, and show which samples pull hardest."""
+    """Compare three ways of training, and show which samples have the largest gradients."""
     rng = np.random.default_rng(0)
     x, target, wrong = problem(rng)
     params = init(0, C, H, dtype=np.float64)
@@ -70,12 +70,11 @@ def main():
         np.testing.assert_allclose(g.sum(0), w, rtol=0, atol=1e-12)  # their sum is the gradient
 
     size = norms(dparams)
-    hardest = np.argsort(-size)[: wrong.sum()]
-    print(
-        f"norm of a sample's gradient: {np.median(size[~wrong]):.2f} of a good one, {np.median(size[wrong]):.1f} of a"
-    )
-    found = set(hardest) == set(np.flatnonzero(wrong))
-    print(f"wrong one (medians); the {wrong.sum()} largest are the wrong ones: {found}\n")
+    largest = np.argsort(-size)[: wrong.sum()]
+    good, bad = np.median(size[~wrong]), np.median(size[wrong])
+    print(f"median norm of a sample's gradient: {good:.2f} if its target is right, {bad:.1f} if it is wrong")
+    found = set(largest) == set(np.flatnonzero(wrong))
+    print(f"the {wrong.sum()} largest belong to the wrong samples: {found}\n")
     print(f"{'loss of the good samples':26} {'start':>8} {'end':>8}")
     ends = {}
     for name, clip, noise in (("plain", np.inf, 0), ("clipped", CLIP, 0), ("clipped, with noise", CLIP, NOISE)):

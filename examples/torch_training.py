@@ -1,9 +1,9 @@
 """A small PyTorch model whose attention is funcmha's, trained by PyTorch's own optimiser.
 
-The task is to look up: a sequence shows some pairs of a letter and a number, then asks for the number of one letter. A
-layer of attention finds the pair that answers. Around it are PyTorch's embedding, norms and linear layers; the
-parameters are PyTorch's too, in the tree that funcmha reads, and so are their gradients. At the end the same model runs
-on `torch.nn.functional.scaled_dot_product_attention`, and gives the same.
+The task is a lookup: a sequence contains pairs of a letter and a number, and at the end asks for the number of one
+letter. Attention finds the pair. Embedding, norms and linear layers are PyTorch's; the parameters are PyTorch's too, in
+the tree that funcmha reads, and so are their gradients. At the end the same model runs on
+`torch.nn.functional.scaled_dot_product_attention`, with the same results.
 
     python examples/torch_training.py
 """
@@ -21,7 +21,7 @@ attend = as_torch_function(mha, mha_vjp, mask=masks.causal())  # made once, serv
 
 
 class Attention(nn.Module):
-    """funcmha's tree of parameters, each leaf of it a parameter of the module."""
+    """funcmha's tree of parameters, with each leaf a parameter of the module."""
 
     def __init__(self, seed):
         super().__init__()
@@ -71,7 +71,7 @@ class Model(nn.Module):
 
 
 def batch(n):
-    """Pairs of letters and numbers, and at the end a letter with no number; what its number was."""
+    """Pairs of letters and numbers, with a letter without number at the end; and the number of that letter."""
     letters = torch.rand(n, LETTERS).argsort(-1)[:, :PAIRS]
     numbers = torch.randint(NUMBERS, (n, PAIRS))
     asked = torch.randint(PAIRS, (n, 1))

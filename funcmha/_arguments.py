@@ -67,43 +67,26 @@ class Options(NamedTuple):
         return self._replace(mask=mask, scale=scale, softcap=softcap, dropout=dropout)
 
 
-INSTEAD = {  # what other libraries call it, and funcmha 0.1
-    "causal": "mask=masks.causal()",
-    "is_causal": "mask=masks.causal()",
-    "use_causal_mask": "mask=masks.causal()",
-    "attn_mask": "mask= for booleans, True = attend, or bias, the input after the values, for numbers that are added",
-    "attention_mask": "mask= for booleans, True = attend, or bias, the input after the values, for numbers",
-    "key_padding_mask": "mask=masks.padding(valid), True = attend",
-    "lengths": "mask=masks.lengths(…)",
-    "window": "mask=masks.window(left, right)",
-    "window_size": "mask=masks.window(left, right)",
-    "sliding_window": "mask=masks.window(n - 1, 0)",
-    "bias": "bias as an input, after the values",
-    "sink": "sink as an input, after the bias",
-    "dropout_p": "dropout=dropout.seeded(seed, rate)",
-    "dropout_rate": "dropout=dropout.seeded(seed, rate)",
-    "keep": "dropout=dropout.masked(keep, rate)",
-    "rate": "dropout=dropout.seeded(seed, rate)",
-    "cap": "softcap=",
-    "logit_cap": "softcap=",
-    "logits_soft_cap": "softcap=",
-    "soft_cap": "softcap=",
-    "softmax_scale": "scale=",
-    "sm_scale": "scale=",
-    "norm": "qk_norm=",
-    "rope": "rotary=",
-    "alibi_slopes": "a bias, biases.alibi(slopes, T=…, S=…)[0]",
-    "enable_gqa": "nothing: keys and values with fewer heads are grouped-query attention",
-    "is_gqa": "nothing: keys and values with fewer heads are grouped-query attention",
-    "num_heads": "nothing: the sizes are read off the arrays",
-    "need_weights": "attention_weights(cache)",
-    "return_weights": "attention_weights(cache)",
-    "return_attention_scores": "attention_weights(cache)",
-    "average_attn_weights": "attention_weights(cache).mean(axis=-3)",
-    "return_lse": "log_sum_exp(cache)",
-    "implementation": "engine=",
-    "backend": "engine=",
+NAMES_ELSEWHERE = {  # what to write instead of what other libraries call it, and funcmha 0.1
+    "mask=masks.causal()": "causal is_causal use_causal_mask",
+    "mask= for booleans, True = attend, or for numbers a bias, after the values": "attn_mask attention_mask",
+    "mask=masks.padding(valid), True = attend": "key_padding_mask",
+    "mask=masks.lengths(…)": "lengths seqlens",
+    "mask=masks.window(left, right)": "window window_size sliding_window left",
+    "it as an input, after the values": "bias sink",
+    "a bias, biases.alibi(slopes, T=…, S=…)[0]": "alibi_slopes",
+    "dropout=dropout.seeded(seed, rate)": "dropout_p dropout_rate rate",
+    "dropout=dropout.masked(keep, rate)": "keep dropout_mask",
+    "softcap=": "cap soft_cap logit_cap logits_soft_cap",
+    "scale=": "softmax_scale sm_scale",
+    "qk_norm=": "norm",
+    "rotary=": "rope",
+    "nothing: fewer heads of keys and values are grouped-query attention": "enable_gqa is_gqa num_heads",
+    "attention_weights(cache)": "need_weights return_weights return_attention_scores average_attn_weights",
+    "log_sum_exp(cache)": "return_lse",
+    "engine=": "implementation backend",
 }
+INSTEAD = {name: instead for instead, names in NAMES_ELSEWHERE.items() for name in names.split()}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -113,34 +96,25 @@ def takes(kind: type) -> Callable[[F], F]:
 
     def spell_out(f: F) -> F:
         signature = inspect.signature(f)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_of(name), annotation=annotation)
-            for name, annotation in kind.__annotations__.items()
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None if name != "zero_attn" else False)
+            for name in kind.__annotations__
             if name not in signature.parameters
         ]
-        f.__signature__ = signature.replace(parameters=sorted([*own, *options], key=lambda p: p.kind))  # type: ignore[attr-defined]
+        f.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return f
 
     return spell_out
 
 
-def default_of(name: str) -> Any:
-    """The value of an option that is not given."""
-    return False if name == "zero_attn" else None
-
-
 def check_names(options: Any, kind: type) -> None:
     """Raise TypeError for an option that there is not, with what to write instead."""
-    names = _names(kind)
+    names = kind.__annotations__
     for name in options:
         if name not in names:
             instead = f": write {INSTEAD[name]}" if name in INSTEAD else ""
             raise TypeError(f"{name}= is no option, which are {', '.join(names)}{instead}")
-
-
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(kind.__annotations__)
 
 
 # ── the ops ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,13 +253,7 @@ def check_cotangents_of_mha(dy: Array, dweights: Array, dlse: Array, o: Array, O
 
 
 def check_inputs(
-    axes: _check.Axes,
-    leaves: dict[str, Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    options: Any,
+    axes: _check.Axes, leaves: dict[str, Array], query: Array, key: Array, value: Array, bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
     """The inputs beside the parameters, of which `axes` knows the sizes."""
     inputs, bias = [("query", query), ("key", key), ("value", value)], as_bias(bias)
@@ -418,11 +386,10 @@ def check_tangents(
     return Tangents(upcast(q_dot), upcast(k_dot), upcast(v_dot), wide_bias, upcast(sink_dot)), dtype
 
 
-def check_cotangents(
-    q: Array, v: Array, do: Array, do_dot: Array, dlse: Array, dlse_dot: Array, dots: tuple[Any, ...]
-) -> Cotangents:
+def check_cotangents(q: Array, v: Array, cotangents: Cotangents, dots: tuple[Any, ...]) -> Cotangents:
     """The cotangents of an attention and their tangents, upcast, of the dtype that the tangents of the inputs have."""
-    given = {"do": do, "do_dot": do_dot, "dlse": dlse, "dlse_dot": dlse_dot}
+    given = cotangents._asdict()
+    do, do_dot, dlse, dlse_dot = cotangents
     _check.one_dtype([("do", do)], optional=[*given.items(), *zip(TANGENTS, map(values_of, dots), strict=True)])
     o, lse = (*q.shape[:-1], v.shape[-1]), tuple(q.shape[:-1])
     _check.cotangent("do", do, o, q, "... H T E")

@@ -9,11 +9,14 @@ import numpy as np
 
 Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
 
+NO_ARRAYS = (np.generic, np.ma.MaskedArray, np.matrix)
 HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
 
 
 def namespace(x: Array) -> ModuleType:
     """The module whose functions take `x`: numpy for a NumPy array, cupy for a CuPy array, and so on."""
+    if isinstance(x, np.ndarray):
+        return np  # as its __array_namespace__ says, which imports, as nothing can when the interpreter ends
     xp: ModuleType
     if hasattr(x, "__array_namespace__"):
         xp = x.__array_namespace__()
@@ -34,7 +37,7 @@ def is_array(x: Any) -> bool:
     Nor is a masked array, whose mask nobody would read, or a matrix, which multiplies and indexes in its own way.
     """
     known = hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")
-    return known and not isinstance(x, np.generic | np.ma.MaskedArray | np.matrix)
+    return known and not isinstance(x, NO_ARRAYS)
 
 
 def dtype_name(x: Array) -> str:

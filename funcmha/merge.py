@@ -1,4 +1,4 @@
-"""Attention over disjoint sets of keys, joined: what ring attention and split-key decoding are made of.
+"""Attention over disjoint sets of keys, merged: the building block of ring attention and split-key decoding.
 
     o1, c1 = attention(q, k[..., :s, :], v[..., :s, :])
     o2, c2 = attention(q, k[..., s:, :], v[..., s:, :])
@@ -20,7 +20,7 @@ INF = float("inf")
 class MergeCache(NamedTuple):
     o1: Array  # (..., T, E)
     o2: Array  # (..., T, E)
-    w1: Array  # (..., T), the share of the first part: 0 where it is empty
+    w1: Array  # (..., T), the share of the first part: 0 where it is fully masked
     w2: Array  # (..., T)
     lse: Array  # (..., T)
 
@@ -29,12 +29,12 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, Mer
     """o = (e^lse1 o1 + e^lse2 o2) / (e^lse1 + e^lse2)      o1, o2 (..., T, E)   lse1, lse2 (..., T)   →   o (..., T, E)
 
     With o and lse of attention over two disjoint sets of keys, o is that of attention over both, and so is
-    lse = log(e^lse1 + e^lse2), which `log_sum_exp(cache)` reads. Parts may join in any order: it commutes, and
-    associates to rounding.
+    lse = log(e^lse1 + e^lse2), which `log_sum_exp(cache)` reads. Parts may be merged in any order: the op is
+    commutative, and associative to rounding.
 
-    A part with lse = −∞ is empty and has no effect, even if its o is NaN; two of them make an empty row, o = 0 and
-    lse = −∞. No finite scores have lse = +∞: like NaN it makes the row NaN, o and lse. (flash-attention marks an empty
-    row with +∞: write −∞ there first.) lse is as `log_sum_exp` gives it, float32 where o is float16 or bfloat16.
+    A part with lse = −∞ is fully masked and has no effect, even if its o is NaN; two of them give o = 0 and lse = −∞.
+    No finite scores have lse = +∞: like NaN it makes o and lse of the row NaN. (flash-attention marks a fully masked
+    row with +∞: write −∞ there first.) lse is that of `log_sum_exp`, float32 where o is float16 or bfloat16.
 
     Raises TypeError for mixed dtypes, ValueError for shapes that do not fit.
     Milakov and Gimelshein 2018, section 3.1.
@@ -45,10 +45,10 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, Mer
     top = xp.maximum(lse1, lse2)
     top = xp.where(top == -INF, 0.0, top)
     e1, e2 = xp.exp(lse1 - top), xp.exp(lse2 - top)  # the larger is 1, so that e1 + e2 = 1 + e1 e2
-    total = e1 + e2
-    lse = xp.where(total == 0, -INF, top + xp.log1p(e1 * e2))
-    total = xp.where(total == 0, 1.0, total)
-    w1, w2 = e1 / total, e2 / total
+    row_sum = e1 + e2
+    lse = xp.where(row_sum == 0, -INF, top + xp.log1p(e1 * e2))
+    row_sum = xp.where(row_sum == 0, 1.0, row_sum)
+    w1, w2 = e1 / row_sum, e2 / row_sum
     o = _share(w1, o1, lse1 == -INF) + _share(w2, o2, lse2 == -INF)
     return downcast(o, dtype), MergeCache(o1, o2, w1, w2, lse)
 
@@ -57,8 +57,9 @@ def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[A
     """do1, dlse1, do2, dlse2
     from the cotangents of o (..., T, E) and, where given, of lse (..., T)
 
-    The gradients of o1 and o2 have the dtype of `do`, those of lse1 and lse2 the dtype of lse. They are what the parts
-    want: `attention_vjp(c1, do1, dlse=dlse1)`. Where a part has no share its gradients are 0, whatever do and dlse are.
+    The gradients of o1 and o2 have the dtype of `do`, those of lse1 and lse2 the dtype of lse. They are the cotangents
+    of the parts: `attention_vjp(c1, do1, dlse=dlse1)`. Where a part has no share its gradients are 0, whatever do and
+    dlse.
     """
     _check.cache(cache, MergeCache, "merge")
     o1, o2, w1, w2, lse = cache

@@ -17,8 +17,7 @@ import numpy as np
 
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._arrays import Array, downcast, from_host, namespace, own, row_blocks, sum_over_batch, upcast
-from .biases import RelativeBias
+from ._arrays import Array, downcast, from_host, full, namespace, own, row_blocks, sum_over_batch, upcast
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
 
@@ -60,9 +59,10 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
-    dx = g @ w
-    dw = sum((xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :] for i in row_blocks(n)), xp.zeros_like(w))
-    db = None if b is None else sum((xp.sum(rows_g[..., i, :], axis=-2) for i in row_blocks(n)), xp.zeros_like(b))
+    dx, dw, db = g @ w, full((*batch, *w.shape), 0.0, w), None if b is None else full((*batch, *b.shape), 0.0, b)
+    for i in row_blocks(n):
+        dw = dw + xp.matrix_transpose(rows_g[..., i, :]) @ rows_x[..., i, :]
+        db = None if b is None else db + xp.sum(rows_g[..., i, :], axis=-2)
     return downcast(dx, dy.dtype), downcast(dw, dy.dtype), downcast(db, dy.dtype)
 
 
@@ -153,9 +153,7 @@ class ScoresCache(NamedTuple):
 
 
 @takes(ScoresOptions)
-def scores(
-    q: Array, k: Array, bias: Array | RelativeBias = None, /, **options: Unpack[ScoresOptions]
-) -> tuple[Array, ScoresCache]:
+def scores(q: Array, k: Array, bias: Any = None, /, **options: Unpack[ScoresOptions]) -> tuple[Array, ScoresCache]:
     """z = softcap · tanh(scale · q kᵀ / softcap) + bias, and −∞ where not mask
     q (..., H, T, D)   k (..., K, S, D)   →   z (..., H, T, S)     or both without head axis
 
@@ -175,7 +173,7 @@ def scores(
     return downcast(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
 
-def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | RelativeBias]:
+def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Any]:
     """dq, dk, dbias: `scores` from the bottom up
 
     A score of −∞ stays what it is however little an input moves: its cotangent has no effect.
@@ -186,7 +184,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Array | 
     dtype, xp = dz.dtype, namespace(q)
     g = xp.where(allowed, upcast(dz), 0.0)
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
-    return downcast(dq, dtype), downcast(dk, dtype), given(dbias, dtype)
+    return downcast(dq, dtype), downcast(dk, dtype), round_bias(dbias, dtype)
 
 
 def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
@@ -229,13 +227,7 @@ class AttentionCache(NamedTuple):
 
 @takes(AttentionOptions)
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | RelativeBias = None,
-    sink: Array = None,
-    /,
-    **options: Unpack[AttentionOptions],
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, **options: Unpack[AttentionOptions]
 ) -> tuple[Array, AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v
     q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   →   o (..., H, T, E)     or all three without head axis
@@ -267,7 +259,7 @@ def attention(
 @underflow_is_zero
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
 
@@ -278,7 +270,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended(cache))
+    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended_pairs(cache))
 
     # o = a v   with   a = dropout(p)
     dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
@@ -291,7 +283,7 @@ def attention_vjp(
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
-    return dq, dk, dv, given(dbias, dtype), dsink
+    return dq, dk, dv, round_bias(dbias, dtype), dsink
 
 
 @underflow_is_zero
@@ -306,12 +298,12 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
-def attended(cache: AttentionCache) -> Array:
+def attended_pairs(cache: AttentionCache) -> Array:
     """Booleans (..., H, T, S or 1), over whose columns `any` says which queries attend a key"""
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
-def given(dbias: Bias, dtype: Any) -> Any:
+def round_bias(dbias: Bias, dtype: Any) -> Any:
     """The gradient of a bias as the bias was given, an array or a `RelativeBias`, rounded to `dtype`."""
     return None if dbias is None else dbias.map(lambda g: downcast(g, dtype)).given
 

@@ -2,10 +2,10 @@
 
     q, cache = pack(*qs)                                    # qs of (H, T_b, D)  →  q (H, N, D)
     cu = cumulative([x.shape[-2] for x in qs])              # (B + 1,): 0, …, N, the cu_seqlens of flash-attention
-    o, cache = attention(q, k, v, mask=packing.causal(cu))  # no token sees another sequence
+    o, cache = attention(q, k, v, mask=packing.causal(cu))  # tokens attend their own sequence only
     os, cache = unpack(o, cu_seqlens=cu)                    # one (H, T_b, E) for each sequence
 
-`pad` and `unpad` go to padded batches and back. All four move rows and compute nothing, in any dtype of funcmha.
+`pad` and `unpad` convert to padded batches and back. All four move rows and compute nothing, in any dtype of funcmha.
 
 Axes: B sequences, N tokens of all of them, T tokens of the longest, C width; `...` is heads, and batch of packed rows.
 """
@@ -21,7 +21,7 @@ from . import _check, masks
 from ._arrays import Array, from_host, full, namespace
 from .masks import Spans
 
-# ── what cu_seqlens says ─────────────────────────────────────────────────────────────────────────────────────────
+# ── what cu_seqlens means ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cumulative(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarra
 
 
 def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Spans:
-    """b(i) = b(j)      a query sees the keys of its own sequence      cu_q (B + 1,)   cu_k (B + 1,), or as cu_q
+    """b(i) = b(j)      a query attends the keys of its own sequence      cu_q (B + 1,)   cu_k (B + 1,), or as cu_q
 
     For T = cu_q[-1] queries and S = cu_k[-1] keys: `window` without bounds.
     """
@@ -74,8 +74,8 @@ def window(
 
     t counts the tokens of a sequence from 0. offset is an int or (B,); by default S_b − T_b, which aligns the last
     query of each sequence with its last key, as flash-attention does: for equal lengths 0. It differs between
-    sequences, so that no single `masks.window(left, right, offset)` joined with `mask` can say this of cu_q ≠ cu_k.
-    Inclusive: left = 3 sees itself and three before. None is no bound.
+    sequences, so no single `masks.window(left, right, offset)` joined with `mask` can express it for cu_q ≠ cu_k.
+    Inclusive: left = 3 attends the query's own position and three before. None is no bound.
     """
     cu_q, cu_k = _pair(cu_q, cu_k)
     band = masks.window(left, right)  # which checks them
@@ -97,7 +97,7 @@ class PackCache(NamedTuple):
 def pack(*xs: Array) -> tuple[Array, PackCache]:
     """x = [x₀; x₁; …]      B of (..., T_b, C)   →   x (..., N, C)
 
-    Raises TypeError for mixed dtypes, ValueError unless the arrays differ in T_b alone, and there is one.
+    Raises TypeError for mixed dtypes, ValueError unless there is at least one array, and they differ in T_b only.
     """
     if not xs:
         raise ValueError("xs must be one or more arrays (..., T_b, C), got none")
@@ -150,13 +150,13 @@ def unpack_vjp(cache: UnpackCache, dxs: Sequence[Array], /) -> tuple[Array]:
 class PadCache(NamedTuple):
     x: Array  # (..., N, C)
     slots: Array  # (N,) integers: where in B · T each token goes
-    rows: Array  # (B, T) integers: the token of each place, N for none
+    rows: Array  # (B, T) integers: the token of each slot, N for none
 
 
 def pad(x: Array, /, *, cu_seqlens: np.ndarray, length: int | None = None) -> tuple[Array, PadCache]:
     """y[b, ..., t] = x[..., cu[b] + t], 0 past the end      x (..., N, C)   →   y (B, ..., T, C)
 
-    T is the greatest length, or `length`, which must be no less. Heads stay between: (H, N, D) becomes (B, H, T, D).
+    T is the greatest length, or `length`, which must not be less. Heads stay between: (H, N, D) becomes (B, H, T, D).
     The mask of a padded batch is `masks.lengths(np.diff(cu_seqlens))`.
     """
     cu = _rows("x", x, cu_seqlens)
@@ -176,13 +176,13 @@ def pad_vjp(cache: PadCache, dy: Array, /) -> tuple[Array]:
 class UnpadCache(NamedTuple):
     y: Array  # (B, ..., T, C)
     slots: Array  # (N,) integers: where in B · T each token is
-    rows: Array  # (B, T) integers: the token of each place, N for none
+    rows: Array  # (B, T) integers: the token of each slot, N for none
 
 
 def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
     """x[..., cu[b] + t] = y[b, ..., t]      y (B, ..., T, C)   →   x (..., N, C)
 
-    What stands in the padding has no effect, even NaN, and gradient 0.
+    The contents of the padding have no effect, even NaN, and gradient 0.
     """
     _check.one_dtype([("y", y)])
     axes = _check.Axes()
@@ -242,7 +242,7 @@ def _gather(y: Array, slots: Array) -> Array:
     return xp.take(xp.reshape(y, (*batch, B * T, width)), slots, axis=-2)
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_cumulative(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.ndarray:

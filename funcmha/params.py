@@ -1,7 +1,7 @@
-"""Parameters: one table of leaves and axes, and what follows from it.
+"""Parameters: one table of leaves and axes, and everything that follows from it.
 
-A parameter tree is a plain dict of dicts of arrays, the heads stacked on one axis. Sizes are read off the arrays, so no
-configuration can disagree with them.
+A parameter tree is a plain dict of dicts of arrays, with the heads stacked on one axis. Sizes are read off the arrays,
+so no configuration can disagree with them.
 
 Axes: H query heads, K key/value heads, D query/key width, E value width, O output width, Cq Ck Cv input widths.
 """
@@ -37,7 +37,7 @@ SPEC = {  # leaf: axes
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 REQUIRED = ("q_proj.w", "k_proj.w", "v_proj.w", "out_proj.w")
-HEAD_SPEC = {  # the same for one head, as `head_params` cuts it out
+HEAD_SPEC = {  # the same for one head, as `head_params` slices it
     leaf: " ".join(axis for axis in axes.split() if axis not in "HK")
     for leaf, axes in SPEC.items()
     if not leaf.startswith("out_proj")
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(params: Params, /) -> Sizes:
-    """The sizes that the arrays of `params` show.
+    """The sizes of the arrays of `params`.
 
     Raises KeyError for a missing or unexpected leaf, ValueError for a shape that does not fit SPEC, TypeError for mixed
     dtypes; each names the leaf.
@@ -68,7 +68,7 @@ def sizes(params: Params, /) -> Sizes:
 
 
 def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, Array]]:
-    """The door for parameters: their axes, to check the other arguments against, and their leaves by dotted name."""
+    """Check parameters: their axes, to check the other arguments against, and their leaves by dotted name."""
     if not isinstance(params, dict):
         raise TypeError(f"params must be a dict of dicts of arrays, got {type(params).__name__}")
     leaves = tree.flatten(params)
@@ -90,8 +90,8 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
 def head_params(params: Params, h: int, /) -> Params:
     """The parameters of head `h`, as views: those of `SPEC` without the axes H and K
 
-    `head` takes them. The output projection belongs to no single head and is left out. Raises IndexError unless
-    0 ≤ h < H.
+    They are the parameters of `head`. The output projection belongs to no single head and is left out. Raises
+    IndexError unless 0 ≤ h < H.
     """
     H = sizes(params).H
     if not isinstance(h, Integral) or isinstance(h, bool):
@@ -102,7 +102,7 @@ def head_params(params: Params, h: int, /) -> Params:
 
 
 def one_head(params: Params, h: int) -> Params:
-    """`head_params` of parameters and a head that are checked; they may have batch axes, as gradients of samples do."""
+    """`head_params` without checks. Leaves may have batch axes, as gradients of single samples have."""
     H, K = params["q_proj"]["w"].shape[-3], params["k_proj"]["w"].shape[-3]
     index = {"H": h, "K": h // (H // K)}
     return tree.unflatten(
@@ -115,8 +115,10 @@ def one_head(params: Params, h: int) -> Params:
 
 
 def join_heads(heads: list[Params], K: int) -> Params:
-    """A tree from those of its heads, or its gradient, whose leaves may have batch axes before their own:
-    side by side over H, side by side over K of the sums of the heads that read one, or summed where heads share a leaf
+    """A tree of parameters, or of gradients, from those of its heads, whose leaves may have batch axes
+
+    Leaves with an axis H are stacked. Those with an axis K are first summed over the query heads that share them, then
+    stacked. The others are summed.
     """
     leaves, joined, readers = [tree.flatten(head) for head in heads], {}, len(heads) // K
     for name, symbols in SPEC.items():
@@ -136,8 +138,8 @@ def leaf(params: Params, name: str) -> Array:
     return params.get(branch, {}).get(last)
 
 
-def present(params: Params) -> Params:
-    """The tree without leaves that are None, and without branches that have no other."""
+def drop_absent(params: Params) -> Params:
+    """The tree without leaves that are None, and without the branches that this empties."""
     kept = {name: {last: a for last, a in branch.items() if a is not None} for name, branch in params.items()}
     return {name: branch for name, branch in kept.items() if branch}
 
@@ -145,7 +147,7 @@ def present(params: Params) -> Params:
 def group_params(params: Params, kv: slice) -> Params:
     """The parameters of key/value heads kv and of the query heads that read them, as views
 
-    The output's bias, which is added once, goes with the first of them.
+    The bias of the output projection, which is added once, goes with the first key/value head.
     """
     readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
     heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
@@ -159,7 +161,7 @@ def group_params(params: Params, kv: slice) -> Params:
 
 
 def join_groups(groups: list[Params]) -> Params:
-    """The gradient of all parameters from those of groups of heads: side by side, or summed where they share a leaf."""
+    """The gradient of all parameters from those of groups of heads: concatenated, or summed where they share a leaf."""
     if len(groups) == 1:
         return groups[0]
     leaves, joined = [tree.flatten(group) for group in groups], {}
@@ -187,7 +189,7 @@ def init(
     qk_norm: bool = False,
     dtype: Any = np.float32,
 ) -> Params:
-    """A tree of `SPEC` from the distributions of `torch.nn.MultiheadAttention`; one seed gives the same bits anywhere.
+    """A tree of `SPEC` from the distributions of `torch.nn.MultiheadAttention`; a seed gives the same bits everywhere.
 
     H = num_heads, K = num_kv_heads or H, D = head_dim or embed_dim / H, E = value_dim or D, Cq = embed_dim,
     Ck = kdim or Cq, Cv = vdim or Cq, O = out_dim or embed_dim. All sizes are at least 1. NumPy arrays of `dtype`.
@@ -246,7 +248,7 @@ def _init_sizes(
 
 
 def _draw(leaf: str, size: Sizes, seed: int) -> np.ndarray:
-    """One leaf in float64. Each has a stream of its own, so that no leaf depends on which others there are."""
+    """One leaf in float64. Each has its own stream of random bits, so that no leaf depends on which others exist."""
     shape = tuple(getattr(size, letter) for letter in SPEC[leaf].split())
     if leaf.endswith(".b") or leaf == "sink.w":
         return np.zeros(shape)
@@ -270,7 +272,7 @@ def _bound(leaf: str, size: Sizes) -> float:
     return sqrt(6 / (fan_in + fan_out))
 
 
-# NumPy promises the raw words of a bit generator for ever, but not its distributions, nor the last bit of a logarithm.
+# NumPy guarantees the raw bits of a bit generator for ever, but not its distributions, nor the last bit of a logarithm.
 
 
 def _uniform(bits: np.random.PCG64, n: int) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""Rotary position embeddings: pairs of features turned by an angle that grows with the position.
+"""Rotary position embeddings: pairs of features rotated by an angle that grows with the position.
 
-    turn = table(np.arange(T), frequencies(64))
-    q, cache = rotate(q, rotary=turn)
+    angles = table(np.arange(T), frequencies(64))
+    q, cache = rotate(q, rotary=angles)
 
-A score of a query at position m and a key at n then depends on m − n alone. Tables are static values,
-as masks are; `rotate` is the op. What extends the context acts on what `table` is given: interpolation (Chen et al.
-2023) is `table(positions / factor, …)`, the others are `ntk_base`, `llama3_frequencies` and `yarn_frequencies`, and
-any other array of frequencies will do.
+The score of a query at position m and a key at position n then depends on m − n only. Tables are static values, as
+masks are; `rotate` is the op. Methods for longer contexts change the arguments of `table`: interpolation (Chen et al.
+2023) is `table(positions / factor, …)`, others are `ntk_base`, `llama3_frequencies` and `yarn_frequencies`, and any
+other array of frequencies works as well.
 
-Axes: T positions, D width, N pairs of features that turn (N ≤ D / 2); `...` is batch.
+Axes: T positions, D width, N rotated pairs of features (N ≤ D / 2); `...` is batch.
 """
 
 from math import ceil, floor, log, pi
@@ -18,24 +18,24 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, of_sample, outline, upcast
+from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, upcast
 
 
 class HalfPairs(NamedTuple):
-    """Feature i turns with i + N: GPT-NeoX, and Llama in `transformers`."""
+    """Feature i is paired with i + N: GPT-NeoX, and Llama in `transformers`."""
 
     cos: Array  # (..., T, N)
     sin: Array  # (..., T, N)
 
 
 class InterleavedPairs(NamedTuple):
-    """Feature 2i turns with 2i + 1: RoFormer, GPT-J, and Llama as published."""
+    """Feature 2i is paired with 2i + 1: RoFormer, GPT-J, and Llama as published."""
 
     cos: Array  # (..., T, N)
     sin: Array  # (..., T, N)
 
 
-# The pairing is a type and no field: a string would be a leaf of the cache, which JAX and torch refuse.
+# The pairing is a type and not a field: a string would be a leaf of the cache, which JAX and torch refuse.
 Rotary = HalfPairs | InterleavedPairs
 PAIRS: dict[str, type[HalfPairs] | type[InterleavedPairs]] = {"half": HalfPairs, "interleaved": InterleavedPairs}
 
@@ -49,15 +49,15 @@ def table(
     """gain · cos, sin of position · frequency        positions (..., T)   frequencies (N,)   →   cos, sin (..., T, N)
 
     positions     integers, float32 or float64, of any library; after a key/value cache, an `arange` that starts at its
-                  length. Negative positions turn backwards. Batch axes are those of x, of its size or 1: positions per
-                  sample of a (B, H, T, D) are (B, 1, T)
-    frequencies   a NumPy array of float64; 2N features turn, and those of x beyond them pass
-    pairs         "half": feature i turns with i + N; "interleaved": 2i with 2i + 1
-    gain          what turns also grows by this factor: YaRN's, which makes up for longer contexts (its section 3.4)
+                  length. Negative positions rotate backwards. Batch axes are those of x, of its size or 1: positions
+                  per sample of x (B, H, T, D) are (B, 1, T)
+    frequencies   a NumPy array of float64; 2N features are rotated, and the rest of x passes through
+    pairs         "half": feature i is paired with i + N; "interleaved": 2i with 2i + 1
+    gain          a factor of the rotated features: YaRN's compensation for longer contexts (its section 3.4)
 
-    In float64, in the library of `positions` (in JAX that needs x64, or positions of NumPy): cos and sin are off by
-    2⁻⁵² |position| at most, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256
-    or 2048. Su et al. 2021, eq. 34.
+    In float64, in the library of `positions` (JAX needs x64, or positions of NumPy). The error of cos and sin is at
+    most 2⁻⁵² |position|, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256 or
+    2048. Su et al. 2021, eq. 34.
     """
     _check_table_of(positions, frequencies, pairs)
     xp, gain = namespace(positions), _check.number("gain", gain)
@@ -68,7 +68,7 @@ def table(
 def frequencies(width: int, *, base: float = 10000.0) -> np.ndarray:
     """θᵢ = base^(−2i / width)    for i = 0 … width / 2 − 1, float64        Su et al. 2021, section 3.2.2
 
-    `width` features turn: D, or less of them for a partial rotation.
+    `width` features are rotated: D, or fewer for a partial rotation.
     """
     width, base = _even("width", width), _check.number("base", base, 1.0)
     return np.array([base ** (-2 * i / width) for i in range(width // 2)], np.float64)
@@ -77,8 +77,8 @@ def frequencies(width: int, *, base: float = 10000.0) -> np.ndarray:
 def ntk_base(width: int, factor: float, *, base: float = 10000.0) -> float:
     """base · factor^(width / (width − 2))        the "NTK-aware" base of a context that is `factor` times as long
 
-    The last frequency is then divided by `factor`, the first stays 1, and those between share the change geometrically.
-    In `transformers` this is the "dynamic" kind at a length of `factor` contexts, where that factor is 1. (bloc97 2023;
+    The last frequency is then divided by `factor`, the first stays 1, and those between change geometrically. In
+    `transformers` this is the "dynamic" kind at a length of `factor` contexts, where its own factor is 1. (bloc97 2023;
     Peng et al. 2023, YaRN, section 3.1.)
     """
     width, factor, base = _even("width", width), _check.number("factor", factor, 1.0), _check.number("base", base, 1.0)
@@ -92,8 +92,9 @@ def llama3_frequencies(
 ) -> np.ndarray:
     """θ (s + (1 − s) / factor)    where s = clip((context · θ / 2π − low) / (high − low), 0, 1)
 
-    What turns `high` times or more within the `context` that was trained on stays, what turns `low` times or less is
-    interpolated, and s blends between. Llama 3.1: `apply_scaling` in its reference code, "llama3" in `transformers`.
+    Frequencies with `high` or more rotations within the training `context` stay, those with `low` or fewer are
+    interpolated, and s interpolates between the two. Llama 3.1: `apply_scaling` in its reference code, "llama3" in
+    `transformers`.
     """
     _check_frequencies(frequencies)
     factor, context = _check.number("factor", factor, 1.0), _check.number("context", context, 1.0)
@@ -116,16 +117,16 @@ def yarn_frequencies(
 ) -> np.ndarray:
     """θᵢ (1 − s + s / factor)    where s = clip((i − low) / (high − low), 0, 1)
 
-    Pair number `low` turns `fast` times within the `context` that was trained on, number `high` turns `slow` times, for
-    some i that need not be whole: `truncate` takes them outwards to whole ones. Peng et al. 2023, YaRN, section 3.2, in
-    the form of its reference code; "yarn" in `transformers`. See `gain` of `table` too.
+    Pair number `low` makes `fast` rotations within the training `context`, number `high` makes `slow`. These numbers
+    need not be integers: `truncate` rounds them outwards. Peng et al. 2023, YaRN, section 3.2, in the form of its
+    reference code; "yarn" in `transformers`. See also `gain` of `table`.
     """
     freqs, factor = frequencies(width, base=base), _check.number("factor", factor, 1.0)
     context, slow = _check.number("context", context, 1.0), _check.number("slow", slow, 0.0)
     fast = _check.number("fast", fast, 0.0)
     if not 0 < slow < fast or base == 1:
         raise ValueError(f"slow must be above 0 and below fast, and base above 1, got {slow=}, {fast=}, {base=}")
-    low, high = (width * log(context / (2 * pi * turns)) / (2 * log(base)) for turns in (fast, slow))
+    low, high = (width * log(context / (2 * pi * rotations)) / (2 * log(base)) for rotations in (fast, slow))
     if truncate:
         low, high = floor(low), ceil(high)
     low = max(low, 0)
@@ -139,42 +140,32 @@ def yarn_frequencies(
 
 class RotateCache(NamedTuple):
     rotary: Rotary  # its tables (..., T, N), in the dtype computed with
-    like: Array  # (..., T, D, 0): of x nothing but its shape
+    like: Array  # (..., T, D, 0): the shape of x, without its numbers
 
 
 def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
-    """y = x turned: (a, b) ↦ (a cos − b sin, b cos + a sin)    x (..., T, D)   cos, sin (..., T, N)   →   y (..., T, D)
+    """y = (a cos − b sin, b cos + a sin)    for pairs (a, b) of x
+    x (..., T, D)   cos, sin (..., T, N)   →   y (..., T, D)
 
-    (a, b) are the N pairs that `rotary` says; features beyond 2N pass as they are. The tables are rounded once, to the
-    dtype that x is computed in. Their T is that of x, and their batch axes broadcast to those of x. Raises TypeError
-    and ValueError otherwise. Su et al. 2021, eq. 34.
+    The type of `rotary` gives the N pairs; features beyond 2N pass through. The tables are rounded once, to the dtype
+    that x is computed in. Their T is that of x, and their batch axes broadcast to those of x. Raises TypeError and
+    ValueError otherwise. Su et al. 2021, eq. 34.
     """
     _check_rotate(x, rotary)
     dtype, x = x.dtype, upcast(x)
-    turn = rotary._replace(cos=_beside(rotary.cos, x), sin=_beside(rotary.sin, x))
-    return downcast(_turned(x, turn), dtype), RotateCache(turn, outline(x))
+    rotary = rotary._replace(cos=_beside(rotary.cos, x), sin=_beside(rotary.sin, x))
+    return downcast(_rotated(x, rotary), dtype), RotateCache(rotary, outline(x))
 
 
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
-    """dx = dy turned backwards: (da, db) ↦ (da cos + db sin, db cos − da sin)        needs the tables alone, never x"""
+    """dx = (da cos + db sin, db cos − da sin)    for pairs (da, db) of dy: the inverse rotation, which needs no x"""
     _check.cache(cache, RotateCache, "rotate")
-    turn, like = cache
-    _check.cotangent("dy", dy, like.shape[:-1], like, "... T D")
-    return (downcast(_turned(upcast(dy), turn._replace(sin=-turn.sin)), dy.dtype),)
-
-
-def cut_turned(cache: RotateCache, heads: slice) -> RotateCache:
-    """The cache of some heads of x (..., H, T, D), which all have the same positions."""
-    return cache._replace(like=cache.like[..., heads, :, :, :])
-
-
-def cut_turned_sample(cache: RotateCache, b: tuple[int, ...]) -> RotateCache:
-    """The cache of one element of the batch of x (..., H, T, D)."""
     rotary, like = cache
-    return RotateCache(rotary._replace(cos=of_sample(rotary.cos, b), sin=of_sample(rotary.sin, b)), like[b])
+    _check.cotangent("dy", dy, like.shape[:-1], like, "... T D")
+    return (downcast(_rotated(upcast(dy), rotary._replace(sin=-rotary.sin)), dy.dtype),)
 
 
-def _turned(x: Array, rotary: Rotary) -> Array:
+def _rotated(x: Array, rotary: Rotary) -> Array:
     """The rotation itself, in one dtype."""
     xp, (cos, sin) = namespace(x), rotary
     n, interleaved = cos.shape[-1], isinstance(rotary, InterleavedPairs)
@@ -191,11 +182,11 @@ def _beside(table: Array, x: Array) -> Array:
     return namespace(x).astype(table, x.dtype, copy=False)
 
 
-# ── doors ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_table(rotary: Any) -> None:
-    """A table that `table` could have made: cos and sin are real arrays of one dtype and one shape (..., T, N)."""
+    """Raise unless cos and sin are real arrays of one dtype and one shape (..., T, N), as `table` makes them."""
     if not isinstance(rotary, (HalfPairs, InterleavedPairs)):
         raise TypeError(f"rotary must come from funcmha.rotary, got {type(rotary).__name__}")
     _check.one_dtype([("rotary.cos", rotary.cos), ("rotary.sin", rotary.sin)])
@@ -237,10 +228,10 @@ def _check_rotate(x: Array, rotary: Any) -> None:
     axes = _check.Axes()
     axes("x", x, "... T D")
     *batch, T, N = rotary.cos.shape
-    if axes["T"] != T:  # one position for all would broadcast, and is a mistake
+    if axes["T"] != T:  # a single position would broadcast, and is a mistake
         raise ValueError(f"rotary must have T={axes['T']} positions as x has, got {T}")
     if axes["D"] < 2 * N:
-        raise ValueError(f"rotary must turn at most D={axes['D']} features as in x, got {2 * N}")
+        raise ValueError(f"rotary must rotate at most D={axes['D']} features as in x, got {2 * N}")
     axes.broadcast("rotary", (*batch, T), "... T")
 
 
@@ -248,5 +239,5 @@ def _even(name: str, n: Any) -> int:
     if not isinstance(n, Integral) or isinstance(n, bool):
         raise TypeError(f"{name} must be an integer, got {n!r} of type {type(n).__name__}")
     if n < 0 or n % 2:
-        raise ValueError(f"{name} must be even and not negative, as features turn in pairs, got {n}")
+        raise ValueError(f"{name} must be even and not negative, as features are rotated in pairs, got {n}")
     return int(n)

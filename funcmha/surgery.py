@@ -1,4 +1,4 @@
-"""What is asked of heads and done to them: norms, largest scores, pruning, merging. Trees in, trees out.
+"""Statistics and surgery of heads: norms, largest scores, pruning, merging. Trees in, trees out.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
@@ -21,7 +21,7 @@ ROWS = 512  # queries whose scores are held at once
 def head_norms(params: Params, /) -> dict[str, Array]:
     """‖w‖ of each head: q_proj (H,)   k_proj (K,)   v_proj (K,)   out_proj (H,)     Frobenius, without the biases
 
-    What magnitude pruning and weight clipping look at. Raises what `sizes` raises.
+    Used by magnitude pruning and weight clipping. Raises what `sizes` raises.
     """
     sizes(params)
     norms = {}
@@ -35,8 +35,8 @@ def head_norms(params: Params, /) -> dict[str, Array]:
 def max_logit(cache: Any, /, *, mask: Array | Mask = None) -> Array:
     """max over i, j of scale · qᵢ · kⱼ        from the cache of `mha` or `self_attention`   →   (..., H)
 
-    Before soft cap and bias: what QK-clip bounds (Kimi K2 2025, section 2.1). Over all keys, or those that `mask`, as
-    given to `mha`, allows; −∞ where there are none. Holds the scores of 512 queries of a head at a time.
+    Before soft cap and bias: QK-clip bounds it (Kimi K2 2025, section 2.1). Over all keys, or over those that `mask`,
+    as given to `mha`, allows; −∞ where there are none. Holds the scores of 512 queries of one head at a time.
     """
     allowed, parts = None, []
     for h, one in enumerate(heads(cache)):
@@ -77,10 +77,11 @@ def _scale(cache: Any) -> Any:
 
 
 def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:
-    """The tree with the query heads `keep` alone, in their order, as copies     H → len(keep)
+    """The tree with only the query heads `keep`, in this order, as copies     H → len(keep)
 
-    A key/value head goes with the last of its query heads. Those that stay must all keep as many query heads, and these
-    side by side, for a tree to say who reads whom; else ValueError. IndexError for a head that there is not.
+    A key/value head is dropped with the last of its query heads. Those that stay must all keep the same number of query
+    heads, and these next to each other, so that h // (H // K) still maps them; else ValueError. IndexError for a head
+    that does not exist.
     """
     H, K, *_ = sizes(params)
     heads = _numbers(keep)
@@ -99,7 +100,7 @@ def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:
 def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
     """The tree with the mean of each K / num_kv_heads neighbouring key/value heads in their place
 
-    How Ainslie et al. 2023, section 2.1, make grouped-query attention out of multi-head attention. Raises ValueError
+    Ainslie et al. 2023, section 2.1, convert multi-head to grouped-query attention in this way. Raises ValueError
     unless num_kv_heads divides K.
     """
     K = sizes(params).K
@@ -119,7 +120,7 @@ def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
 
 
 def _numbers(keep: Any) -> list[int]:
-    """`keep` as a list of ints. Booleans are no numbers of heads, nor is a fraction that could be rounded to one."""
+    """`keep` as a list of ints. Booleans and fractions are refused, though Python would take them for indices."""
     heads: list[Any] = list(keep) if isinstance(keep, Iterable) else [None]
     if not all(isinstance(h, Integral) and not isinstance(h, bool) for h in heads):
         raise TypeError(f"keep must be a sequence of ints, the numbers of heads, got {keep!r}")

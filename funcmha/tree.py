@@ -6,14 +6,14 @@ An optimiser step is three lines:
     grads, *_ = mha_vjp(cache, dy)
     params = tree.map(lambda p, g: p - 1e-3 * g, params, grads)
 
-A leaf is anything but a container: an array, a number, None, a NamedTuple. Lists, tuples, sets and mappings that are no
-dict are none and make no branch either: every function here raises TypeError, with the path to the first one.
+A leaf is anything but a container: an array, a number, None, a NamedTuple. Lists, tuples, sets and mappings other than
+dicts are neither leaves nor branches: every function here raises TypeError, with the path to the first one.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Tree = Any  # a dict of trees, or a leaf: anything that is no container
+Tree = Any  # a dict of trees, or a leaf: anything but a container
 
 
 def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A001 — it is `tree.map` where it is used
@@ -43,10 +43,10 @@ def _kind(tree: Tree) -> str:
 
 
 def _check(node: Any, path: str) -> None:
-    """Raise TypeError for what is neither a dict nor a leaf: f would be called with it whole, and [w] * 2 is [w, w]."""
+    """Raise TypeError for anything but a dict or a leaf: f would get it whole, and 2 * [w] is [w, w]."""
     if isinstance(node, dict) or not isinstance(node, list | tuple | set | frozenset | Mapping):
         return
-    if not hasattr(node, "_fields"):  # those of a NamedTuple have names: it is a value, as a mask is
+    if not hasattr(node, "_fields"):  # a NamedTuple is a value, such as a mask
         keys = "" if isinstance(node, Mapping) else ', with the keys "0", "1", … for layers in a row'
         raise TypeError(f"{path or 'a tree'} must be an array or a dict of them{keys}, got a {type(node).__name__}")
 
@@ -54,8 +54,8 @@ def _check(node: Any, path: str) -> None:
 def flatten(tree: Mapping[str, Tree], /) -> dict[str, Any]:
     """{"a": {"b": x}, "c": y}  →  {"a.b": x, "c": y}, in the order of `tree`
 
-    Raises TypeError for a key that is not a string, ValueError for one that is empty or holds a dot, and for an empty
-    dict below the root, which no path could name.
+    Raises TypeError for a key that is not a string, ValueError for one that is empty or contains a dot, and for an
+    empty dict below the root, which no path could name.
     """
     if not isinstance(tree, Mapping):
         raise TypeError(f"a tree must be a dict of dicts of arrays, got {type(tree).__name__}")

@@ -76,11 +76,18 @@ SMALL = engines.Plan(
     tile_rows=4, tile_cols=3, few_queries=2, few_block=3, kept_numbers=0, group_numbers=0, linear_rows=5, weight_block=4
 )
 EACH = (engines.SEQUENTIAL, engines.BATCHED._replace(plan=SMALL), engines.TILED._replace(plan=SMALL))
+each = pytest.fixture(scope="module", params=EACH, ids=lambda engine: engine.name)
 
 
-@pytest.fixture(scope="module", params=EACH, ids=lambda engine: engine.name)
+@each
+def engine(request: pytest.FixtureRequest) -> engines.Engine:
+    """The three engines, each of which is tested of NumPy arrays, two with a plan of small tiles and groups."""
+    return request.param
+
+
+@each
 def each_engine(request: pytest.FixtureRequest) -> Any:
-    """What is tested of NumPy arrays is tested of every engine: it is the default while the fixture lasts."""
+    """The three engines as the default, while the fixture lasts: for adapters, which take no engine."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("engines", "kv_cache.step"):
             patch.setattr(importlib.import_module(f"funcmha.{module}"), "pick", _always(request.param))

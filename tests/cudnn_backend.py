@@ -111,7 +111,7 @@ def reduction(op, read):
     """y = Σ x or max x over the axes that y has 1 of; where it has m of n, over groups of n / m neighbours"""
     x, dims, mode = read(op.of(REDUCTION_X)), op.of(REDUCTION_Y)[DIMS], op.of(REDUCTION_CONFIG).one(REDUCTION_MODE)
     if mode == MAX and dims == list(x.shape):
-        dims = [*dims[:3], 1]  # of the row maximum beside a sink, of which the front end forgets to say so
+        dims = [*dims[:3], 1]  # of the row maximum beside a sink, which the front end does not declare
     groups = x.reshape([size for n, m in zip(x.shape, dims, strict=True) for size in (m, n // m)])
     reduce = {ADD: torch.sum, MAX: torch.amax}[mode]
     return reduce(groups, dim=(1, 3, 5, 7))

@@ -87,7 +87,7 @@ def normalised(x: Any, norm: Any, params: Any) -> Any:
     return x if norm is None else torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
 
 
-def turned(x: Any, table: Any) -> Any:
+def rotated(x: Any, table: Any) -> Any:
     """Pairs of features as complex numbers, times e^(i angle)."""
     if table is None:
         return x
@@ -121,7 +121,7 @@ def mha(
             x + params[n]["b"][:, None, :] for x, n in zip((q, k, v), ("q_proj", "k_proj", "v_proj"), strict=True)
         )
     q, k = normalised(q, qk_norm, params.get("q_norm", {})), normalised(k, qk_norm, params.get("k_norm", {}))
-    q, k = (turned(x, table) for x, table in zip((q, k), rotary or (None, None), strict=True))
+    q, k = (rotated(x, table) for x, table in zip((q, k), rotary or (None, None), strict=True))
     T, S = q.shape[-2], k.shape[-2]
     mask = None if mask is None else np.array(masks.dense(mask, T, S, np.zeros(0)))
     bias = bias if bias is None or isinstance(bias, RelativeBias) else bias.expand(*bias.shape[:-1], S)

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import example, given
+from test_ops import portable
 
 from funcmha import (
     attention,
@@ -23,13 +24,13 @@ from funcmha import (
     masks,
     mha,
     mha_vjp,
-    norms,
     ops,
     self_attention,
     tree,
 )
 from funcmha.biases import RelativeBias
 from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp
+from funcmha.engines import TILED, Plan
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -39,10 +40,9 @@ from funcmha.testing.strategies import (
     mha_problems,
 )
 
-pytestmark = pytest.mark.usefixtures("each_engine")
-
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 STEP = 1e-30
+ON_THREADS = TILED._replace(plan=Plan(tile_rows=16, tile_cols=8, thread_flops=0))
 
 EVERYTHING = AttentionProblem(
     T=13, S=17, bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, mask="intersection", rate=0.3
@@ -121,9 +121,9 @@ def torch_jvp(f, inputs, dots):
 
 @given(attention_problems(**(MODERN | MODERATE)))
 @on_edges
-def test_attention_jvp_is_torch(problem):
+def test_attention_jvp_matches_torch(engine, problem):
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
-    _, cache = attention(*arrays, **static)
+    _, cache = attention(*arrays, **static, engine=engine)
     want = torch_jvp(lambda *x: oracles.attention(*x, **static), arrays, dots)
     for what, a, b in zip(("o", "lse"), attention_jvp(cache, *dots), want, strict=True):
         close(a, b, what)
@@ -131,10 +131,10 @@ def test_attention_jvp_is_torch(problem):
 
 @given(attention_problems(**(MODERN | MODERATE)))
 @on_edges
-def test_jvp_and_vjp_are_each_other_s_adjoint(problem):
+def test_jvp_and_vjp_are_each_other_s_adjoint(engine, problem):
     arrays, dots = problem.inputs("float64"), other(problem).inputs("float64")
     do, _, dlse = problem.cotangents("float64")
-    _, cache = attention(*arrays, **problem.static())
+    _, cache = attention(*arrays, **problem.static(), engine=engine)
     o_dot, lse_dot = attention_jvp(cache, *dots)
     grads = attention_vjp(cache, do, dlse=dlse)
     same_inner_product([(do, o_dot), (dlse, lse_dot)], list(zip(numbers(grads), numbers(dots), strict=True)), bar=1e-13)
@@ -142,58 +142,58 @@ def test_jvp_and_vjp_are_each_other_s_adjoint(problem):
 
 @given(attention_problems(**(MODERN | MODERATE)))
 @on_edges
-def test_jvp_is_the_complex_step(problem):
+def test_jvp_is_the_complex_step(engine, problem):
     arrays, dots = problem.inputs("float64"), other(problem).inputs("float64")
     moved = like(arrays, (a + 1j * STEP * d for a, d in zip(numbers(arrays), numbers(dots), strict=True)))
     o, cache = ops.attention(*moved, **problem.static())
-    _, real = attention(*arrays, **problem.static())
+    _, real = attention(*arrays, **problem.static(), engine=engine)
     o_dot, lse_dot = attention_jvp(real, *dots)
     close(o_dot, np.imag(o) / STEP)
     close(lse_dot, np.imag(log_sum_exp(cache)) / STEP)
 
 
 @given(attention_problems(**MODERN), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_no_tangent_is_a_tangent_of_zeros(problem, given_):
+def test_no_tangent_is_a_tangent_of_zeros(engine, problem, given_):
     dots = other(problem).inputs("float64")
     some = tuple(x if keep else None for x, keep in zip(dots, given_, strict=True))
     zeros = like(dots, iter([a if any(a is b for b in numbers(some)) else np.zeros_like(a) for a in numbers(dots)]))
-    _, cache = attention(*problem.inputs("float64"), **problem.static())
+    _, cache = attention(*problem.inputs("float64"), **problem.static(), engine=engine)
     for got, want in zip(attention_jvp(cache, *some), attention_jvp(cache, *zeros), strict=True):
         close(got, want)
 
 
-def test_jvp_of_every_array_library_is_the_same(xp):
+def test_jvp_of_every_array_library_is_the_same(engine, xp):
     problem = replace(EVERYTHING, bias="... H 1 S")
     arrays, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
-    _, cache = attention(*arrays, **static)
+    _, cache = attention(*arrays, **static, engine=engine)
     want = attention_jvp(cache, *dots)
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    _, cache = attention(*map(xp.to, arrays), **static)
+    _, cache = attention(*map(xp.to, arrays), **static, engine=portable(engine))
     for a, b in zip(attention_jvp(cache, *map(xp.to, dots)), want, strict=True):
         assert type(a) is type(xp.to(b))
         close(xp.back(a), b)
 
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
-def test_a_tangent_of_what_the_mask_hides_has_no_effect(garbage):
-    problem, hidden = AttentionProblem(bias="... H T S"), np.array([True, False, True, True, False, False, True])
-    mask = np.broadcast_to(hidden, (problem.T, problem.S))
+def test_a_tangent_of_what_the_mask_hides_has_no_effect(engine, garbage):
+    problem, attended = AttentionProblem(bias="... H T S"), np.array([True, False, True, True, False, False, True])
+    mask = np.broadcast_to(attended, (problem.T, problem.S))
     dots = other(problem).inputs("float64")
     spoilt = (
         dots[0],
-        *(np.where(hidden[:, None], x, garbage) for x in dots[1:3]),
+        *(np.where(attended[:, None], x, garbage) for x in dots[1:3]),
         np.where(mask, dots[3], garbage),
         None,
     )
-    _, cache = attention(*problem.inputs("float64"), mask=mask)
+    _, cache = attention(*problem.inputs("float64"), mask=mask, engine=engine)
     for a, b in zip(attention_jvp(cache, *spoilt), attention_jvp(cache, *dots), strict=True):
         close(a, b)
 
 
-def test_an_empty_row_does_not_change():
+def test_an_empty_row_does_not_change(engine):
     problem, mask = AttentionProblem(), np.ones((5, 7), bool)
     mask[2] = False
-    _, cache = attention(*problem.inputs("float64"), mask=mask)
+    _, cache = attention(*problem.inputs("float64"), mask=mask, engine=engine)
     q_dot, k_dot, v_dot, *_ = other(problem).inputs("float64")
     q_dot = np.where(mask.any(1)[:, None], q_dot, np.nan)
     for x_dot in attention_jvp(cache, q_dot, k_dot, v_dot):
@@ -201,30 +201,30 @@ def test_an_empty_row_does_not_change():
         assert np.isfinite(x_dot).all()
 
 
-def test_attention_without_head_axis_is_one_head_forwards():
+def test_jvp_without_a_head_axis_equals_one_head(engine):
     problem = AttentionProblem(batch=(), K=1, G=1, sink=True)
     arrays, dots = problem.inputs("float64"), other(problem).inputs("float64")
-    _, cache = attention(*arrays, mask=masks.causal(2))
-    _, alone = attention(*(None if a is None else a[0, ...] for a in arrays), mask=masks.causal(2))
+    _, cache = attention(*arrays, mask=masks.causal(2), engine=engine)
+    _, alone = attention(*(None if a is None else a[0, ...] for a in arrays), mask=masks.causal(2), engine=engine)
     got = attention_jvp(alone, *(None if d is None else d[0, ...] for d in dots))
     for a, b in zip(got, attention_jvp(cache, *dots), strict=True):
         close(a, b[0])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_types_are_rounded_once_forwards(dtype):
+def test_jvp_of_half_types_is_rounded_once(engine, dtype):
     problem = AttentionProblem(bias="... H T+S-1", sink=True, mask="causal")
     arrays, dots = problem.inputs(dtype), other(problem).inputs(dtype)
-    _, cache = attention(*arrays, **problem.static())
-    arrays, wide = (like(x, (a.astype(np.float32) for a in numbers(x))) for x in (arrays, dots))
-    _, cache_wide = attention(*arrays, **problem.static())
-    for got, want in zip(attention_jvp(cache, *dots), attention_jvp(cache_wide, *wide), strict=True):
+    _, cache = attention(*arrays, **problem.static(), engine=engine)
+    arrays, dots_32 = (like(x, (a.astype(np.float32) for a in numbers(x))) for x in (arrays, dots))
+    _, cache_32 = attention(*arrays, **problem.static(), engine=engine)
+    for got, want in zip(attention_jvp(cache, *dots), attention_jvp(cache_32, *dots_32), strict=True):
         assert got.dtype == dtype
         assert want.dtype == np.float32
         assert np.array_equal(got, want.astype(dtype))
 
 
-def test_reference_keeps_the_digits_of_saturated_rows_forwards():
+def test_jvp_keeps_the_digits_of_saturated_rows():
     """ṗ = p (ż − Σ p ż) cancels where p is almost 1: with spread 30, not one digit is left of the plain form."""
     rng = np.random.default_rng(7)
     bias, bias_dot = 30 * rng.standard_normal((5, 7)), 100 + rng.standard_normal((5, 7))
@@ -240,18 +240,17 @@ def test_reference_keeps_the_digits_of_saturated_rows_forwards():
                 assert abs(want - float(g)) <= 1e-13 * 31 * abs(want)
 
 
-def test_jvp_gives_the_same_bits_on_many_threads(each_engine, monkeypatch):
+def test_jvp_gives_the_same_bits_on_many_threads(monkeypatch):
     problem = replace(EVERYTHING, T=64, S=65)
-    _, cache = attention(*problem.inputs("float32"), **problem.static())
+    _, cache = attention(*problem.inputs("float32"), **problem.static(), engine=ON_THREADS)
     dots = other(problem).inputs("float32")
     want = attention_jvp(cache, *dots)
-    monkeypatch.setattr(threads, "ALONE", 0)
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
     for a, b in zip(attention_jvp(cache, *dots), want, strict=True):
         assert np.array_equal(a, b)
 
 
-# ── linear and norms ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── linear ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def some(seed, *shapes):
@@ -269,27 +268,6 @@ def test_linear_jvp_is_the_adjoint_of_its_vjp(shapes):
     assert not linear_jvp(cache).any()
 
 
-NORMS = {
-    "rms": (lambda x, w: norms.rms_norm(x, w, eps=1e-3), 1),
-    "rms without w": (lambda x: norms.rms_norm(x, eps=1e-3), 0),
-    "rms with an offset": (lambda x, w: norms.rms_norm(x, w, eps=1e-3, offset=1.0), 1),
-    "l2": (lambda x: norms.l2_norm(x, eps=1e-6), 0),
-    "l2 below its floor": (lambda x: norms.l2_norm(x, eps=2.5), 0),
-    "layer": (lambda x, w, b: norms.layer_norm(x, w, b, eps=1e-3), 2),
-    "layer without w": (lambda x: norms.layer_norm(x, eps=1e-3), 0),
-}
-
-
-@pytest.mark.parametrize(("norm", "leaves"), NORMS.values(), ids=NORMS)
-def test_norm_jvp_is_the_complex_step(norm, leaves):
-    shapes = [(3, 5, 7)] + [(7,)] * leaves
-    inputs, dots = some(0, *shapes), some(1, *shapes)
-    y, _ = norm(*(x + 1j * STEP * d for x, d in zip(inputs, dots, strict=True)))
-    close(norm_jvp(norm(*inputs)[1], *dots), np.imag(y) / STEP, bar=1e-14)
-    half = [x.astype(np.float16) for x in (*inputs, *dots)]
-    assert norm_jvp(norm(*half[: len(inputs)])[1], *half[len(inputs) :]).dtype == np.float16
-
-
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVERYTHING_MHA = MhaProblem(
@@ -299,7 +277,7 @@ MHA_EDGES = (
     EVERYTHING_MHA,
     replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, qk_norm="rms", turned="interleaved of some", Ck=17, Cv=17),
     replace(EVERYTHING_MHA, qk_norm="l2", bias="1 T+S-1", biases=False),
-    replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are made again
+    replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are recomputed
     MhaProblem(K=3, G=2, mask="empty rows", zero_attn=True),
 )
 
@@ -312,10 +290,10 @@ def on_mha_edges(test):
 
 @given(mha_problems(**(MODERN | MODERN_MHA | {"gain": st.just(1.0), "family": st.sampled_from(["normal", "ties"])})))
 @on_mha_edges
-def test_mha_jvp_and_vjp_are_each_other_s_adjoint(problem):
+def test_mha_jvp_and_vjp_are_each_other_s_adjoint(engine, problem):
     inputs, dots = problem.inputs("float64"), other(problem).inputs("float64")
     dy, _, dlse = problem.cotangents("float64")
-    _, cache = mha(*inputs, **problem.static())
+    _, cache = mha(*inputs, **problem.static(), engine=engine)
     y_dot, lse_dot = mha_jvp(cache, *dots)
     grads = mha_vjp(cache, dy, dlse=dlse)
     flat = tree.flatten(dots[0])
@@ -325,43 +303,43 @@ def test_mha_jvp_and_vjp_are_each_other_s_adjoint(problem):
 
 
 @pytest.mark.parametrize("problem", MHA_EDGES)
-def test_mha_jvp_is_torch(problem):
+def test_mha_jvp_matches_torch(engine, problem):
     inputs, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
-    _, cache = mha(*inputs, **static)
+    _, cache = mha(*inputs, **static, engine=engine)
     want = torch_jvp(lambda *x: oracles.mha(*x, **static), inputs, dots)
     for a, b in zip(mha_jvp(cache, *dots), want, strict=True):
         close(a, b)
 
 
 @pytest.mark.parametrize("given_", [(0,), (1,), (2, 3), (4,), ()])
-def test_no_tangent_of_mha_is_a_tangent_of_zeros(given_):
+def test_no_tangent_of_mha_is_a_tangent_of_zeros(engine, given_):
     for problem in MHA_EDGES:
         inputs, dots = problem.inputs("float64"), other(problem).inputs("float64")
-        _, cache = mha(*inputs, **problem.static())
+        _, cache = mha(*inputs, **problem.static(), engine=engine)
         some = tuple(x if i in given_ else None for i, x in enumerate(dots))
         zeros = tuple(x if i in given_ else like(x, map(np.zeros_like, numbers(x))) for i, x in enumerate(dots))
         for got, want in zip(mha_jvp(cache, *some), mha_jvp(cache, *zeros), strict=True):
             close(got, want)
 
 
-def test_mha_jvp_of_every_array_library_is_the_same(xp):
+def test_mha_jvp_of_every_array_library_is_the_same(engine, xp):
     problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
     inputs, static, dots = problem.inputs("float64"), problem.static(), other(problem).inputs("float64")
-    want = mha_jvp(mha(*inputs, **static)[1], *dots)
+    want = mha_jvp(mha(*inputs, **static, engine=engine)[1], *dots)
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    _, cache = mha(*map(xp.tree, inputs), **static)
+    _, cache = mha(*map(xp.tree, inputs), **static, engine=portable(engine))
     for a, b in zip(mha_jvp(cache, *map(xp.tree, dots)), want, strict=True):
         assert type(a) is type(xp.to(b))
         close(xp.back(a), b)
 
 
-def test_half_types_of_mha_are_rounded_once_forwards():
+def test_half_types_of_mha_are_rounded_once_forwards(engine):
     problem = MHA_EDGES[1]
     inputs, dots = problem.inputs(np.float16), other(problem).inputs(np.float16)
-    wide = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in (inputs, dots)]
-    _, cache = mha(*inputs, **problem.static())
-    _, cache_wide = mha(*wide[0], **problem.static())
-    for got, want in zip(mha_jvp(cache, *dots), mha_jvp(cache_wide, *wide[1]), strict=True):
+    upcast = [like(x, (a.astype(np.float32) for a in numbers(x))) for x in (inputs, dots)]
+    _, cache = mha(*inputs, **problem.static(), engine=engine)
+    _, cache_32 = mha(*upcast[0], **problem.static(), engine=engine)
+    for got, want in zip(mha_jvp(cache, *dots), mha_jvp(cache_32, *upcast[1]), strict=True):
         assert got.dtype == np.float16
         assert np.array_equal(got, want.astype(np.float16))
 
@@ -370,19 +348,19 @@ HEADS = {
     "bias of each sample": (replace(EVERYTHING_MHA, mask="lengths", bias="none", rate=0.0, K=1, G=1), (2, 5, 5)),
     "bias of all": (MhaProblem(K=1, G=1, bias_kv=True, zero_attn=True, qk_norm="rms", rate=0.3, seeded=True), (1, 7)),
     "relative bias of each sample": (MhaProblem(K=1, G=1, mask="causal"), (2, 11)),
-    "made again": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
+    "recomputed": (replace(MHA_EDGES[3], mask="causal", bias="none", rate=0.0, K=1, G=1), None),
 }
 
 
 @pytest.mark.parametrize(("problem", "shape"), HEADS.values(), ids=HEADS)
-def test_head_jvp_is_the_complex_step(problem, shape):
+def test_head_jvp_is_the_complex_step(engine, problem, shape):
     (params, *arrays, _), (params_dot, *dots, _) = (p.inputs("float64") for p in (problem, other(problem)))
     params, params_dot = head_params(params, 0), head_params(params_dot, 0)
     bias, bias_dot = (None,) * 2 if shape is None else some(5, shape, shape)
     if shape == (2, 11):
         bias, bias_dot = RelativeBias(bias), RelativeBias(bias_dot)
     inputs, dots = (params, *arrays, bias), (params_dot, *dots, bias_dot)
-    _, cache = head(*inputs, **problem.static())
+    _, cache = head(*inputs, **problem.static(), engine=engine)
     moved = [like(x, (np.asarray(a + 1j * STEP * d) for a, d in zip(numbers(x), numbers(dot), strict=True)))
              for x, dot in zip(inputs, dots, strict=True)]  # fmt: skip
     o, complex_cache = head(*moved, **problem.static())
@@ -396,11 +374,11 @@ def test_head_jvp_is_the_complex_step(problem, shape):
             close(got, want)
 
 
-def test_refusals_of_head_jvp():
+def test_refusals_of_head_jvp(engine):
     params, *arrays, _ = MhaProblem().inputs("float64")
-    o, cache = head(head_params(params, 0), *arrays, np.ones((2, 5, 7)))
+    o, cache = head(head_params(params, 0), *arrays, np.ones((2, 5, 7)), engine=engine)
     with pytest.raises(TypeError, match="cache must come from head, got MhaCache"):
-        head_jvp(mha(params, *arrays)[1])
+        head_jvp(mha(params, *arrays, engine=engine)[1])
     with pytest.raises(KeyError, match=r"params_dot must have q_proj.w, q_proj.b, .* as params have, got"):
         head_jvp(cache, params)
     with pytest.raises(ValueError, match=r"bias_dot must be \(2, 5, 7\) as bias is, got \(2, 1, 5, 7\)"):
@@ -409,11 +387,11 @@ def test_refusals_of_head_jvp():
         head_jvp(cache, None, o)
 
 
-def test_self_attention_forwards_is_mha_of_one_input():
+def test_self_attention_forwards_is_mha_of_one_input(engine):
     problem = MhaProblem(S=5, Ck=17, Cv=17)
     params, x, *_ = problem.inputs("float64")
     params_dot, x_dot, *_ = other(problem).inputs("float64")
-    _, cache = self_attention(params, x)
+    _, cache = self_attention(params, x, engine=engine)
     moved = tree.map(lambda a, d: a + 1j * STEP * d, params, params_dot), x + 1j * STEP * x_dot
     y, _ = self_attention(*moved)
     close(mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot)[0], np.imag(y) / STEP)
@@ -434,19 +412,19 @@ def test_self_attention_forwards_is_mha_of_one_input():
         (4, lambda x: x[:1], ValueError, r"sink_dot must be \(H\) = \(6,\) as sink is, got \(1,\)"),
     ],
 )
-def test_refusals(name, change, error, message):
+def test_refusals(engine, name, change, error, message):
     problem = AttentionProblem(bias="... H T S", sink=True)
-    _, cache = attention(*problem.inputs("float64"))
+    _, cache = attention(*problem.inputs("float64"), engine=engine)
     dots = list(other(problem).inputs("float64"))
     dots[name] = change(dots[name])
     with pytest.raises(error, match=message):
         attention_jvp(cache, *dots)
 
 
-def test_a_tangent_of_nothing_is_refused():
+def test_a_tangent_of_nothing_is_refused(engine):
     problem = AttentionProblem(bias="... H T S", sink=True)
     q, k, v, bias, sink = problem.inputs("float64")
-    _, cache = attention(q, k, v)
+    _, cache = attention(q, k, v, engine=engine)
     with pytest.raises(ValueError, match="bias_dot must be None, as there is no bias, got shape"):
         attention_jvp(cache, q, k, v, bias)
     with pytest.raises(ValueError, match="sink_dot must be None, as there is no sink, got shape"):
@@ -457,10 +435,10 @@ def test_a_tangent_of_nothing_is_refused():
         attention_jvp(3, q)
 
 
-def test_refusals_of_mha_jvp():
+def test_refusals_of_mha_jvp(engine):
     problem = MhaProblem()
     params, query, key, value, _ = problem.inputs("float64")
-    _, cache = mha(params, query, key, value)
+    _, cache = mha(params, query, key, value, engine=engine)
     with pytest.raises(KeyError, match=r"params_dot must have q_proj.w, .* as params have"):
         mha_jvp(cache, {"q_proj": params["q_proj"]})
     with pytest.raises(

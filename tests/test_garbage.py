@@ -31,8 +31,6 @@ from funcmha.kv_cache import step, step_vjp
 from funcmha.ops import scores, scores_vjp
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
-pytestmark = pytest.mark.usefixtures("each_engine")
-
 T, S = 5, 7
 SOME = np.array([True, True, False, True, False])
 BY_HEAD = np.ones((6, T, S), bool)
@@ -71,55 +69,55 @@ def same(got, want):
         assert np.isfinite(np.where(np.isneginf(a), 0, a)).all()  # −∞ is a log-sum-exp
 
 
-def everything(problem, mask, q, do):
+def everything(engine, problem, mask, q, do):
     """What attention gives, and its gradients."""
     _, k, v, bias, sink = problem.inputs("float64")
     static, (_, dweights, dlse) = problem.static() | {"mask": mask}, problem.cotangents("float64")
-    o, cache = attention(q, k, v, bias, sink, **static)
+    o, cache = attention(q, k, v, bias, sink, **static, engine=engine)
     return o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse)
 
 
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
+def test_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
     (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
-    same(*(everything(problem, mask, np.where(empty_rows(mask), x, q), do) for x in (garbage, 0.5)))
+    same(*(everything(engine, problem, mask, np.where(empty_rows(mask), x, q), do) for x in (garbage, 0.5)))
 
 
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_the_cotangent_of_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
+def test_the_cotangent_of_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
     (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
-    same(*(everything(problem, mask, q, np.where(empty_rows(mask), x, do)) for x in (garbage, 0.5)))
+    same(*(everything(engine, problem, mask, q, np.where(empty_rows(mask), x, do)) for x in (garbage, 0.5)))
 
 
 @each_mask
-def test_a_query_that_sees_nothing_has_gradient_zero(mask):
+def test_a_query_that_sees_nothing_has_gradient_zero(engine, mask):
     (q, k, v, *_), (do, *_) = AttentionProblem().inputs("float64"), AttentionProblem().cotangents("float64")
     empty = empty_rows(mask)
-    _, cache = attention(np.where(empty, np.nan, q), k, v, mask=mask)
+    _, cache = attention(np.where(empty, np.nan, q), k, v, mask=mask, engine=engine)
     dq, *_ = attention_vjp(cache, np.where(empty, np.nan, do))
     assert not np.where(empty, dq, 0).any()
 
 
-def test_attention_without_a_head_axis_has_queries_too():
+def test_attention_without_a_head_axis_has_queries_too(engine):
     q, k, v, do = (np.random.default_rng(0).standard_normal(s) for s in ((5, 3), (7, 3), (7, 2), (5, 2)))
     hidden = np.arange(5)[:, None] < 2
 
     def run(x):
-        o, cache = attention(np.where(hidden, x, q), k, v, mask=masks.causal(-2))
+        o, cache = attention(np.where(hidden, x, q), k, v, mask=masks.causal(-2), engine=engine)
         return o, *attention_vjp(cache, np.where(hidden, x, do))
 
     same(run(np.nan), run(0.5))
 
 
-def test_the_cotangent_of_a_weight_that_is_zero_has_no_effect():
+def test_the_cotangent_of_a_weight_that_is_zero_has_no_effect(engine):
     """−∞ is what the derivative of an entropy is there, and 0 · ∞ is NaN."""
     (q, k, v, *_), (do, dweights, _) = AttentionProblem().inputs("float64"), AttentionProblem().cotangents("float64")
     mask = masks.causal()
-    _, cache = attention(q, k, v, mask=mask)
+    _, cache = attention(q, k, v, mask=mask, engine=engine)
     same(*(attention_vjp(cache, do, dweights=np.where(mask.dense(T, S), dweights, x)) for x in (-np.inf, 0.5)))
 
 
@@ -142,8 +140,8 @@ def test_a_query_that_sees_nothing_has_no_effect_on_scores(mask, garbage):
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect(problem, mask, garbage):
-    _, cache = attention(*problem.inputs("float64"), **problem.static() | {"mask": mask})
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
+    _, cache = attention(*problem.inputs("float64"), **problem.static() | {"mask": mask}, engine=engine)
     q_dot, *dots = other(problem).inputs("float64")
     same(*(attention_jvp(cache, np.where(empty_rows(mask), x, q_dot), *dots) for x in (garbage, 0.5)))
 
@@ -151,8 +149,8 @@ def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect(problem, mask, gar
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("which", ["do", "do_dot", "q_dot"])
-def test_nor_has_any_at_second_order(which, mask, garbage):
-    _, cache = attention(*EVERYTHING.inputs("float64"), **EVERYTHING.static() | {"mask": mask})
+def test_nor_has_any_at_second_order(engine, which, mask, garbage):
+    _, cache = attention(*EVERYTHING.inputs("float64"), **EVERYTHING.static() | {"mask": mask}, engine=engine)
     (do, *_), (do_dot, *_) = EVERYTHING.cotangents("float64"), other(EVERYTHING).cotangents("float64")
     q_dot, *dots = other(EVERYTHING).inputs("float64")
     given = {"do": do, "do_dot": do_dot, "q_dot": q_dot}
@@ -172,44 +170,44 @@ def test_nor_has_any_at_second_order(which, mask, garbage):
 @pytest.mark.parametrize(
     "problem", [MhaProblem(), MhaProblem(qk_norm="rms", sink=True)], ids=["plain", "norm and sink"]
 )
-def test_a_query_that_sees_nothing_has_no_effect_on_mha(problem, mask, garbage):
+def test_a_query_that_sees_nothing_has_no_effect_on_mha(engine, problem, mask, garbage):
     params, query, *others = problem.inputs("float64")
     dy, dweights, dlse = problem.cotangents("float64")
     static = problem.static() | {"mask": mask}
 
     def run(x):
-        y, cache = mha(params, np.where(in_no_head(mask), x, query), *others, **static)
+        y, cache = mha(params, np.where(in_no_head(mask), x, query), *others, **static, engine=engine)
         return y, log_sum_exp(cache), mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
 
     same(run(garbage), run(0.5))
 
 
 @pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "heads"])
-def test_a_query_that_sees_nothing_has_no_effect_on_a_head(mask):
+def test_a_query_that_sees_nothing_has_no_effect_on_a_head(engine, mask):
     params, query, *others = MhaProblem().inputs("float64")
 
     def run(x):
-        o, cache = head(head_params(params, 0), np.where(in_no_head(mask), x, query), *others, mask=mask)
+        o, cache = head(head_params(params, 0), np.where(in_no_head(mask), x, query), *others, mask=mask, engine=engine)
         return o, head_vjp(cache, np.ones_like(o))
 
     same(run(np.nan), run(0.5))
 
 
 @pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "no keys"])
-def test_the_cotangent_of_an_output_without_keys_reaches_the_output_projection_alone(mask):
+def test_the_cotangent_of_an_output_without_keys_reaches_the_output_projection_alone(engine, mask):
     params, *inputs = MhaProblem().inputs("float64")
     dy, *_ = MhaProblem().cotangents("float64")
-    _, cache = mha(params, *inputs, mask=mask)
+    _, cache = mha(params, *inputs, mask=mask, engine=engine)
     (spoilt, *dxs), (want, *clean) = (mha_vjp(cache, np.where(in_no_head(mask), x, dy)) for x in (np.nan, 0.5))
     assert np.isnan(spoilt["out_proj"]["b"]).all() == in_no_head(mask).any()
     same((*(g for name, g in spoilt.items() if name != "out_proj"), *dxs), (
         *(g for name, g in want.items() if name != "out_proj"), *clean))  # fmt: skip
 
 
-def test_with_an_appended_key_every_query_sees():
+def test_with_an_appended_key_every_query_sees(engine):
     params, query, *others = MhaProblem(bias_kv=True).inputs("float64")
     query = np.where(np.arange(T)[:, None] == 0, np.nan, query)
-    y, _ = mha(params, query, *others, mask=masks.causal(-2))
+    y, _ = mha(params, query, *others, mask=masks.causal(-2), engine=engine)
     assert np.isnan(y[:, 0]).all()
     assert np.isfinite(y[:, 1:]).all()
 
@@ -220,13 +218,13 @@ WIDE = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in tur
 
 @each_garbage
 @pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
-def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
+def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(engine, problem, garbage):
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
     mask = masks.causal() & masks.padding(np.arange(T) >= 2)  # padded on the left
 
     def run(value):
-        y, cache = self_attention(params, np.where(np.arange(T)[:, None] < 2, value, x), mask=mask)
+        y, cache = self_attention(params, np.where(np.arange(T)[:, None] < 2, value, x), mask=mask, engine=engine)
         return y, self_attention_vjp(cache, dy)
 
     same(run(garbage), run(0.5))
@@ -234,12 +232,12 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(problem, garbage):
 
 @pytest.mark.parametrize("mask", [masks.causal(-1), masks.causal(1) & SOME[None], masks.causal(-1) & SOME[None]])
 @pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
-def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(problem, mask):
+def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(engine, problem, mask):
     """Those of three inputs that are no longer one array: each is blanked for itself."""
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
-    _, cache = self_attention(params, x, mask=mask)
-    _, apart = mha(params, x, x.copy(), x.copy(), mask=mask)
+    _, cache = self_attention(params, x, mask=mask, engine=engine)
+    _, apart = mha(params, x, x.copy(), x.copy(), mask=mask, engine=engine)
     dparams, dx, _ = self_attention_vjp(cache, dy)
     want, *dxs, _ = mha_vjp(apart, dy)
     tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), dparams, want)
@@ -247,7 +245,7 @@ def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_
 
 
 @pytest.mark.parametrize("norm", ["none", "rms"])
-def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(norm):
+def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(engine, norm):
     problem = replace(SQUARE, qk_norm=norm)
     (params, x, *_), (dy, *_), static = problem.inputs("float64"), problem.cotangents("float64"), problem.static()
     padded = np.arange(T) < 2  # on the left
@@ -256,7 +254,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
         tokens, kv, caches, ys, grads, dkv = np.where(padded[:, None], value, x), None, [], [], [], None
         for t in (slice(0, 3), slice(3, 5)):
             mask = masks.padding(~padded[: t.stop])
-            (y, kv), cache = step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"))
+            (y, kv), cache = step(params, tokens[:, t], kv, mask=mask, qk_norm=static.get("qk_norm"), engine=engine)
             ys.append(y)
             caches.append(cache)
         for t, cache in ((slice(3, 5), caches[1]), (slice(0, 3), caches[0])):
@@ -269,9 +267,9 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
 
 @each_mask
 @each_garbage
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(mask, garbage):
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(engine, mask, garbage):
     problem = MhaProblem(qk_norm="layer", sink=True)
-    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": mask})
+    _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": mask}, engine=engine)
     params_dot, query_dot, *dots = other(problem).inputs("float64")
     (dy, *_), (dy_dot, *_) = problem.cotangents("float64"), other(problem).cotangents("float64")
 
@@ -282,9 +280,9 @@ def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(mask, garba
     same(run(garbage), run(0.5))
 
 
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_a_head():
+def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_a_head(engine):
     params, *inputs, _ = MhaProblem().inputs("float64")
-    _, cache = head(head_params(params, 0), *inputs, mask=masks.causal(-2))
+    _, cache = head(head_params(params, 0), *inputs, mask=masks.causal(-2), engine=engine)
     params_dot, query_dot, *dots, _ = other(MhaProblem()).inputs("float64")
     empty = np.arange(T)[:, None] < 2
     same(*(head_jvp(cache, head_params(params_dot, 0), np.where(empty, x, query_dot), *dots) for x in (np.nan, 0.5)))

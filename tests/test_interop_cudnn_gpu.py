@@ -1,7 +1,7 @@
 """cuDNN's `sdpa` and `sdpa_backward` themselves, with 16-bit types on a GPU, against the adapter in float64.
 
 Without a GPU the same calls are made of the front end over `cudnn_backend.py`, which rounds what the kernels round:
-so the calls, the layouts and the bounds are seen to be right, and what is left for a GPU is what its engines do.
+so the calls, the layouts and the bounds are known to be right, and what is left for a GPU is what its engines do.
 """
 
 from concurrent.futures import ProcessPoolExecutor

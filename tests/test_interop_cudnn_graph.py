@@ -247,7 +247,7 @@ def test_dropout_of_cudnn_is_its_rng_dump_and_a_scale(library, p):
         close(dx, g)
 
 
-def test_a_soft_cap_in_a_score_mod_is_funcmhas_cap(library):
+def test_a_soft_cap_in_a_score_mod_matches_softcap(library):
     """`sdpa` has no cap, which cuDNN writes as operations on the scores; `funcmha.attention` has it at that place."""
     problem, softcap = Problem(Hk=3, Hv=3, D=8, E=16, scale=0.5), 1.5
     inputs, (do, _) = problem.inputs(), problem.cotangents()

@@ -56,7 +56,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("flags", [FLAGS["all"], {}], ids=["all", "all defaults"])
-def test_values_and_gradients_in_the_form_of_equinox(flags, per_head, each_engine):
+def test_values_and_gradients_match_equinox(flags, per_head, each_engine):
     module = module_of(flags)
     inputs = inputs_of(module)
     mask = np.random.default_rng(3).random((3, 5, 7) if per_head else (5, 7)) < 0.5
@@ -79,7 +79,7 @@ def test_values_and_gradients_in_the_form_of_equinox(flags, per_head, each_engin
     tree.map(close, dparams, from_module(dmodule))
 
 
-def test_a_query_that_sees_no_key_is_the_mean_in_equinox_and_the_bias_here():
+def test_a_fully_masked_row_is_the_mean_in_equinox_the_bias_here():
     """equinox 0.13.8 fills with the least number of the dtype."""
     module = module_of(BIASES)
     inputs, mask = inputs_of(module), np.ones((5, 7), bool)
@@ -93,7 +93,7 @@ def test_a_query_that_sees_no_key_is_the_mean_in_equinox_and_the_bias_here():
     close(y[[0, 1, 3, 4]], want[np.array([0, 1, 3, 4])])
 
 
-def test_dropout_is_a_keep_of_its_draw():
+def test_dropout_masked_by_its_draw_matches_equinox():
     """One key for each head; `bernoulli(key, 1 - p, (T, S))`."""
     module = module_of({"dropout_p": 0.25})
     inputs, key = inputs_of(module), jax.random.key(5)
@@ -107,8 +107,8 @@ def test_heads_processed_by_rotary_positions_are_rotary():
     module = module_of({"qk_size": 4})
     x = np.random.default_rng(2).standard_normal((5, 9))
     embedding = eqx.nn.RotaryPositionalEmbedding(4, 1009.0)
-    turn = jax.vmap(embedding, in_axes=1, out_axes=1)
-    want = module(*[jnp.asarray(x)] * 3, process_heads=lambda q, k, v: (turn(q), turn(k), v))
+    rotate = jax.vmap(embedding, in_axes=1, out_axes=1)
+    want = module(*[jnp.asarray(x)] * 3, process_heads=lambda q, k, v: (rotate(q), rotate(k), v))
     table = rotary.table(np.arange(5), rotary.frequencies(4, base=1009.0))
     close(mha(from_module(module), x, x, x, rotary=table)[0], np.asarray(want))
 
@@ -122,9 +122,9 @@ def test_half_types_come_back_bit_for_bit(dtype):
     jax.tree.map(np.testing.assert_array_equal, arrays, eqx.filter(module, eqx.is_array))
 
 
-def test_every_option_of_equinox_is_spoken():
-    """equinox 0.13.8: what there are tests for, by hand, so that a new one is seen."""
-    spoken = [
+def test_every_option_of_equinox_is_supported():
+    """equinox 0.13.8: what there are tests for, by hand, so that a new one is noticed."""
+    supported = [
         "num_heads",
         "query_size",
         "key_size",
@@ -136,12 +136,12 @@ def test_every_option_of_equinox_is_spoken():
         "dtype",
     ]
     options = inspect.signature(eqx.nn.MultiheadAttention.__init__).parameters.keys()
-    assert options - {"self", "key", "inference"} == {*spoken, *BIASES}
+    assert options - {"self", "key", "inference"} == {*supported, *BIASES}
     options = inspect.signature(eqx.nn.MultiheadAttention.__call__).parameters.keys() - {"self"}
     assert options == {"query", "key_", "value", "mask", "key", "inference", "deterministic", "process_heads"}
 
 
-# ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── round trips ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @every_flag

@@ -1,4 +1,4 @@
-"""`flax.nnx.MultiHeadAttention` is the oracle, in float64, on the way that keeps float64: with `sow_weights=True`."""
+"""`flax.nnx.MultiHeadAttention` is the oracle, in float64, on the path that keeps float64: with `sow_weights=True`."""
 
 import inspect
 import subprocess
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from funcmha import init, masks, mha, mha_vjp, norms, self_attention_step, tree
+from funcmha import init, kv_cache, masks, mha, mha_vjp, norms, tree
 from funcmha.dropout import masked
 from funcmha.interop.flax import from_module, from_state, to_state
 
-# flax asks for another way to see the weights; here sow_weights is what keeps float64, and nobody looks at them.
+# flax deprecates sow_weights for reading the weights; here it is what keeps float64.
 pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 
 FLAGS = {
@@ -74,7 +74,7 @@ def pure(state):
 
 
 @pytest.mark.parametrize("name", ["no bias", "widths", "grouped, all"])
-def test_values_and_gradients_in_the_form_of_flax(name, each_engine):
+def test_values_and_gradients_match_flax(name, each_engine):
     module = module_of(FLAGS[name])
     inputs = inputs_of(module)
     mask = np.random.default_rng(3).random((2, 3, 5, 7)) < 0.5
@@ -103,7 +103,7 @@ def test_causal_is_top_left():
     close(mha(from_module(module), *inputs, mask=masks.causal())[0], want)
 
 
-def test_a_query_that_sees_no_key_is_the_mean_in_flax_and_the_bias_here():
+def test_a_fully_masked_row_is_the_mean_in_flax_the_bias_here():
     """flax 0.12.8 fills with the least float32 or float64."""
     module = module_of({})
     inputs, mask = inputs_of(module), np.ones((5, 7), bool)
@@ -120,7 +120,7 @@ def test_a_query_that_sees_no_key_is_the_mean_in_flax_and_the_bias_here():
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
-def test_dropout_is_a_keep_of_its_draw(broadcast):
+def test_dropout_masked_by_its_draw_matches_flax(broadcast):
     """`bernoulli(rngs.dropout(), 1 - rate, …)` of (1, 1, T, S), or with broadcast_dropout=False of (B, H, T, S)."""
     module = module_of({"dropout_rate": 0.25, "broadcast_dropout": broadcast, "keep_rngs": False})
     inputs = inputs_of(module)
@@ -137,18 +137,18 @@ def test_dropout_is_a_keep_of_its_draw(broadcast):
     assert not keep.all()
 
 
-def test_decoding_is_a_step_after_another():
+def test_decoding_matches_kv_cache_step():
     module, x = module_of({"num_kv_heads": 1}), np.random.default_rng(2).standard_normal((2, 4, 9))
     module.init_cache((2, 4, 9), dtype=jnp.float64)
     params, kv = from_module(module), None
     for t in range(3):
         want = module(x[:, t : t + 1], decode=True, sow_weights=True)
-        (y, kv), _ = self_attention_step(params, x[:, t : t + 1], kv)
+        (y, kv), _ = kv_cache.step(params, x[:, t : t + 1], kv)
         close(y, np.asarray(want))
 
 
 OPTIONS = {
-    "spoken": "num_heads num_kv_heads in_features in_kv_features qkv_features out_features use_bias normalize_qk",
+    "supported": "num_heads num_kv_heads in_features in_kv_features qkv_features out_features use_bias normalize_qk",
     "read off the arrays": "param_dtype",
     "of the call": "broadcast_dropout dropout_rate deterministic decode rngs keep_rngs",
     "refused": "attention_fn qkv_dot_general out_dot_general qkv_dot_general_cls out_dot_general_cls",
@@ -157,7 +157,7 @@ OPTIONS = {
 }
 
 
-def test_every_option_of_flax_is_spoken_or_refused():
+def test_every_option_of_flax_is_supported_or_refused():
     """flax 0.12.8. What is left are metadata, which no number depends on."""
     options = inspect.signature(nnx.MultiHeadAttention.__init__).parameters.keys() - {"self"}
     known = {name for names in OPTIONS.values() for name in names.split()}
@@ -181,7 +181,7 @@ def test_half_types_come_back_bit_for_bit(dtype):
 
 
 def test_flax_has_float32_s_digits_without_sow_weights():
-    """flax 0.12.8, of which the default way is `jax.nn.dot_product_attention`."""
+    """flax 0.12.8, whose default path is `jax.nn.dot_product_attention`."""
     module = module_of({})
     inputs = inputs_of(module)
     fast = nnx.jit(lambda module, *inputs: module(*inputs))(module, *inputs)
@@ -189,7 +189,7 @@ def test_flax_has_float32_s_digits_without_sow_weights():
     assert 1e-10 < np.abs(y - fast).max() < 1e-5
 
 
-# ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── round trips ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @every_flag
@@ -296,7 +296,7 @@ def a_state(**changes):
         ),
         ({"out_x_bias": np.ones(3)}, ValueError, r"out.bias must be \(O\) with O=7 as in out.kernel, got \(3,\)"),
         ({"out_x_bias": np.ones(7, "f4")}, TypeError, "out.bias must have dtype float64 as query.kernel has"),
-        ({"out_x_bias": [1.0]}, TypeError, "out.bias must be an array, got list"),
+        ({"out_x_bias": 1.0}, TypeError, "out.bias must be an array, got float"),
     ],
 )
 def test_from_state_refuses(changes, error, message):

@@ -238,7 +238,7 @@ def model_of(name, dtype=torch.float64, half=None, **other):
     return model, attention
 
 
-class Seen(NamedTuple):
+class Run(NamedTuple):
     """What went through a layer in a run of its model."""
 
     config: object
@@ -258,31 +258,31 @@ def run(name, attention_mask, dtype=torch.float64, dy=None, half=None, **other):
     other   what else its config says
     """
     model, attention = model_of(name, dtype, half, **other)
-    seen = {}
+    passed = {}
 
     def before(module, args, kwargs):
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        seen["x"] = given.detach().to(half or dtype).to(dtype, copy=True).requires_grad_()
-        return ((), kwargs | {"hidden_states": seen["x"]}) if not args else ((seen["x"], *args[1:]), kwargs)
+        passed["x"] = given.detach().to(half or dtype).to(dtype, copy=True).requires_grad_()
+        return ((), kwargs | {"hidden_states": passed["x"]}) if not args else ((passed["x"], *args[1:]), kwargs)
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
-    attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0]))
+    attention.register_forward_hook(lambda module, args, output: passed.update(y=output[0]))
     rng = np.random.default_rng(1)
     embedded = torch.tensor(rng.standard_normal((N, T, model.config.hidden_size)), dtype=dtype)
     positions = torch.arange(OFFSET, OFFSET + T)[None]
     keep = None if attention_mask is None else torch.tensor(attention_mask)
     model(inputs_embeds=embedded, attention_mask=keep, position_ids=positions)
-    y = seen["y"]
+    y = passed["y"]
     dy = torch.tensor(rng.standard_normal(tuple(y.shape)) if dy is None else dy).to(half or dtype).to(dtype)
     named = dict(attention.named_parameters())
-    dx, *grads = torch.autograd.grad(y, [seen["x"], *named.values()], dy)
+    dx, *grads = torch.autograd.grad(y, [passed["x"], *named.values()], dy)
     grads = {key: g.numpy() for key, g in zip(named, grads, strict=True)}
     prefix = next(key for key, module in model.named_modules() if module is attention) + "."
-    x, y = seen["x"].detach().numpy(), y.detach().numpy()
-    return Seen(model.config, model.state_dict(), prefix, x, y, dy.numpy(), dx.numpy(), grads)
+    x, y = passed["x"].detach().numpy(), y.detach().numpy()
+    return Run(model.config, model.state_dict(), prefix, x, y, dy.numpy(), dx.numpy(), grads)
 
 
-PADDED = np.array([[1] * T, [1] * (T - 2) + [0] * 2])  # text first: every query sees a key
+PADDED = np.array([[1] * T, [1] * (T - 2) + [0] * 2])  # text first: every query attends a key
 
 
 @cache
@@ -291,8 +291,8 @@ def oracle(name, padded):
         return run(name, PADDED if padded else None)
 
 
-def layer_of(name, seen):
-    return from_state_dict(seen.state, seen.config, CASES[name].n)
+def layer_of(name, theirs):
+    return from_state_dict(theirs.state, theirs.config, CASES[name].n)
 
 
 def close(got, want, bar=1e-11, what=""):
@@ -301,14 +301,14 @@ def close(got, want, bar=1e-11, what=""):
     assert np.abs(got - want).max(initial=0.0) <= bar * max(1.0, np.abs(want).max(initial=0.0)), what
 
 
-def close_gradients(cache, dy, layer, seen, bar=1e-11):
+def close_gradients(cache, dy, layer, theirs, bar=1e-11):
     """dx, and the gradient of each parameter under its name."""
     dparams, dx, _ = self_attention_vjp(cache, dy)
     grads = to_state_dict(dparams, layer)
-    assert grads.keys() == {seen.prefix + key for key in seen.grads}
-    close(dx, seen.dx, bar, "dx")
-    for key, want in seen.grads.items():
-        close(grads[seen.prefix + key], want, bar, key)
+    assert grads.keys() == {theirs.prefix + key for key in theirs.grads}
+    close(dx, theirs.dx, bar, "dx")
+    for key, want in theirs.grads.items():
+        close(grads[theirs.prefix + key], want, bar, key)
 
 
 def roundings(layer):
@@ -325,27 +325,27 @@ def roundings(layer):
 
 @every
 @pytest.mark.parametrize("padded", [False, True])
-def test_output_and_gradients_are_those_of_transformers(name, padded, each_engine):
+def test_output_and_gradients_match_transformers(name, padded, each_engine):
     """modeling_*.py, at an offset of positions."""
-    seen = oracle(name, padded)
-    layer = layer_of(name, seen)
+    theirs = oracle(name, padded)
+    layer = layer_of(name, theirs)
     options = layer.options(T, OFFSET, attention_mask=PADDED if padded else None)
-    y, cache = self_attention(layer.params, seen.x, **options, engine=each_engine)
-    close(y, seen.y, what="y")
-    close_gradients(cache, seen.dy, layer, seen)
-    assert all(np.abs(want).max() > 1e-4 for want in seen.grads.values())
+    y, cache = self_attention(layer.params, theirs.x, **options, engine=each_engine)
+    close(y, theirs.y, what="y")
+    close_gradients(cache, theirs.dy, layer, theirs)
+    assert all(np.abs(want).max() > 1e-4 for want in theirs.grads.values())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "both ways" not in name])  # where no later key is seen
-def test_the_last_queries_over_all_keys_are_the_end_of_the_whole(name):
-    seen = oracle(name, padded=True)
-    layer = layer_of(name, seen)
+@pytest.mark.parametrize("name", [name for name in CASES if "both ways" not in name])  # where no later key is attended
+def test_the_last_queries_alone_equal_the_end_of_the_whole(name):
+    theirs = oracle(name, padded=True)
+    layer = layer_of(name, theirs)
     past = [(0, 0), (OFFSET, 0)]  # tokens at the positions before, which are padding
-    x, keep = np.pad(seen.x, [*past, (0, 0)]), np.pad(PADDED, past)
+    x, keep = np.pad(theirs.x, [*past, (0, 0)]), np.pad(PADDED, past)
     last = slice(T - 3, T)
     options = layer.options(3, OFFSET + T - 3, S=OFFSET + T, attention_mask=keep)
-    y, _ = mha(layer.params, seen.x[:, last], x, x, **options)
-    close(y, seen.y[:, last])
+    y, _ = mha(layer.params, theirs.x[:, last], x, x, **options)
+    close(y, theirs.y[:, last])
 
 
 def test_the_window_counts_the_query_itself():
@@ -360,26 +360,26 @@ LEFT = np.array([[1] * T, [0] * 3 + [1] * (T - 3)])
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen 3, sliding", "Gemma 3, global", "GPT-2", "GPT-OSS, full"])
-def test_a_query_of_padding_has_another_answer_and_the_others_have_the_same(name):
-    """5.24, modeling_*.py: eager attention adds finfo.min where nothing may be seen. A query that sees nothing gets the
+def test_only_queries_of_padding_differ_from_transformers(name):
+    """5.24, modeling_*.py: eager attention adds finfo.min where no key may be attended. A fully masked query gets the
     mean of all values there, or 0 where a sink joins (modeling_gpt_oss); here, as everywhere, the output's bias."""
     dy = np.random.default_rng(2).standard_normal((N, T, 30)) * LEFT[..., None]
     with in_float64():
-        seen = run(name, LEFT, dy=dy)
-    layer = layer_of(name, seen)
-    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=LEFT))
+        theirs = run(name, LEFT, dy=dy)
+    layer = layer_of(name, theirs)
+    y, cache = self_attention(layer.params, theirs.x, **layer.options(T, OFFSET, attention_mask=LEFT))
     text = LEFT.astype(bool)
-    close(y[text], seen.y[text])
-    close_gradients(cache, dy, layer, seen)
+    close(y[text], theirs.y[text])
+    close_gradients(cache, dy, layer, theirs)
 
     bias = layer.params["out_proj"].get("b", np.zeros(30))
     assert np.array_equal(y[~text], np.tile(bias, (3, 1)))
     if name.startswith("GPT-OSS"):
-        close(seen.y[~text], y[~text])
+        close(theirs.y[~text], y[~text])
         return
-    of_all, _ = self_attention(layer.params, seen.x, scale=0.0, qk_norm=layer.qk_norm)  # scores of 0
-    close(seen.y[~text], of_all[~text])
-    assert np.abs(seen.y[~text] - y[~text]).max() > 0.1
+    of_all, _ = self_attention(layer.params, theirs.x, scale=0.0, qk_norm=layer.qk_norm)  # scores of 0
+    close(theirs.y[~text], of_all[~text])
+    assert np.abs(theirs.y[~text] - y[~text]).max() > 0.1
 
 
 LONG = [OFFSET + T - 1, OFFSET + T, OFFSET + T + 1]  # contexts one shorter than the text, as long, one longer
@@ -387,30 +387,30 @@ LONG = [OFFSET + T - 1, OFFSET + T, OFFSET + T + 1]  # contexts one shorter than
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 @pytest.mark.parametrize("context", LONG)
-def test_positions_that_depend_on_the_length_change_after_the_context(kind, context):
+def test_frequencies_may_depend_on_the_length_of_the_text(kind, context):
     """modeling_rope_utils.dynamic_rope_update: the length is that of the largest position, of queries and keys."""
     said = {"dynamic": {"factor": 3.0}, "longrope": {**FACTORS, "original_max_position_embeddings": context}}[kind]
     other = {"max_position_embeddings": context} | rope(rope_type=kind, **said)
     with in_float64():
-        seen = run("Llama", None, **other)
-    layer = layer_of("Llama", seen)
-    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET))
-    close(y, seen.y)
-    close(self_attention_vjp(cache, seen.dy)[1], seen.dx)
+        theirs = run("Llama", None, **other)
+    layer = layer_of("Llama", theirs)
+    y, cache = self_attention(layer.params, theirs.x, **layer.options(T, OFFSET))
+    close(y, theirs.y)
+    close(self_attention_vjp(cache, theirs.dy)[1], theirs.dx)
     short, long = layer.rope.frequencies(context)[0], layer.rope.frequencies(context + 1)[0]
     assert np.array_equal(layer.rope.frequencies(1)[0], short)
     assert not np.array_equal(short, long)
 
 
-def test_dynamic_positions_of_transformers_remember_the_longest_text_and_here_do_not():
+def test_dynamic_rope_depends_on_no_earlier_text():
     """5.24, dynamic_frequency_update: a shorter text after a longer one has the frequencies of the longer, until one is
     shorter than the context."""
     module, make, _ = modeling("llama")
     config = make(**(SMALL | {"max_position_embeddings": 29} | rope(rope_type="dynamic", factor=3.0)))
-    turns, ours = module.LlamaRotaryEmbedding(config), statics(config, 0).rope
-    for length, remembered in ((53, 53), (41, 53), (28, 28), (41, 41)):
-        turns(torch.zeros(1), torch.arange(length)[None])
-        np.testing.assert_allclose(turns.inv_freq.numpy(), ours.frequencies(remembered)[0], rtol=2e-6)
+    rotary, ours = module.LlamaRotaryEmbedding(config), statics(config, 0).rope
+    for length, kept in ((53, 53), (41, 53), (28, 28), (41, 41)):
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        np.testing.assert_allclose(rotary.inv_freq.numpy(), ours.frequencies(kept)[0], rtol=2e-6)
     assert not np.allclose(ours.frequencies(41)[0], ours.frequencies(53)[0], rtol=1e-3)
 
 
@@ -429,27 +429,27 @@ MASKS = {
 )
 def test_windows_of_any_size_with_padding_on_either_side(name, W, mask):
     """`attention_mask` (N, S) as a tokenizer makes it. Of rows that are padding nothing is asked: they
-    are those of `test_a_query_of_padding_…`."""
+    are those of `test_only_queries_of_padding_…`."""
     keep = MASKS[mask]
     text = np.ones((N, T), bool) if keep is None else keep.astype(bool)
     dy = np.random.default_rng(2).standard_normal((N, T, 30)) * text[..., None]
     with in_float64():
-        seen = run(name, keep, dy=dy, sliding_window=W)
-    layer = layer_of(name, seen)
-    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=keep))
-    close(y[text], seen.y[text])
-    close_gradients(cache, dy, layer, seen)
+        theirs = run(name, keep, dy=dy, sliding_window=W)
+    layer = layer_of(name, theirs)
+    y, cache = self_attention(layer.params, theirs.x, **layer.options(T, OFFSET, attention_mask=keep))
+    close(y[text], theirs.y[text])
+    close_gradients(cache, dy, layer, theirs)
 
 
 @every
 def test_in_float32_both_are_within_the_roundings_of_their_sums(name):
     """The library as it is."""
-    seen = run(name, PADDED, torch.float32)
-    layer = layer_of(name, seen)
-    y, cache = self_attention(layer.params, seen.x, **layer.options(T, OFFSET, attention_mask=PADDED))
-    assert y.dtype == seen.dy.dtype == np.float32
-    close(y, seen.y, roundings(layer), "y")
-    close_gradients(cache, seen.dy, layer, seen, roundings(layer))
+    theirs = run(name, PADDED, torch.float32)
+    layer = layer_of(name, theirs)
+    y, cache = self_attention(layer.params, theirs.x, **layer.options(T, OFFSET, attention_mask=PADDED))
+    assert y.dtype == theirs.dy.dtype == np.float32
+    close(y, theirs.y, roundings(layer), "y")
+    close_gradients(cache, theirs.dy, layer, theirs, roundings(layer))
 
 
 HALF = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16, 2.0**-8), "float16": (torch.float16, np.float16, 2.0**-11)}
@@ -459,21 +459,28 @@ HALF = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16, 2.0**-8), "float16": (t
 @pytest.mark.parametrize(
     "name", ["Llama 3.1", "GPT-2", "Gemma 2, sliding", "Gemma 3, local", "Qwen 3", "GPT-OSS, full", "Phi-3", "Cohere"]
 )
-def test_a_layer_of_half_precision_is_the_float64_layer_rounded_once(name, half, tmp_path):
+def test_half_precision_is_the_float64_layer_rounded_once(name, half, tmp_path):
     """A checkpoint of half precision, from a safetensors file, against transformers' float64 layer of the same numbers:
     what is computed in float32 is off by the roundings of its sums, as above, and then by U of the result, rounded."""
-    theirs, ours, U = HALF[half]
+    torch_dtype, dtype, U = HALF[half]
     with in_float64():
-        seen = run(name, PADDED, half=theirs)
-    save_file({key: x.to(theirs) for key, x in seen.state.items() if seen.prefix in key}, tmp_path / "one.safetensors")
-    layer = load_layer(tmp_path / "one.safetensors", CASES[name].n, seen.config)
-    x, dy = seen.x.astype(ours), seen.dy.astype(ours)
+        theirs = run(name, PADDED, half=torch_dtype)
+    save_file(
+        {key: x.to(torch_dtype) for key, x in theirs.state.items() if theirs.prefix in key},
+        tmp_path / "one.safetensors",
+    )
+    layer = load_layer(tmp_path / "one.safetensors", CASES[name].n, theirs.config)
+    x, dy = theirs.x.astype(dtype), theirs.dy.astype(dtype)
     y, cache = self_attention(layer.params, x, **layer.options(T, OFFSET, attention_mask=PADDED))
     dparams, dx, _ = self_attention_vjp(cache, dy)
     grads = to_state_dict(dparams, layer)
     bar = roundings(layer)
-    for got, want in [(y, seen.y), (dx, seen.dx), *((grads[seen.prefix + key], g) for key, g in seen.grads.items())]:
-        assert got.dtype == ours
+    for got, want in [
+        (y, theirs.y),
+        (dx, theirs.dx),
+        *((grads[theirs.prefix + key], g) for key, g in theirs.grads.items()),
+    ]:
+        assert got.dtype == dtype
         error = np.abs(got.astype(np.float64) - want)
         assert np.all(error <= U * np.abs(want) + bar * max(1.0, np.abs(want).max()))
 
@@ -684,20 +691,20 @@ def same_static(a, b):
 
 
 @pytest.mark.parametrize("config", HUB.values(), ids=HUB)
-def test_a_config_json_of_any_age_says_what_the_config_of_transformers_says(config):
+def test_a_config_json_of_any_version_reads_as_its_config(config):
     _, make, _ = modeling(config["model_type"])
     for n in (0, 1, 5):
         same_static(statics(config, n), statics(make.from_dict(json.loads(json.dumps(config))), n))
 
 
 @pytest.mark.parametrize("name", [name for name in HUB if not name.startswith("gpt2")])
-def test_frequencies_and_gain_are_those_of_transformers(name):
-    """`RotaryEmbedding` of modeling_*.py, in float32; and the reach and scale of the attention module itself."""
+def test_frequencies_and_gain_match_transformers(name):
+    """`RotaryEmbedding` of modeling_*.py, in float32; and the window and scale of the attention module itself."""
     config = HUB[name]
     kind = config["model_type"]
     module, make, _ = modeling(kind)
     made = make.from_dict(json.loads(json.dumps(config)))
-    turns = getattr(module, FAMILIES[kind][1] + "RotaryEmbedding")(made)
+    rotary = getattr(module, FAMILIES[kind][1] + "RotaryEmbedding")(made)
     for n in (0, 1, 5):
         ours = statics(config, n)
         with torch.device("meta"):
@@ -705,8 +712,8 @@ def test_frequencies_and_gain_are_those_of_transformers(name):
         if ours.rope is not None:
             frequencies, gain = ours.rope.frequencies()
             prefix = f"{made.layer_types[n]}_" if kind == "gemma3_text" else ""
-            np.testing.assert_allclose(frequencies, getattr(turns, prefix + "inv_freq").numpy(), rtol=2e-6)
-            assert gain == pytest.approx(getattr(turns, prefix + "attention_scaling"), rel=1e-14)
+            np.testing.assert_allclose(frequencies, getattr(rotary, prefix + "inv_freq").numpy(), rtol=2e-6)
+            assert gain == pytest.approx(getattr(rotary, prefix + "attention_scaling"), rel=1e-14)
         assert ours.scale == theirs.scaling
         window = getattr(
             theirs, "sliding_window", getattr(made, "sliding_window", None) if kind in ALL_LAYERS else None
@@ -732,25 +739,25 @@ def test_a_model_of_text_and_images_has_its_text_config():
     ("name", "types"),
     [("Llama, longrope, short", ["sliding_attention"] * 2), ("Mistral", ["full_attention"] * 2)],
 )
-def test_transformers_takes_layer_types_and_does_not_obey_them(name, types):
+def test_layer_types_that_transformers_ignores_are_refused(name, types):
     """5.24: LlamaModel and MistralModel have one mask for all layers. Theirs is the answer without, ours to refuse."""
     with in_float64():
-        plain, seen = run(name, None), run(name, None, layer_types=types, sliding_window=WINDOW)
-    assert np.array_equal(seen.y, plain.y)
+        plain, theirs = run(name, None), run(name, None, layer_types=types, sliding_window=WINDOW)
+    assert np.array_equal(theirs.y, plain.y)
     with pytest.raises(ValueError, match=r"layer_types must have .*, as .* does not read it"):
-        layer_of(name, seen)
+        layer_of(name, theirs)
 
 
-def test_transformers_reads_a_cap_for_gemma_3_and_does_not_apply_it():
+def test_a_soft_cap_that_transformers_ignores_is_refused():
     """5.24: `Gemma3Attention.forward` passes no softcap on. Their answer is that without; ours is to refuse."""
     with in_float64():
         plain = run("Gemma 3, local", None)
         capped = Case("gemma3_text", 0, GEMMA_3 | {"attn_logit_softcapping": 0.5})
         with patch.dict(CASES, {"capped": capped}):
-            seen = run("capped", None)
-            assert np.array_equal(seen.y, plain.y)
+            theirs = run("capped", None)
+            assert np.array_equal(theirs.y, plain.y)
             with pytest.raises(ValueError, match="attn_logit_softcapping must be None for gemma3_text"):
-                layer_of("capped", seen)
+                layer_of("capped", theirs)
 
 
 TINY = {"model_type": "llama", **SMALL}
@@ -838,7 +845,7 @@ TINY = {"model_type": "llama", **SMALL}
         (TINY | {"attn_logit_softcapping": 30.0}, 0, ValueError, "attn_logit_softcapping must be None for llama"),
     ],
 )
-def test_a_config_that_is_not_understood_is_refused(config, n, error, message):
+def test_an_unsupported_config_is_refused(config, n, error, message):
     with pytest.raises(error, match=message):
         statics(config, n)
 
@@ -852,26 +859,26 @@ CROSS = {"add_cross_attention": True, "scale_attn_by_inverse_layer_idx": True}
 def cross_run(keep):
     """Layer 1 of a GPT-2 over an encoder: state, x, what the encoder gave, y, dy, dx, d of the encoder's, gradients."""
     model, _ = model_of("GPT-2", **CROSS)
-    attention, seen = model.h[1].crossattention, {}
+    attention, passed = model.h[1].crossattention, {}
     rng = np.random.default_rng(3)
     for p in attention.parameters():
         p.data = torch.tensor(0.4 * rng.standard_normal(tuple(p.shape)))
 
     def before(module, args, kwargs):
-        seen["x"] = args[0].detach().clone().requires_grad_()
-        return (seen["x"], *args[1:]), kwargs
+        passed["x"] = args[0].detach().clone().requires_grad_()
+        return (passed["x"], *args[1:]), kwargs
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
-    attention.register_forward_hook(lambda module, args, output: seen.update(y=output[0]))
+    attention.register_forward_hook(lambda module, args, output: passed.update(y=output[0]))
     encoder = torch.tensor(rng.standard_normal((N, S, 30)), requires_grad=True)
     embedded = torch.tensor(rng.standard_normal((N, T, 30)))
     keep = None if keep is None else torch.tensor(keep)
     model(inputs_embeds=embedded, encoder_hidden_states=encoder, encoder_attention_mask=keep)
     dy = torch.tensor(rng.standard_normal((N, T, 30)))
     named = {f"h.1.crossattention.{key}": p for key, p in attention.named_parameters()}
-    found = torch.autograd.grad(seen["y"], [seen["x"], encoder, *named.values()], dy)
+    found = torch.autograd.grad(passed["y"], [passed["x"], encoder, *named.values()], dy)
     dx, dencoder, *grads = (g.numpy() for g in found)
-    arrays = (a.detach().numpy() for a in (seen["x"], encoder, seen["y"], dy))
+    arrays = (a.detach().numpy() for a in (passed["x"], encoder, passed["y"], dy))
     return model, *arrays, dx, dencoder, dict(zip(named, grads, strict=True))
 
 
@@ -910,7 +917,7 @@ def layer_of_both(model):
         (TINY, 1, TypeError, "cross must be True or False, got 1"),
     ],
 )
-def test_attention_over_an_encoder_is_refused_where_there_is_none(config, cross, error, message):
+def test_cross_attention_is_refused_where_there_is_none(config, cross, error, message):
     with pytest.raises(error, match=message):
         from_state_dict({}, config, 0, cross=cross)
 
@@ -974,7 +981,7 @@ def test_the_layer_is_found_whatever_stands_before_it(prefix):
 
 
 def test_constants_beside_the_parameters_are_left_alone():
-    """GPT-2's mask and Llama's frequencies, in checkpoints of old."""
+    """GPT-2's mask and Llama's frequencies, in old checkpoints."""
     prefix = "model.layers.0.self_attn."
     state, config = small_state(**{prefix + "rotary_emb.inv_freq": np.ones(7, np.float32)})
     layer = from_state_dict(state, config, 0)

@@ -83,7 +83,7 @@ def test_a_file_of_tensors_takes_its_config_from_the_caller(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
-def test_saving_into_a_checkpoint_changes_the_layer_and_no_other_byte(tmp_path, kind, shards):
+def test_saving_into_a_checkpoint_changes_the_layer_only(tmp_path, kind, shards):
     state = checkpoint(tmp_path, kind, ml_dtypes.bfloat16, shards)
     layer = load_layer(tmp_path, 0)
     doubled = layer._replace(params=tree.map(lambda a: a + a, layer.params))

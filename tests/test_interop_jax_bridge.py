@@ -43,7 +43,7 @@ def by_hand(f, f_vjp, inputs, dy, **static):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
-def test_values_and_gradients_are_those_of_numpy(dtype, transform):
+def test_values_and_gradients_match_numpy(dtype, transform):
     *inputs, do = problem(dtype)
     attend = as_jax_function(attention, attention_vjp, mask=MASK, softcap=3.0)
     with jax.enable_x64(dtype == np.float64):
@@ -84,18 +84,18 @@ def test_an_engine_may_be_named():
 
 
 def test_the_host_runs_numpy_s_engine():
-    seen = []
+    received = []
 
     def spy(*inputs, **static):
-        seen.append({type(x) for x in inputs if x is not None})
+        received.append({type(x) for x in inputs if x is not None})
         return attention(*inputs, **static)
 
     *inputs, _ = problem()
     jax.block_until_ready(jax.jit(as_jax_function(spy, attention_vjp))(*inputs))
-    assert seen[-1] == {np.ndarray}
+    assert received[-1] == {np.ndarray}
 
 
-def test_an_adapter_goes_through_too():
+def test_an_adapter_may_be_bridged_too():
     q, k, v, do = draw((2, 5, 6, 11), (2, 7, 3, 11), (2, 7, 3, 11), (2, 5, 6, 11))
     static = {"is_causal": True, "query_seq_lengths": np.array([5, 3], "i4"), "local_window_size": (2, 0)}
     y, pull = jax.vjp(
@@ -121,7 +121,7 @@ def test_vmap_is_one_element_after_another(method):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_vmap_of_grad_is_the_gradient_of_each_sample_and_grad_of_vmap_their_sum():
+def test_vmap_of_grad_is_the_gradient_of_each_sample():
     params, x, weights = init(0, 15, 3), *draw((4, 5, 15), (5, 15))
     layer = as_jax_function(mha, mha_vjp, mask=masks.causal())
 
@@ -172,14 +172,14 @@ def test_scan_and_checkpoint_take_it():
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
-def test_an_array_of_jax_is_read_where_it_lies(dtype):
+def test_an_array_of_jax_is_read_without_a_copy(dtype):
     x = jnp.asarray(draw((5, 7), dtype=dtype)[0])
     got = _numpy({"x": x, "none": None})
     assert got["none"] is None
     assert (got["x"].ctypes.data, got["x"].dtype) == (x.unsafe_buffer_pointer(), x.dtype)
 
 
-def test_what_f_refuses_is_refused_while_tracing_by_its_own_error():
+def test_errors_of_f_are_raised_while_jax_traces():
     attend = as_jax_function(attention, attention_vjp, mask=np.ones((5, 6), bool))
     *inputs, _ = problem()
     with pytest.raises(ValueError, match=r"mask must broadcast to \(\.\.\., H, T, S\) = \(2, 6, 5, 7\), got \(5, 6\)"):

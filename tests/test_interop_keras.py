@@ -1,6 +1,6 @@
 """The layers of Keras are the oracle, with PyTorch for their backend: in float64, as they return the scores too.
 
-Without, they take the fused way, which is float32.
+Without, they take the fused path, which is float32.
 """
 
 import inspect
@@ -67,7 +67,7 @@ def close(got, want):
 
 
 @every_layer
-def test_values_and_gradients_in_the_form_of_keras(name, each_engine):
+def test_values_and_gradients_match_keras(name, each_engine):
     layer, arrays = layer_of(name)
     query, key, value = (torch.tensor(x, requires_grad=True) for x in arrays)
     mask = some_mask()
@@ -83,7 +83,7 @@ def test_values_and_gradients_in_the_form_of_keras(name, each_engine):
         close(got, dx)
 
 
-def test_a_query_that_sees_no_key_has_two_answers_in_keras_and_the_bias_here():
+def test_a_fully_masked_row_has_two_values_in_keras():
     """keras 3.15.1: 0 where it returns the scores, the mean of the values where it does not; then the output's bias."""
     layer, (query, key, value) = layer_of("all defaults")
     mask = some_mask()
@@ -98,7 +98,7 @@ def test_a_query_that_sees_no_key_has_two_answers_in_keras_and_the_bias_here():
     np.testing.assert_allclose(fused[0, 2], mean, rtol=1e-4, atol=1e-4)
 
 
-def test_the_fused_way_of_keras_is_float32():
+def test_the_fused_path_of_keras_is_float32():
     """keras 3.15.1 with PyTorch's backend, in a layer of float64."""
     layer, (query, key, value) = layer_of("all defaults")
     y, _ = mha(from_layer(layer), query, key, value)
@@ -108,7 +108,7 @@ def test_the_fused_way_of_keras_is_float32():
     assert 1e-9 < np.abs(fused - y).max() < 1e-4
 
 
-def test_inputs_of_more_axes_are_one_sequence_unless_attention_axes_says_otherwise():
+def test_inputs_of_more_axes_are_one_sequence_in_keras():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((B, 3, T, 9))
     for axes, shape in ((None, (B, 3 * T, 9)), ((1, 2), (B, 3 * T, 9)), (2, (B, 3, T, 9))):
@@ -120,7 +120,7 @@ def test_inputs_of_more_axes_are_one_sequence_unless_attention_axes_says_otherwi
 
 
 @pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention"])
-def test_dropout_is_a_keep_of_its_draw(kind):
+def test_dropout_masked_by_its_draw_matches_keras(kind):
     """A layer of the same seed draws the same: what its dropout leaves of ones is the mask."""
     sizes = (6, 2) if kind == "MultiHeadAttention" else (2, 6, 3)
     layer, twin = (getattr(keras.layers, kind)(*sizes, dropout=0.25, seed=7, dtype="float64") for _ in range(2))
@@ -140,8 +140,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_every_option_of_keras_is_spoken_or_refused(kind):
-    """keras 3.15.1. What is left says how a layer begins and what holds it in training."""
+def test_every_option_of_keras_is_supported_or_refused(kind):
+    """keras 3.15.1. What is left are initialisers, regularisers and constraints."""
     both = "dropout use_bias sliding_window flash_attention use_gate seed"
     options = inspect.signature(getattr(keras.layers, kind).__init__).parameters.keys() - {"self", "kwargs"}
     known = {*OPTIONS[kind].split(), *both.split()}
@@ -231,14 +231,14 @@ MASKS = {
 
 @pytest.mark.parametrize("name", ["all defaults", "grouped"])
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
-def test_masks_are_those_of_keras(name, options):
+def test_masks_match_keras(name, options):
     layer, inputs = layer_of(name)
     want = call(layer, *inputs, **options)
     close(mha(from_layer(layer), *inputs, mask=masks(**options))[0], want)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_sliding_window_counts_the_query_and_reaches_to_both_sides(causal):
+def test_a_sliding_window_counts_the_query_and_has_two_sides(causal):
     layer, inputs = layer_of("all defaults")
     layer._sliding_window = 3
     mask = masks(use_causal_mask=causal, sliding_window=3)
@@ -281,7 +281,7 @@ def test_masks_refuses(options, error, message):
         masks(**options)
 
 
-# ── there and back ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── round trips ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @every_layer

@@ -32,7 +32,7 @@ INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqle
 OUTPUTS = ("Y", "present_key", "present_value", "qk_matmul_output")
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto.DataType
 
-both_engines = pytest.mark.usefixtures("each_engine")
+every_engine = pytest.mark.usefixtures("each_engine")
 
 
 # ── ONNX's own tests ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -52,9 +52,9 @@ def test_all_node_tests_are_here():
             np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("case", NODES.values(), ids=NODES)
-def test_onnx_s_own(case):
+def test_node_tests_of_onnx(case):
     """At ONNX's tolerance, of which the one for bfloat16 is in its onnx/backend/test/runner/__init__.py."""
     (node,), ((inputs, outputs),) = case.model.graph.node, case.data_sets
     x = dict(zip((name for name in node.input if name), inputs, strict=True))
@@ -248,7 +248,7 @@ def by_reference(problem, rows=True):
 
 
 def by_torch(problem, q, k, v, attn_mask, past_key, past_value):
-    """The outputs from tensors with an axis of heads: the operator in plain words, with −∞ chosen and not added."""
+    """The outputs from tensors with an axis of heads: the operator written out, with −∞ chosen and not added."""
     k, v = (x if past is None else torch.cat([past, x], 2) for x, past in ((k, past_key), (v, past_value)))
     keys, values = k, v
     k, v = (x.repeat_interleave(problem.G, dim=1) for x in (k, v))
@@ -302,24 +302,24 @@ def all_by_torch(problem, dys):
 sized = problems().filter(lambda problem: problem.L and problem.T)  # ONNX's own code wants a query and a key
 
 
-@both_engines
+@every_engine
 @given(sized)
 @example(EVERYTHING)
 @example(EXTERNAL)
 @example(EMPTY_ROWS)
-def test_outputs_are_those_of_the_operator_s_definition(problem):
+def test_outputs_match_the_operators_definition(problem):
     problem = replace(problem, scale=0.25) if problem.scale is None else problem  # it computes D ** -0.5 in float32
     for name, y, want in zip(OUTPUTS, problem.run()[0], by_definition(problem), strict=True):
         if want is not None:
             close(y, want, name)
 
 
-@both_engines
+@every_engine
 @given(sized)
 @example(EVERYTHING)
 @example(EXTERNAL)
 @example(EMPTY_ROWS)
-def test_outputs_are_those_of_the_reference_implementation(problem):
+def test_outputs_match_the_reference_implementation(problem):
     """But for what the tests after this one are about."""
     want = by_reference(problem)
     if problem.mode == 0 and problem.softcap:
@@ -338,8 +338,8 @@ def test_raw_scores_are_raw_with_a_softcap_too():
     assert np.abs(raw).max() > 0.5
 
 
-def test_a_mask_of_one_row_is_that_of_every_query_under_a_causal_mask_too():
-    """The reference implementation of onnx 1.23.2 takes T from the mask: all queries see what the first one sees."""
+def test_a_mask_of_one_row_is_broadcast_if_causal_too():
+    """The reference implementation of onnx 1.23.2 takes T from the mask: all queries attend the first one's keys."""
     problem = Problem(mask="bool", axes="1 S", is_causal=1, scale=0.25, mode=3, seed=1)
     weights = problem.run()[0][3]
     close(weights, by_definition(problem)[3])
@@ -349,7 +349,7 @@ def test_a_mask_of_one_row_is_that_of_every_query_under_a_causal_mask_too():
         by_reference(replace(problem, axes="S"), rows=False)
 
 
-def test_an_axis_of_one_is_broadcast_in_opset_23_and_short_from_24_on():
+def test_an_axis_of_one_is_broadcast_in_opset_23_only():
     """By the definitions; the reference implementation of onnx 1.23.2 makes no difference."""
     short = Problem(mask="bool", axes="T S", short=6, scale=0.25, mode=3, seed=6)
     assert short.inputs()[3][:2, 0].tolist() == [False, True]
@@ -362,12 +362,12 @@ def test_an_axis_of_one_is_broadcast_in_opset_23_and_short_from_24_on():
         assert np.count_nonzero(by_reference(problem)[3][0, 0, 1]) == 1
 
 
-@both_engines
+@every_engine
 @given(problems())
 @example(EVERYTHING)
 @example(EXTERNAL)
 @example(EMPTY_ROWS)
-def test_outputs_and_gradients_are_torch_s(problem):
+def test_outputs_and_gradients_match_torch(problem):
     ys, cache = problem.run()
     dys = problem.cotangents(ys)
     want, gradients = all_by_torch(problem, dys)
@@ -439,7 +439,7 @@ def close_in_float32(problem, wanted=OUTPUTS):
     ],
     ids=str,
 )
-def test_onnxruntime_agrees(problem, opset):
+def test_outputs_match_onnxruntime(problem, opset):
     close_in_float32(replace(problem, opset=opset))
 
 
@@ -454,7 +454,7 @@ def test_onnxruntime_agrees(problem, opset):
     ],
     ids=str,
 )
-def test_onnxruntime_agrees_on_caches_and_windows(problem):
+def test_caches_and_windows_match_onnxruntime(problem):
     close_in_float32(problem)
 
 
@@ -469,8 +469,8 @@ def test_onnxruntime_writes_the_lowest_number_for_minus_infinity(opset):
 
 
 @pytest.mark.parametrize("opset", [23, 24])
-def test_onnxruntime_forgets_to_be_causal_with_one_query(opset):
-    """With a past and several new keys: the query stands at the first of them, and sees none after it."""
+def test_onnxruntime_is_not_causal_with_one_query(opset):
+    """With a past and several new keys: the query stands at the first of them, and attends none after it."""
     problem = Problem(T=1, L=7, P=3, is_causal=1, mode=3, scale=0.25, opset=opset)
     weights = problem.run()[0][3]
     close(weights, by_definition(problem)[3])
@@ -482,8 +482,8 @@ def test_onnxruntime_forgets_to_be_causal_with_one_query(opset):
 # ── the past ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@both_engines
-def test_token_by_token_is_all_at_once():
+@every_engine
+def test_token_by_token_equals_all_at_once():
     """Outputs, and the gradients through every present; and the present grows where its past lies."""
     N, problem = 5, Problem(T=5, L=5, is_causal=1, mode=3)
     Q, K, V, *_ = problem.inputs()
@@ -517,7 +517,7 @@ def test_nonpad_kv_seqlen_may_be_of_any_integers(dtype):
         np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 def test_what_is_not_there_has_no_effect_even_if_it_is_nan():
     problem = replace(EXTERNAL, mask=None, is_causal=1, mode=None)
     Q, K, V, *_ = problem.inputs()
@@ -531,38 +531,38 @@ def test_what_is_not_there_has_no_effect_even_if_it_is_nan():
         np.testing.assert_array_equal(got, grad)
 
 
-def test_a_query_that_sees_nothing_gives_0_with_gradients_0():
+def test_a_fully_masked_row_gives_0_with_gradients_0():
     ys, cache = replace(EMPTY_ROWS, B=1).run()
     empty = 7 - int(replace(EMPTY_ROWS, B=1).nonpad_kv_seqlen()[0])
     assert 0 < empty < 7
     dQ, *_ = attention_vjp(cache, tuple(np.ones_like(y) for y in ys))
     for x in (ys[0], ys[3], dQ):
         assert np.all(x[:, :, :empty] == 0)
-        assert np.all(np.any(x[:, :, empty + 1 :] != 0, axis=-1))  # the first that sees one key has dQ = 0
+        assert np.all(np.any(x[:, :, empty + 1 :] != 0, axis=-1))  # the first that attends one key has dQ = 0
 
 
 # ── layout and precision ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@both_engines
-def test_three_axes_are_four_bit_for_bit():
+@every_engine
+def test_three_axes_equal_four_bit_for_bit():
     problem = replace(EVERYTHING, mode=3)
     Q, K, V, *others = problem.inputs()
     ys, cache = problem.run()
     dys = problem.cotangents(ys)
 
-    def cut(x, n):
+    def split(x, n):
         return x.reshape(*x.shape[:2], n, -1).swapaxes(1, 2)
 
     static = {name: x for name, x in problem.static().items() if "num_heads" not in name}
-    (Y, *rest), apart = attention(cut(Q, 6), cut(K, 2), cut(V, 2), *others, **static)
-    grads = attention_vjp(apart, (cut(dys[0], 6), *dys[1:]))
-    got = (cut(ys[0], 6), *ys[1:], *(cut(g, n) for g, n in zip(attention_vjp(cache, dys), (6, 2, 2), strict=False)))
+    (Y, *rest), apart = attention(split(Q, 6), split(K, 2), split(V, 2), *others, **static)
+    grads = attention_vjp(apart, (split(dys[0], 6), *dys[1:]))
+    got = (split(ys[0], 6), *ys[1:], *(split(g, n) for g, n in zip(attention_vjp(cache, dys), (6, 2, 2), strict=False)))
     for a, b in zip(got, (Y, *rest, *grads[:3]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("mode", range(4))
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("precision", [None, FLOAT, FLOAT16, BFLOAT16])
@@ -579,7 +579,7 @@ def test_half_types_are_float32_rounded_once(dtype, mode, precision):
         np.testing.assert_array_equal(got, want.astype(dtype))
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("mode", range(4))
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_softmax_in_double_is_float64_rounded_once(dtype, mode):
@@ -627,7 +627,7 @@ def test_jax_takes_the_pair_as_it_is(mode):
             close(got, want)
 
 
-@both_engines
+@every_engine
 def test_weights_and_lse_are_read_from_the_cache():
     (*_, weights), cache = replace(EXTERNAL, mode=3).run()
     (*_, z), _ = replace(EXTERNAL, mode=2).run()
@@ -783,7 +783,7 @@ def test_wrong_cotangents_are_refused_by_name(output, wrong, words):
         attention_vjp(cache, wrong)
 
 
-# ── the house ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── signature and imports ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_vjp_is_the_next_function_and_inputs_are_positional():
@@ -794,7 +794,7 @@ def test_the_vjp_is_the_next_function_and_inputs_are_positional():
     assert all(p.kind in (p.POSITIONAL_ONLY, p.KEYWORD_ONLY) for p in parameters)
 
 
-def test_attributes_and_their_defaults_are_onnx_s():
+def test_attributes_and_their_defaults_match_onnx():
     schema = onnx.defs.get_schema("Attention", 25, "")
     defaults = {
         n: helper.get_attribute_value(a.default_value) for n, a in schema.attributes.items() if a.default_value.name

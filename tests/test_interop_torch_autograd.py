@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from funcmha import attention, attention_vjp, init, masks, merge, merge_vjp, mha, mha_vjp, seeded, tree
-from funcmha.dropout import Masked, masked
+from funcmha import attention, attention_vjp, init, masks, mha, mha_vjp, tree
+from funcmha.dropout import Masked, masked, seeded
 from funcmha.engines import TILED
 from funcmha.interop.torch import autograd as bridge
 from funcmha.interop.torch import (
@@ -17,6 +17,7 @@ from funcmha.interop.torch import (
     scaled_dot_product_attention_vjp,
 )
 from funcmha.interop.torch.autograd import as_torch_function
+from funcmha.merge import merge, merge_vjp
 
 F = torch.nn.functional
 
@@ -30,13 +31,13 @@ def qkv(dtype=torch.float64):
     return [leaf(2, 3, n, width, dtype=dtype) for n, width in ((5, 4), (7, 4), (7, 6))]
 
 
-def few():
+def small():
     """For checks by finite differences, which go number by number."""
     return [leaf(2, n, width) for n, width in ((3, 2), (5, 2), (5, 1))]
 
 
 def compiled(f, **options):
-    """Without C++, which would take a minute: what is tested is what the compiler sees."""
+    """Without C++, which would take a minute: what is tested is what the compiler is given."""
     return torch.compile(f, fullgraph=True, backend="aot_eager", **options)
 
 
@@ -67,15 +68,15 @@ def close(got, want, tolerance=1e-11):
 # ── PyTorch's own checks ─────────────────────────────────────────────────────────────────────────────────────────
 
 PAIRS = {
-    "attention": (attention, attention_vjp, {"mask": masks.causal()}, few),
+    "attention": (attention, attention_vjp, {"mask": masks.causal()}, small),
     "attention with everything": (
         attention,
         attention_vjp,
         {"mask": masks.window(2, 1), "softcap": 3.0, "dropout": seeded(2024, 0.3)},
-        lambda: [*few(), leaf(2, 1, 5), leaf(2)],
+        lambda: [*small(), leaf(2, 1, 5), leaf(2)],
     ),
     "merge, of two outputs": (merge, merge_vjp, {}, lambda: [leaf(3, 2), leaf(3), leaf(3, 2, seed=1), leaf(3, seed=1)]),
-    "torch's words": (scaled_dot_product_attention, scaled_dot_product_attention_vjp, {"scale": 0.3}, few),
+    "torch's own call": (scaled_dot_product_attention, scaled_dot_product_attention_vjp, {"scale": 0.3}, small),
 }
 all_pairs = pytest.mark.parametrize(("f", "f_vjp", "static", "inputs"), PAIRS.values(), ids=PAIRS)
 
@@ -100,7 +101,7 @@ def test_opcheck(f, f_vjp, static, inputs):
 
 
 @both_ways
-def test_attention_is_torch_s_own(way):
+def test_attention_matches_torch(way):
     attend = as_torch_function(attention, attention_vjp, mask=masks.causal())
     inputs = qkv()
     y, want = way(attend)(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
@@ -264,12 +265,12 @@ def test_checkpointing_runs_the_forward_again():
         assert torch.equal(g, h)
 
 
-def test_what_was_compiled_serves_other_shapes_and_other_functions():
+def test_compiled_code_serves_other_shapes_and_functions():
     plain = as_torch_function(attention, attention_vjp)
     causal = as_torch_function(attention, attention_vjp, mask=masks.causal())
 
     def beside_mean(f, q, k, v):
-        return f(q, k, v) - v.mean(-2)  # which the compiler refuses if it takes y for narrower than it is
+        return f(q, k, v) - v.mean(-2)  # which the compiler refuses if it takes y for smaller than it is
 
     for n in (2, 3, 6):
         inputs = [leaf(5, 4), leaf(8, 4), leaf(8, n)]
@@ -314,23 +315,23 @@ def read_only(a):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_tensors_and_arrays_share_memory(dtype):
     """Of strided inputs, outputs, cotangents and gradients, in both directions."""
-    seen = {}
+    arrays = {}
 
     def f(x, /):
-        seen["x"], seen["y"] = x, x + x
-        return seen["y"], ()
+        arrays["x"], arrays["y"] = x, x + x
+        return arrays["y"], ()
 
     def f_vjp(cache, dy, /):
-        seen["dy"], seen["dx"] = dy, dy + dy
-        return (seen["dx"],)
+        arrays["dy"], arrays["dx"] = dy, dy + dy
+        return (arrays["dx"],)
 
     x = leaf(3, 7, 5, dtype=dtype).transpose(0, 1).detach().requires_grad_()
     y = as_torch_function(f, f_vjp)(x)
     dy = torch.ones(5, 3, 7, dtype=dtype).permute(2, 1, 0)
     (dx,) = torch.autograd.grad(y, x, dy)
     for name, tensor in {"x": x, "y": y, "dy": dy, "dx": dx}.items():
-        assert seen[name].ctypes.data == tensor.data_ptr(), name
-        assert seen[name].strides == tuple(n * tensor.element_size() for n in tensor.stride()), name
+        assert arrays[name].ctypes.data == tensor.data_ptr(), name
+        assert arrays[name].strides == tuple(n * tensor.element_size() for n in tensor.stride()), name
 
 
 @both_ways
@@ -349,7 +350,7 @@ def test_an_output_has_memory_of_its_own_to_write_to(way, answer):
     assert torch.equal(x, before)
 
 
-def test_an_operator_returns_what_is_contiguous_as_the_compiler_is_told():
+def test_an_operator_returns_contiguous_tensors():
     f = as_torch_function(lambda x, /: (x.T * 2, ()), lambda _, dy, /: (dy.T * 2,))
     x = leaf(3, 5)
     name = list(bridge._PAIRS)[-1]
@@ -375,18 +376,31 @@ def test_gradients_have_memory_of_their_own(share):
     assert torch.equal(dy, torch.ones(3, dtype=torch.float64))
 
 
+def exp(x, /):
+    """Whose cache holds y."""
+    y = np.exp(x)
+    return y, (y,)
+
+
+def exp_vjp(cache, dy):
+    return (dy * cache[0],)
+
+
 @pytest.mark.parametrize("name", ["an input", "the output"])
 def test_writing_in_place_before_the_backward_is_refused(name):
-    """The cache refers to it: the gradient would be wrong, without a word."""
+    """The cache refers to it: the gradient would be silently wrong."""
     q, k, v = (x * 1 for x in qkv())
-    y = as_torch_function(attention, attention_vjp, engine=TILED)(q, k, v)  # whose cache holds o
+    if name == "an input":
+        y = as_torch_function(attention, attention_vjp, engine=TILED)(q, k, v)
+    else:
+        y = as_torch_function(exp, exp_vjp)(k)
     with torch.no_grad():
         (k if name == "an input" else y).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_an_output_that_the_cache_does_not_hold_may_be_written_to():
+def test_an_output_outside_the_cache_may_be_written_to():
     """As in x = layer(x); x += residual."""
     x = leaf(2, 5, 6)
     params = tree.map(torch.tensor, init(0, 6, 3, dtype=np.float64))
@@ -430,7 +444,7 @@ ELSEWHERE = torch.empty(7, 4, device="meta")
         (TypeError, r"options.mask must be .* got Band", [0, 1, 2], {"mask": masks.causal()}),
         (TypeError, r"options.dropout must be .* got Masked", [0, 1, 2], {"dropout": masked(np.ones(7, bool), 0)}),
         (ValueError, r"k must be \(\.\.\., K, S, D\)", [0, 2, 2], {}),
-        (TypeError, "unexpected keyword argument 'weight'", [0, 1, 2], {"weight": None}),
+        (TypeError, "weight= is no option, which are mask, scale, softcap, dropout", [0, 1, 2], {"weight": None}),
     ],
 )  # fmt: skip
 def test_refusals(error, message, inputs, options):

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from funcmha import attention_weights, log_sum_exp, seeded
+from funcmha import attention_weights, log_sum_exp
+from funcmha.dropout import seeded
 from funcmha.interop.torch import (
     multi_head_attention_forward,
     multi_head_attention_forward_vjp,
@@ -65,7 +66,7 @@ def gradients(outputs, cotangents, leaves):
 
 
 @pytest.mark.parametrize("f", [scaled_dot_product_attention, multi_head_attention_forward])
-def test_the_signature_says_what_is_differentiable_and_the_vjp_comes_next(f):
+def test_signatures_say_what_is_differentiable(f):
     module = importlib.import_module(f.__module__)
     names = [node.name for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]
     assert names[names.index(f.__name__) + 1] == f"{f.__name__}_vjp"
@@ -175,7 +176,7 @@ def torch_sdpa(q, k, v, attn_mask, *, is_causal, scale, enable_gqa, keep=None, d
 @example(Sdpa(query=(), key=(), value=(), causal=True))
 @example(Sdpa(query=(2, 3), key=(), value=(2, 1), attn="float", mask=(3, 1, 7)))
 @example(Sdpa(query=(2, 6), key=(1, 3), value=(2, 2), gqa=True, attn="float", mask=(2, 1, 5, 1), dropout=0.3))
-def test_sdpa_and_its_gradients_are_torch_s(problem):
+def test_sdpa_matches_torch(problem):
     inputs, static = problem.inputs(), problem.static()
     y, cache = scaled_dot_product_attention(*inputs, **static)
     dy = np.random.default_rng(1).standard_normal(y.shape)
@@ -194,8 +195,8 @@ def test_sdpa_keeps_the_protocol():
     check_vjp(scaled_dot_product_attention, scaled_dot_product_attention_vjp, inputs, problem.static())
 
 
-def test_tensors_go_through_the_reference():
-    """Both calls: tensors in, tensors out."""
+def test_tensors_in_are_tensors_out():
+    """Of both calls, by the batched engine, as of all arrays that are not NumPy's."""
     q, k, v, mask = (None if a is None else torch.tensor(np.array(a)) for a in Sdpa(attn="float", mask=(5, 7)).inputs())
     y, cache = scaled_dot_product_attention(q, k, v, mask)
     close(y.numpy(), F.scaled_dot_product_attention(q, k, v, mask))
@@ -247,7 +248,7 @@ def test_an_empty_row_is_zero_with_zero_gradients(kind):
     close(dq, gradients([want], [dy], leaves)[0])
 
 
-def test_a_row_of_the_least_number_is_the_mean_and_torch_s_default_gradient_is_wrong_there():
+def test_a_row_of_the_least_number_is_the_mean_of_the_values():
     """PyTorch 2.13: the fused path on the CPU makes dvalue S times too large, and its own plain path does not."""
     q, k, v, _ = Sdpa(Dv=4).inputs()
     attn_mask = np.full((5, 7), np.finfo(np.float64).min)
@@ -317,7 +318,7 @@ def masked(attn_mask):
 
 
 GROUPS = sdpa_zeros((6, 5, 4), (4, 7, 4), (4, 7, 4))
-NARROW = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
+MIXED = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
 SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
 
 
@@ -332,7 +333,7 @@ SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
         (ValueError, "key must be .* with D=4 as in query", sdpa_zeros((5, 4), (7, 3)), {}),
         (ValueError, "value must be .* with S=7 as in key", sdpa_zeros((5, 4), (7, 4), (5, 4)), {}),
         (ValueError, "query, key and value must broadcast", sdpa_zeros((2, 3, 5, 4), (4, 3, 7, 4)), {}),
-        (TypeError, "key must have dtype float64", NARROW, {}),
+        (TypeError, "key must have dtype float64", MIXED, {}),
         (TypeError, "as query has, or float32, added to", masked(zeros(5, 7, dtype=int)), {}),
         (TypeError, "attn_mask must be boolean", SINGLE, {}),
         (TypeError, "attn_mask must be an array", masked(True), {}),
@@ -496,7 +497,7 @@ def cotangents(y, weights):
 @example(Mha(N=None, static_v=True, in_bias=False, attn="bool", per_head=True))
 @example(Mha(attn="float", per_head=True, padding="float", bias_kv=True, zero=True, dropout=0.3, average=False))
 @example(Mha(attn="float", padding="bool", widths=(5, 13), bias_kv=True, dropout=0.3, need_weights=False))
-def test_mha_and_its_gradients_are_torch_s(problem):
+def test_mha_matches_torch(problem):
     x, static = problem.inputs(), problem.static()
     outputs, cache = multi_head_attention_forward(*x, **static)
     dy = cotangents(*outputs)
@@ -507,6 +508,23 @@ def test_mha_and_its_gradients_are_torch_s(problem):
     grads = multi_head_attention_forward_vjp(cache, dy)
     assert type(grads) is tuple
     for got, g in zip(grads, gradients(want, dy, leaves), strict=True):
+        close(got, g)
+
+
+@pytest.mark.parametrize("N", [2, None])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6)])
+def test_appended_keys_in_every_shape_that_torch_takes(shape, N):
+    """PyTorch repeats what it is given; its gradient has the shape of what it was given."""
+    problem = Mha(N=N, attn="float", padding="float", bias_kv=True)
+    x, static = problem.inputs(), problem.static()
+    x = x._replace(bias_k=x.bias_k.reshape(shape), bias_v=x.bias_v.reshape(shape[-1:]))
+    outputs, cache = multi_head_attention_forward(*x, **static)
+    dy = cotangents(*outputs)
+    leaves = Inputs(*map(leaf, x))
+    want = torch_mha(leaves, **static)
+    for got, y in zip(outputs, want, strict=True):
+        close(got, y)
+    for got, g in zip(multi_head_attention_forward_vjp(cache, dy), gradients(want, dy, leaves), strict=True):
         close(got, g)
 
 
@@ -541,7 +559,7 @@ def test_an_empty_row_is_the_output_bias_where_torch_says_nan():
         close(got, g)
 
 
-def test_two_masks_of_the_least_number_are_minus_infinity_as_in_torch():
+def test_two_masks_of_the_least_number_add_to_minus_infinity():
     x, static = Mha().inputs(), Mha().static()
     least = np.finfo(np.float64).min
     attn_mask, padding = np.zeros((5, 7)), np.zeros((2, 7))
@@ -587,7 +605,7 @@ def test_a_causal_promise_does_not_lose_appended_keys(appended):
     assert np.abs(y - hinted.detach().numpy()).max() > 0.1
 
 
-def test_a_causal_promise_that_does_not_hold_is_refused_where_torch_has_two_answers():
+def test_a_causal_promise_that_does_not_hold_is_refused():
     x, static = Mha(attn="bool").inputs(), Mha().static() | {"is_causal": True}
     leaves = Inputs(*map(leaf, x))
     with_weights, without = (torch_mha(leaves, **static | {"need_weights": flag})[0] for flag in (True, False))
@@ -649,7 +667,8 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
         ("in_proj_weight must be given, and they None", {"q_proj_weight": zeros(6, 6)}, {}),
         ("bias_k and bias_v must be given both", {"bias_k": zeros(1, 1, 6)}, {}),
         ("bias_k and bias_v must be None with static_k", BIAS_KV | {"static_k": zeros(6, 7, 2)}, {}),
-        ("bias_k must be .1, 1, E.", BIAS_KV | {"bias_k": zeros(1, 2, 6)}, {}),
+        ("bias_k must be .1, 1, E., .1, E. or .E,.", BIAS_KV | {"bias_k": zeros(1, 2, 6)}, {}),
+        ("bias_v must be .* with E=6", BIAS_KV | {"bias_v": zeros(2, 6)}, {}),
         ("static_k must be .* N·H=6", {"static_k": zeros(2, 7, 2)}, {}),
         ("static_v must be .* S=7 as in", {"static_v": zeros(6, 5, 2)}, {}),
         ("key_padding_mask must be .* N=2", {"key_padding_mask": zeros(1, 7, dtype=bool)}, {}),

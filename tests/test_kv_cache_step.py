@@ -1,29 +1,21 @@
 """Steps over a key/value cache against self-attention of all tokens, and one step against torch."""
 
 from dataclasses import replace
+from numbers import Number
 
 import hypothesis.strategies as st
 import jax
 import ml_dtypes
 import numpy as np
-import optree
 import oracles
 import pytest
 import torch
 from hypothesis import example, given
+from pytrees import PYTREES
 from test_ops import close
-from torch.utils import _pytree as torch_pytree
 
-from funcmha import (
-    attention_weights,
-    log_sum_exp,
-    masks,
-    self_attention,
-    self_attention_vjp,
-    tree,
-)
+from funcmha import attention_weights, log_sum_exp, masks, self_attention, self_attention_vjp, tree
 from funcmha.biases import RelativeBias
-from funcmha.engines import SEQUENTIAL
 from funcmha.kv_cache import KVCache, empty, step, step_vjp
 from funcmha.rotary import frequencies, table
 from funcmha.testing import check_vjp
@@ -50,7 +42,7 @@ def steps(most=9):
 lefts = st.none() | st.integers(0, 10)
 
 
-def turns(problem, first, count):
+def tables(problem, first, count):
     """Tables of positions first … first + count, or None."""
     if problem.turned == "none":
         return None
@@ -67,14 +59,14 @@ def drawn(problem, n):
     return params, x[..., :n, :], bias, static, dy[..., :n, :]
 
 
-def cut(x, steps):
+def split(x, steps):
     return np.split(x, np.cumsum(steps)[:-1], axis=-2)
 
 
 def chain(params, x, bias, steps, kv=None, **static):
     """The outputs, the last KVCache, and the caches."""
     ys, caches = [], []
-    for x_t in cut(x, steps):
+    for x_t in split(x, steps):
         (y, kv), cache = step(params, x_t, kv, bias, **static)
         ys.append(y)
         caches.append(cache)
@@ -99,18 +91,19 @@ def back(caches, dys):
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
 @example(MhaProblem(**SQUARE, **FULL, D=8, turned="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
 @example(MhaProblem(**SQUARE, qk_norm="rms", D=8, turned="half of some", K=1, G=3), [3, 0, 2, 1], 0)
-def test_steps_are_self_attention_of_all_tokens(each_engine, problem, steps, left):
+def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left):
     """Output and every gradient, to 1e-11, whatever the chunks; of tables and biases that are longer than needed."""
     n = sum(steps)
     params, x, bias, static, dy = drawn(problem, n)
     middle = None if bias is None else RelativeBias(bias.values[..., P - n : P + n - 1])
-    causal = {"mask": masks.window(left, 0), "rotary": turns(problem, 0, n)}
+    causal = {"mask": masks.window(left, 0), "rotary": tables(problem, 0, n)}
+    static["engine"] = engine
     want, cache = self_attention(params, x, middle, **causal, **static)
-    y, kv, caches = chain(params, x, bias, steps, left=left, rotary=turns(problem, 0, P), **static)
+    y, kv, caches = chain(params, x, bias, steps, left=left, rotary=tables(problem, 0, P), **static)
     close(y, want)
-    assert kv.seen == n
+    assert kv.position == n
 
-    dparams, dx, dkv, dbias = back(caches, cut(dy, steps))
+    dparams, dx, dkv, dbias = back(caches, split(dy, steps))
     want_params, want_dx, want_dbias = self_attention_vjp(cache, dy)
     assert dkv is None
     close(dx, want_dx)
@@ -121,10 +114,10 @@ def test_steps_are_self_attention_of_all_tokens(each_engine, problem, steps, lef
         assert not dbias[..., P + n - 1 :].any()
 
 
-# ── one step is torch ────────────────────────────────────────────────────────────────────────────────────────────
+# ── one step against torch ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, turn, **static):
+def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, rotary, **static):
     """y, weights, lse, keys', values' of tensors, written out: all tokens of the past, or the last `left`."""
     T, kept = x.shape[-2], keys.shape[-2] if left is None else min(left, keys.shape[-2])
     q, k, v = (
@@ -132,7 +125,7 @@ def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, turn, **st
         for p in (params["q_proj"], params["k_proj"], params["v_proj"])
     )
     q, k = (
-        oracles.turned(oracles.normalised(a, qk_norm, params.get(f"{n}_norm", {})), turn)
+        oracles.rotated(oracles.normalised(a, qk_norm, params.get(f"{n}_norm", {})), rotary)
         for a, n in ((q, "q"), (k, "k"))
     )
     keys, values = (torch.cat([a[..., a.shape[-2] - kept :, :], b], -2) for a, b in ((keys, k), (values, v)))
@@ -145,7 +138,7 @@ def torch_step(params, x, keys, values, bias, *, left, mask, qk_norm, turn, **st
 
 
 @given(problems(T=st.sampled_from([0, 1, 2, 5]), S=st.just(P)), st.integers(0, 7), lefts, st.data())
-def test_one_step_is_torch(each_engine, problem, N, left, data):
+def test_one_step_matches_torch(engine, problem, N, left, data):
     """A step after any past, with masks, biases and dropout of its own, and cotangents of all that it gives."""
     T, held = problem.T, problem.T + (N if left is None else min(N, left))
     problem = replace(problem, S=held, bias=data.draw(st.sampled_from(["none", "... H T S", "1 S", "T 1"])),
@@ -157,19 +150,19 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
     keys, values, dkeys, dvalues = (
         rng.standard_normal((*group, rows, width)) for rows in (N, held) for width in (problem.D, problem.E)
     )
-    seen = N if left is not None and left > N else N + 2  # and two are forgotten
+    seen = N if left is not None and left > N else N + 2  # and two are dropped
     kv = KVCache(keys, values, seen)
     (y, after), cache = step(
-        params, x, kv, bias, left=left, rotary=turns(problem, 0, seen + T + 1), **static
+        params, x, kv, bias, left=left, rotary=tables(problem, 0, seen + T + 1), engine=engine, **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
     mask = static.pop("mask")
     static["mask"] = None if mask is None else np.array(masks.dense(mask, T, held, np.zeros(0)))
-    outputs = torch_step(*leaves, left=left, turn=turns(problem, seen, T), **static)
+    outputs = torch_step(*leaves, left=left, rotary=tables(problem, seen, T), **static)
     got = (y, attention_weights(cache), log_sum_exp(cache), after.keys, after.values)
     for a, b in zip(got, outputs, strict=True):
         close(a, b.detach())
-    assert after.seen == seen + T
+    assert after.position == seen + T
 
     names = tree.flatten(leaves[0])
     outputs = [torch.where(torch.isinf(a), 0.0, a) for a in outputs]
@@ -177,7 +170,7 @@ def test_one_step_is_torch(each_engine, problem, N, left, data):
     dparams, dx, dkv, dbias = step_vjp(cache, (dy, (dkeys, dvalues)), dweights=dweights, dlse=dlse)
     for a, b in zip((*(tree.flatten(dparams)[n] for n in names), dx, *dkv[:2], dbias), wanted, strict=True):
         close(a, b)
-    assert dkv.seen is None
+    assert dkv.position is None
 
 
 # ── the rules of every pair ──────────────────────────────────────────────────────────────────────────────────────
@@ -193,7 +186,7 @@ def one_step(dtype, N=5, left=4, **more):
     static = {name: static[name] for name in ("scale", "softcap", "qk_norm", "dropout")} | {"left": left}
     rng, group = np.random.default_rng(1), (2, MODERN_STEP.K, N)
     keys, values = (rng.standard_normal((*group, n)).astype(dtype) for n in (MODERN_STEP.D, MODERN_STEP.E))
-    return (params, x, keys, values, bias.values), static | {"rotary": turns(MODERN_STEP, 0, P)} | more
+    return (params, x, keys, values, bias.values), static | {"rotary": tables(MODERN_STEP, 0, P)} | more
 
 
 def f(params, x, keys, values, bias, **static):
@@ -212,9 +205,10 @@ def f_vjp(cache, dy):
     return dparams, dx, dkeys, dvalues, None if dbias is None else dbias.values
 
 
-@pytest.mark.parametrize("engine", [None, SEQUENTIAL], ids=["picked", "reference"])
-def test_the_step_keeps_the_protocol(engine):
-    inputs, static = one_step("float64", engine=engine)
+@pytest.mark.usefixtures("each_engine")
+def test_the_step_keeps_the_protocol():
+    """The complex numbers of the check go to an engine that takes them."""
+    inputs, static = one_step("float64")
     check_vjp(f, f_vjp, inputs, static)
     params, x, *_ = inputs
     check_vjp(f, f_vjp, (params, x, None, None, None), static | {"left": None})
@@ -233,16 +227,16 @@ def test_half_types_are_rounded_once(dtype, past):
     """T4: y is of the keys of this step before they are rounded, kv' and every gradient what float32 gives, rounded."""
     inputs, static = one_step(dtype)
     inputs = inputs if past else (*inputs[:2], None, None, inputs[4])
-    wide = jax.tree.map(lambda a: a.astype(np.float32), inputs)
-    (y, cache), (y_wide, cache_wide) = f(*inputs, **static), f(*wide, **static)
-    assert np.array_equal(y, y_wide.astype(dtype))
-    got, want = f_vjp(cache, y), f_vjp(cache_wide, y.astype(np.float32))
+    upcast = jax.tree.map(lambda a: a.astype(np.float32), inputs)
+    (y, cache), (y_32, cache_32) = f(*inputs, **static), f(*upcast, **static)
+    assert np.array_equal(y, y_32.astype(dtype))
+    got, want = f_vjp(cache, y), f_vjp(cache_32, y.astype(np.float32))
     jax.tree.map(lambda g, w: np.testing.assert_array_equal(g, w.astype(dtype)), got, want)
 
 
 @pytest.mark.parametrize("N", [0, 5])
-def test_a_cotangent_that_is_none_is_zero(each_engine, N):
-    (params, x, keys, values, bias), static = one_step("float64", N=N)
+def test_a_cotangent_that_is_none_is_zero(engine, N):
+    (params, x, keys, values, bias), static = one_step("float64", N=N, engine=engine)
     (y, after), cache = step(params, x, KVCache(keys, values, N), RelativeBias(bias), **static)
     zero = np.zeros_like
     for some, all_of in (
@@ -260,15 +254,15 @@ def test_no_past_is_an_empty_one():
     """None for kv, and for its gradient; else a gradient of no rows."""
     (params, x, keys, values, bias), static = one_step("float64", N=0)
     (y, after), cache = step(params, x, None, RelativeBias(bias), **static)
-    empty = decode.empty(keys, values, capacity=8)
-    (want, after_empty), cache_empty = step(params, x, empty, RelativeBias(bias), **static)
+    nothing = empty(keys, values, capacity=8)
+    (want, after_empty), cache_empty = step(params, x, nothing, RelativeBias(bias), **static)
     assert np.array_equal(y, want)
     jax.tree.map(np.testing.assert_array_equal, after, after_empty)
     dparams, dx, dkv, _ = step_vjp(cache, (y, after))
     want_params, want_dx, want_dkv, _ = step_vjp(cache_empty, (y, after))
     jax.tree.map(np.testing.assert_array_equal, (dparams, dx), (want_params, want_dx))
     assert dkv is None
-    assert (want_dkv.keys.shape, want_dkv.values.shape, want_dkv.seen) == (keys.shape, values.shape, None)
+    assert (want_dkv.keys.shape, want_dkv.values.shape, want_dkv.position) == (keys.shape, values.shape, None)
 
 
 def test_every_array_library_gives_the_same(xp):
@@ -285,18 +279,14 @@ def test_every_array_library_gives_the_same(xp):
         close(got, want)
 
 
-def test_the_cache_is_a_plain_pytree_named_after_its_op():
-    (params, x, keys, values, bias), static = one_step("float64", engine=SEQUENTIAL)
+def test_the_cache_is_a_plain_pytree_named_after_its_op(engine):
+    (params, x, keys, values, bias), static = one_step("float64", engine=engine)
     (y, after), cache = step(params, x, KVCache(keys, values, 5), RelativeBias(bias), **static)
     assert type(cache).__name__ == "StepCache"
     want = jax.tree.leaves(step_vjp(cache, (y, after)))
-    for flatten, unflatten in (
-        (jax.tree.flatten, lambda leaves, spec: jax.tree.unflatten(spec, leaves)),
-        (optree.tree_flatten, lambda leaves, spec: optree.tree_unflatten(spec, leaves)),
-        (torch_pytree.tree_flatten, torch_pytree.tree_unflatten),
-    ):
+    for flatten, unflatten in PYTREES.values():
         leaves, spec = flatten(cache)
-        assert all(leaf is None or isinstance(leaf, (np.ndarray, float)) for leaf in leaves)
+        assert all(leaf is None or isinstance(leaf, (np.ndarray, Number)) for leaf in leaves)
         got = jax.tree.leaves(step_vjp(unflatten(leaves, spec), (y, after)))
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -322,7 +312,7 @@ def test_jax_traces_the_step_and_where_it_stands():
 
 
 def test_a_step_copies_no_past():
-    """The keys that the attention saw are those handed on, in the room that the prompt made; and all values stay."""
+    """The keys that the attention took are those handed on, in the room that the prompt made; and all values stay."""
     (params, x, *_), static = one_step("float64", left=None)
     (_, first), _ = step(params, x, None, **static)
     kept = first.keys.copy()
@@ -335,16 +325,16 @@ def test_a_step_copies_no_past():
     assert np.array_equal(first.keys, kept)
 
 
-def test_prompts_of_different_lengths_are_those_of_each_alone(each_engine):
+def test_prompts_of_different_lengths_equal_each_alone(engine):
     """Padded on the left to one length: a mask hides the padding, and each sample's table begins where it does."""
-    (params, x, *_), static = one_step("float64", left=None, dropout=None)
+    (params, x, *_), static = one_step("float64", left=None, dropout=None, engine=engine)
     x = np.concatenate([x, x[:, ::-1]], axis=1)
     pads, places = np.array([0, 2]), np.arange(8) - np.array([[0], [2]])
-    turn = table(places[:, None], frequencies(4), pairs="half")
+    rotary = table(places[:, None], frequencies(4), pairs="half")
     kv, ys = None, []
     for start, stop in ((0, 4), (4, 5), (5, 6)):
-        visible = masks.padding(np.arange(stop) >= pads[:, None])
-        (y, kv), _ = step(params, x[:, start:stop], kv, mask=visible, **static | {"rotary": turn})
+        tokens = masks.padding(np.arange(stop) >= pads[:, None])
+        (y, kv), _ = step(params, x[:, start:stop], kv, mask=tokens, **static | {"rotary": rotary})
         ys.append(y)
     y = np.concatenate(ys, axis=1)
     for b, pad in enumerate(pads):
@@ -367,8 +357,8 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X.astype("f4")), {}, TypeError, "x must have dtype float64 as q_proj.w has, got float32"),
         ((PARAMS, X[..., 1:]), {}, ValueError, r"x must be \(..., T, Cq\) with Cq=17 as in q_proj.w, got \(2, 3, 16\)"),
         ((PARAMS, X, PAST[:2]), {}, TypeError, "kv must be a KVCache of funcmha.kv_cache, got tuple"),
-        ((PARAMS, X, PAST._replace(seen=4)), {}, ValueError, "kv.seen must be at least N=5 as in kv.keys, got 4"),
-        ((PARAMS, X, PAST._replace(seen=5.0)), {}, TypeError, "kv.seen must be an int, got 5.0 of type float"),
+        ((PARAMS, X, PAST._replace(position=4)), {}, ValueError, "kv.position must be at least N=5 as in kv.keys"),
+        ((PARAMS, X, PAST._replace(position=5.0)), {}, TypeError, "kv.position must be an int, got 5.0 of type float"),
         ((PARAMS, X, PAST._replace(keys=KEYS[..., 1:])), {}, ValueError, r"kv.keys must be .* D=8 as in q_proj.w, got"),
         ((PARAMS, X, PAST._replace(keys=KEYS[:1])), {}, ValueError, r"kv.keys must be .* ...=\(2,\) as in x"),
         ((PARAMS, X, PAST._replace(values=VALUES[:, :1])), {}, ValueError, "kv.values must be .* K=2 as in k_proj.w"),
@@ -376,13 +366,13 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST._replace(keys=KEYS.astype("f4"))), {}, TypeError, "kv.keys must have dtype float64 as x has"),
         ((PARAMS, X, PAST._replace(keys=KEYS.tolist())), {}, TypeError, "kv.keys must be an array, got list"),
         ((PARAMS, jax.numpy.ones((2, 3, 17)), PAST), {}, TypeError, "x must have dtype float64 as q_proj.w has"),
-        ((PARAMS, X, PAST._replace(seen=9)), {"left": 6}, ValueError,
-         "left must be at most N=5 as in kv.keys, as 4 tokens are forgotten, got 6"),
+        ((PARAMS, X, PAST._replace(position=9)), {"left": 6}, ValueError,
+         "left must be at most N=5 as in kv.keys, as 4 tokens are dropped, got 6"),
         ((PARAMS, X, PAST), {"left": -1}, ValueError, "left must be at least 0, or None for no bound, got -1"),
-        ((PARAMS, X, PAST), {"rotary": turns(MODERN_STEP, 5, 3)}, ValueError,
-         "rotary must have positions 0, 1, … up to 8, as kv.seen=5 and T=3, got 3"),
+        ((PARAMS, X, PAST), {"rotary": tables(MODERN_STEP, 5, 3)}, ValueError,
+         "rotary must have positions 0, 1, … up to 8, as kv.position=5 and T=3, got 3"),
         ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must come from funcmha.rotary, got tuple"),
-        ((PARAMS, X, PAST), {"rotary": table(np.arange(9), frequencies(10))}, ValueError, "rotary must turn D=8"),
+        ((PARAMS, X, PAST), {"rotary": table(np.arange(9), frequencies(10))}, ValueError, "rotary must rotate D=8"),
         ((PARAMS, X, PAST), {"mask": np.ones((3, 5), bool)}, ValueError, r"mask must .* = \(2, 4, 3, 7\), got"),
         ((PARAMS, X, PAST, np.ones((3, 8))), {}, ValueError, r"bias must broadcast .* = \(2, 4, 3, 7\), got \(3, 8\)"),
         ((PARAMS, X, PAST, RelativeBias(BIAS[..., :9])), {}, ValueError, r"bias.values must be .* of P=7 positions"),

@@ -9,13 +9,14 @@ import oracles
 import pytest
 import torch
 from hypothesis import example, given
-from test_ops import close
+from test_ops import close, portable
 
 from funcmha import (
     attention_weights,
     head,
     head_params,
     head_vjp,
+    init,
     linear,
     linear_vjp,
     log_sum_exp,
@@ -34,8 +35,6 @@ from funcmha.norms import LayerNorm
 from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
-pytestmark = pytest.mark.usefixtures("each_engine")
-
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 
 
@@ -47,8 +46,8 @@ def close_trees(got, want):
 @example(MhaProblem(mask="heads", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3))
 @example(MhaProblem(mask="empty rows", bias="S", bias_kv=True))
 @example(MhaProblem(S=0, zero_attn=True, bias="1 S"))
-def test_mha_is_torch(problem):
-    compare_with_torch(problem)
+def test_mha_is_torch(engine, problem):
+    compare_with_torch(engine, problem)
 
 
 @given(mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8, 11])))
@@ -57,14 +56,14 @@ def test_mha_is_torch(problem):
 )
 @example(MhaProblem(qk_norm="layer", turned="interleaved of some", softcap=0.5, per_head=True, scale=0.5, mask="heads"))
 @example(MhaProblem(qk_norm="l2", bias_kv=True, zero_attn=True, sink=True, scale=10.0, bias="... H T S"))
-def test_all_that_modern_attention_does_is_torch(problem):
-    compare_with_torch(problem)
+def test_all_that_modern_attention_does_is_torch(engine, problem):
+    compare_with_torch(engine, problem)
 
 
-def compare_with_torch(problem):
+def compare_with_torch(engine, problem):
     (params, *arrays), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
-    y, cache = mha(params, *arrays, **static)
+    y, cache = mha(params, *arrays, **static, engine=engine)
     tensors, leaves = oracles.tensors(params), [oracles.tensor(a) for a in arrays]
     outputs = oracles.mha(tensors, *leaves, **static)
     for got, want in zip((y, attention_weights(cache), log_sum_exp(cache)), outputs, strict=True):
@@ -81,11 +80,11 @@ def compare_with_torch(problem):
 
 
 @given(mha_problems(**MODERATE))
-def test_mha_is_its_heads_side_by_side(problem):
+def test_mha_is_its_heads_side_by_side(engine, problem):
     """Forward and backward: what `mha` does in one product for all heads, `head` does with one head's parameters."""
     (params, query, key, value, bias), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
-    y, cache = mha(params, query, key, value, bias, **static)
+    y, cache = mha(params, query, key, value, bias, **static, engine=engine)
     dparams, *dinputs = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     H, K, *_ = sizes(params)
     scores = (*problem.batch, H, problem.T, problem.S)
@@ -104,6 +103,7 @@ def test_mha_is_its_heads_side_by_side(problem):
             mask=None if mask is None else mask[..., h, :, :],
             dropout=oracles.on_keep(lambda keep: keep[..., h, :, :], dropout),
             **static,
+            engine=engine,
         )
 
     heads = [one(h) for h in range(H)]
@@ -132,11 +132,11 @@ def test_mha_is_its_heads_side_by_side(problem):
 
 
 @pytest.mark.parametrize("mask", [masks.causal(), masks.lengths(np.array([3, 5])), np.ones((2, 5, 5), bool), None])
-def test_head_takes_the_masks_of_mha(mask):
+def test_head_takes_the_masks_of_mha(engine, mask):
     params, x, *_ = MhaProblem(Ck=17, Cv=17, S=5, K=1, G=1).inputs("float64")
-    y, cache = head(head_params(params, 0), x, x, x, mask=mask)
+    y, cache = head(head_params(params, 0), x, x, x, mask=mask, engine=engine)
     whole = mask[:, None] if isinstance(mask, np.ndarray) else mask
-    want, whole_cache = mha(params, x, x, x, mask=whole)
+    want, whole_cache = mha(params, x, x, x, mask=whole, engine=engine)
     close(y @ params["out_proj"]["w"][:, 0].T + params["out_proj"]["b"], want)
     assert np.array_equal(attention_weights(cache), attention_weights(whole_cache)[:, 0])
     assert np.array_equal(log_sum_exp(cache), log_sum_exp(whole_cache)[:, 0])
@@ -144,12 +144,12 @@ def test_head_takes_the_masks_of_mha(mask):
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_head_takes_a_relative_of_each_sample(batch, shared):
+def test_a_head_takes_a_relative_of_each_sample(engine, batch, shared):
     """(..., T + S − 1), as its other biases are (..., T, S), with the gradient of the array that it stands for."""
     params, *arrays, _ = MhaProblem(batch=batch).inputs("float64")
     values = np.random.default_rng(0).standard_normal((11,) if shared else (*batch, 11))
-    o, cache = head(head_params(params, 1), *arrays, RelativeBias(values))
-    want, dense_cache = head(head_params(params, 1), *arrays, dense(RelativeBias(values), 5, 7))
+    o, cache = head(head_params(params, 1), *arrays, RelativeBias(values), engine=engine)
+    want, dense_cache = head(head_params(params, 1), *arrays, dense(RelativeBias(values), 5, 7), engine=engine)
     close(o, want)
     *grads, dbias = head_vjp(cache, o)
     *want_grads, want_dbias = head_vjp(dense_cache, o)
@@ -159,11 +159,11 @@ def test_a_head_takes_a_relative_of_each_sample(batch, shared):
 
 
 @given(mha_problems(Ck=st.just(7), Cq=st.just(7), Cv=st.just(7), **MODERATE))
-def test_self_attention_sums_the_three_gradients(problem):
+def test_self_attention_sums_the_three_gradients(engine, problem):
     params, x, _, _, bias = MhaProblem(**{**vars(problem), "S": problem.T}).inputs("float64")
     static = MhaProblem(**{**vars(problem), "S": problem.T}).static()
-    y, cache = self_attention(params, x, bias, **static)
-    want, mha_cache = mha(params, x, x, x, bias, **static)
+    y, cache = self_attention(params, x, bias, **static, engine=engine)
+    want, mha_cache = mha(params, x, x, x, bias, **static, engine=engine)
     assert np.array_equal(y, want)
     assert np.array_equal(attention_weights(cache), attention_weights(mha_cache))
     assert np.array_equal(log_sum_exp(cache), log_sum_exp(mha_cache))
@@ -174,15 +174,15 @@ def test_self_attention_sums_the_three_gradients(problem):
     close_trees(dbias, want_bias)
 
 
-def test_every_array_library_gives_the_same(xp):
+def test_every_array_library_gives_the_same(engine, xp):
     problem = MhaProblem(mask="intersection", bias="... H 1 S", rate=0.3, bias_kv=True, zero_attn=True)
     inputs, static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
-    y, cache = mha(*inputs, **static)
+    y, cache = mha(*inputs, **static, engine=engine)
     want = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
 
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    y, cache = mha(*map(xp.tree, inputs), **static)
+    y, cache = mha(*map(xp.tree, inputs), **static, engine=portable(engine))
     dy, dweights, dlse = map(xp.to, (dy, dweights, dlse))
     got = (y, attention_weights(cache), log_sum_exp(cache), *mha_vjp(cache, dy, dweights=dweights, dlse=dlse))
     for a, b in zip(got, want, strict=True):
@@ -190,13 +190,15 @@ def test_every_array_library_gives_the_same(xp):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_types_are_rounded_once(dtype):
+def test_half_types_are_rounded_once(engine, dtype):
     """T4: what float32 gives, rounded; nothing between the projections is rounded to the half type."""
     problem = MhaProblem(bias="H T S", bias_kv=True, zero_attn=True, Ck=17, Cv=17, S=5)
     params, x, _, _, bias = problem.inputs(dtype)
     wide = tree.map(lambda a: a.astype(np.float32), params)
-    y, cache = self_attention(params, x, bias, zero_attn=True)
-    y_wide, cache_wide = self_attention(wide, x.astype(np.float32), bias.astype(np.float32), zero_attn=True)
+    y, cache = self_attention(params, x, bias, zero_attn=True, engine=engine)
+    y_wide, cache_wide = self_attention(
+        wide, x.astype(np.float32), bias.astype(np.float32), zero_attn=True, engine=engine
+    )
     assert y.dtype == dtype
     assert np.array_equal(y, y_wide.astype(dtype))
     grads, grads_wide = self_attention_vjp(cache, y), self_attention_vjp(cache_wide, y.astype(np.float32))
@@ -222,9 +224,9 @@ def test_a_key_that_nobody_sees_has_no_effect(garbage, heads):
     tree.map(lambda a, b: np.testing.assert_array_equal(a, b), run(garbage), run(0.5))
 
 
-def test_weights_and_lse_are_read_from_the_cache_without_a_trace():
+def test_weights_and_lse_are_read_from_the_cache_without_a_trace(engine):
     params, *arrays = MhaProblem().inputs("float64")
-    y, cache = mha(params, *arrays)
+    y, cache = mha(params, *arrays, engine=engine)
     before = mha_vjp(cache, y)
     p = attention_weights(cache)
     assert p.shape == (2, 6, 5, 7)
@@ -317,41 +319,41 @@ def changed(leaf, a):
         ((PARAMS, QUERY, KEY, VALUE), {"zero_attn": 1}, TypeError, "zero_attn must be True or False, got 1"),
     ],
 )
-def test_mha_refuses(args, static, error, message):
+def test_mha_refuses(engine, args, static, error, message):
     with pytest.raises(error, match=message):
-        mha(*args, **static)
+        mha(*args, **static, engine=engine)
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_heads_that_do_not_divide_are_refused(engine):
     params, *arrays = MhaProblem(K=3, G=1, biases=False).inputs("float64")
     params["k_proj"]["w"] = np.ones((2, 11, 19))
     params["v_proj"]["w"] = np.ones((2, 13, 23))
     with pytest.raises(ValueError, match=r"q_proj.w has H=3 heads, which must be a multiple of K=2 as in k_proj.w"):
-        mha(params, *arrays)
+        mha(params, *arrays, engine=engine)
 
 
-def test_self_attention_refuses_widths_that_differ():
+def test_self_attention_refuses_widths_that_differ(engine):
     with pytest.raises(ValueError, match=r"x must be \(..., T, Ck\) with .*Ck=19 as in k_proj.w, got \(2, 5, 17\)"):
-        self_attention(PARAMS, QUERY)
+        self_attention(PARAMS, QUERY, engine=engine)
 
 
-def test_head_refuses_the_parameters_of_all_heads():
+def test_head_refuses_the_parameters_of_all_heads(engine):
     with pytest.raises(KeyError, match=r"params may have q_proj.w, .*, and has out_proj.w"):
-        head(PARAMS, QUERY, KEY, VALUE)
+        head(PARAMS, QUERY, KEY, VALUE, engine=engine)
     params = {name: group for name, group in PARAMS.items() if name != "out_proj"}
     with pytest.raises(ValueError, match=r"q_proj.w must be \(D, Cq\), got \(6, 11, 17\)"):
-        head(params, QUERY, KEY, VALUE)
+        head(params, QUERY, KEY, VALUE, engine=engine)
 
 
-def test_vjps_refuse_cotangents_that_are_not_of_the_output():
-    y, cache = mha(PARAMS, QUERY, KEY, VALUE)
+def test_vjps_refuse_cotangents_that_are_not_of_the_output(engine):
+    y, cache = mha(PARAMS, QUERY, KEY, VALUE, engine=engine)
     with pytest.raises(ValueError, match=r"dy must be \(..., T, O\) = \(2, 5, 29\) as the output is, got \(2, 5, 28\)"):
         mha_vjp(cache, y[..., 1:])
     with pytest.raises(ValueError, match=r"dweights must be \(..., H, T, S'\) = \(2, 6, 5, 8\)"):
         mha_vjp(cache, y, dweights=np.ones((2, 6, 5, 7)))
     with pytest.raises(ValueError, match=r"dlse must be \(..., H, T\) = \(2, 6, 5\)"):
         mha_vjp(cache, y, dlse=np.ones((2, 5)))
-    o, one = head(head_params(PARAMS, 0), QUERY, KEY, VALUE)
+    o, one = head(head_params(PARAMS, 0), QUERY, KEY, VALUE, engine=engine)
     with pytest.raises(ValueError, match=r"do must be \(..., T, E\) = \(2, 5, 13\)"):
         head_vjp(one, y)
     with pytest.raises(ValueError, match=r"dweights must be \(..., T, S'\) = \(2, 5, 8\)"):
@@ -368,11 +370,11 @@ def test_vjps_refuse_cotangents_that_are_not_of_the_output():
 )
 @example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, turned="half of all", qk_norm="rms"))
 @example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, softcap=0.5))
-def test_per_sample_gradients_are_those_of_each_sample_alone(problem):
+def test_per_sample_gradients_are_those_of_each_sample_alone(engine, problem):
     """Oracle: the ordinary gradient where every other sample's cotangents are 0; and their sum is the ordinary one."""
     (params, *arrays), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
-    _, cache = mha(params, *arrays, **static)
+    _, cache = mha(params, *arrays, **static, engine=engine)
     whole = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     got = mha_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=True)
     for g, w in zip(got[1:], whole[1:], strict=True):
@@ -397,14 +399,14 @@ HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (
 
 @pytest.mark.parametrize("shape", HEAD_BIASES.values(), ids=HEAD_BIASES)
 @pytest.mark.parametrize("relative", [True, False])
-def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, relative):
+def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(engine, shape, relative):
     """Oracle: the head of one sample and then of another; the other gradients are what they are without."""
     params, *arrays, _ = (replace(HEAD, bias_kv=False) if relative else HEAD).inputs("float64")
     bias = None if shape is None else np.random.default_rng(0).standard_normal(shape)
     bias = RelativeBias(np.random.default_rng(0).standard_normal((2, 3, 11))) if relative and shape else bias
     params, keys = head_params(params, 0), np.random.default_rng(1).integers(1, 8, (2, 3))
     places = np.random.default_rng(2).uniform(0, 30, (2, 3, 1, 5))
-    o, cache = head(params, *arrays, bias, **head_options(keys, places))
+    o, cache = head(params, *arrays, bias, **head_options(keys, places), engine=engine)
     do, (_, dweights, dlse) = np.random.default_rng(3).standard_normal(o.shape), HEAD.cotangents("float64")
     dweights, dlse = dweights[..., 0, :, : 7 + (not relative)], dlse[..., 0, :]
     each, *got = head_vjp(cache, do, dweights=dweights, dlse=dlse, per_sample=True)
@@ -419,7 +421,7 @@ def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(shape, re
             if own is None or isinstance(own, RelativeBias) or own.ndim < 3
             else np.broadcast_to(own, (2, 3, 5, 7))[b]
         )
-        _, one = head(params, *(a[b] for a in arrays), own, **head_options(keys[b], places[b]))
+        _, one = head(params, *(a[b] for a in arrays), own, **head_options(keys[b], places[b]), engine=engine)
         dparams, *_ = head_vjp(one, do[b], dweights=dweights[b], dlse=dlse[b])
         close_trees(tree.map(lambda a, b=b: a[b], each), dparams)
 
@@ -429,9 +431,9 @@ def head_options(keys, places):
     return {"mask": masks.lengths(keys), "qk_norm": LayerNorm(), "softcap": 0.5, "rotary": (turn, None)}
 
 
-def test_per_sample_of_self_attention():
+def test_per_sample_of_self_attention(engine):
     params, x, *_ = MhaProblem(Ck=17, Cv=17, S=5, batch=(3,)).inputs("float64")
-    y, cache = self_attention(params, x, mask=masks.lengths(np.array([5, 2, 3])))
+    y, cache = self_attention(params, x, mask=masks.lengths(np.array([5, 2, 3])), engine=engine)
     dparams, dx, _ = self_attention_vjp(cache, y, per_sample=True)
     want, want_dx, _ = self_attention_vjp(cache, y)
     close(dx, want_dx)
@@ -439,17 +441,34 @@ def test_per_sample_of_self_attention():
     assert dparams["q_proj"]["w"].shape == (3, *params["q_proj"]["w"].shape)
 
 
-def test_self_attention_takes_a_relative_bias():
+def test_self_attention_takes_a_relative_bias(engine):
     problem = MhaProblem(Ck=17, Cv=17, S=5, bias="... H T+S-1")
     params, x, _, _, bias = problem.inputs("float64")
-    y, cache = self_attention(params, x, bias)
-    want, mha_cache = mha(params, x, x, x, bias)
+    y, cache = self_attention(params, x, bias, engine=engine)
+    want, mha_cache = mha(params, x, x, x, bias, engine=engine)
     assert np.array_equal(y, want)
     close(self_attention_vjp(cache, y)[2].values, mha_vjp(mha_cache, y)[4].values)
 
 
-def test_per_sample_gradients_of_no_samples_are_empty():
+def test_per_sample_gradients_of_no_samples_are_empty(engine):
     params, *x = MhaProblem(batch=(0,)).inputs("float64")
-    y, cache = mha(params, *x)
+    y, cache = mha(params, *x, engine=engine)
     dparams, *_ = mha_vjp(cache, y, per_sample=True)
     tree.map(lambda g, p: close(g, np.zeros((0, *p.shape))), dparams, params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_one_masked_half_input_is_three(dtype):
+    """Queries that attend nothing and keys that nobody attends are zeroed in one array, for narrow projections too."""
+    params = tree.map(lambda a: a.astype(dtype), init(0, 6, 3, num_kv_heads=1))
+    x = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(dtype)
+    mask = np.tri(9, 9, -2, dtype=bool)
+    y, cache = self_attention(params, x, mask=mask)
+    dparams, dx, _ = self_attention_vjp(cache, y)
+    p64, x64 = tree.map(lambda a: a.astype(np.float64), params), x.astype(np.float64)
+    _, cache = mha(p64, x64, x64, x64, mask=mask, engine="sequential")
+    dwant, *dxs, _ = mha_vjp(cache, y.astype(np.float64))
+    largest = max(np.abs(g).max() for g in tree.flatten(dwant).values())
+    atol = largest * (2.0**-8 if dtype == np.float16 else 2.0**-5)  # four roundings to the half type
+    tree.map(lambda g, w: np.testing.assert_allclose(g.astype(np.float64), w, rtol=0, atol=atol), dparams, dwant)
+    np.testing.assert_allclose(dx.astype(np.float64), sum(dxs), rtol=0, atol=atol)

@@ -1,11 +1,11 @@
-"""What modern attention adds where it meets the rest: heads in groups, projections made again, extremes, refusals."""
+"""What modern attention adds where it meets the rest: heads in groups, projections recomputed, extremes, refusals."""
 
-import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_mha import compare_with_torch
-from test_ops import close
+from test_ops import close, each_path
 
 from funcmha import (
     attention,
@@ -24,20 +24,20 @@ from funcmha import (
 )
 from funcmha.biases import RelativeBias, dense, diagonal_sums
 from funcmha.dropout import Seeded
-from funcmha.engines import ENGINES, SEQUENTIAL, TILED
-from funcmha.engines.tiled import tiles
+from funcmha.engines import BATCHED, ENGINES, SEQUENTIAL, TILED, Plan
+from funcmha.engines.grouped import Kept, Recomputed
 from funcmha.norms import L2Norm, RMSNorm
 from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
-MHA, HEADS = (importlib.import_module(f"funcmha.{name}") for name in ("mha", "heads"))  # as funcmha.mha is the function
-every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+grouped_engines = pytest.mark.parametrize("engine", [BATCHED, TILED], ids=lambda engine: engine.name)
 
 
 def arrays_of(result):
     """Every array of trees, biases and tuples, in order."""
     if isinstance(result, dict):
-        return [a for leaf in result.values() for a in arrays_of(leaf)]
+        return [a for name in sorted(result) for a in arrays_of(result[name])]
     if isinstance(result, tuple | list) and not isinstance(result, RelativeBias):
         return [a for x in result for a in arrays_of(x)]
     return [result.values if isinstance(result, RelativeBias) else result]
@@ -50,11 +50,14 @@ def all_close(got, want):
             close(a, b)
 
 
-def all_of(problem, engine, between=lambda: None, **static):
-    """The cache, and y, the weights, lse and every gradient; `between` is what happens before these."""
+def planned(engine, **plan):
+    return engine._replace(plan=Plan(**plan)) if plan else engine
+
+
+def all_of(problem, engine, **plan):
+    """The cache, and y, the weights, lse and every gradient, by an engine with this plan."""
     dy, dweights, dlse = problem.cotangents("float64")
-    y, cache = mha(*problem.inputs("float64"), **(problem.static() | static), engine=engine)
-    between()
+    y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=planned(engine, **plan))
     grads = mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
     return cache, [y, attention_weights(cache), log_sum_exp(cache), *grads]
 
@@ -85,40 +88,40 @@ GROUPED = {
 }
 
 
-@every_engine
+@grouped_engines
 @pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
-def test_groups_of_one_head_are_all_at_once(engine, problem, monkeypatch):
-    monkeypatch.setattr(MHA, "GROUP", 2**60)
-    together, want = all_of(problem, engine)
-    monkeypatch.setattr(MHA, "GROUP", 0)
-    apart, got = all_of(problem, engine)
+def test_groups_of_one_head_equal_all_at_once(engine, problem):
+    together, want = all_of(problem, engine, group_numbers=2**60)
+    apart, got = all_of(problem, engine, group_numbers=0)
     assert (len(together.groups), len(apart.groups)) == (1, problem.K)
     all_close(got, want)
 
 
-@every_engine
+@grouped_engines
 @pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
-def test_heads_cut_for_the_gradient_are_all_at_once(engine, problem, monkeypatch):
-    monkeypatch.setattr(MHA, "GROUP", 2**60)
-    _, want = all_of(problem, engine)
-    cache, got = all_of(problem, engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
-    assert len(cache.groups) == 1
+def test_groups_equal_the_specification(engine, problem):
+    _, got = all_of(problem, engine, group_numbers=0, kept_numbers=0)
+    _, want = all_of(problem, SEQUENTIAL)
     all_close(got, want)
 
 
-@every_engine
-def test_heads_cut_for_the_gradient_where_projections_are_made_again(engine, monkeypatch):
-    monkeypatch.setattr(HEADS, "SMALL", 0)
-    monkeypatch.setattr(MHA, "GROUP", 2**60)
-    _, want = all_of(GROUPED["all per head"], engine)
-    _, got = all_of(GROUPED["all per head"], engine, lambda: monkeypatch.setattr(MHA, "GROUP", 0))
+@grouped_engines
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_heads_together_forward_and_apart_backward(engine, recomputed):
+    """T and S are below 16 · C: the forward takes all heads at once, the gradient one after another."""
+    problem = replace(GROUPED["all per head"], T=31)
+    kept = {"kept_numbers": 0 if recomputed else 2**60}
+    cache, got = all_of(problem, engine, group_numbers=0, **kept)
+    _, want = all_of(problem, engine, group_numbers=2**60, **kept)
+    assert len(cache.groups) == problem.K
+    assert all(np.shares_memory(a.q.project.w, cache.params["q_proj"]["w"]) for a in cache.groups)
     all_close(got, want)
 
 
-@every_engine
-def test_gradients_of_each_sample_where_projections_are_made_again(engine, monkeypatch):
-    monkeypatch.setattr(HEADS, "SMALL", 0)
+@grouped_engines
+def test_per_sample_gradients_where_projections_are_recomputed(engine):
     problem = GROUPED["all per head"]
+    engine = engine._replace(plan=Plan(kept_numbers=0))
     y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
     dparams, *want = mha_vjp(cache, y)
     each, *got = mha_vjp(cache, y, per_sample=True)
@@ -126,73 +129,67 @@ def test_gradients_of_each_sample_where_projections_are_made_again(engine, monke
     all_close(got, want)
 
 
-def test_projections_that_are_kept_anyhow_are_made_for_all_heads_at_once(monkeypatch):
-    monkeypatch.setattr(MHA, "GROUP", 0)
-    assert len(all_of(MhaProblem(**(LONG | {"T": 31})), TILED)[0].groups) == 1
-
-
 def test_a_table_of_each_head_is_refused():
     """(H, T) positions could as well be meant as (B, T)."""
     problem = MhaProblem(**LONG)
-    turn = table(np.zeros((problem.H, 33)), frequencies(4))
+    of_heads = table(np.zeros((problem.H, 33)), frequencies(4))
     with pytest.raises(ValueError, match=r"rotary must have the positions of all heads, \(T,\) or \(..., 1, T\), got"):
-        mha(*problem.inputs("float64"), **problem.static() | {"rotary": (turn, None)})
+        mha(*problem.inputs("float64"), **problem.static() | {"rotary": (of_heads, None)})
 
 
 @every_engine
-def test_positions_of_each_sample_are_those_of_the_sample_alone(engine):
+def test_positions_of_each_sample_equal_the_sample_alone(engine):
     problem = MhaProblem(**(LONG | {"batch": (2,)}))
     (params, query, key, value, bias), static = problem.inputs("float64"), problem.static() | {"engine": engine}
     places = np.random.default_rng(0).uniform(0, 30, (2, 1, 33))
     y, cache = mha(params, query, key, value, bias, **static | {"rotary": (table(places, frequencies(4)), None)})
     each, *_ = mha_vjp(cache, y, per_sample=True)
     for b in range(2):
-        turn = table(places[b, 0], frequencies(4))
-        want, one = mha(params, query[b], key[b], value[b], bias, **static | {"rotary": (turn, None)})
+        of_one = table(places[b, 0], frequencies(4))
+        want, one = mha(params, query[b], key[b], value[b], bias, **static | {"rotary": (of_one, None)})
         all_close(y[b], want)
         all_close(tree.map(lambda a, b=b: a[b], each), mha_vjp(one, want)[0])
 
 
-@every_engine
-@pytest.mark.parametrize("n", [1, 2, 3])
+@grouped_engines
+@pytest.mark.parametrize(("C", "n"), [(2, 3), (40, 2), (200, 1)])
 @pytest.mark.parametrize("name", ["all per head", "all shared", "appended keys"])
-def test_projections_made_again_are_those_that_were_kept(engine, name, n, monkeypatch):
-    problem = GROUPED[name]
-    kept, want = all_of(problem, engine)
-    monkeypatch.setattr(HEADS, "SMALL", 0)
-    monkeypatch.setattr(HEADS, "forgettable", lambda *_: n)
-    again, got = all_of(problem, engine)
-    (again, *_), (kept, *_) = again.groups, kept.groups
-    gone = ("q", "k", "v")[: n if name != "appended keys" else 0]
-    assert [getattr(again.heads.attention, x) is None for x in "qkv"] == [x in gone for x in "qkv"]
-    assert [getattr(again.heads, f"{x}_ready").x is None for x in "qk"] == [x in gone for x in "qk"]
-    assert all(getattr(kept.heads.attention, x) is not None for x in "qkv")
+def test_projections_recomputed_equal_those_kept(engine, name, C, n):
+    """The wider the input, the fewer are recomputed: three, two or one; none where keys are appended."""
+    problem = replace(GROUPED[name], Cq=C, Ck=C, Cv=C)
+    kept, want = all_of(problem, engine, kept_numbers=2**60)
+    again, got = all_of(problem, engine, kept_numbers=0)
+    n = 0 if name == "appended keys" else n
+    for group in again.groups:
+        assert [type(x) for x in (group.q, group.k, group.v)] == [Recomputed] * n + [Kept] * (3 - n)
+    for group in kept.groups:
+        assert [type(x) for x in (group.q, group.k, group.v)] == [Kept] * 3
     all_close(got, want)
 
 
-def test_projections_are_forgotten_up_to_a_seventh_of_the_time():
+def test_projections_are_recomputed_up_to_a_seventh_of_the_time():
     """To project a head once is 2 C a row, all projections and their vjp are 24 C, and to attend with and back 14 T."""
     for T, S, C in [(256, 256, 384), (1024, 1024, 768), (1, 4096, 512), (4096, 7, 512), (16384, 16384, 512), (3, 5, 0)]:
-        n = HEADS.forgettable(T, S, C)
+        n = Plan().recomputed(T, S, C)
         share = [7 * 2 * C * i / max(24 * C + 14 * min(T, S), 1) for i in range(5)]
         assert share[n] <= 1
         assert n == 3 or share[n + 1] > 1
-    assert HEADS.forgettable(256, 256, 384) == 2
+    assert Plan().recomputed(256, 256, 384) == 2
 
 
-def test_what_is_small_is_not_forgotten(monkeypatch):
-    problem = MhaProblem(**LONG)
-    for small in (2**60, 0):
-        monkeypatch.setattr(HEADS, "SMALL", small)
-        cache, _ = all_of(problem, TILED)
-        assert (cache.groups[0].heads.attention.q is None) == (small == 0)
+@pytest.mark.parametrize("numbers", [0, 2**60])
+def test_what_is_small_is_kept(numbers):
+    cache, _ = all_of(MhaProblem(**LONG), TILED, kept_numbers=numbers)
+    assert type(cache.groups[0].q) is (Kept if numbers else Recomputed)
 
 
 @pytest.mark.parametrize(("T", "S", "apart"), [(32, 32, True), (31, 32, False), (32, 31, False)])
-def test_the_forward_goes_head_by_head_where_attention_costs_twenty_times_as_much(T, S, apart, monkeypatch):
-    monkeypatch.setattr(MHA, "GROUP", 0)
-    problem = MhaProblem(**(LONG | {"T": T, "S": S}))
-    assert len(all_of(problem, TILED)[0].groups) == (problem.K if apart else 1)
+def test_long_sequences_go_head_by_head_forward(T, S, apart):
+    """Where attention costs twenty times what the projections cost, k and v of all heads are never there at once."""
+    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED, group_numbers=0, kept_numbers=2**60)
+    bases = {id(np.asarray(group.q.y.base)) for group in cache.groups}
+    assert len(cache.groups) == 3
+    assert len(bases) == (3 if apart else 1)
 
 
 @every_engine
@@ -212,7 +209,7 @@ def test_one_head_takes_what_mha_takes(engine, name):
     all_close(dhead, head_params(dparams, 0))
 
 
-def test_learned_keys_are_not_learned_values_where_they_have_one_width():
+def test_learned_keys_are_not_learned_values():
     compare_with_torch(MhaProblem(D=8, E=8, bias_kv=True))
 
 
@@ -233,8 +230,7 @@ def test_biases_of_some_projections_of_one_input(engine):
 # ── extremes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@every_engine
-@pytest.mark.usefixtures("few_queries")
+@each_path
 @pytest.mark.parametrize("bias", ["none", "T S"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_sink_far_above_all_scores_takes_all(engine, dtype, bias):
@@ -250,9 +246,8 @@ def test_a_sink_far_above_all_scores_takes_all(engine, dtype, bias):
     np.testing.assert_allclose(dsink, dlse.sum(axis=(0, 2)), rtol=1e-5)
 
 
-@every_engine
-@pytest.mark.usefixtures("few_queries")
-def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
+@each_path
+def test_a_sink_far_above_scores_far_below_their_bound(engine):
     q, k, v = np.full((6, 5, 1), 32, "f4"), np.full((6, 7, 1), -32, "f4"), np.ones((6, 7, 2), "f4")
     with np.errstate(over="raise", invalid="raise"):
         o, cache = attention(q, k, v, None, np.full(6, -700, "f4"), engine=engine)
@@ -260,25 +255,24 @@ def test_a_sink_far_above_scores_that_are_far_below_their_bound(engine):
     assert not o.any()
 
 
-@pytest.mark.usefixtures("few_queries")
+@each_path
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("softcap", [1.0, 1000.0, 1e5])
-def test_large_scores_under_a_cap(sign, softcap):
+def test_large_scores_under_a_softcap(engine, sign, softcap):
     rng = np.random.default_rng(0)
     q, k = 20 + 0.1 * rng.random((2, 3, 7, 4)), sign * (20 + 0.1 * rng.random((2, 3, 11, 4)))
     v, do = rng.standard_normal((2, 3, 11, 5)), rng.standard_normal((2, 3, 7, 5))
     results = []
-    for engine in (TILED, SEQUENTIAL):
-        o, cache = attention(q, k, v, softcap=softcap, scale=1.0, engine=engine)
+    for each in (engine, SEQUENTIAL):
+        o, cache = attention(q, k, v, softcap=softcap, scale=1.0, engine=each)
         results.append([o, log_sum_exp(cache), *attention_vjp(cache, do)[:3]])
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
-@every_engine
-@pytest.mark.usefixtures("few_queries")
+@each_path
 @pytest.mark.parametrize("per_head", [True, False])
-def test_options_do_not_widen_what_is_computed(engine, per_head):
+def test_options_change_no_dtype(engine, per_head):
     problem = AttentionProblem(sink=True, softcap=0.5, scale=0.5, per_head=per_head, bias="... H T+S-1")
     o, cache = attention(*problem.inputs("float32"), **problem.static(), engine=engine)
     do, *_ = problem.cotangents("float32")
@@ -286,11 +280,8 @@ def test_options_do_not_widen_what_is_computed(engine, per_head):
     assert {a.dtype for a in found} == {np.dtype("float32")}
 
 
-@every_engine
-@pytest.mark.usefixtures("few_queries")
-def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
-    monkeypatch.setattr(tiles, "ROWS", 4)
-    monkeypatch.setattr(tiles, "COLS", 3)
+@each_path
+def test_a_relative_bias_of_heads_without_a_batch(engine):
     problem = AttentionProblem(K=2, G=2)
     q, k, v, *_ = problem.inputs("float64")
     do, dweights, dlse = problem.cotangents("float64")
@@ -304,7 +295,7 @@ def test_a_relative_of_heads_without_a_batch(engine, monkeypatch):
     close(dbias.values, diagonal_sums(want_dbias))
 
 
-def test_the_number_of_threads_changes_no_bit_of_the_gradient_of_a_relative(monkeypatch):
+def test_threads_change_no_bit_of_a_relative_bias_gradient(monkeypatch):
     problem = AttentionProblem(batch=(2,), T=700, S=713, K=2, G=2, D=16, E=24, mask="causal", bias="1 T+S-1")
     do, *_ = problem.cotangents("float32")
     results = []
@@ -370,7 +361,12 @@ Q, K, V = (np.ones(s) for s in ((2, 6, 5, 4), (2, 3, 7, 4), (2, 3, 7, 9)))
         ((None, np.ones(6, "f4")), {}, TypeError, "sink must have dtype float64 as q has, got float32"),
         ((RelativeBias(np.ones(12)),), {}, ValueError, r"bias.values must be .* with T=5 and S=7, got \(12,\)"),
         ((RelativeBias(np.ones((3, 11))),), {}, ValueError, r"bias.values must broadcast to \(..., H, T\+S-1\) = "),
-        ((RelativeBias(np.ones(11, "f4")),), {}, TypeError, "bias must have dtype float64 as q has, got float32"),
+        (
+            (RelativeBias(np.ones(11, "f4")),),
+            {},
+            TypeError,
+            "bias.values must have dtype float64 as q has, got float32",
+        ),
     ],
 )
 @every_engine
@@ -391,7 +387,7 @@ PLAIN = MhaProblem(D=8)
 NORMED = MhaProblem(D=8, qk_norm="layer").inputs("float64")[0]
 
 
-def turns(n, width=8):
+def positions(n, width=8):
     return table(np.arange(n), frequencies(width), pairs="half")
 
 
@@ -417,10 +413,15 @@ def turns(n, width=8):
             TypeError,
             "qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got 'rms'",
         ),
-        (None, {"rotary": turns(5)}, ValueError, "rotary must have S=7 positions for the keys, got 5"),
-        (None, {"rotary": (turns(7), None)}, ValueError, "rotary must have T=5 positions for the queries, got 7"),
-        (None, {"rotary": (turns(5, 10), None)}, ValueError, "rotary must turn D=8 features or fewer, got 10"),
-        (None, {"rotary": (turns(5), turns(7), None)}, TypeError, "rotary must be a table .*, or two, .*, got 3"),
+        (None, {"rotary": positions(5)}, ValueError, "rotary must have S=7 positions for the keys, got 5"),
+        (None, {"rotary": (positions(7), None)}, ValueError, "rotary must have T=5 positions for the queries, got 7"),
+        (None, {"rotary": (positions(5, 10), None)}, ValueError, "rotary must rotate D=8 features or fewer, got 10"),
+        (
+            None,
+            {"rotary": (positions(5), positions(7), None)},
+            TypeError,
+            "rotary must be a table .*, or two, .*, got 3",
+        ),
         (None, {"rotary": np.ones((5, 4))}, TypeError, "rotary must be a table of funcmha.rotary, or two, got ndarray"),
         (None, {"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0"),
         (None, {"softcap": [1.0]}, ValueError, r"softcap must be a number, or \(H,\) with H=6 .*, got shape \(1,\)"),

@@ -22,11 +22,22 @@ from funcmha import (
 )
 from funcmha.biases import RelativeBias
 from funcmha.dropout import Masked
+from funcmha.engines import BATCHED, SEQUENTIAL, TILED, Plan
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 
-pytestmark = pytest.mark.usefixtures("each_engine")
-
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
+PATHS = {
+    "sequential": SEQUENTIAL,
+    "batched": BATCHED,
+    "few queries": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3)),
+    "tiles": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, few_queries=0)),
+}
+each_path = pytest.mark.parametrize("engine", PATHS.values(), ids=PATHS)
+
+
+def portable(engine):
+    """The engine, or the default in its place where it takes NumPy arrays alone."""
+    return None if engine.numpy_only else engine
 
 
 def close(got, want, what=""):
@@ -69,10 +80,10 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
 )
 @example(AttentionProblem(mask="empty rows", sink=True, rate=0.3, seeded=True))
 @example(AttentionProblem(S=0, sink=True, softcap=30.0))
-def test_attention_is_torch(problem):
+def test_attention_is_torch(engine, problem):
     arrays, static = problem.inputs("float64"), problem.static()
     do, dweights, dlse = problem.cotangents("float64")
-    o, cache = attention(*arrays, **static)
+    o, cache = attention(*arrays, **static, engine=engine)
     leaves = [oracles.tensor(a) for a in arrays]
     outputs = oracles.attention(*leaves, **static)
     for what, got, want in zip("opl", (o, attention_weights(cache), log_sum_exp(cache)), outputs, strict=True):
@@ -89,28 +100,28 @@ def test_attention_is_torch(problem):
 @given(
     attention_problems(batch=st.just(()), K=st.just(1), G=st.just(1), mask=st.sampled_from(["none", "causal", "dense"]))
 )
-def test_attention_without_head_axis_is_one_head(problem):
+def test_attention_without_head_axis_is_one_head(engine, problem):
     q, k, v, *_ = problem.inputs("float64")
     mask = masks.dense(problem.static()["mask"], problem.T, problem.S, q)
     mask = mask if mask is None or mask.ndim < 3 else mask[0]
     do, *_ = problem.cotangents("float64")
-    o, cache = attention(q[0], k[0], v[0], mask=mask)
-    o_head, cache_head = attention(q, k, v, mask=mask)
+    o, cache = attention(q[0], k[0], v[0], mask=mask, engine=engine)
+    o_head, cache_head = attention(q, k, v, mask=mask, engine=engine)
     assert np.array_equal(o, o_head[0])
     for got, want in zip(attention_vjp(cache, do[0])[:3], attention_vjp(cache_head, do)[:3], strict=True):
         assert np.array_equal(got, want[0])
 
 
-def test_every_array_library_gives_the_same(xp):
+def test_every_array_library_gives_the_same(engine, xp):
     problem = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3, sink=True, softcap=0.5, per_head=True)
     arrays, static = problem.inputs("float64"), problem.static()
     cotangents = problem.cotangents("float64")
-    o, cache = attention(*arrays, **static)
+    o, cache = attention(*arrays, **static, engine=engine)
     do, dweights, dlse = cotangents
     want = (o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse))
 
     static["dropout"] = oracles.on_keep(xp.to, static["dropout"])
-    o, cache = attention(*map(xp.to, arrays), **static)
+    o, cache = attention(*map(xp.to, arrays), **static, engine=portable(engine))
     do, dweights, dlse = map(xp.to, cotangents)
     got = (o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse))
     for a, b in zip(got, want, strict=True):
@@ -173,45 +184,45 @@ def test_softmax_of_a_number_far_above_the_others_is_one():
 # ── attention at its edges ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(problem, mask, *, value=np.nan):
+def run(engine, problem, mask, *, value=np.nan):
     """Everything that attention computes with `value` in the keys and values that `mask` (S,) hides."""
     q, k, v, *_ = problem.inputs("float64")
     k, v = (np.where(mask[:, None], x, value) for x in (k, v))
     do, dweights, dlse = problem.cotangents("float64")
-    o, cache = attention(q, k, v, mask=np.broadcast_to(mask, (problem.T, problem.S)))
+    o, cache = attention(q, k, v, mask=np.broadcast_to(mask, (problem.T, problem.S)), engine=engine)
     return o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dweights=dweights, dlse=dlse)[:3]
 
 
 @pytest.mark.parametrize("garbage", [1e30, -np.inf, np.inf, np.nan])
 @pytest.mark.parametrize("G", [1, 3])
-def test_a_key_that_nobody_sees_has_no_effect(garbage, G):
+def test_a_key_that_nobody_sees_has_no_effect(engine, garbage, G):
     problem, mask = AttentionProblem(G=G), np.array([True, False, True, True, False, False, True])
-    for a, b in zip(run(problem, mask, value=garbage), run(problem, mask, value=0.5), strict=True):
+    for a, b in zip(run(engine, problem, mask, value=garbage), run(engine, problem, mask, value=0.5), strict=True):
         assert np.array_equal(a, b)
 
 
-def test_nan_in_a_key_of_another_group_stays_there():
+def test_nan_in_a_key_of_another_group_stays_there(engine):
     q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((2, 6, 5, 7), bool)
     mask[:, :3, :, 4] = False  # the first group may not see key 4
     v = v.copy()
     v[:, 0, 4] = np.nan
-    o, _ = attention(q, k, v, mask=mask)
+    o, _ = attention(q, k, v, mask=mask, engine=engine)
     assert np.isfinite(o).all()
 
 
-def test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it():
+def test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it(engine):
     q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((1, 6, 1, 7), bool)
     mask[:, 0, :, 4] = False  # of the three heads of the first group, two may see key 4
-    close(attention(q, k, v, mask=mask)[0][:, 1:], attention(q, k, v)[0][:, 1:])
+    close(attention(q, k, v, mask=mask, engine=engine)[0][:, 1:], attention(q, k, v, engine=engine)[0][:, 1:])
 
 
-def test_an_empty_row_is_zero_with_zero_gradients():
+def test_an_empty_row_is_zero_with_zero_gradients(engine):
     q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((5, 7), bool)
     mask[2] = False
-    o, cache = attention(q, k, v, mask=mask)
+    o, cache = attention(q, k, v, mask=mask, engine=engine)
     assert not o[..., 2, :].any()
     assert not attention_weights(cache)[..., 2, :].any()
     assert (log_sum_exp(cache)[..., 2] == -np.inf).all()
@@ -225,13 +236,13 @@ def test_an_empty_row_is_zero_with_zero_gradients():
         assert np.array_equal(got, want)
 
 
-def test_minus_infinity_in_the_bias_is_a_mask(each_engine):
+def test_minus_infinity_in_the_bias_is_a_mask(engine):
     q, k, v, bias, _ = AttentionProblem(bias="... H T S").inputs("float64")
     mask = AttentionProblem(mask="heads").static()["mask"]
     do, *_ = AttentionProblem().cotangents("float64")
     mask = mask & (np.arange(5) != 2)[:, None]  # and a row of nothing but −∞
-    o, cache = attention(q, k, v, bias, mask=mask)
-    o_bias, cache_bias = attention(q, k, v, np.where(mask, bias, -np.inf))
+    o, cache = attention(q, k, v, bias, mask=mask, engine=engine)
+    o_bias, cache_bias = attention(q, k, v, np.where(mask, bias, -np.inf), engine=engine)
     assert not o_bias[..., 2, :].any()
     assert not attention_weights(cache_bias)[~mask].any()
     close(o, o_bias)
@@ -241,8 +252,8 @@ def test_minus_infinity_in_the_bias_is_a_mask(each_engine):
 
 @pytest.mark.parametrize("gain", [1.0, 15.0, 1e3])  # where the tiled engine shifts no scores, some, and by the maximum
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.usefixtures("few_queries")
-def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(gain, sink):
+@each_path
+def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(engine, gain, sink):
     """∞ / ∞: the weights of the row are NaN, and never a finite answer."""
     problem = AttentionProblem(bias="... H T S", sink=sink, gain=gain)
     q, k, v, bias, sinks = problem.inputs("float64")
@@ -251,10 +262,10 @@ def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(gain, sink):
     lost[0, 1, 3] = lost[1, 4, 0] = True
     infinite = np.where(lost[..., None] & (np.arange(7) == 2), np.inf, bias)
     with np.errstate(invalid="ignore"):
-        o, cache = attention(q, k, v, infinite, sinks)
+        o, cache = attention(q, k, v, infinite, sinks, engine=engine)
         dq, dk, dv, dbias, _ = attention_vjp(cache, do)
         got = o, attention_weights(cache), log_sum_exp(cache)[..., None], dq, dbias
-    want, clean = attention(q, k, v, bias, sinks)
+    want, clean = attention(q, k, v, bias, sinks, engine=engine)
     dq, _, _, dbias, _ = attention_vjp(clean, do)
     for a, b in zip(got, (want, attention_weights(clean), log_sum_exp(clean)[..., None], dq, dbias), strict=True):
         assert np.isnan(a[lost]).all()
@@ -264,47 +275,49 @@ def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(gain, sink):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_bias_of_infinity_that_the_mask_hides_has_no_effect(rows):
+def test_a_bias_of_infinity_that_the_mask_hides_has_no_effect(engine, rows):
     q, k, v, bias, sink = AttentionProblem(bias="... H T S", sink=True).inputs("float64")
     do, *_ = AttentionProblem().cotangents("float64")
     mask = masks.causal(-1)  # the first query sees nothing but the sink
     hidden = ~mask.dense(5, 7) & (np.arange(5) < rows)[:, None]
-    (o, cache), (want, clean) = (attention(q, k, v, np.where(hidden, x, bias), sink, mask=mask) for x in (np.inf, 0.5))
+    (o, cache), (want, clean) = (
+        attention(q, k, v, np.where(hidden, x, bias), sink, mask=mask, engine=engine) for x in (np.inf, 0.5)
+    )
     close(o, want)
     close(log_sum_exp(cache), log_sum_exp(clean))
     for a, b in zip(attention_vjp(cache, do), attention_vjp(clean, do), strict=True):
         close(a, b)
 
 
-def test_a_score_that_overflows_makes_its_row_nan():
+def test_a_score_that_overflows_makes_its_row_nan(engine):
     q, k = np.full((5, 3), 1.0), np.full((7, 3), 1.0)
     q[1], k[2] = 1e200, 1e200
     with np.errstate(over="ignore", invalid="ignore"):
-        o, cache = attention(q, k, np.eye(7))
+        o, cache = attention(q, k, np.eye(7), engine=engine)
     assert np.isnan(o[1]).all()
     assert np.isnan(log_sum_exp(cache)[1])
     assert np.isfinite(np.delete(o, 1, axis=0)).all()
 
 
-def test_minus_infinity_in_the_bias_is_a_mask_beside_a_row_of_nan(each_engine):
+def test_minus_infinity_in_the_bias_is_a_mask_beside_a_row_of_nan(engine):
     q, k, v, *_ = (np.array(a) for a in AttentionProblem().inputs("float64")[:3])
     q[..., 0, :] = np.nan
     bias = np.zeros((5, 7))
     bias[1] = -np.inf
-    o, cache = attention(q, k, v, bias)
+    o, cache = attention(q, k, v, bias, engine=engine)
     assert np.isnan(o[..., 0, :]).all()
     assert not o[..., 1, :].any()
     assert (log_sum_exp(cache)[..., 1] == -np.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_least_number_in_the_bias_is_a_number(dtype):
+def test_the_least_number_in_the_bias_is_a_number(engine, dtype):
     """Many libraries write it for −∞: a row of nothing else is the mean of the values, in torch too."""
     q, k, v, *_ = AttentionProblem(G=1).inputs(dtype)
     bias = np.zeros((5, 7), dtype)
     bias[:, 3:] = np.finfo(dtype).min
     bias[2] = np.finfo(dtype).min
-    o, cache = attention(q, k, v, bias)
+    o, cache = attention(q, k, v, bias, engine=engine)
     do = np.ones_like(o)
     do[..., :2, :] = do[..., 3:, :] = 0
     np.testing.assert_allclose(o[..., 2, :], v.mean(-2), rtol=1e-5)
@@ -313,40 +326,40 @@ def test_the_least_number_in_the_bias_is_a_number(dtype):
 
 
 @pytest.mark.parametrize("logit", [-1e5, 1e5, -1e30])
-def test_rows_of_large_logits_are_rows_like_others(logit):
+def test_rows_of_large_logits_are_rows_like_others(engine, logit):
     q, k, v = np.ones((1, 3, 1)), np.full((1, 5, 1), logit), np.arange(5.0).reshape(1, 5, 1)
-    o, _ = attention(q, k, v)
+    o, _ = attention(q, k, v, engine=engine)
     np.testing.assert_array_max_ulp(o, np.full((1, 3, 1), 2.0), 2)
 
 
-def test_scale_zero_is_uniform_and_not_the_default():
+def test_scale_zero_is_uniform_and_not_the_default(engine):
     q, k, v, *_ = AttentionProblem(G=1).inputs("float64")
-    o, _ = attention(q, k, v, scale=0)
+    o, _ = attention(q, k, v, scale=0, engine=engine)
     close(o, np.broadcast_to(v.mean(-2, keepdims=True), o.shape))
 
 
-def test_a_sink_without_keys_has_all_the_weight():
+def test_a_sink_without_keys_has_all_the_weight(engine):
     q, k, v, _, sink = AttentionProblem(S=0, sink=True).inputs("float64")
-    o, cache = attention(q, k, v, None, sink)
+    o, cache = attention(q, k, v, None, sink, engine=engine)
     assert not o.any()
     close(log_sum_exp(cache), np.broadcast_to(sink[:, None], o.shape[:-1]))
     assert not attention_vjp(cache, np.ones_like(o))[4].any()
     close(attention_vjp(cache, o, dlse=np.ones(o.shape[:-1]))[4], np.full(6, 2.0 * 5))  # of 2 samples, 5 queries
 
 
-def test_width_zero_is_uniform():
-    o, cache = attention(np.zeros((2, 3, 0)), np.zeros((2, 5, 0)), np.ones((2, 5, 4)))
+def test_width_zero_is_uniform(engine):
+    o, cache = attention(np.zeros((2, 3, 0)), np.zeros((2, 5, 0)), np.ones((2, 5, 4)), engine=engine)
     close(o, np.ones((2, 3, 4)))
     assert attention_vjp(cache, o)[0].shape == (2, 3, 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_types_are_rounded_once(dtype):
+def test_half_types_are_rounded_once(engine, dtype):
     """T4: the float32 result, rounded. A second rounding on the way would show in about every other value."""
     arrays = AttentionProblem(bias="H T S", sink=True, softcap=0.5).inputs(dtype)
     do, *_ = AttentionProblem().cotangents(dtype)
-    o, cache = attention(*arrays)
-    o_wide, cache_wide = attention(*(a.astype(np.float32) for a in arrays))
+    o, cache = attention(*arrays, engine=engine)
+    o_wide, cache_wide = attention(*(a.astype(np.float32) for a in arrays), engine=engine)
     assert o.dtype == dtype
     assert np.array_equal(o, o_wide.astype(dtype))
     for got, want in zip(attention_vjp(cache, do), attention_vjp(cache_wide, do.astype(np.float32)), strict=True):
@@ -423,13 +436,13 @@ KEEP = np.ones((5, 7), bool)
         ((Q, K, V), {"scale": True}, TypeError, "scale must be a real number, got True"),
     ],
 )
-def test_attention_refuses(args, static, error, message):
+def test_attention_refuses(engine, args, static, error, message):
     with pytest.raises(error, match=message):
-        attention(*args, **static)
+        attention(*args, **static, engine=engine)
 
 
-def test_vjps_refuse_cotangents_that_are_not_of_the_output():
-    o, cache = attention(Q, K, V)
+def test_vjps_refuse_cotangents_that_are_not_of_the_output(engine):
+    o, cache = attention(Q, K, V, engine=engine)
     with pytest.raises(
         ValueError, match=r"do must be \(..., H, T, E\) = \(2, 6, 5, 9\) as the output is, got \(2, 6, 5, 8\)"
     ):

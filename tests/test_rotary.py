@@ -418,7 +418,7 @@ TURN = table(np.arange(5), F)
         ),
         (X, table(np.arange(4), F), ValueError, "rotary must have T=5 positions as x has, got 4"),
         (X, table(np.arange(1), F), ValueError, "rotary must have T=5 positions as x has, got 1"),
-        (X, table(np.arange(5), frequencies(8)), ValueError, "rotary must turn at most D=7 features as in x, got 8"),
+        (X, table(np.arange(5), frequencies(8)), ValueError, "rotary must rotate at most D=7 features as in x, got 8"),
         (
             X,
             table(np.zeros((2, 5)), F),

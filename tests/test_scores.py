@@ -59,12 +59,11 @@ def test_values_and_gradients_are_torch_s(problem):
             close(numbers(got), grad)
 
 
-@pytest.mark.usefixtures("each_engine")
 @given(attention_problems(**MODERN, gain=st.just(1.0), T=st.sampled_from([0, 1, 5]), S=st.sampled_from([0, 1, 7])))
-def test_the_weights_are_the_exponentials_of_the_scores(problem):
+def test_the_weights_are_the_exponentials_of_the_scores(engine, problem):
     """One pipeline, whoever computes it: weights = exp(z − lse)."""
     inputs, static = arguments(problem)
-    _, cache = attention(*problem.inputs("float64"), **problem.static())
+    _, cache = attention(*problem.inputs("float64"), **problem.static(), engine=engine)
     lse = log_sum_exp(cache)[..., None]
     close(np.exp(scores(*inputs, **static)[0] - np.where(np.isneginf(lse), 0, lse)), attention_weights(cache))
 

@@ -14,10 +14,11 @@ from planting import ROOT, table
 
 from funcmha import attention_weights, linear, linear_vjp, log_sum_exp, mha, mha_vjp, norms, ops, rotary, tree
 from funcmha._arguments import values_of
+from funcmha.biases import RelativeBias
 from funcmha.dropout import masked
 from funcmha.engines import SEQUENTIAL
 from funcmha.testing.rounding import Arithmetic, exact
-from funcmha.testing.rounding_ready import ready, ready_vjp, turn
+from funcmha.testing.rounding_position import position, position_vjp, rotate
 from funcmha.testing.strategies import (
     MODERN,
     MODERN_MHA,
@@ -41,7 +42,7 @@ from funcmha.testing.tolerance import (
 
 
 def wide(x):
-    return tree.map(lambda a: on_bias(_double, a), x)
+    return tree.map(lambda a: a.map(_double) if isinstance(a, RelativeBias) else _double(a), x)
 
 
 def _double(a):
@@ -292,8 +293,8 @@ def test_a_norm_is_within(norm, size, offset):
     x = np.float32(size) * x + np.float32(offset)
     params = {leaf: {"w": w, "b": b}[leaf] for leaf in norm.leaves}
     fl, p = Arithmetic.of("float32"), tree.map(exact, params)
-    y, cache = ready(fl, exact(x), p, norm, None)
-    dx, dparams = ready_vjp(fl, cache, p, norm, None, exact(dy))
+    y, cache = position(fl, exact(x), p, norm, None)
+    dx, dparams = position_vjp(fl, cache, p, norm, None, exact(dy))
 
     def run(x, params, dy):
         y, cache = norm.apply(x, params)
@@ -313,15 +314,15 @@ def test_a_norm_is_within(norm, size, offset):
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
 def test_turning_is_within(pairs):
     rng = np.random.default_rng(3)
-    x, dy = rng.standard_normal((2, 2, 33, 3, 64), dtype="f4")
+    x, dy = rng.standard_normal((2, 2, 3, 33, 64), dtype="f4")
     table = rotary.table(np.arange(33), rotary.frequencies(48), pairs=pairs)
     fl = Arithmetic.of("float32")
 
     def run(x, dy):
-        y, cache = rotary.rotate(np.moveaxis(x, -2, -3), rotary=table)
-        return tuple(np.moveaxis(a, -3, -2) for a in (y, *rotary.rotate_vjp(cache, np.moveaxis(dy, -2, -3))))
+        y, cache = rotary.rotate(x, rotary=table)
+        return y, *rotary.rotate_vjp(cache, dy)
 
-    bounds = turn(fl, exact(x), table, 1), turn(fl, exact(dy), table, -1)
+    bounds = rotate(fl, exact(x), table, 1), rotate(fl, exact(dy), table, -1)
     for got, want, bound in zip(run(x, dy), run(wide(x), wide(dy)), bounds, strict=True):
         np.testing.assert_allclose(bound.value, want, rtol=1e-12, atol=1e-12)
         assert_within(got, want, bound.error)

@@ -17,12 +17,4 @@ inputs get f_vjp_jvp(cache, dy, None, *c), and dy gets f_jvp(cache, *c).
 from .attention import attention_jvp, attention_vjp_jvp, linear_jvp, linear_vjp_jvp
 from .mha import head_jvp, mha_jvp, mha_vjp_jvp
 
-__all__ = [
-    "attention_jvp",
-    "attention_vjp_jvp",
-    "head_jvp",
-    "linear_jvp",
-    "linear_vjp_jvp",
-    "mha_jvp",
-    "mha_vjp_jvp",
-]
+__all__ = ["attention_jvp", "attention_vjp_jvp", "head_jvp", "linear_jvp", "linear_vjp_jvp", "mha_jvp", "mha_vjp_jvp"]

@@ -11,19 +11,18 @@ from funcmha import _check
 from funcmha._arguments import Cotangents, Tangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, downcast, full, namespace, unbroadcast, upcast
 from funcmha._check import shape_of
-from funcmha.biases import RelativeBias
 from funcmha.engines import batched, tiled
 from funcmha.engines.tiled import forward_mode, second_order
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import (
     AttentionCache,
     LinearCache,
-    attended,
+    attended_pairs,
     drop,
-    given,
     linear_vjp,
     per_key_head,
     per_query_head,
+    round_bias,
     softmax_with_sink_vjp,
     underflow_is_zero,
 )
@@ -76,13 +75,12 @@ def linear_vjp_jvp(
 # ── attention, forward mode ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@singledispatch
 def attention_jvp(
     cache: Any,
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
 ) -> tuple[Array, Array]:
@@ -92,22 +90,21 @@ def attention_jvp(
     From the cache of any attention, by the engine that it is from: in linear memory from that of TILED. A fully masked
     row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no effect.
     """
+    return jvp_of(cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
+
+
+@singledispatch
+def jvp_of(cache: Any, dots: tuple[Any, ...]) -> tuple[Array, Array]:
+    """`attention_jvp`, by the type of the cache"""
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
+@jvp_of.register
 @underflow_is_zero
-def _attention_jvp(
-    cache: AttentionCache,
-    q_dot: Array = None,
-    k_dot: Array = None,
-    v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
-    sink_dot: Array = None,
-    /,
-) -> tuple[Array, Array]:
+def _(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
     q, k, v, bias, sink, *_ = cache
-    dots, dtype = check_tangents(q, k, v, bias, sink, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
-    x = _zeroed(cache, dots)
+    tangents, dtype = check_tangents(q, k, v, bias, sink, dots)
+    x = _zeroed(cache, tangents)
     _, z_dot = _scores_jvp(cache, x)
     p_dot, lse_dot = _softmax_jvp(cache, z_dot, x.sink)
     o_dot = drop(p_dot, cache.keep, cache.rate) @ per_query_head(v, q)
@@ -116,16 +113,15 @@ def _attention_jvp(
     return downcast(o_dot, dtype), downcast(lse_dot, dtype)
 
 
-attention_jvp.register(AttentionCache, _attention_jvp)
-attention_jvp.register(batched.AttentionCache, lambda cache, *dots: _attention_jvp(cache.of_ops, *dots))
-attention_jvp.register(tiled.AttentionCache, forward_mode.attention_jvp)
+jvp_of.register(batched.AttentionCache, lambda cache, dots: jvp_of(cache.of_ops, dots))
+jvp_of.register(tiled.AttentionCache, forward_mode.attention_jvp)
 
 
 def _zeroed(cache: AttentionCache, x: Tangents) -> Tangents:
     """The tangents with 0 at fully masked queries and unattended keys, whatever is there: 0 · NaN would spread"""
     keys = None if x.k is None and x.v is None else cache.p != 0
     q, k, v = (
-        zero_masked_queries(x.q, attended(cache)),
+        zero_masked_queries(x.q, attended_pairs(cache)),
         zero_unattended_keys(x.k, keys),
         zero_unattended_keys(x.v, keys),
     )
@@ -159,7 +155,6 @@ def _softmax_jvp(cache: AttentionCache, z_dot: Array, sink_dot: Array) -> tuple[
 # ── attention, second order ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@singledispatch
 def attention_vjp_jvp(
     cache: Any,
     do: Array,
@@ -167,13 +162,13 @@ def attention_vjp_jvp(
     q_dot: Array = None,
     k_dot: Array = None,
     v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
+    bias_dot: Any = None,
     sink_dot: Array = None,
     /,
     *,
     dlse: Array = None,
     dlse_dot: Array = None,
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: the tangents of `attention_vjp`
     from those of its inputs: of do (..., H, T, E), q, k, v, bias, sink and, where given, of dlse (..., H, T)
 
@@ -183,28 +178,21 @@ def attention_vjp_jvp(
     From the cache of any attention, by the engine that it is from: in linear memory from that of TILED. All else is the
     rule of a product. Fully masked queries and unattended keys have 0.
     """
+    return vjp_jvp_of(cache, Cotangents(do, do_dot, dlse, dlse_dot), (q_dot, k_dot, v_dot, bias_dot, sink_dot))
+
+
+@singledispatch
+def vjp_jvp_of(cache: Any, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`attention_vjp_jvp`, by the type of the cache"""
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
+@vjp_jvp_of.register
 @underflow_is_zero
-def _attention_vjp_jvp(
-    cache: AttentionCache,
-    do: Array,
-    do_dot: Array = None,
-    q_dot: Array = None,
-    k_dot: Array = None,
-    v_dot: Array = None,
-    bias_dot: Array | RelativeBias = None,
-    sink_dot: Array = None,
-    /,
-    *,
-    dlse: Array = None,
-    dlse_dot: Array = None,
-) -> tuple[Any, ...]:
-    dots, dtype = (q_dot, k_dot, v_dot, bias_dot, sink_dot), do.dtype
-    y = check_cotangents(cache.q, cache.v, do, do_dot, dlse, dlse_dot, dots)
+def _(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
+    y, dtype = check_cotangents(cache.q, cache.v, cotangents, dots), cotangents.do.dtype
     x = _zeroed(cache, check_tangents(cache.q, cache.k, cache.v, cache.bias, cache.sink, dots)[0])
-    y = y._replace(**{name: zero_masked_queries(getattr(y, name), attended(cache)) for name in ("do", "do_dot")})
+    y = y._replace(**{name: zero_masked_queries(getattr(y, name), attended_pairs(cache)) for name in ("do", "do_dot")})
     q, k, p, xp = cache.q, cache.k, cache.p, namespace(cache.q)
     x, y = _filled(x, cache[:3]), _filled(y, (y.do, y.do, cache.lse, cache.lse))
     u_dot, z_dot = _scores_jvp(cache, x)
@@ -226,14 +214,11 @@ def _attention_vjp_jvp(
     dq_dot, dk_dot, dv_dot, dsink_dot = (
         downcast(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot)
     )
-    return dq_dot, dk_dot, dv_dot, given(dbias_dot, dtype), dsink_dot
+    return dq_dot, dk_dot, dv_dot, round_bias(dbias_dot, dtype), dsink_dot
 
 
-attention_vjp_jvp.register(AttentionCache, _attention_vjp_jvp)
-attention_vjp_jvp.register(
-    batched.AttentionCache, lambda cache, *args, **lses: _attention_vjp_jvp(cache.of_ops, *args, **lses)
-)
-attention_vjp_jvp.register(tiled.AttentionCache, second_order.attention_vjp_jvp)
+vjp_jvp_of.register(batched.AttentionCache, lambda cache, *args: vjp_jvp_of(cache.of_ops, *args))
+vjp_jvp_of.register(tiled.AttentionCache, second_order.attention_vjp_jvp)
 
 
 def _softmax_vjp_jvp(

@@ -17,7 +17,6 @@ import numpy as np
 from funcmha import ops
 from funcmha._arguments import AttentionOptions, HeadOptions, takes
 from funcmha._arrays import Array, namespace
-from funcmha.biases import RelativeBias
 from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
@@ -60,14 +59,12 @@ class Engine(NamedTuple):
     plan: Plan | None = None  # None: there is nothing to plan
     numpy_only: bool = False
 
-    def call(self, function: str) -> Callable[..., Any]:
+    def call(self, op: str) -> Callable[..., Any]:
         """The forward of a pair, which knows the plan"""
-        f: Callable[..., Any] = getattr(self, function)[0]
+        f: Callable[..., Any] = getattr(self, op)[0]
         if self.plan is None:
             return f
-        if function == "attention":
-            return partial(f, plan=self.plan)
-        return partial(f, method=Method(self.attend, self.plan))
+        return partial(f, plan=self.plan) if op == "attention" else partial(f, method=Method(self.attend, self.plan))
 
 
 SEQUENTIAL = Engine(
@@ -76,7 +73,7 @@ SEQUENTIAL = Engine(
     head=(sequential.head, sequential.head_vjp),
     mha=(sequential.mha, sequential.mha_vjp),
     self_attention=(sequential.self_attention, sequential.self_attention_vjp),
-    attend=lambda *args: ops.attend(*args[:-1]),
+    attend=lambda *checked: ops.attend(*checked[:-1]),
 )
 TILED = Engine(
     "tiled",
@@ -98,6 +95,18 @@ BATCHED = TILED._replace(
 ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
 
 
+class AttentionCall(AttentionOptions, total=False):
+    """The options of `attention`, and who computes it."""
+
+    engine: Engine | str | None
+
+
+class HeadCall(HeadOptions, total=False):
+    """The options of `head`, `mha` and `self_attention`, and who computes it."""
+
+    engine: Engine | str | None
+
+
 def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
     """The engine given, or of this name; else the fastest for arrays like x and so many queries and keys at most:
     for real NumPy arrays TILED, or BATCHED where sequences are short; BATCHED for all others
@@ -107,24 +116,24 @@ def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
         return TILED if real and longest > SHORT else BATCHED
     chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
     if not isinstance(chosen, Engine):
-        names = ", ".join(map(repr, ENGINES))
-        raise TypeError(
-            f"engine must be one of {names}, one of funcmha.engines, or None for the fastest, got {engine!r}"
-        )
+        wanted = f"{', '.join(map(repr, ENGINES))}, one of funcmha.engines, or None for the fastest"
+        raise TypeError(f"engine must be one of {wanted}, got {engine!r}")
     if chosen.numpy_only and not real and hasattr(x, "dtype"):
         got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
         raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
     return chosen
 
 
-def _length(x: Any) -> int:
-    """T of x (..., T, ·), and 0 of what is no such array, which the checks refuse"""
-    return int(x.shape[-2]) if getattr(x, "ndim", 0) > 1 else 0
+def _call(op: str, *inputs: Any, appended: int = 0, engine: Any = None, **options: Any) -> tuple[Array, Any]:
+    """f(*inputs, **options) of the engine for them: the last axis but one of arrays is that of tokens"""
+    first, *others = (x for x in inputs if not isinstance(x, dict))
+    longest = max((int(x.shape[-2]) for x in (first, *others[:1]) if getattr(x, "ndim", 0) > 1), default=0)
+    result: tuple[Array, Any] = pick(engine, first, longest + appended).call(op)(*inputs, **options)
+    return result
 
 
-def _pick_for_heads(engine: Any, params: Any, query: Any, key: Any, options: HeadOptions) -> Engine:
-    appended = ("bias_kv" in params if isinstance(params, dict) else 0) + (options.get("zero_attn") is True)
-    return pick(engine, query, max(_length(query), _length(key) + appended))
+def _appended(params: Any, options: HeadCall) -> int:
+    return (isinstance(params, dict) and "bias_kv" in params) + (options.get("zero_attn") is True)
 
 
 def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
@@ -144,106 +153,58 @@ _ENGINE = """
     """
 
 
-# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the public functions ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_public(ops.attention, AttentionOptions)
+@_public(ops.attention, AttentionCall)
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | RelativeBias = None,
-    sink: Array = None,
-    /,
-    *,
-    engine: Engine | str | None = None,
-    **options: Unpack[AttentionOptions],
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, **options: Unpack[AttentionCall]
 ) -> tuple[Array, Any]:
     """`funcmha.ops.attention`, by an engine"""
-    chosen = pick(engine, q, max(_length(q), _length(k)))
-    result: tuple[Array, Any] = chosen.call("attention")(q, k, v, bias, sink, **options)
-    return result
+    return _call("attention", q, k, v, bias, sink, **options)
 
 
-# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@_public(sequential.head, HeadOptions)
+@_public(sequential.head, HeadCall)
 def head(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    *,
-    engine: Engine | str | None = None,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadCall]
 ) -> tuple[Array, Any]:
     """`funcmha.mha.head`, by an engine"""
-    chosen = _pick_for_heads(engine, params, query, key, options)
-    result: tuple[Array, Any] = chosen.call("head")(params, query, key, value, bias, **options)
-    return result
+    return _call("head", params, query, key, value, bias, appended=_appended(params, options), **options)
 
 
 def head_vjp(
     cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """`funcmha.mha.head_vjp`, by the engine that the cache is from"""
-    grads: tuple[Any, ...] = _vjp_of(cache, "head")(cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
-    return grads
+    return _vjp("head", cache, do, dweights=dweights, dlse=dlse, per_sample=per_sample)
 
 
-@_public(sequential.mha, HeadOptions)
+@_public(sequential.mha, HeadCall)
 def mha(
-    params: Params,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    *,
-    engine: Engine | str | None = None,
-    **options: Unpack[HeadOptions],
+    params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadCall]
 ) -> tuple[Array, Any]:
     """`funcmha.mha.mha`, by an engine"""
-    chosen = _pick_for_heads(engine, params, query, key, options)
-    result: tuple[Array, Any] = chosen.call("mha")(params, query, key, value, bias, **options)
-    return result
+    return _call("mha", params, query, key, value, bias, appended=_appended(params, options), **options)
 
 
 def mha_vjp(
     cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """`funcmha.mha.mha_vjp`, by the engine that the cache is from"""
-    grads: tuple[Any, ...] = _vjp_of(cache, "mha")(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
-    return grads
+    return _vjp("mha", cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
 
 
-@_public(sequential.self_attention, HeadOptions)
-def self_attention(
-    params: Params,
-    x: Array,
-    bias: Array | RelativeBias = None,
-    /,
-    *,
-    engine: Engine | str | None = None,
-    **options: Unpack[HeadOptions],
-) -> tuple[Array, Any]:
+@_public(sequential.self_attention, HeadCall)
+def self_attention(params: Params, x: Array, bias: Any = None, /, **options: Unpack[HeadCall]) -> tuple[Array, Any]:
     """`funcmha.mha.self_attention`, by an engine"""
-    chosen = _pick_for_heads(engine, params, x, x, options)
-    result: tuple[Array, Any] = chosen.call("self_attention")(params, x, bias, **options)
-    return result
+    return _call("self_attention", params, x, bias, appended=_appended(params, options), **options)
 
 
 def self_attention_vjp(
     cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """`funcmha.mha.self_attention_vjp`, by the engine that the cache is from"""
-    grads: tuple[Any, ...] = _vjp_of(cache, "self_attention")(
-        cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample
-    )
-    return grads
+    return _vjp("self_attention", cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
 
 
 for _own in (head_vjp, mha_vjp, self_attention_vjp):
@@ -268,9 +229,10 @@ def check_cache(cache: Any, op: str) -> None:
         raise TypeError(f"cache must come from {op}, got {type(cache).__name__}")
 
 
-def _vjp_of(cache: Any, op: str) -> Callable[..., Any]:
+def _vjp(op: str, cache: Any, dy: Array, **cotangents: Any) -> tuple[Any, ...]:
     check_cache(cache, op)
-    return VJPS[op][type(cache)]
+    grads: tuple[Any, ...] = VJPS[op][type(cache)](cache, dy, **cotangents)
+    return grads
 
 
 def heads(cache: Any, /) -> Iterator[sequential.HeadCache]:

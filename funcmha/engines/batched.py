@@ -68,16 +68,6 @@ class AttentionCache(NamedTuple):
         return ops.AttentionCache(*self[:3], *self.rest[:-1])
 
 
-def attention(
-    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan | None, **options: Any
-) -> tuple[Array, AttentionCache]:
-    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
-    bias, x = check_attention(q, k, v, bias, sink, options)
-    bias = None if bias is None else bias.map(upcast)
-    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
-    return downcast(o, q.dtype), cache
-
-
 @with_single_threaded_blas
 def attend(
     q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan | None
@@ -86,6 +76,16 @@ def attend(
     o, cache = ops.attend(q, k, v, bias, sink, x)
     rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
     return o, rest.beside(cache.q, cache.k, cache.v)
+
+
+def attention(
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan | None, **options: Any
+) -> tuple[Array, AttentionCache]:
+    """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
+    bias, x = check_attention(q, k, v, bias, sink, options)
+    bias = None if bias is None else bias.map(upcast)
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
+    return downcast(o, q.dtype), cache
 
 
 @with_single_threaded_blas

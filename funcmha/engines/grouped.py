@@ -13,34 +13,20 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._arguments import (
-    Bias,
-    Options,
-    check_cotangents_of_mha,
-    check_head,
-    check_mha,
-    check_one_input,
-)
+from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks import append_keys
 from funcmha.masks.zero import zero_inputs
 from funcmha.mha import HeadCache as OneHeadCache
-from funcmha.mha import PositionCache, rounded
+from funcmha.mha import PositionCache, round_gradients
 from funcmha.norms import Norm
 from funcmha.ops import LinearCache
 from funcmha.params import PROJECTIONS, Params, group_params, join_groups, join_heads, leaf, one_head
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
-from .projections import (
-    CombineCache,
-    ProjectCache,
-    combine,
-    combine_vjp,
-    project,
-    project_qkv_vjp,
-)
+from .projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from .table import attention_vjp
 from .tiled.threads import with_single_threaded_blas
 
@@ -173,26 +159,8 @@ def _attend(
     return heads_last(o), group if appended or prod(o.shape) <= plan.kept_numbers else _without(group, plan)
 
 
-def _without(group: GroupCache, plan: Plan) -> GroupCache:
-    """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
-    T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
-    names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
-    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
-    return group._replace(**recomputed)
-
-
-def _width(group: GroupCache) -> int:
-    """The largest of the input widths"""
-    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
-
-
 def _attend_vjp(
-    group: GroupCache,
-    do: Array,
-    dweights: Array,
-    dlse: Array,
-    add_to: tuple[Array, ...],
-    batch_axes: int,
+    group: GroupCache, do: Array, dweights: Array, dlse: Array, add_to: tuple[Array, ...], batch_axes: int
 ) -> tuple[Params, tuple[Array, ...], Bias]:
     """dparams, add_to + (dquery, dkey, dvalue), dbias: `_attend` from the bottom up
 
@@ -216,6 +184,19 @@ def _attend_vjp(
     if dsink is not None:
         dparams["sink"] = {"w": dsink}
     return dparams | {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}, dxs, dbias
+
+
+def _without(group: GroupCache, plan: Plan) -> GroupCache:
+    """The cache without those of q, k and v whose memory is worth more than the time to project them again"""
+    T, S, C = group.q.project.x.shape[-2], group.k.project.x.shape[-2], _width(group)
+    names = ("q", "k", "v")[: plan.recomputed(T, S, C)]
+    recomputed: dict[str, Any] = {name: Recomputed(*getattr(group, name)[:2]) for name in names}
+    return group._replace(**recomputed)
+
+
+def _width(group: GroupCache) -> int:
+    """The largest of the input widths"""
+    return max(int(x.project.x.shape[-1]) for x in (group.q, group.k, group.v))
 
 
 def _slice_group(group: GroupCache, kv: slice) -> GroupCache:
@@ -265,7 +246,7 @@ def head(
         join_heads([tree.map(upcast, params)], 1),
         None if bias is None else bias.map(upcast),
     )
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     o, group = _attend(params, *inputs, bias, x, method)
     o = o[..., 0, :]
     return own(downcast(o, dtype), o), HeadCache(group)
@@ -273,13 +254,7 @@ def head(
 
 @with_single_threaded_blas
 def head_vjp(
-    cache: HeadCache,
-    do: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: HeadCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.head_vjp`"""
     _check.flag("per_sample", per_sample)
@@ -292,7 +267,7 @@ def head_vjp(
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)
     dgroup, dxs, dbias = _attend_vjp(group, upcast(do)[..., None, :], dweights, dlse, nothing, batch_axes)
     dbias = None if dbias is None else dbias.without_head_axis()
-    return rounded((one_head(dgroup, 0), *dxs, dbias), do.dtype)
+    return round_gradients((one_head(dgroup, 0), *dxs, dbias), do.dtype)
 
 
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,7 +287,7 @@ def mha(
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
-    inputs = zero_inputs(upcast(query), upcast(key), upcast(value), x.mask, x.zero_attn or "bias_kv" in params)
+    inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
@@ -327,13 +302,7 @@ def mha(
 
 
 def mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.mha_vjp`"""
     return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
@@ -341,12 +310,7 @@ def mha_vjp(
 
 @with_single_threaded_blas
 def _mha_vjp(
-    cache: MhaCache,
-    dy: Array,
-    dweights: Array,
-    dlse: Array,
-    per_sample: bool,
-    dxs: tuple[Array, ...],
+    cache: MhaCache, dy: Array, dweights: Array, dlse: Array, per_sample: bool, dxs: tuple[Array, ...]
 ) -> tuple[Any, ...]:
     """dparams, one gradient for each of dxs, dbias: the groups from the last to the first"""
     _check.flag("per_sample", per_sample)
@@ -364,7 +328,7 @@ def _mha_vjp(
         dgroups.append(dgroup | {"out_proj": dout})
         dbiases.append(dbias)
     dbias = None if cache.bias is None else cache.bias.join(dbiases[::-1])
-    return rounded((join_groups(dgroups[::-1]), *dxs, dbias), dy.dtype)
+    return round_gradients((join_groups(dgroups[::-1]), *dxs, dbias), dy.dtype)
 
 
 def _pieces(group: GroupCache, out: CombineCache, plan: Plan) -> Iterator[tuple[GroupCache, CombineCache]]:
@@ -395,13 +359,7 @@ def self_attention(
 
 
 def self_attention_vjp(
-    cache: SelfAttentionCache,
-    dy: Array,
-    /,
-    *,
-    dweights: Array = None,
-    dlse: Array = None,
-    per_sample: bool = False,
+    cache: SelfAttentionCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
 ) -> tuple[Any, ...]:
     """dparams, dx, dbias     with dx added up in one array"""
     return _mha_vjp(cache.mha, dy, dweights, dlse, per_sample, (None,))

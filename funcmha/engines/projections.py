@@ -27,13 +27,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
 
 def linear_vjp(
-    cache: LinearCache,
-    dy: Array | tuple[Array, ...],
-    /,
-    *,
-    add_to: Array = None,
-    batch_axes: int = 0,
-    plan: Plan,
+    cache: LinearCache, dy: Array | tuple[Array, ...], /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Array, Array, Array]:
     """add_to + dx, dw, db     of dy, or of several arrays side by side"""
     if isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f":

@@ -5,7 +5,6 @@ from typing import Any
 
 from funcmha import ops
 from funcmha._arrays import Array, own, read_only
-from funcmha.biases import RelativeBias
 
 from . import batched, tiled
 
@@ -13,7 +12,7 @@ from . import batched, tiled
 @singledispatch
 def attention_vjp(
     cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
-) -> tuple[Array, Array, Array, Array | RelativeBias, Array]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
 

@@ -9,7 +9,7 @@
 Differences from funcmha. Kernels of flax are (C, H, D) and (H, D, O): transposes, which are views in NumPy. With
 `normalize_qk` there are q_norm.w and k_norm.w: pass `qk_norm=LayerNorm(1e-6)`, as funcmha's own eps differs. The module
 also holds state of `decode` and dropout, so take `nnx.state(module, nnx.Param)`; a call with `decode=True` is
-`self_attention_step` of one token. flax computes in `dtype`, funcmha in the dtype of the parameters. Parameters of
+`kv_cache.step` of one token. flax computes in `dtype`, funcmha in the dtype of the parameters. Parameters of
 `flax.linen` have the same names.
 
 Masks are True = attend and broadcast to (..., H, T, S), as here; `is_causal=True` is `masks.causal()`. A fully masked

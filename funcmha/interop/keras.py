@@ -72,7 +72,7 @@ def from_layer(layer: Any, /) -> Params:
             f"layer must be a keras.layers.MultiHeadAttention or GroupQueryAttention, got {type(layer).__name__}"
         )
     if not getattr(layer, "built", True):
-        raise ValueError("layer must have been built, by layer.build or a first call")
+        raise ValueError("layer must have been built, by layer.build or a first call, got one without weights")
     # weight.numpy() would copy
     return from_weights({weight.path: np.asarray(to_array(weight.path, weight.value)) for weight in layer.weights})
 

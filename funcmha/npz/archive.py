@@ -174,7 +174,7 @@ def _central(directory: bytes) -> Iterator[tuple[Fields, int]]:
         name, extra = _name(directory[at - e - n : at - e]), directory[at - e : at]
         if at > len(directory) or comment or disk:
             raise BadZipFile(f"{name} must end within the directory, without a comment, on disk 0, got disk {disk}")
-        size, stored, offset = _widen(name, extra, size, stored, offset)
+        size, stored, offset = _with_zip64(name, extra, size, stored, offset)
         yield (name, flags, method, crc, stored, size), offset
 
 
@@ -186,11 +186,11 @@ def _local(source: Source, at: int) -> tuple[Fields, int]:
         raise BadZipFile(f"a local header must be at byte {at}, got {record[:8]!r}")
     tail = source.read(at + LOCAL.size, n + e)
     name = _name(tail[:n])
-    size, stored = _widen(name, tail[n:], size, stored)
+    size, stored = _with_zip64(name, tail[n:], size, stored)
     return (name, flags, method, crc, stored, size), at + LOCAL.size + n + e
 
 
-def _widen(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
+def _with_zip64(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
     """The numbers, where WIDE stands for the next one of the zip64 extra field, which must have just those."""
     n = numbers.count(WIDE)
     allowed = NOTES | ({1: (8 * n,)} if n else {})

@@ -73,7 +73,7 @@ def load(
         the file, of any size, stored and in native byte order, as `save` and `numpy.savez` write it. Checksums are not
         looked at, Fortran order stays, and numbers need not be aligned: NumPy copies what it computes with, and a
         result may differ in its last bit. A file that `save` replaces stays as it was for the arrays; one that is
-        written into changes them, and one that is cut off ends the process (SIGBUS).
+        written into changes them, and one that is truncated ends the process (SIGBUS).
 
     Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
     ValueError for one of another shape or dtype than in `like` and for a file object without `seek` or with `mmap`,

@@ -1,8 +1,9 @@
-"""For tests of attention, funcmha's or yours: problems to try, bounds to hold, gradients to check.
+"""For tests of attention, funcmha's or yours: problems to draw, error bounds, gradient checks.
 
-`funcmha.testing.strategies` needs hypothesis and is imported by name; the rest needs NumPy alone.
+`funcmha.testing.strategies` needs hypothesis and is imported by name; the rest needs only NumPy.
 """
 
 from .gradcheck import check_vjp
+from .gradient import Agreement
 
-__all__ = ["check_vjp"]
+__all__ = ["Agreement", "check_vjp"]

@@ -1,40 +1,44 @@
-"""Floating-point arithmetic whose numbers know how far off they may be, and the ops of funcmha written in it.
+"""Floating-point arithmetic whose numbers carry an error bound, and the ops of funcmha written in it.
 
-`tolerance` replays an op and its vjp in it, line by line. The rules:
+`tolerance` replays an op and its vjp in this arithmetic, line by line. The rules:
 
   * Roundings are independent, with mean 0. So the errors of the n terms of a sum add to √(Σ e²), and forming the sum
     adds (1 + √n) u Σ |terms|: Theorem 3.1 of Higham and Mary (SIAM J. Sci. Comput. 41(5), 2019) with λ = 1, and 1 more
     for the shortest sums. Errors of different origin add plainly.
-  * What is one error in many places does not average out. An error of a value enters the outputs of all queries; the
-    total of a row, and Σ p dp in its gradient, are off by one amount for all its keys; queries that are alike are
-    rounded alike. `Rounded.rows` and `Rounded.cols` carry these, to be added plainly along a row or down a column.
-  * A constant (a scale, a cap, 1 / (1 − rate)) that is no number of float32 costs one rounding more, in any precision.
-  * What is smaller than the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, an
-    empty row) has bound 0.
+  * A shared error does not average out. An error of a value enters the outputs of all queries; the row sum, and Σ p dp
+    in its gradient, have one error for all keys of the row; equal queries are rounded equally. `Rounded.rows` and
+    `Rounded.cols` carry these errors, to be added plainly along a row or down a column.
+  * A constant (a scale, a soft cap, 1 / (1 − rate)) that is not exact in float32 costs one more rounding, in any
+    precision.
+  * Numbers below the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, a fully
+    masked row) has bound 0.
 
-float16 and bfloat16 are storage: the arithmetic is float32's, and the one rounding at the end may cost a unit in the
-last place. Weights and lse stay float32 there.
+float16 and bfloat16 are storage: the arithmetic is that of float32, and the one rounding at the end may cost a unit in
+the last place. Weights and lse stay float32 there.
 """
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from funcmha._arrays import HALF, Array, unbroadcast
-from funcmha.params import Params
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
 TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
-EXP = 4.0  # exp and log are off by 2 units in the last place at most, in NumPy, PyTorch and CUDA
+EXP = 4.0  # exp and log have an error of at most 2 units in the last place, in NumPy, PyTorch and CUDA
 
 
 class Rounded(NamedTuple):
     value: Array  # in exact arithmetic
     error: Array  # |computed − value| ≤ error, entry by entry
-    rows: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each row, times this
-    cols: tuple[Array, ...] = ()  # the parts of it that are one unknown of [−1, 1] in each column, times this
+    rows: tuple[Array, ...] = ()  # parts of the error: each is this times one unknown of [−1, 1] per row
+    cols: tuple[Array, ...] = ()  # parts of the error: each is this times one unknown of [−1, 1] per column
+
+
+Maybe = Rounded | None  # None where there is none
+R = TypeVar("R", bound=Maybe)
 
 
 def exact(x: Array) -> Any:
@@ -42,9 +46,9 @@ def exact(x: Array) -> Any:
     return None if x is None else Rounded(host(x), np.zeros(tuple(x.shape)))
 
 
-def each(f: Callable[[Array], Array], x: Any) -> Any:
-    """x after f, which only moves numbers about; None for None."""
-    return None if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))
+def each(f: Callable[[Array], Array], x: R) -> R:
+    """x after f, which only moves numbers; None for None."""
+    return x if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))  # type: ignore[return-value]
 
 
 def transpose(x: Rounded) -> Rounded:
@@ -54,12 +58,12 @@ def transpose(x: Rounded) -> Rounded:
 
 
 def alike(x: Rounded) -> Rounded:
-    """x, where rows will be summed over that may be all but equal: then they are rounded alike."""
+    """x before a sum over rows that may be almost equal: then they are rounded equally."""
     return x._replace(cols=(x.error,) if np.any(x.error) else ())
 
 
 def tie(x: Rounded) -> Rounded:
-    """x, where rows will be summed over: of m that are equal the errors add to m e, which is √m times √(Σ e²)."""
+    """x before a sum over rows: the errors of m equal rows add to m e, which is √m times √(Σ e²)."""
     *batch, T, n = x.value.shape
     error = np.sum(x.error, axis=-1)
     mark = np.rint(1e3 * np.sum(x.value * np.cos(np.arange(n)), axis=-1) / np.where(error > 0, error, 1.0))
@@ -72,16 +76,16 @@ class Arithmetic(NamedTuple):
     """Floating-point arithmetic on `Rounded`: its primitives, and the ops of funcmha written in them."""
 
     u: float
-    tiny: float  # below this, what is computed may be 0
+    tiny: float  # a result below this may be computed as 0
 
     @classmethod
     def of(cls, dtype: Any) -> "Arithmetic":
-        """What is computed with where `dtype` is stored."""
+        """The arithmetic for arrays stored as `dtype`."""
         name = "float32" if name_of(dtype) in HALF else name_of(dtype)
         return cls(U[name], TINY.get(name, TINY["float64"]))
 
     def rounding(self, size: Array, n: Array | float = 0) -> Array:
-        """Of a sum of n products where Σ |terms| = size; n = 0: of one operation whose result has that size."""
+        """Error of a sum of n products with Σ |terms| = size; for n = 0 of one operation with a result of that size."""
         return (1 + n**0.5) * (self.u * size + self.tiny * (size > 0))
 
     def add(self, x: Rounded, y: Rounded) -> Rounded:
@@ -90,7 +94,7 @@ class Arithmetic(NamedTuple):
         return Rounded(value, x.error + y.error + self.rounding(np.abs(value)), x.rows)
 
     def constant(self, c: Array | float) -> Array:
-        """How many roundings it costs to have c: 1, unless it is a number of float32."""
+        """The roundings in c: 1, or 0 if it is exact in float32."""
         exactly = np.asarray(c, np.float64)
         return np.where(exactly.astype(np.float32) == exactly, 0.0, 1.0)
 
@@ -98,7 +102,7 @@ class Arithmetic(NamedTuple):
         """x c, where c is a constant"""
         y = each(lambda a: a * c, x)
         error = np.abs(y.error) + (1 + self.constant(c)) * self.rounding(np.abs(y.value))
-        return y._replace(error=error)  # type: ignore[no-any-return]
+        return y._replace(error=error)
 
     def multiply(self, x: Rounded, y: Rounded) -> Rounded:
         """x ⊙ y"""
@@ -130,45 +134,23 @@ class Arithmetic(NamedTuple):
         cols = x.cols if shape[-2:] == x.value.shape[-2:] else ()
         return Rounded(unbroadcast(x.value, shape), error, cols=tuple(unbroadcast(col, shape) for col in cols))
 
-    def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
+    def sum_rows(self, x: Rounded) -> Rounded:
+        """Σ over the rows, some of which may be equal: (..., T, n)   →   (..., n)"""
+        *batch, _, n = x.value.shape
+        return each(lambda a: a[..., 0, :], self.unbroadcast(tie(Rounded(x.value, x.error)), (*batch, 1, n)))
+
+    def linear(self, x: Rounded, w: Rounded, b: Maybe) -> Rounded:
         """`ops.linear`"""
         y = self.matmul(x, transpose(w))
         return y if b is None else self.add(y, b)
 
-    def linear_vjp(self, x: Rounded, w: Rounded, b: Rounded | None, dy: Rounded) -> tuple[Any, ...]:
+    def linear_vjp(self, x: Rounded, w: Rounded, b: Maybe, dy: Rounded) -> tuple[Any, ...]:
         """`ops.linear_vjp`"""
         rows, drows = (tie(each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a)) for a in (x, dy))
         dx = self.matmul(dy, w)
         dw = self.matmul(transpose(drows), alike(rows))
         db = None if b is None else self.unbroadcast(drows, b.value.shape)
         return dx, dw, db
-
-    def project(self, p: Params, x: Rounded) -> Rounded:
-        """`heads.project`"""
-        H, D, _ = p["w"].value.shape
-        y = self.linear(x, each(_rows, p["w"]), each(np.ravel, p.get("b")))
-        return each(lambda a: a.reshape(*a.shape[:-1], H, D), y)  # type: ignore[no-any-return]
-
-    def project_vjp(self, p: Params, x: Rounded, dy: Rounded) -> tuple[Params, Rounded]:
-        """`heads.project_vjp`"""
-        dx, dw, db = self.linear_vjp(x, each(_rows, p["w"]), each(np.ravel, p.get("b")), each(_merge, dy))
-        return _like(p, dw, db), dx
-
-    def extend_drow(self, dy: Rounded, S: int) -> Rounded:
-        """`heads.extend_vjp`: of the row that is appended after S"""
-        return self.unbroadcast(Rounded(dy.value[..., S, :, :], dy.error[..., S, :, :]), dy.value.shape[-2:])
-
-    def combine(self, p: Params, o: Rounded, dy: Rounded) -> tuple[Rounded, Params]:
-        """`heads.combine` and the parameters' part of `heads.combine_vjp`: y, dparams"""
-        w, b, o = each(_merge, p["w"]), p.get("b"), each(_merge, o)
-        _, dw, db = self.linear_vjp(o, w, b, dy)
-        return self.linear(o, w, b), _like(p, dw, db)
-
-    def combine_do(self, p: Params, dy: Rounded) -> Rounded:
-        """do of `heads.combine_vjp`"""
-        _, H, E = p["w"].value.shape
-        do = self.matmul(dy, each(_merge, p["w"]))
-        return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
 
 
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,24 +170,8 @@ def host(x: Array) -> Array:
 
 
 def name_of(dtype: Any) -> str:
-    """'float32' for numpy.float32, torch.float32, "float32", …; TypeError unless it is one that funcmha takes."""
+    """'float32' for numpy.float32, torch.float32, "float32", …; TypeError for other dtypes."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
     if name not in U:
         raise TypeError(f"dtype must be one of {', '.join(U)}, got {dtype!r}")
     return str(name)
-
-
-def _rows(w: Array) -> Array:
-    """The heads as the rows of one matrix: (H, D, C)   →   (H·D, C)"""
-    return w.reshape(w.shape[0] * w.shape[1], w.shape[2])
-
-
-def _merge(a: Array) -> Array:
-    """The heads side by side: (..., H, E)   →   (..., H·E)"""
-    return a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
-
-
-def _like(p: Params, w: Rounded, b: Rounded | None) -> Params:
-    """w and b in the shapes of those of p."""
-    dw = each(lambda a: a.reshape(p["w"].value.shape), w)
-    return {"w": dw} if b is None else {"w": dw, "b": each(lambda a: a.reshape(p["b"].value.shape), b)}

@@ -18,7 +18,7 @@ from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
-from funcmha.ops import given
+from funcmha.ops import round_bias
 
 from . import threads
 from .backward import Backward
@@ -28,11 +28,29 @@ from .schedule import BiasGradient, RelativeBiasGradient
 from .tiles import LN2, blocks
 
 
+@np.errstate(under="ignore")
+def attend(
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
+) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
+    bias = None if bias is None else bias.map(_in_range)
+    q, k, v = zeroed(q, k, v, x.mask)
+    k = _in_rows(k)
+    o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
+    rest = Rest(bias, sink, o, row_sum, row_max, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
+    with threads.single_threaded_blas():
+        shifted = forward(Views.of(rest.beside(q, k, v)))
+    if not shifted:
+        rest = rest._replace(row_max=np.broadcast_to(row_max.dtype.type(0), row_max.shape), shifted=False)  # no memory
+    return o, rest.beside(q, k, v)
+
+
 def attention(
     q: Array,
     k: Array,
     v: Array,
-    bias: Array | RelativeBias = None,
+    bias: Any = None,
     sink: Array = None,
     /,
     *,
@@ -50,22 +68,6 @@ def attention(
     bias = None if bias is None else bias.map(upcast)
     o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
     return own(downcast(o, q.dtype), cache.rest.o), cache
-
-
-@np.errstate(under="ignore")
-def attend(
-    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
-) -> tuple[Array, AttentionCache]:
-    """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
-    bias = None if bias is None else bias.map(_in_range)
-    q, k, v = zeroed(q, k, v, x.mask)
-    k = _in_rows(k)
-    o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
-    row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
-    rest = Rest(bias, sink, o, row_sum, row_max, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
-    with threads.single_threaded_blas():
-        shifted = forward(Views.of(rest.beside(q, k, v)))
-    return o, (rest if shifted else rest._replace(row_max=None)).beside(q, k, v)
 
 
 @np.errstate(under="ignore")
@@ -88,7 +90,7 @@ def attention_vjp(
     *grads, dbias, dsink = _gradients(cache, *cotangents)
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
     dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
-    return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
+    return dq, dk, dv, None if dbias is None else round_bias(dbias.map(scaled_back), do.dtype), dsink
 
 
 def _factor(*cotangents: Array) -> float:
@@ -163,7 +165,7 @@ def log_sum_exp(cache: AttentionCache, /) -> Array:
     rest = cache.rest
     some = rest.row_sum != 0
     fraction, exponent = np.frexp(np.where(some, rest.row_sum, 1.0))  # c is whole, so their sum is exact
-    whole = exponent.astype(fraction.dtype) if rest.row_max is None else exponent + rest.row_max
+    whole = exponent + rest.row_max if rest.shifted else exponent.astype(fraction.dtype)
     # np.log has the same bits wherever in an array a number stands, np.log2 not
     return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)
 

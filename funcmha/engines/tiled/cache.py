@@ -24,7 +24,8 @@ class Rest(NamedTuple):
     sink: Array  # (H,), or () without a head axis, or None
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T), Σ 2^(s − c) and the sink's share, 0 where no key is attended and there is no sink
-    row_max: Array  # (..., H, T), c, or None where it is 0 everywhere
+    row_max: Array  # (..., H, T), c
+    shifted: bool  # whether c is not 0 everywhere
     mask: Mask | None
     dropout: Masked | Seeded | None
     scale: Array | float  # of every head, or (H,)
@@ -48,7 +49,7 @@ class Rest(NamedTuple):
             sink=None if self.sink is None else self.sink[h],
             o=self.o[..., h, :, :],
             row_sum=self.row_sum[..., h, :],
-            row_max=None if self.row_max is None else self.row_max[..., h, :],
+            row_max=self.row_max[..., h, :],
             mask=None if self.mask is None else self.mask.heads(h.start, h.stop),
             dropout=None if self.dropout is None else self.dropout.heads(h),
             scale=self.scale[h] if isinstance(self.scale, np.ndarray) else self.scale,
@@ -73,7 +74,7 @@ class Views(NamedTuple):
     sink: Array  # (H,) or None
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T)
-    row_max: Array  # (..., H, T) or None
+    row_max: Array  # (..., H, T), or None where it is 0 everywhere
     mask: Mask | None
     keep: Array | Seeded  # (..., H, T, S) or None
     rate: float
@@ -98,7 +99,7 @@ class Views(NamedTuple):
         sink, scale, softcap = (
             None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)
         )
-        row_sum, row_max = with_head_axis(rest.row_sum, 1), with_head_axis(rest.row_max, 1)
+        row_sum, row_max = with_head_axis(rest.row_sum, 1), with_head_axis(rest.row_max, 1) if rest.shifted else None
         return Views(q, k, v, bias, sink, o, row_sum, row_max, rest.mask, keep, rate, scale, softcap, rest.plan)
 
     @property

@@ -25,10 +25,12 @@ def recomputed(x: Views) -> Views:
     if not x.has_few_queries:
         return x
     x, row_sum = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.row_sum)
+
+    def work(at: tuple[int, ...]) -> None:
+        row_sum[at] = sums(x.head(at[:-1], at[-1]), None if x.row_max is None else x.row_max[at])
+
     with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
-        for *b, h in np.ndindex(*row_sum.shape[:-1]):
-            at = (*b, h)
-            row_sum[at] = sums(x.head(tuple(b), h), None if x.row_max is None else x.row_max[at])
+        threads.run(work, list(np.ndindex(*row_sum.shape[:-1])), flops=0.0, plan=x.plan)
     return x._replace(row_sum=row_sum)
 
 

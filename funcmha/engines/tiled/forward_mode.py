@@ -28,21 +28,13 @@ from .tiles import Head, Tile, blocks, of_sink
 
 
 @np.errstate(under="ignore")
-def attention_jvp(
-    cache: AttentionCache,
-    q_dot: Array = None,
-    k_dot: Array = None,
-    v_dot: Array = None,
-    bias_dot: Any = None,
-    sink_dot: Array = None,
-    /,
-) -> tuple[Array, Array]:
+def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
     """ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o     l̇se = Σ p ż + p_sink ṡink
 
     As `funcmha.derivatives.attention_jvp`. Memory O(H (T + S)) beside the inputs.
     """
     q, k, v, rest = cache
-    dot, dtype = check_tangents(q, k, v, rest.bias, rest.sink, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
+    dot, dtype = check_tangents(q, k, v, rest.bias, rest.sink, dots)
     o_dot, lse_dot = np.empty_like(rest.o), np.empty_like(rest.row_sum)
     x, x_dot = recomputed(Views.of(cache)), tangent_views(cache, dot)
     work = _Forward(x, x_dot, dot, with_head_axis(o_dot), with_head_axis(lse_dot, 1))

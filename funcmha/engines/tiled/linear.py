@@ -36,13 +36,7 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
 
 def linear_vjp(
-    cache: LinearCache,
-    dy: Array | tuple[Array, ...],
-    /,
-    *,
-    add_to: Array = None,
-    batch_axes: int = 0,
-    plan: Plan,
+    cache: LinearCache, dy: Array | tuple[Array, ...], /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Array, Array, Array]:
     """dx = add_to + dy w     dw = Σ dy xᵀ     db = Σ dy        sums over all axes but the first `batch_axes`
 

@@ -19,7 +19,7 @@ from funcmha._arguments import Cotangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, downcast
 from funcmha.biases import RelativeBias
 from funcmha.masks.zero import zero_masked_queries
-from funcmha.ops import given
+from funcmha.ops import round_bias
 
 from . import threads
 from .attention import total_of_sink
@@ -31,23 +31,10 @@ from .tiles import Head, Tile, of_sink
 
 
 @np.errstate(under="ignore")
-def attention_vjp_jvp(
-    cache: AttentionCache,
-    do: Array,
-    do_dot: Array = None,
-    q_dot: Array = None,
-    k_dot: Array = None,
-    v_dot: Array = None,
-    bias_dot: Any = None,
-    sink_dot: Array = None,
-    /,
-    *,
-    dlse: Array = None,
-    dlse_dot: Array = None,
-) -> tuple[Any, ...]:
+def attention_vjp_jvp(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.derivatives.attention_vjp_jvp`"""
-    (q, k, v, rest), dots = cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot)
-    y = check_cotangents(q, v, do, do_dot, dlse, dlse_dot, dots)
+    (q, k, v, rest), dtype = cache, cotangents.do.dtype
+    y = check_cotangents(q, v, cotangents, dots)
     if rest.mask is not None:
         attending = rest.mask.attending_queries(q.shape[-2], k.shape[-2])
         y = y._replace(do=zero_masked_queries(y.do, attending), do_dot=zero_masked_queries(y.do_dot, attending))
@@ -57,14 +44,14 @@ def attention_vjp_jvp(
     dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in (q, k, v))
     of_bias = RelativeBiasGradient if isinstance(bias, RelativeBias) else BiasGradient
     dbias = None if bias is None else of_bias(bias.values, (*q.shape[:-1], k.shape[-2]))
-    rows = _Rows.of(cache, y, *attention_jvp(cache, *dot))
+    rows = _Rows.of(cache, y, *attention_jvp(cache, tuple(dot)))
     views = tangent_views(cache, dot)
     work = _Second(x, views, rows, with_head_axis(dq_dot), with_head_axis(dk_dot), with_head_axis(dv_dot), dbias)
     with threads.single_threaded_blas():
         _run(work)
-    dsink = None if rest.sink is None else downcast(total_of_sink(_of_sink(work), rest.sink, 0), do.dtype)
-    dbias_dot = None if dbias is None else given(bias._replace(values=dbias.total()), do.dtype)
-    dq_dot, dk_dot, dv_dot = (downcast(g, do.dtype) for g in (dq_dot, dk_dot, dv_dot))
+    dsink = None if rest.sink is None else downcast(total_of_sink(_of_sink(work), rest.sink, 0), dtype)
+    dbias_dot = None if dbias is None else round_bias(bias._replace(values=dbias.total()), dtype)
+    dq_dot, dk_dot, dv_dot = (downcast(g, dtype) for g in (dq_dot, dk_dot, dv_dot))
     return dq_dot, dk_dot, dv_dot, dbias_dot, dsink
 
 

@@ -1,34 +1,71 @@
-"""Many tasks on a few threads: one pool for all the work, and BLAS held at one thread meanwhile.
+"""Many tasks on a few threads: one pool for all the work, and how many threads a call may have.
 
-OpenBLAS's own threads spin for a while after each product, and so take the cores from a pool beside them. A pool that
-does every product itself, each on one BLAS thread, has no such neighbour. (docs/decisions/0016-tiled.md)
+The pool works as long as the process does. Its threads are daemons that wait for work: a thread that outlives main has
+them, and so has a function of `atexit`; a forked child makes its own; and where no thread can be started, or runs any
+more, the caller does everything itself.
 """
 
+import math
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any, TypeVar
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
 
-F = TypeVar("F", bound=Callable[..., Any])
+from . import blas
+from .blas import single_threaded_blas as single_threaded_blas
+from .blas import with_single_threaded_blas as with_single_threaded_blas
+from .quota import cpu_quota
+
+VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+UNASKED = ("VECLIB_MAXIMUM_THREADS",)  # of Accelerate, which does not tell how many it has
+SECONDS = 1.0  # for which a quota is believed: reading it takes about as long as a small call
 
 
 def num_threads() -> int:
-    """FUNCMHA_NUM_THREADS, or the cores that this process may use."""
+    """How many threads a call may have now: FUNCMHA_NUM_THREADS, or else the least of
+
+    the cores that this thread may use;
+    the container's quota of them, rounded up;
+    the threads that the user has left to NumPy's BLAS, by threadpoolctl or before it was loaded;
+    OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS, whichever BLAS it is.
+    """
     given = os.environ.get("FUNCMHA_NUM_THREADS")
     if given is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        limit = blas.limit()
+        heard = _least(VARIABLES + UNASKED) if limit is None else min(limit, _least(VARIABLES))
+        return max(min(_cores(), heard), 1)
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"FUNCMHA_NUM_THREADS must be an integer of at least 1, got {given!r}")
     return int(given)
+
+
+def _least(variables: tuple[str, ...]) -> int:
+    """The least that the user has set; of numbers for levels of nesting, the first."""
+    given = [n.partition(",")[0].strip() for name in variables if (n := os.environ.get(name)) is not None]
+    return min((int(n) for n in given if n.isdecimal() and int(n) > 0), default=sys.maxsize)
+
+
+_quota: tuple[float, float] = -math.inf, math.inf  # until when it is believed, and what it is
+
+
+def _cores() -> int:
+    """As many as this thread may run on, within the quota."""
+    global _quota
+    until, quota = _quota
+    if time.monotonic() > until:
+        quota = cpu_quota()
+        _quota = time.monotonic() + SECONDS, quota
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if quota >= cores else math.ceil(quota)
 
 
 def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Plan) -> None:
@@ -42,7 +79,9 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
     stopped = threading.Event()
 
     def worker() -> None:
+        depth = _local.depth
         try:
+            _local.depth = depth + 1
             for task in queue:
                 if stopped.is_set():
                     return
@@ -50,106 +89,142 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
         except BaseException:
             stopped.set()
             raise
+        finally:
+            _local.depth = depth
 
-    helpers: list[Future[None]] = []
+    helpers: list[_Helper] = []
     try:
-        for _ in range(threads - 1):
-            helpers.append(_pool().submit(worker))
+        _start(helpers, worker, threads - 1)
         worker()
+        for helper in helpers:
+            helper.join()
     except BaseException:  # only then: a helper may just have taken the last task, and must not drop it
         stopped.set()
+        for helper in helpers:
+            helper.join()
         raise
-    finally:
-        wait(helpers)
     for helper in helpers:
-        helper.result()
+        if helper.error is not None:
+            raise helper.error
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_lock = threading.Lock()
+# ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pool() -> ThreadPoolExecutor:
-    n = max(num_threads() - 1, 1)
-    with _lock:
-        if n not in _pools:
-            _pools[n] = ThreadPoolExecutor(n, thread_name_prefix="funcmha")
-        return _pools[n]
+class _Helper:
+    """The same work on one more thread: begun by a thread of the pool, or dropped by the caller if it comes first."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work: Callable[[], None] | None = work
+        self.error: BaseException | None = None
+        self.owner: dict[str, str] = {}  # whose setdefault() is one step of the interpreter
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def begin(self) -> None:
+        """On a thread of the pool."""
+        _running.add(self)
+        if self.owner.setdefault("is", "pool") == "pool":
+            try:
+                self.work()  # type: ignore[misc]  # which only the caller drops, as the owner
+            except BaseException as error:
+                self.error = error
+            finally:
+                self.end()
+        _running.discard(self)
+
+    def end(self) -> None:
+        self.work = None
+        with suppress(RuntimeError):  # if a fork has ended it before
+            self.done.release()
+
+    def join(self) -> None:
+        """On the caller's thread: wait for what has begun, which can be done again after an interruption."""
+        if self.owner.setdefault("is", "caller") == "caller":
+            self.work = None  # what is in the queue still keeps no arrays alive
+        else:
+            with self.done:
+                pass
 
 
-_libraries: list[Any] | None = None
-_users = 0
-_before: list[int] = []
+_lock = threading.RLock()
+_jobs: SimpleQueue[_Helper] = SimpleQueue()
+_workers = 0
+_running: set[_Helper] = set()
 
 
-@contextmanager
-def single_threaded_blas() -> Iterator[None]:
-    """Hold every BLAS library at one thread; the last to leave puts back what the first one found.
-
-    Those that the process had loaded at the first call, NumPy's among them: one that comes later is nothing to NumPy.
-    """
-    global _libraries, _users, _before
-    with _lock:
-        if _libraries is None:
-            _libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-        if _users == 0:
-            _before = [library.get_num_threads() for library in _libraries]
-            _set(_libraries, [1] * len(_libraries))
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _set(_libraries, _before)
+def _start(helpers: list[_Helper], work: Callable[[], None], n: int) -> None:
+    """Hand `work` to n threads of the pool, or to as many as there can be."""
+    if n < 1:
+        return
+    _grow(n)
+    for _ in range(min(n, _workers)):
+        helpers.append(_Helper(work))
+        _jobs.put(helpers[-1])
 
 
-def with_single_threaded_blas(f: F) -> F:
-    """f, with BLAS held at one thread once for all that it calls, if it is given NumPy arrays."""
-
-    @wraps(f)
-    def held(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(x, np.ndarray) for x in args):
-            return f(*args, **kwargs)
-        with single_threaded_blas():
-            return f(*args, **kwargs)
-
-    return held  # type: ignore[return-value]
+def _grow(n: int) -> None:
+    """Threads for n helpers, unless the interpreter is ending or the system has no more."""
+    global _workers
+    with _lock, suppress(RuntimeError):
+        while _workers < n and not sys.is_finalizing():
+            threading.Thread(target=_serve, args=(_jobs,), name=f"funcmha_{_workers}", daemon=True).start()
+            _workers += 1
 
 
-def _set(libraries: list[Any], numbers: list[int]) -> None:
-    """The threads of each. From 3.8 on threadpoolctl lets one thread set them, and does nothing for all others."""
-    for library, n in zip(libraries, numbers, strict=True):
-        release = getattr(library, "clear_controlling_thread", lambda force: None)
-        release(force=True)
-        library.set_num_threads(n)
-        release(force=True)
+def _serve(jobs: "SimpleQueue[_Helper]") -> None:
+    blas.alone()
+    while True:
+        job = jobs.get()
+        job.begin()
+        del job  # and what it holds, while waiting for the next
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads, and a lock that one of them may have held."""
-    global _lock, _users
-    _lock, _users = threading.Lock(), 0
-    _pools.clear()
+    """A forked child has none of its parent's threads. A call that was forked in its middle, by a signal handler, has
+    lost the tasks that they had begun.
+    """
+    global _lock, _jobs, _workers
+    _lock, _jobs, _workers = threading.RLock(), SimpleQueue(), 0
+    for helper in list(_running):
+        if helper.owner.get("is") == "pool":
+            helper.error = RuntimeError("forked in the middle of this call, whose other threads are the parent's")
+            helper.end()
+    _running.clear()
+
+
+def _lock_up() -> None:
+    """Before a fork: no other thread is half-way through making one then."""
+    _lock.acquire()
+
+
+def _unlock() -> None:
+    _lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_lock_up, after_in_parent=_unlock, after_in_child=_after_fork)
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Scratch(threading.local):
+    depth = 0  # calls whose tasks this thread is in: one may begin in the middle of another, in a signal handler
+
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, Any], Array] = {}
+        self.buffers: dict[tuple[int, str, Any], Array] = {}
 
 
 _local = _Scratch()
 
 
 def scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
-    """An uninitialised array that belongs to this thread until it asks for the same name again."""
-    size = shape[0] * shape[1]
-    buffer = _local.buffers.get((name, dtype))
+    """An uninitialised array that belongs to this thread and the call whose task it is in, until that asks for the same
+    name again.
+    """
+    size, key = shape[0] * shape[1], (_local.depth, name, dtype)
+    buffer = _local.buffers.get(key)
     if buffer is None or buffer.size < size:
-        buffer = _local.buffers[name, dtype] = np.empty(size, dtype)
+        buffer = _local.buffers[key] = np.empty(size, dtype)
     return buffer[:size].reshape(shape)

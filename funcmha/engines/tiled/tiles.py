@@ -279,14 +279,7 @@ class Rows(NamedTuple):
 
 
 def tile_backward(
-    head: Head,
-    tile: Tile,
-    x: Rows,
-    v1: Array,
-    dweights: Array,
-    dq: Array,
-    dk: Array,
-    dv: Array,
+    head: Head, tile: Tile, x: Rows, v1: Array, dweights: Array, dq: Array, dk: Array, dv: Array
 ) -> Array:
     """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
 

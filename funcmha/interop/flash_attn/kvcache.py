@@ -58,7 +58,7 @@ def flash_attn_with_kvcache(
       →   out (B, T, H, E)
 
     The original writes k and v into the caches, and returns `out`. Here the inputs stay as they were: new caches are
-    returned beside `out`, or without k the given ones. That copies them; `funcmha.decode` does not. The gradient is
+    returned beside `out`, or without k the given ones. That copies them; `funcmha.kv_cache` does not. The gradient is
     that of all three outputs and reaches earlier tokens; the original has none.
 
     cache_seqlens       an int or (B,): the number of slots in use, behind which k is written. All slots unless given,
@@ -185,7 +185,7 @@ def _lengths(
     if (k is None) != (v is None):
         raise ValueError(f"k and v must both be given or neither, got no {'k' if k is None else 'v'}")
     if k is None and cu_seqlens_k_new is not None:
-        raise ValueError("cu_seqlens_k_new must be left out without k, whose sequences it is of")
+        raise ValueError("cu_seqlens_k_new must be left out without k, whose sequences it is of, got it alone")
     tokens, new = "B T" if cu_seqlens_q is None else "N", "B U" if cu_seqlens_k_new is None else "M"
     symbols = f"{tokens} H D", "P L K D", "P L K E", f"{new} K D", f"{new} K E", f"{tokens} H E"
     pairs = zip(arrays.values(), symbols, strict=True)
@@ -234,9 +234,11 @@ def _is_rotated(k: Array, cos: Any, sin: Any, first: Any) -> bool:
             f"rotary_cos and rotary_sin must both be given or neither, got no {'cos' if cos is None else 'sin'}"
         )
     if cos is None and first is not None:
-        raise ValueError("rotary_seqlens must be left out without rotary_cos, whose rows they are")
+        raise ValueError("rotary_seqlens must be left out without rotary_cos, whose rows they are, got them alone")
     if cos is not None and k is None:
-        raise ValueError("rotary_cos must be left out without k, as in the original")
+        raise ValueError(
+            "rotary_cos must be left out without k, as in the original, got it: rotate q by funcmha.rotary"
+        )
     return cos is not None
 
 

@@ -32,7 +32,12 @@ BIASES: dict[str, tuple[str | None, tuple[str, ...]]] = {  # the switch, None fo
     "glm4": ("attention_bias", INPUTS),
     "stablelm": ("use_qkv_bias", INPUTS),
 }
-KINDS_OF_PHI3 = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # of old, of today
+KINDS_OF_PHI3 = {
+    "default": "default",
+    "longrope": "longrope",
+    "su": "longrope",
+    "yarn": "longrope",
+}  # old name: current name
 
 
 class Sizes(NamedTuple):
@@ -158,7 +163,7 @@ def pairs(c: dict[str, Any]) -> Literal["half", "interleaved"]:
 
 
 def rope(c: dict[str, Any], n: int) -> dict[str, Any] | None:
-    """The parameters of rotary positions in layer n, in the form of today; None where it has none."""
+    """The parameters of rotary positions in layer n, in the current form; None where it has none."""
     kind = c["model_type"]
     if not _has_rope(c, n):
         return None
@@ -205,7 +210,7 @@ def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None
     own = (nested or {}).get(kind) or {}
     own = own if local else own | (c["rope_scaling"] or {})
     if not own.get("truncate", True):
-        raise ValueError("truncate must be left out for gemma3_text, which ignores it")
+        raise ValueError(f"truncate must be left out for gemma3_text, which ignores it, got {own['truncate']!r}")
     return own, theta
 
 
@@ -232,7 +237,7 @@ def _check_flags(c: dict[str, Any]) -> None:
     """Options that transformers reads and ignores, and those that funcmha does not support."""
     kind = c["model_type"]
     if c["use_bidirectional_attention"] and kind != "gemma3_text":
-        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are always causal")
+        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are always causal, got on")
     if c["attn_logit_softcapping"] is not None and kind != "gemma2":
         got = c["attn_logit_softcapping"]
         raise ValueError(f"attn_logit_softcapping must be None for {kind}, which does not apply it, got {got}")
@@ -240,4 +245,4 @@ def _check_flags(c: dict[str, Any]) -> None:
         raise ValueError(f"clip_qkv must be None, as funcmha does not clip projections, got {c['clip_qkv']}")
     for name, only in (("use_qk_norm", "cohere"), ("qk_layernorm", "stablelm")):
         if c[name] and kind == only:
-            raise ValueError(f"{name} must be off, as funcmha does not support a norm for each head")
+            raise ValueError(f"{name} must be off, as funcmha does not support a norm for each head, got {c[name]!r}")

@@ -4,9 +4,9 @@
     loss = jax.jit(jax.grad(lambda q: attend(q, k, v).sum()))
     layer = as_jax_function(mha, mha_vjp, mask=masks.causal())                     # layer(params, query, key, value)
 
-The *reference* engine needs no bridge: it is written in the array-API subset, so that
-`jax.custom_vjp(f).defvjp(f, f_vjp)` traces it, compiles it and runs it on JAX's own device, but holds the scores. The
-bridge calls back to the host instead, where the tiled engine works in linear memory, on all cores.
+The sequential and the batched engine need no bridge: they are written in the array-API subset, so that
+`jax.custom_vjp(f).defvjp(f, f_vjp)` traces them, compiles them and runs them on JAX's own device, but they hold the
+scores. The bridge calls back to the host instead, where the tiled engine works in linear memory, on all cores.
 
 JAX copies the arguments and the results of the callback, once each way, also on a CPU (measured with jax 0.10.2);
 funcmha makes no other copy. JAX refuses forward mode through the bridge, and so second derivatives. The backward pass
@@ -57,7 +57,7 @@ def as_jax_function(
         return f_vjp(cache, _numpy(dy))
 
     def call(*inputs: Any) -> Any:
-        # The shapes of y are those of f on tracers, which the reference engine supports for every f.
+        # The shapes of y are those of f on tracers, which the tiled engine refuses and the default takes.
         traced = static | {"engine": None} if "engine" in static else static
         like = jax.eval_shape(lambda *xs: f(*xs, **traced)[0], *inputs)
         return jax.pure_callback(host, like, *inputs, vmap_method=vmap_method)

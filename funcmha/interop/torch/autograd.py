@@ -257,7 +257,7 @@ def _no_second_order(ctx: Any, *_: Any) -> Any:
     """The gradient of the gradient."""
     raise NotImplementedError(
         "the gradient of a funcmha pair has no gradient: as_torch_function is for first order; for "
-        "second order see attention_vjp_jvp and mha_vjp_jvp of funcmha"
+        "second order see attention_vjp_jvp and mha_vjp_jvp of funcmha.derivatives"
     )
 
 

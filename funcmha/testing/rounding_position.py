@@ -1,13 +1,13 @@
-"""What norms and rotary positions of queries and keys cost, in the arithmetic of `funcmha.testing.rounding`.
+"""Errors of norms and rotary positions of queries and keys, in the arithmetic of `funcmha.testing.rounding`.
 
-  * The root of a row is off by one amount for all its features, which moves n = x / root along itself. So are means.
-  * Rows are divided by a power of two first, so nothing under- or overflows on the way.
-  * A table is rounded once. Turning is two sums of two products, and turns what is one error in a row as it turns x.
+  * The root of a row has one error for all its features, which moves n = x / root along itself; so has the mean.
+  * Rows are first divided by a power of two, so nothing under- or overflows on the way.
+  * A table is rounded once. A rotation is two sums of two products, and rotates a shared error of a row as it does x.
 
-Not covered: rows that an eps of 0 leaves nothing to divide by, and rows as long as the eps of `L2Norm`, to rounding,
-whose gradient jumps there.
+Not covered: rows of zeros with an eps of 0, and rows whose norm is the eps of `L2Norm`, to rounding, where its gradient
+jumps.
 
-Axes: T positions, H heads, D width, N pairs of features that turn; `...` is batch.
+Axes: H heads, T positions, D width, N rotated pairs of features; `...` is batch.
 """
 
 from typing import NamedTuple
@@ -19,44 +19,44 @@ from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
 
-from .rounding import Arithmetic, Rounded, each, host, tie, transpose
+from .rounding import Arithmetic, Rounded, each, host, transpose
 
 
 class Normed(NamedTuple):
-    """What the gradient of a norm needs."""
+    """The cache of a norm."""
 
-    n: Rounded  # (..., T, H, D)
-    root: Array  # (..., T, H, 1)
-    off: Array  # (..., T, H, 1), the relative error of 1 / root
-    short: Array  # (..., T, H, 1), whether the root is the eps of `L2Norm`
+    n: Rounded  # (..., H, T, D)
+    root: Array  # (..., H, T, 1)
+    off: Array  # (..., H, T, 1), the relative error of 1 / root
+    short: Array  # (..., H, T, 1), whether the root is the eps of `L2Norm`
 
 
-def ready(
+def position(
     fl: Arithmetic, x: Rounded, p: Params, norm: Norm | None, rotary: Rotary | None
 ) -> tuple[Rounded, Normed | None]:
-    """`_qk.ready`"""
+    """`mha.position`"""
     cache = None
     if norm is not None:
         cache = normalise(fl, x, norm)
         x = cache.n if "w" not in p else fl.multiply(cache.n, weight(fl, p["w"], norm))
         x = x if "b" not in p else fl.add(x, p["b"])
-    return (x if rotary is None else turn(fl, x, rotary, 1)), cache
+    return (x if rotary is None else rotate(fl, x, rotary, 1)), cache
 
 
-def ready_vjp(
+def position_vjp(
     fl: Arithmetic, cache: Normed | None, p: Params, norm: Norm | None, rotary: Rotary | None, dy: Rounded
 ) -> tuple[Rounded, Params]:
-    """`_qk.ready_vjp`"""
-    dy = dy if rotary is None else turn(fl, dy, rotary, -1)
+    """`mha.position_vjp`"""
+    dy = dy if rotary is None else rotate(fl, dy, rotary, -1)
     if norm is None or cache is None:
         return dy, {}
     terms = {"w": fl.multiply(cache.n, dy), "b": dy}
-    dparams = {leaf: over_rows(fl, terms[leaf]) for leaf in p}
+    dparams = {leaf: fl.sum_rows(each(lambda a: a.reshape(-1, a.shape[-1]), terms[leaf])) for leaf in p}
     return normalise_vjp(fl, cache, norm, dy if "w" not in p else fl.multiply(dy, weight(fl, p["w"], norm))), dparams
 
 
 def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
-    """w, with the offset of `rms_norm` if there is one"""
+    """w, plus the offset of `rms_norm`"""
     offset = norm.offset if isinstance(norm, RMSNorm) else 0.0
     return fl.add(w, Rounded(np.full(w.value.shape, offset), np.zeros(w.value.shape))) if offset else w
 
@@ -64,15 +64,27 @@ def weight(fl: Arithmetic, w: Rounded, norm: Norm) -> Rounded:
 # ── norms ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def less_its_mean(fl: Arithmetic, x: Rounded, first_subtracted: bool) -> Rounded:
+    """x − mean x: in `layer_norm` the row's first number is subtracted before, in its gradient it is not"""
+    D = max(x.value.shape[-1], 1)
+    terms = np.abs(x.value - x.value[..., :1]) if first_subtracted else np.abs(x.value)
+    own = x.error + fl.u * terms * first_subtracted
+    mean = np.sqrt(_sum(own**2)) / D + (2 + D**0.5) * fl.u * _sum(terms) / D
+    value = x.value - _sum(x.value) / D
+    rows = (*(row - _sum(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
+    of_rows = sum((np.abs(_sum(row)) / D for row in x.rows), mean)
+    return Rounded(value, own + of_rows + fl.u * np.abs(value), rows)
+
+
 def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     """n = x / root, and its root: of `norms.rms_norm`, `l2_norm` or `layer_norm`"""
     x = less_its_mean(fl, x, True) if isinstance(norm, LayerNorm) else x
-    D, unit = max(x.value.shape[-1], 1), isinstance(norm, L2Norm)
+    D, is_l2 = max(x.value.shape[-1], 1), isinstance(norm, L2Norm)
     square, own = _sum(x.value**2), x.error - sum(map(np.abs, x.rows), np.zeros(()))
     error = 2 * np.sqrt(_sum((x.value * own) ** 2)) + _sum(x.error**2) + (1 + D**0.5) * fl.u * square
     error += sum((2 * np.abs(_sum(x.value * row)) for row in x.rows), np.zeros(()))
-    short = np.sqrt(square) < norm.eps if unit else np.zeros(square.shape, bool)
-    if not unit:  # + eps, the square of a rounded root
+    short = np.sqrt(square) < norm.eps if is_l2 else np.zeros(square.shape, bool)
+    if not is_l2:  # + eps, the square of a rounded root
         square, error = square / D + norm.eps, error / D + fl.u * (square / D + 3 * norm.eps)
         error = error + fl.u * square
     relative = np.divide(error, square, out=np.zeros(square.shape), where=square > 0)
@@ -81,25 +93,13 @@ def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     root = np.where(short, norm.eps, np.sqrt(square))
     root = np.where(root == 0, np.inf, root)
     n = x.value / root
-    most = np.abs(n) + (1 if unit else D**0.5)  # as long as a row may be
+    most = np.abs(n) + (1 if is_l2 else D**0.5)  # the largest norm of a row
     error = np.minimum(x.error / root * (1 + off) + np.abs(n) * off + fl.rounding(np.abs(n)), most)
     return Normed(Rounded(n, error, (n * np.minimum(off, 1.0), *(row / root for row in x.rows))), root, off, short)
 
 
-def less_its_mean(fl: Arithmetic, x: Rounded, shift: bool) -> Rounded:
-    """x − mean x, of `norms.layer_norm` by way of the row's first number, and of its gradient as it is"""
-    D = max(x.value.shape[-1], 1)
-    terms = np.abs(x.value - x.value[..., :1]) if shift else np.abs(x.value)
-    own = x.error + fl.u * terms * shift
-    mean = np.sqrt(_sum(own**2)) / D + (2 + D**0.5) * fl.u * _sum(terms) / D
-    value = x.value - _sum(x.value) / D
-    rows = (*(row - _sum(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
-    of_rows = sum((np.abs(_sum(row)) / D for row in x.rows), mean)
-    return Rounded(value, own + of_rows + fl.u * np.abs(value), rows)
-
-
 def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Rounded:
-    """dx = (g − n mean(n g)) / root, with the sum for the mean in `l2_norm`, and g less its mean in `layer_norm`"""
+    """dx = (g − n mean(n g)) / root; in `l2_norm` the sum instead of the mean, in `layer_norm` g less its mean"""
     n, root, off, short = cache
     g = less_its_mean(fl, g, False) if isinstance(norm, LayerNorm) else g
     share = np.where(short, 0.0, 1.0 if isinstance(norm, L2Norm) else 1 / max(n.value.shape[-1], 1))
@@ -115,13 +115,6 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
     return Rounded(t / root, error, tuple(row / root for row in rows))
 
 
-def over_rows(fl: Arithmetic, g: Rounded) -> Rounded:
-    """`norms._row_sum`: Σ over all but the last axis"""
-    D = g.value.shape[-1]
-    rows = tie(Rounded(g.value.reshape(-1, D), g.error.reshape(-1, D)))
-    return each(lambda a: a[0], fl.unbroadcast(rows, (1, D)))  # type: ignore[no-any-return]
-
-
 def _sum(a: Array) -> Array:
     return np.sum(a, axis=-1, keepdims=True)
 
@@ -129,22 +122,21 @@ def _sum(a: Array) -> Array:
 # ── rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def turn(fl: Arithmetic, x: Rounded, rotary: Rotary, sign: int) -> Rounded:
-    """`rotary.rotate` of x (..., T, H, D), and for sign = −1 its gradient"""
+def rotate(fl: Arithmetic, x: Rounded, rotary: Rotary, sign: int) -> Rounded:
+    """`rotary.rotate` of x (..., H, T, D), and for sign = −1 its gradient"""
     cos, sin = host(rotary.cos), sign * host(rotary.sin)  # (..., T, N)
     n = cos.shape[-1]
     interleaved = isinstance(rotary, InterleavedPairs)
     first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
 
     def pairs(a: Array, cos: Array, sin: Array, minus: int) -> Array:
-        a = np.swapaxes(a, -2, -3)
         y = np.array(a)
         y[..., first] = a[..., first] * cos + minus * a[..., second] * sin
         y[..., second] = a[..., second] * cos + a[..., first] * sin
-        return np.swapaxes(y, -2, -3)
+        return y
 
     size = pairs(np.abs(x.value), np.abs(cos), np.abs(sin), 1)
     error = np.sqrt(pairs(x.error**2, cos**2, sin**2, 1))
-    turned = np.arange(x.value.shape[-1]) < 2 * n  # those that are no sum are as they were
-    error = error + np.where(turned, fl.rounding(size, 2) + fl.rounding(size), 0.0)
+    rotated = np.arange(x.value.shape[-1]) < 2 * n  # the others pass through
+    error = error + np.where(rotated, fl.rounding(size, 2) + fl.rounding(size), 0.0)
     return Rounded(pairs(x.value, cos, sin, -1), error, tuple(pairs(row, cos, sin, -1) for row in x.rows))
