@@ -25,12 +25,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-<<<<<<< HEAD
-from funcmha._arrays import Array, dtype_name, namespace
-from funcmha.interop._leaves import check_mapping
-=======
 from funcmha._arrays import Array, downcast, dtype_name, namespace, unbroadcast, upcast
->>>>>>> main
+from funcmha.interop._leaves import check_mapping
 from funcmha.interop._tensors import to_array
 from funcmha.params import PROJECTIONS, SPEC, Params, check
 
