@@ -128,6 +128,12 @@ def cotangent(
         raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
 
 
+def batch_axes(n: Any, most: int) -> None:
+    """Raise unless n is a number of leading axes, of which there are so many, whose sums are left out."""
+    if not 0 <= integer("batch_axes", n) <= most:
+        raise ValueError(f"batch_axes must be within 0 … {most}, the axes of the batch, got {n}")
+
+
 def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
     """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that upcasts to it.
 
