@@ -254,8 +254,7 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
     value below −65504 is −∞. Where the mask is causal, adding slope · j instead, as the reference implementation does,
     gives the same weights, and another lse. Press et al. 2022, section 3.
     """
-    _check.one_dtype([("slopes", slopes)])
-    _check.Axes()("slopes", slopes, "... H")
+    _check.arrays(("slopes", slopes, "... H"))
     far = np.abs(distances(T, S, offset)).astype(np.float64)
 
     dtype, slopes = slopes.dtype, upcast(slopes)
@@ -391,11 +390,9 @@ def _check_dbias(dbias: Any, shape: tuple[int, ...], computed: Array) -> None:
 
 
 def _check_lookup(table: Array, index: Any) -> None:
-    _check.one_dtype([("table", table)])
-    axes = _check.Axes()
-    axes("table", table, "B H")
+    B = _check.arrays(("table", table, "B H"))["B"]
     _check.integers("index", index)
     if index.ndim != 1:
         raise ValueError(f"index must be (T + S − 1,), got {index.shape}")
-    if index.size and not 0 <= index.min() <= index.max() < axes["B"]:
-        raise ValueError(f"index must be within the B={axes['B']} rows of table, got {index.min()} … {index.max()}")
+    if index.size and not 0 <= index.min() <= index.max() < B:
+        raise ValueError(f"index must be within the B={B} rows of table, got {index.min()} … {index.max()}")

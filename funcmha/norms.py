@@ -331,12 +331,7 @@ def _row_sum(g: Array, like: Array, batch_axes: int = 0) -> Array:
 
 def _check_norm(x: Array, w: Array, b: Array, eps: float) -> float:
     """eps as a float, of a norm with these parameters."""
-    _check.one_dtype([("x", x)], optional=[("w", w), ("b", b)])
-    axes = _check.Axes()
-    axes("x", x, "... D")
-    for name, p in (("w", w), ("b", b)):
-        if p is not None:
-            axes(name, p, "D")
+    _check.arrays(("x", x, "... D"), optional=[("w", w, "D"), ("b", b, "D")])
     return _check.number("eps", eps, 0.0)
 
 
