@@ -127,8 +127,6 @@ def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[st
         elif unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         headers = [_header(source, member) for member in members]
-        for member in members:
-            archive.unpack(source, member)
         return ordered(dict(zip(names, map(_Leaf, members, headers), strict=True)))
 
 
