@@ -1,4 +1,4 @@
-r"""Zip archives, read strictly: every byte belongs to one record, and all records agree.
+r"""Zip archives, read strictly, as every byte belongs to one record and all records agree, and written forwards.
 
     local header, data │ local header, data │ … │ central directory │ end record
 
@@ -7,13 +7,17 @@ r"""Zip archives, read strictly: every byte belongs to one record, and all recor
 deflated, back to back in the order of the directory; no comment, no encryption, no sizes that follow the data. `zip` of
 Info-ZIP makes such archives too, and notes times and owners in extra fields: these mean nothing here, and zip64's is
 the only other one. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
+
+What is written is byte for byte what `zipfile` makes of the same stored members in a file with `seek`. But every length
+and checksum is known before the bytes that it is of: nothing is gone back to, so a pipe or a socket takes it as well.
 """
 
 import struct
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipInfo
 
 LOCAL = struct.Struct("<4s5H3L2H")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -230,3 +234,58 @@ def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
 def _name(raw: bytes) -> str:
     """Printable ASCII as it is, the rest as escapes: they may be shown, and no rule for names lets a backslash pass."""
     return repr(raw)[2:-1]
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write(file: BinaryIO, members: Iterable[tuple[str, tuple[bytes | memoryview, ...]]]) -> None:
+    """Names, each with its bytes in parts  →  an archive, as on Unix, of 1980"""
+    at = 0
+    infos: list[ZipInfo] = []
+    for name, parts in members:
+        info = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+        info.create_system, info.external_attr = 3, 0o644 << 16
+        info.header_offset, info.CRC = at, 0
+        info.file_size = info.compress_size = sum(map(len, parts))
+        for part in parts:
+            info.CRC = zlib.crc32(part, info.CRC)
+        at += _put(file, info.FileHeader(zip64=info.file_size * 1.05 > zipfile.ZIP64_LIMIT), *parts)
+        infos.append(info)
+    directory = b"".join(map(_record, infos))
+    _put(file, directory, *_ends(len(infos), len(directory), at))
+
+
+def _put(file: BinaryIO, *parts: bytes | memoryview) -> int:
+    """Write all of the parts; how many bytes they are."""
+    for part in parts:
+        rest = memoryview(part)
+        while len(rest):
+            n = file.write(rest)
+            if n == 0:
+                raise OSError(f"{type(file).__name__} takes no more, with {len(rest)} bytes left")
+            rest = rest[len(rest) if n is None else n :]  # a raw file may take less than it is given
+    return sum(map(len, parts))
+
+
+def _record(info: ZipInfo) -> bytes:
+    """What the directory says of a member, large numbers in the zip64 field."""
+    n, offset = info.file_size, info.header_offset
+    large = ([n, n] if n > zipfile.ZIP64_LIMIT else []) + ([offset] if offset > zipfile.ZIP64_LIMIT else [])
+    extra = struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large) if large else b""
+    version = 45 if large else info.create_version  # that of the local header, which has a field a little earlier
+    n, offset = (WIDE if x > zipfile.ZIP64_LIMIT else x for x in (n, offset))
+    name = info.filename.encode("ascii")
+    kind = version | info.create_system << 8, version, 0, ZIP_STORED, 0, 0x21
+    lengths = len(name), len(extra), 0, 0, 0
+    return CENTRAL.pack(b"PK\1\2", *kind, info.CRC, n, n, *lengths, info.external_attr, offset) + name + extra
+
+
+def _ends(count: int, size: int, start: int) -> Iterator[bytes]:
+    """The end records of an archive whose directory lists `count` members in `size` bytes at `start`."""
+    limits = zipfile.ZIP_FILECOUNT_LIMIT, zipfile.ZIP64_LIMIT, zipfile.ZIP64_LIMIT
+    if any(n > limit for n, limit in zip((count, size, start), limits, strict=True)):
+        yield END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, count, count, size, start)
+        yield LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
+    count, size, start = min(count, 0xFFFF), min(size, WIDE), min(start, WIDE)
+    yield END.pack(b"PK\5\6", 0, 0, count, count, size, start, 0)
