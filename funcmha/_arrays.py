@@ -62,6 +62,8 @@ def upcast(x: Array) -> Array:
 
 def downcast(x: Array, dtype: Any) -> Array:
     """`x` in `dtype`: the one rounding at the end of a computation that `upcast` began."""
+    if isinstance(x, np.generic):  # NumPy's arithmetic makes scalars of arrays without axes
+        x = np.asarray(x)
     return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 

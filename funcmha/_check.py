@@ -131,6 +131,12 @@ def cotangent(
     _alike(name, x, shape, computed, symbols, "the output")
 
 
+def batch_axes(n: Any, most: int) -> None:
+    """Raise unless n is a number of leading axes, of which there are so many, whose sums are left out."""
+    if not 0 <= integer("batch_axes", n) <= most:
+        raise ValueError(f"batch_axes must be within 0 … {most}, the axes of the batch, got {n}")
+
+
 def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
     """Raise unless `x` is None, or has this shape and the dtype of `computed`, or a half dtype that upcasts to it.
 

@@ -18,7 +18,7 @@ from .masks import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
 from .ops import AttentionCache, LinearCache, attend, attention_vjp, linear, linear_vjp, round_bias
-from .params import Params, drop_absent, join_heads, leaf, one_head
+from .params import Params, drop_absent, in_order_of, join_heads, leaf, one_head
 from .rotary import RotateCache, rotate, rotate_vjp
 
 # ── one head ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +71,9 @@ def head_vjp(
     dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
     dlse = None if dlse is None else upcast(dlse)[..., None, :]
     *grads, dbias = _head_vjp(cache, upcast(do), dweights, dlse, x.ndim - 2 if per_sample else 0)
-    return round_gradients((*grads, None if dbias is None else dbias.without_head_axis()), do.dtype)
+    dparams, *dxs = grads
+    dbias = None if dbias is None else dbias.without_head_axis()
+    return round_gradients((in_order_of(cache.params, dparams), *dxs, dbias), do.dtype)
 
 
 def _head(params: Params, query: Array, key: Array, value: Array, bias: Bias, x: Options) -> tuple[Array, HeadCache]:
@@ -197,7 +199,7 @@ def mha_vjp(
         dquery, dkey, dvalue = dquery + dq, dkey + dk, dvalue + dv
         dheads.append(drop_absent(dhead | {"out_proj": {"w": dw, "b": db}}))
         dbiases.append(dbias)
-    dparams = join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0])
+    dparams = in_order_of(cache.params, join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0]))
     dbias = cache.bias if cache.bias is None else cache.bias.join(dbiases[::-1])
     return round_gradients((dparams, dquery, dkey, dvalue, dbias), dy.dtype)
 

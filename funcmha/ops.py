@@ -10,6 +10,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 `...` is batch.
 """
 
+from functools import singledispatch
 from math import prod
 from typing import Any, NamedTuple, Unpack
 
@@ -56,6 +57,7 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     _check.cache(cache, LinearCache, "linear")
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
+    _check.batch_axes(batch_axes, x.ndim - 1)
     xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
@@ -256,6 +258,7 @@ def attention(
     return downcast(o, q.dtype), cache
 
 
+@singledispatch
 @underflow_is_zero
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
@@ -270,6 +273,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
+    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
     dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended_pairs(cache))
 
     # o = a v   with   a = dropout(p)
@@ -277,7 +281,7 @@ def attention_vjp(
     dp = drop(g @ xp.matrix_transpose(per_query_head(v, q)), keep, rate)
     dp = dp if dweights is None else dp + upcast(dweights)
     # p, lse = softmax(z, sink)
-    p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
+    p_sink = share_of_sink(cache)
     dz, drows = softmax_with_sink_vjp(p, dp, upcast(dlse), p_sink)
     dsink = None if sink is None else sum_over_batch(xp.sum(drows, axis=-1), sink.ndim, batch_axes)
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
@@ -296,6 +300,14 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
     o = drop(p, keep, rate) @ per_query_head(v, q)
     return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
+
+
+def share_of_sink(cache: AttentionCache) -> Array:
+    """exp(sink − lse) (..., H, T), 0 in an empty row; None without a sink"""
+    if cache.sink is None:
+        return None
+    xp, empty = namespace(cache.lse), cache.lse == -INF
+    return xp.where(empty, 0.0, xp.exp(cache.sink[..., None] - xp.where(empty, 0.0, cache.lse)))
 
 
 def attended_pairs(cache: AttentionCache) -> Array:

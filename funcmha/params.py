@@ -140,6 +140,11 @@ def leaf(params: Params, name: str) -> Array:
     return params.get(branch, {}).get(last)
 
 
+def in_order_of(params: Params, dparams: Params) -> Params:
+    """The gradient of the parameters, its leaves in their order."""
+    return {name: {last: dparams[name][last] for last in branch} for name, branch in params.items()}
+
+
 def drop_absent(params: Params) -> Params:
     """The tree without leaves that are None, and without the branches that this empties."""
     kept = {name: {last: a for last, a in branch.items() if a is not None} for name, branch in params.items()}

@@ -23,6 +23,7 @@ from funcmha.ops import (
     per_key_head,
     per_query_head,
     round_bias,
+    share_of_sink,
     softmax_with_sink_vjp,
     underflow_is_zero,
 )
@@ -147,7 +148,7 @@ def _softmax_jvp(cache: AttentionCache, z_dot: Array, sink_dot: Array) -> tuple[
     lse_dot = xp.sum(p * z_dot, axis=-1)
     if sink is None:
         return softmax_with_sink_vjp(p, z_dot)[0], lse_dot  # symmetric, and centred as the vjp is
-    p_sink = xp.exp(sink[..., None] - cache.lse)
+    p_sink = share_of_sink(cache)
     of_sink = xp.zeros_like(lse_dot) if sink_dot is None else p_sink * sink_dot[..., None]
     return softmax_with_sink_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
 
@@ -229,7 +230,7 @@ def _softmax_vjp_jvp(
     δ̇ = Σ p ḋp + Σ dz (ż − l̇se) + dsink (ṡink − l̇se): the covariance of two changes, so no digits cancel.
     """
     p, sink, xp = cache.p, cache.sink, namespace(cache.p)
-    p_sink = None if sink is None else xp.exp(sink[..., None] - cache.lse)
+    p_sink = share_of_sink(cache)
     dz, dsink = softmax_with_sink_vjp(p, dp, y.dlse, p_sink)
     moved = dz * change
     bent = xp.sum(moved, axis=-1)

@@ -31,7 +31,7 @@ from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
 from funcmha.ops import round_bias
-from funcmha.params import PROJECTIONS, SPEC, Params, check, leaf
+from funcmha.params import PROJECTIONS, SPEC, Params, check, in_order_of, leaf
 from funcmha.rotary import Rotary, check_table
 
 from .append import (
@@ -160,7 +160,12 @@ def step_vjp(
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
     dpast = None if dkv is None else KVCache(downcast(dkv.keys, dtype), downcast(dkv.values, dtype), dkv.position)
     dbias = _differences_vjp(cache.bias, cache.out.o.shape[-3], as_bias(dbias))
-    return tree.map(lambda g: downcast(g, dtype), dparams), downcast(dx, dtype), dpast, round_bias(dbias, dtype)
+    return (
+        tree.map(lambda g: downcast(g, dtype), in_order_of(cache.params, dparams)),
+        downcast(dx, dtype),
+        dpast,
+        round_bias(dbias, dtype),
+    )
 
 
 def _zeroed(cache: StepCache, *dys: Array) -> StepCache:

@@ -81,6 +81,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
+    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
     factor = _factor(do, dweights, dlse)
     cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
 
