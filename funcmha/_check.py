@@ -6,13 +6,16 @@ k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 from collections.abc import Collection, Iterable
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._arrays import HALF, Array, dtype_name, is_array
 
 # complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
+Cache = TypeVar("Cache")
+
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
@@ -75,7 +78,7 @@ def integer(name: str, x: Any, low: int | None = None, below: int | None = 2**63
     return n
 
 
-def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> np.ndarray:
+def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> NDArray[np.int64]:
     """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -98,10 +101,11 @@ def function(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a function, got {type(x).__name__}")
 
 
-def cache(x: Any, kind: type, op: str) -> None:
-    """Raise TypeError unless `x` is the cache of `op`: another may have as many arrays, and mean others by them."""
+def cache(x: Any, kind: type[Cache], op: str) -> Cache:
+    """`x`, the cache of `op`, else TypeError: another may have as many arrays, and mean others by them."""
     if not isinstance(x, kind):
         raise TypeError(f"cache must come from {op}, got {type(x).__name__}")
+    return x
 
 
 def multiple(query: str, heads: int, key: str, groups: int, letters: str = "H K") -> None:

@@ -27,11 +27,7 @@ ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of f
 # ── what a bias is ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Values(NamedTuple):
-    values: Array
-
-
-class Bias(_Values):
+class Bias(NamedTuple("_Values", [("values", Array)])):
     """What is added to the scores, in its own shape: an array of them, or a number for each difference of positions.
 
     Both kinds have the methods of `ArrayBias`. A gradient is of the same kind, with the shape of the values.
@@ -264,8 +260,7 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
 
 def alibi_vjp(cache: AlibiCache, dbias: RelativeBias, /) -> tuple[Array]:
     """dslope = −Σ dvalues |j − i − offset|        over the diagonals"""
-    _check.cache(cache, AlibiCache, "alibi")
-    slopes, distance = cache
+    slopes, distance = _check.cache(cache, AlibiCache, "alibi")
     _check_dbias(dbias, (*slopes.shape, distance.shape[0]), slopes)
     return (downcast(-(upcast(dbias.values) @ distance), dbias.values.dtype),)
 
@@ -299,18 +294,17 @@ def lookup(table: Array, /, *, index: np.ndarray) -> tuple[RelativeBias, LookupC
 
     T5's table is the weight of its embedding, (num_buckets, num_heads). A table of one column serves all heads.
     """
-    B = _check.arrays(("table", table, "B H"))["B"]
-    _check.integers("index", index)
+    B, index = _check.arrays(("table", table, "B H"))["B"], _check.integers("index", index)
     if index.ndim != 1:
         raise ValueError(f"index must be (T + S − 1,), got {index.shape}")
     if index.size and not 0 <= index.min() <= index.max() < B:
         raise ValueError(f"index must be within the B={B} rows of table, got {index.min()} … {index.max()}")
 
     order = np.argsort(index, stable=True)
-    rows, numbers = index[order].astype(np.int64), np.arange(table.shape[0])
+    rows, numbers = index[order], np.arange(table.shape[0])
     first = np.where(np.isin(numbers, rows), np.searchsorted(rows, numbers), len(rows))
     xp = namespace(table)
-    values = xp.take(xp.matrix_transpose(table), from_host(index.astype(np.int64), table), axis=-1)
+    values = xp.take(xp.matrix_transpose(table), from_host(index, table), axis=-1)
     order, rows, first = (from_host(a, table) for a in (order, rows, first))
     return RelativeBias(values), LookupCache(order, rows, first, upcast(outline(table)))
 
@@ -320,8 +314,7 @@ def lookup_vjp(cache: LookupCache, dbias: RelativeBias, /) -> tuple[Array]:
 
     By halves, and so without atomics: O(H L log L) work in memory O(H L), the same bits each time.
     """
-    _check.cache(cache, LookupCache, "lookup")
-    order, rows, first, like = cache
+    order, rows, first, like = _check.cache(cache, LookupCache, "lookup")
     _check_dbias(dbias, (like.shape[1], order.shape[0]), like)
     xp = namespace(like)
     # After each step a value is the sum of up to twice as many of its row, itself the first (Hillis and Steele 1986).
@@ -353,9 +346,8 @@ def distances(T: int, S: int, offset: int = 0) -> np.ndarray:
 
 def clipped(distance: np.ndarray, reach: int) -> np.ndarray:
     """clip(distance, −reach, reach) + reach        rows of a table of 2 · reach + 1: Shaw et al. 2018, section 3.2"""
-    _check.integers("distance", distance)
-    reach = _check.integer("reach", reach, 0)
-    return np.clip(distance.astype(np.int64), -reach, reach) + reach
+    d, reach = _check.integers("distance", distance), _check.integer("reach", reach, 0)
+    return np.clip(d, -reach, reach) + reach
 
 
 def t5_buckets(
@@ -370,11 +362,10 @@ def t5_buckets(
     83 buckets up to 1000 for instance distance 796, which is not quite at the bound, is in the next bucket there.
     Raffel et al. 2020, section 2.1; `_relative_position_bucket` in `transformers`, whose relative position is d.
     """
-    _check.integers("distance", distance)
+    d = _check.integers("distance", distance)
     _check.flag("bidirectional", bidirectional)
     n = _check.integer("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
     m, max_distance = n // 2, _check.integer("max_distance", max_distance, n // 2 + 1)
-    d = distance.astype(np.int64)
     behind = np.abs(d) if bidirectional else np.maximum(-d, 0)
     bucket = np.where(behind < m, behind, m + np.searchsorted(_bounds(n, m, max_distance), behind, side="right"))
     return bucket + n * (d > 0) if bidirectional else bucket

@@ -61,8 +61,7 @@ def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[A
     of the parts: `attention_vjp(c1, do1, dlse=dlse1)`. Where a part has no share its gradients are 0, whatever do and
     dlse.
     """
-    _check.cache(cache, MergeCache, "merge")
-    o1, o2, w1, w2, lse = cache
+    o1, o2, w1, w2, lse = _check.cache(cache, MergeCache, "merge")
     _check.cotangent("do", do, o1.shape, o1, "... T E")
     _check.cotangent("dlse", dlse, lse.shape, lse, "... T", optional=True)
     xp, g, dlse = namespace(lse), upcast(do), upcast(dlse)

@@ -239,10 +239,7 @@ def _tangent(cache: Cache, w: Array, b: Array, x_dot: Array, w_dot: Array = None
 def _tangents_of_gradients(
     cache: Cache, w: Array, b: Array, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array = None, b_dot: Array = None
 ) -> tuple[Any, ...]:
-    """ḋx = J ġ − (ṅ ⟨n, g⟩ + n ⟨ṅ, g⟩ + J g ⟨n, ẋ⟩) / root     ḋw = Σ ṅ dy + n ḋy     ḋb = Σ ḋy
-
-    Where g = w dy, ġ = w ḋy + ẇ dy.
-    """
+    """ḋx = J ġ − (ṅ ⟨n, g⟩ + n ⟨ṅ, g⟩ + J g ⟨n, ẋ⟩) / root     ḋw = Σ ṅ dy + n ḋy     ḋb = Σ ḋy     ġ = w ḋy + ẇ dy"""
     n = cache.n
     _check_tangents(n, w, b, x_dot, w_dot, b_dot, dy=dy, dy_dot=dy_dot)
     _check.cotangent("dy", dy, n.shape, n, "... D")

@@ -113,8 +113,7 @@ def pack(*xs: Array) -> tuple[Array, PackCache]:
 
 def pack_vjp(cache: PackCache, dx: Array, /) -> tuple[Array, ...]:
     """dx_b = the rows of x_b in dx"""
-    _check.cache(cache, PackCache, "pack")
-    (xs,) = cache
+    (xs,) = _check.cache(cache, PackCache, "pack")
     cu = cumulative([x.shape[-2] for x in xs])
     *batch, _, width = xs[0].shape
     _check.cotangent("dx", dx, (*batch, int(cu[-1]), width), xs[0], "... N C")
@@ -135,8 +134,7 @@ def unpack(x: Array, /, *, cu_seqlens: np.ndarray) -> tuple[tuple[Array, ...], U
 
 def unpack_vjp(cache: UnpackCache, dxs: Sequence[Array], /) -> tuple[Array]:
     """dx = [dx₀; dx₁; …]"""
-    _check.cache(cache, UnpackCache, "unpack")
-    x, xs = cache
+    x, xs = _check.cache(cache, UnpackCache, "unpack")
     if not isinstance(dxs, tuple | list) or len(dxs) != len(xs):
         got = len(dxs) if isinstance(dxs, tuple | list) else type(dxs).__name__
         raise ValueError(f"dxs must be B={len(xs)} arrays as the output is, got {got}")
@@ -168,8 +166,7 @@ def pad(x: Array, /, *, cu_seqlens: np.ndarray, length: int | None = None) -> tu
 
 def pad_vjp(cache: PadCache, dy: Array, /) -> tuple[Array]:
     """dx[..., cu[b] + t] = dy[b, ..., t]"""
-    _check.cache(cache, PadCache, "pad")
-    x, slots, rows = cache
+    x, slots, rows = _check.cache(cache, PadCache, "pad")
     B, T = rows.shape
     _check.cotangent("dy", dy, (B, *x.shape[:-2], T, x.shape[-1]), x, "B ... T C")
     return (_gather(dy, slots),)
@@ -200,8 +197,7 @@ def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
 
 def unpad_vjp(cache: UnpadCache, dx: Array, /) -> tuple[Array]:
     """dy[b, ..., t] = dx[..., cu[b] + t], 0 past the end"""
-    _check.cache(cache, UnpadCache, "unpad")
-    y, slots, rows = cache
+    y, slots, rows = _check.cache(cache, UnpadCache, "unpad")
     _check.cotangent("dx", dx, (*y.shape[1:-2], slots.shape[0], y.shape[-1]), y, "... N C")
     return (_scatter(dx, rows),)
 

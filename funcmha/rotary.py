@@ -168,8 +168,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
 
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     """dx = (da cos + db sin, db cos − da sin)    for pairs (da, db) of dy: the inverse rotation, which needs no x"""
-    _check.cache(cache, RotateCache, "rotate")
-    rotary, like = cache
+    rotary, like = _check.cache(cache, RotateCache, "rotate")
     _check.cotangent("dy", dy, like.shape[:-1], like, "... T D")
     return (downcast(_rotated(upcast(dy), rotary._replace(sin=-rotary.sin)), dy.dtype),)
 
