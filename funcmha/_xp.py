@@ -8,6 +8,9 @@ import numpy as np
 
 Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
 
+# Of a function: what is too small for its dtype is 0 there, and nothing to stop at under np.errstate(all="raise").
+quiet_underflow = np.errstate(under="ignore")
+
 HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
 
 

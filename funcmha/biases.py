@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import Array, from_host, full, namespace, narrow, outline, widen
+from ._xp import Array, from_host, full, namespace, narrow, outline, quiet_underflow, widen
 from .masks import Range
 
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
@@ -70,6 +70,7 @@ def diagonals(rows: Range, cols: Range, T: int) -> slice:
     return slice(start, max(cols[1] - rows[0] + T - 1, start))
 
 
+@quiet_underflow
 def diagonal_sums(dz: Array) -> Array:
     """dvalues (..., R + N − 1) of dz (..., R, N): entry j − i + R − 1 is the sum along that diagonal
 
@@ -113,6 +114,7 @@ class AlibiCache(NamedTuple):
     distance: Array  # (L,), |j − i − offset|
 
 
+@quiet_underflow
 def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relative, AlibiCache]:
     """values = −slope · |j − i − offset|        slopes (..., H)   →   values (..., H, T + S − 1)
 
@@ -129,6 +131,7 @@ def alibi(slopes: Array, /, *, T: int, S: int, offset: int = 0) -> tuple[Relativ
     return Relative(narrow(-slopes[..., None] * distance, dtype)), AlibiCache(slopes, distance)
 
 
+@quiet_underflow
 def alibi_vjp(cache: AlibiCache, dbias: Relative, /) -> tuple[Array]:
     """dslope = −Σ dvalues |j − i − offset|        over the diagonals"""
     _check.cache(cache, AlibiCache, "alibi")
@@ -159,6 +162,7 @@ class LookupCache(NamedTuple):
     like: Array  # (B, H, 0): of the table nothing but its shape
 
 
+@quiet_underflow
 def lookup(table: Array, /, *, index: np.ndarray) -> tuple[Relative, LookupCache]:
     """values[h, n] = table[index[n], h]        table (B, H)   index (T + S − 1,)   →   values (H, T + S − 1)
 
@@ -177,6 +181,7 @@ def lookup(table: Array, /, *, index: np.ndarray) -> tuple[Relative, LookupCache
     return Relative(values), LookupCache(order, rows, first, widen(outline(table)))
 
 
+@quiet_underflow
 def lookup_vjp(cache: LookupCache, dbias: Relative, /) -> tuple[Array]:
     """dtable[b, h] = Σ dvalues[h, n] over all n with index[n] = b
 

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from . import _check
-from ._xp import Array, namespace, narrow, widen
+from ._xp import Array, namespace, narrow, quiet_underflow, widen
 from .ops import _blocks
 
 INF = float("inf")
@@ -29,6 +29,7 @@ class RmsNormCache(NamedTuple):
     w: Array  # (D,), with the offset, or None
 
 
+@quiet_underflow
 def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -> tuple[Array, RmsNormCache]:
     """y = (offset + w) x / √(mean x² + eps)        x (..., D)   w (D,) or None, for 1   →   y (..., D)
 
@@ -47,6 +48,7 @@ def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -
     return narrow(y, dtype), RmsNormCache(n, root, unit, w)
 
 
+@quiet_underflow
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /) -> tuple[Array, Array]:
     """dx = (g − n mean(n g)) / √(mean x² + eps)     dw = Σ n dy        where w has the offset, g = w dy, n = y / w"""
     _check.cache(cache, RmsNormCache, "rms_norm")
@@ -82,6 +84,7 @@ class L2NormCache(NamedTuple):
     below: Array  # (..., 1), whether ‖x‖ < eps
 
 
+@quiet_underflow
 def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     """y = x / max(‖x‖, eps)        x (..., D)   →   y (..., D)
 
@@ -101,6 +104,7 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     return narrow(y, dtype), L2NormCache(y, root, unit, below)
 
 
+@quiet_underflow
 def l2_norm_vjp(cache: L2NormCache, dy: Array, /) -> tuple[Array]:
     """dx = (dy − y Σ y dy) / ‖x‖,   or dy / eps where ‖x‖ < eps"""
     _check.cache(cache, L2NormCache, "l2_norm")
@@ -123,6 +127,7 @@ class LayerNormCache(NamedTuple):
     b: Array  # (D,) or None
 
 
+@quiet_underflow
 def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> tuple[Array, LayerNormCache]:
     """y = w (x − mean x) / √(var x + eps) + b        x (..., D)   w (D,) or None   b (D,) or None   →   y (..., D)
 
@@ -140,6 +145,7 @@ def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> 
     return narrow(y, dtype), LayerNormCache(n, root, unit, scale, w, b)
 
 
+@quiet_underflow
 def layer_norm_vjp(cache: LayerNormCache, dy: Array, /) -> tuple[Array, Array, Array]:
     """dx = (h − n mean(n h)) / √(var x + eps)     dw = Σ n dy     db = Σ dy        where g = w dy, h = g − mean g"""
     _check.cache(cache, LayerNormCache, "layer_norm")

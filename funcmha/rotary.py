@@ -18,7 +18,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._xp import HALF, Array, dtype_name, from_host, is_array, namespace, narrow, of_sample, outline, widen
+from ._xp import (
+    HALF,
+    Array,
+    dtype_name,
+    from_host,
+    is_array,
+    namespace,
+    narrow,
+    of_sample,
+    outline,
+    quiet_underflow,
+    widen,
+)
 
 
 class HalfPairs(NamedTuple):
@@ -43,6 +55,7 @@ PAIRS: dict[str, type[HalfPairs] | type[InterleavedPairs]] = {"half": HalfPairs,
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@quiet_underflow
 def rotary(
     positions: Array, frequencies: np.ndarray, *, pairs: Literal["half", "interleaved"] = "half", gain: float = 1.0
 ) -> Rotary:
@@ -142,6 +155,7 @@ class RotateCache(NamedTuple):
     like: Array  # (..., T, D, 0): of x nothing but its shape
 
 
+@quiet_underflow
 def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     """y = x turned: (a, b) ↦ (a cos − b sin, b cos + a sin)    x (..., T, D)   cos, sin (..., T, N)   →   y (..., T, D)
 
@@ -155,6 +169,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     return narrow(_turned(x, turn), dtype), RotateCache(turn, outline(x))
 
 
+@quiet_underflow
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     """dx = dy turned backwards: (da, db) ↦ (da cos + db sin, db cos − da sin)        needs the tables alone, never x"""
     _check.cache(cache, RotateCache, "rotate")

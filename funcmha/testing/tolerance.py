@@ -17,7 +17,7 @@ import numpy as np
 
 from funcmha import tree
 from funcmha._bias import dense_bias
-from funcmha._xp import HALF, Array
+from funcmha._xp import HALF, Array, quiet_underflow
 from funcmha.biases import Relative
 from funcmha.dropout import Seeded
 from funcmha.heads import extend, extend_scores
@@ -104,6 +104,7 @@ class MhaBounds(NamedTuple):
     dbias: Array | Relative
 
 
+@quiet_underflow
 def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> LinearBounds:
     """Bounds for `linear` and its vjp in `dtype`. The arguments, of any dtype, are what is computed with, exactly."""
     fl = Arithmetic.of(dtype)
@@ -111,6 +112,7 @@ def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> 
     return LinearBounds(*_bounds((fl.linear(x, w, b), *fl.linear_vjp(x, w, b, dy)), dtype))
 
 
+@quiet_underflow
 def attention_bounds(
     q: Array,
     k: Array,
@@ -144,6 +146,7 @@ def attention_bounds(
     return AttentionBounds(o, p.error, lse.error, dq, dk, dv, _as(bias, dbias), dsink)
 
 
+@quiet_underflow
 def mha_bounds(
     params: Params,
     query: Array,

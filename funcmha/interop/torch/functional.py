@@ -17,7 +17,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._doors import check_rate
-from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, unbroadcast, widen
+from funcmha._xp import Array, dtype_name, from_host, is_array, namespace, narrow, quiet_underflow, unbroadcast, widen
 from funcmha.dropout import Seeded
 from funcmha.engines import attention, attention_vjp
 from funcmha.masks import Mask, causal
@@ -29,6 +29,7 @@ class ScaledDotProductAttentionCache(NamedTuple):
     inputs: tuple[Array, ...]  # query, key, value, attn_mask, as given
 
 
+@quiet_underflow
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -65,6 +66,7 @@ def scaled_dot_product_attention(
     return narrow(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
 
 
+@quiet_underflow
 def scaled_dot_product_attention_vjp(
     cache: ScaledDotProductAttentionCache, dy: Array, /
 ) -> tuple[Array, Array, Array, Array]:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._xp import Array, dtype_name, namespace, narrow, unbroadcast, widen
+from funcmha._xp import Array, dtype_name, namespace, narrow, quiet_underflow, unbroadcast, widen
 from funcmha.heads import PROJECTIONS
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params, check
@@ -226,6 +226,7 @@ def merge_masks(
     return (mask, bias), MergeMasksCache(attn, padding, bias, num_heads)
 
 
+@quiet_underflow
 def merge_masks_vjp(cache: MergeMasksCache, dmasks: tuple[None, Array], /) -> tuple[Array, Array]:
     """dattn_mask, dkey_padding_mask     from dmasks = (None, dbias), with the `dbias` of `mha_vjp`
 

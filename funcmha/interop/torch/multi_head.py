@@ -21,7 +21,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._qk import heads_first, heads_last
-from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, widen
+from funcmha._xp import Array, dtype_name, from_host, full, is_array, namespace, narrow, quiet_underflow, widen
 from funcmha.dropout import Seeded
 from funcmha.heads import PROJECTIONS, num_keys
 from funcmha.mha import MhaCache, mha, mha_vjp
@@ -72,6 +72,7 @@ class MultiHeadAttentionForwardCache(NamedTuple):
     average_attn_weights: bool
 
 
+@quiet_underflow
 def multi_head_attention_forward(
     query: Array,
     key: Array,
@@ -135,6 +136,7 @@ def multi_head_attention_forward(
     return (_batch_first(y), narrow(weights, query.dtype)), ours
 
 
+@quiet_underflow
 def multi_head_attention_forward_vjp(
     cache: MultiHeadAttentionForwardCache, dy: tuple[Array, Array], /
 ) -> tuple[Array, ...]:
