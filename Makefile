@@ -1,4 +1,4 @@
-# Every verb sets up what it needs: each works as the first command in a fresh clone.
+# Every target sets up what it needs: each works as the first command in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 FLASH := 2.8.3.post2

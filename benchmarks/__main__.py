@@ -1,4 +1,4 @@
-"""python -m benchmarks [time] [memory] [accuracy] [scaling]: funcmha beside other libraries, one table per question."""
+"""python -m benchmarks [time] [memory] [accuracy] [scaling]: funcmha and other libraries, one table per question."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ def main() -> None:
     for name, value in machine.items():
         print(f"{name:<12} {value}")
     if options.quick:
-        print(f"\nQUICK: every length cut to {QUICK}: this shows that all runs, not how fast")
+        print(f"\nQUICK: every length limited to {QUICK}: this checks that everything runs, and measures nothing")
     records = []
     for question in options.questions:
         records += _ask(question, options)
@@ -61,21 +61,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "questions", nargs="*", metavar="question", help=f"{', '.join(QUESTIONS)}; the first three unless given"
     )
-    parser.add_argument("--only", action="append", choices=_names(CASES), help="a case; may be given again")
+    parser.add_argument("--only", action="append", choices=_names(CASES), help="a case; may be repeated")
     parser.add_argument(
-        "--peers", action="append", choices=list(PEERS), metavar="PEER", help=f"{', '.join(PEERS)}; may be given again"
+        "--peers", action="append", choices=list(PEERS), metavar="PEER", help=f"{', '.join(PEERS)}; may be repeated"
     )
     parser.add_argument(
         "--repeats", type=int, default=None, metavar="N", help="runs of each peer: 9, or 3 with --quick"
     )
     parser.add_argument(
-        "--threads", type=int, default=cores(), metavar="N", help="of every library: the cores, unless given"
+        "--threads", type=int, default=cores(), metavar="N", help="threads of every library (default: all cores)"
     )
-    parser.add_argument("--quick", action="store_true", help="short sequences: to see that all runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FOLDER", help="draw `scaling` there, which it adds to the questions"
-    )
+    parser.add_argument("--quick", action="store_true", help="short sequences, to check that everything runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="plot `scaling` into FOLDER; adds this question")
     options = parser.parse_args()
     if unknown := set(options.questions) - set(QUESTIONS):
         parser.error(f"unknown question {', '.join(sorted(unknown))}: choose from {', '.join(QUESTIONS)}")

@@ -1,9 +1,8 @@
-"""How far from float64? Every peer's output and gradients in float32 against PyTorch's in float64, same numbers.
+"""How far from float64? Output and gradients of every peer in float32, against PyTorch in float64 on the same numbers.
 
-For the output, and for the worst of the gradients, the largest error as a part of the largest entry. Then the worst
-error of all entries as a part of its bound (`funcmha.testing.tolerance`), which knows what rounding may cost there: at
-most 1 for what is correct. And last the largest error of a quantity as a part of PyTorch's of that quantity, for the
-quantity where that is worst, which is named.
+For the output, and for the worst gradient, the largest error relative to the largest entry. Then the worst error of any
+entry relative to its bound (`funcmha.testing.tolerance`), which is at most 1 for a correct implementation. Last the
+largest error of a quantity relative to PyTorch's error of that quantity, for the worst quantity, which is named.
 """
 
 import tempfile
@@ -46,7 +45,7 @@ def run(cases: list[Case], peers: list[str], threads: int) -> Iterator[dict[str,
 
 
 def _values(peer: str, case: Case, threads: int, dtype: str = "float32") -> Values | str:
-    """By name; or why there are none."""
+    """By name; or the reason why there are none."""
     with start([peer], threads) as (process,), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "values.npz"
         try:
@@ -59,7 +58,7 @@ def _values(peer: str, case: Case, threads: int, dtype: str = "float32") -> Valu
 
 
 def _bounds(case: Case) -> Values:
-    """Those of the three gradients that x sums add."""
+    """By name. The gradient of x is a sum of three, so its bound is too."""
     params, (x,), dy = draw(case)
     b = mha_bounds(params, x, x, x, None, dy, mask=case.mask(), dtype="float32")
     return {"y": b.y, "x": b.dquery + b.dkey + b.dvalue} | tree.flatten(b.dparams)

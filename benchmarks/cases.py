@@ -1,4 +1,4 @@
-"""The cases: what every peer is asked to compute, and how much work that is.
+"""The cases: the problems that every peer computes, and their number of operations.
 
 Axes: B batch, T queries, S keys, C width of the inputs and of the output, H query heads, K key/value heads, D width
 of a head.
@@ -25,7 +25,7 @@ class Case(NamedTuple):
     K: int
     D: int
     causal: bool = False
-    window: int | None = None  # a causal query sees so many keys, itself included
+    window: int | None = None  # a causal query attends so many keys, its own included
     bias: bool = False
 
     @property
@@ -68,7 +68,7 @@ def of_length(T: int) -> Case:
 
 
 def shortened(case: Case, longest: int) -> Case:
-    """The same at a length that takes no time: to see that everything runs, not to learn how fast."""
+    """The same case, short: to check that everything runs, not to measure."""
     window = None if case.window is None else min(case.window, longest // 4)
     return case._replace(B=min(case.B, 2), T=min(case.T, longest), S=min(case.S, longest), window=window)
 
@@ -109,8 +109,8 @@ def draw(case: Case) -> Problem:
 def products(case: Case, direction: str) -> float:
     """Floating-point operations of the matrix products that a tiled attention does, projections included.
 
-    In a tile: q kᵀ and p v forward; q kᵀ again, do vᵀ, dzᵀ q, dz k and pᵀ do backward. A tile that the mask empties
-    costs nothing, one that it cuts costs as much as a full one. Elsewhere, each product forward costs two backward.
+    In a tile: q kᵀ and p v forward; q kᵀ recomputed, do vᵀ, dzᵀ q, dz k and pᵀ do backward. An empty tile costs
+    nothing, a mixed one as much as a full one. In projections, each product forward costs two backward.
     """
     backward = direction != "forward"
     tiles = (2 + 5 * backward) * 2 * case.D * case.B * case.H * _pairs(case)
@@ -133,5 +133,5 @@ def _pairs(case: Case) -> int:
 
 
 def scores_bytes(case: Case) -> int:
-    """One float32 for every head, query and key: what a dense peer holds several of."""
+    """One float32 for every head, query and key: a dense peer holds several such arrays."""
     return 4 * case.B * case.H * case.T * case.S

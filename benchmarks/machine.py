@@ -1,4 +1,4 @@
-"""What a run ran on: the lines above every table, and the memory that is free."""
+"""The machine and the versions, for the lines above every table; and the free memory."""
 
 import os
 import platform
@@ -38,12 +38,12 @@ def _kernels() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_available() -> float:
-    """Bytes; where the system does not say, 4 GiB."""
+    """Bytes; 4 GiB if unknown."""
     return _memory("MemAvailable") or 4 * 2**30
 
 
@@ -56,7 +56,7 @@ def _processor() -> str:
 
 
 def _field(path: str, name: str, default: Any, read: Callable[[str], Any]) -> Any:
-    """`name: value` in a file of Linux's, or the default."""
+    """`name: value` in a file of Linux, or the default."""
     with suppress(OSError):
         for line in Path(path).read_text().splitlines():
             key, _, value = line.partition(":")

@@ -1,6 +1,6 @@
 """How large? The peak of a process above its inputs and parameters, outputs and gradients included.
 
-Each peer and case in a fresh process; how it is measured is told in `worker.Worker.memory`.
+Each peer and case in a fresh process; `worker.Worker.memory` describes how it is measured.
 """
 
 from collections.abc import Iterator

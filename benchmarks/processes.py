@@ -1,4 +1,4 @@
-"""The other end of the pipe: start a peer's process, give it orders, end it."""
+"""The parent's end of the pipe: start the process of a peer, send it commands, end it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FUNCMH
 
 
 class RefusedError(Exception):
-    """The peer did not do it; the message says why."""
+    """The peer refused or failed; the message is the reason."""
 
 
 class Process:
@@ -31,7 +31,7 @@ class Process:
             text=True,
             cwd=ROOT,
             env=os.environ | settings,
-            start_new_session=True,  # Ctrl-C is for the parent alone, which ends the others
+            start_new_session=True,  # Ctrl-C reaches only the parent, which ends the others
         )
 
     def __call__(self, do: str, **order: Any) -> Any:

@@ -1,12 +1,12 @@
-"""How fast? Every peer in its own process, all alive at once, and run in turn: A B C A B C …
+"""How fast? Every peer in its own process, all alive at the same time, with alternated runs: A B C A B C …
 
-So what else the machine does meets all of them alike. One run is as many calls as fill a tenth of a second, at least
-one; the table shows the median and the quartiles of the runs. A pause before each run lets the threads of the one
-before fall asleep: OpenBLAS's and OpenMP's spin for a while.
+So other load on the machine affects all of them equally. One run is as many calls as fill a tenth of a second, at least
+one; the table shows the median and the quartiles of the runs. A pause before each run lets the threads of the previous
+peer fall asleep: those of OpenBLAS and OpenMP spin for a while.
 
-The machine's matrix product takes its turn with the others. The share of its speed that a peer reaches is that of the
-products of a tiled attention (`cases.products`), the same count for every peer: one that holds all weights does fewer
-in its backward, and one that cannot skip what the mask hides does more.
+The matrix product of the machine is one of the alternated runs. "Of matrix product" is the share of its speed, for the
+operations of a tiled attention (`cases.products`). This count is the same for every peer: one that keeps all weights
+does fewer in its backward, and one that cannot skip masked tiles does more.
 """
 
 import time
@@ -36,7 +36,7 @@ def run(cases: list[Case], peers: list[str], repeats: int, threads: int) -> Iter
 
 
 def prepare(case: Case, processes: list[Process]) -> dict[str, str]:
-    """Tell all what is next; the reasons of those who will not."""
+    """Send the next case to all; the reasons of those that refuse."""
     refused = {}
     for process in processes:
         try:
@@ -49,15 +49,15 @@ def prepare(case: Case, processes: list[Process]) -> dict[str, str]:
 def measure(
     case: Case, direction: str, processes: list[Process], refused: dict[str, str], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """A record for each peer, of those who refused too; `product` among them."""
+    """A record for each peer, also for those that refused, and for `product`."""
     runs, more = _alternate([p for p in processes if p.peer not in refused], direction, repeats)
     yield from _records(case, direction, runs, refused | more)
 
 
 def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every run, by peer; and the reasons of those who failed."""
+    """Seconds of every run, by peer; and the reasons of those that failed."""
     calls, runs, refused = {}, {}, {}
-    for turn in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for process in processes:
             peer = process.peer
             if peer in refused:
@@ -69,7 +69,7 @@ def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[
             except RefusedError as reason:
                 refused[peer] = str(reason)
                 continue
-            if turn == 0:
+            if repeat == 0:
                 calls[peer] = answer
             else:
                 runs.setdefault(peer, []).append(answer)
@@ -106,7 +106,7 @@ def _show(case: Case, direction: str, records: list[dict[str, Any]], repeats: in
             to_torch = table.ratio(r["median"], medians.get(EAGER))
             rows.append((r["peer"], table.seconds(r["median"]), spread, share, to_torch))
     speed = next(r["flops_per_second"] for r in records if r["peer"] == PRODUCT)
-    about = f"{repeats} runs, in turn; float32 matrix product {speed / 1e9:.0f} GFLOP/s"
+    about = f"{repeats} alternated runs; float32 matrix product {speed / 1e9:.0f} GFLOP/s"
     table.show(f"{case}\n{direction}, {about}", COLUMNS, rows)
 
 

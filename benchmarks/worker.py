@@ -1,9 +1,9 @@
-"""One peer in a process of its own: takes orders on stdin, one JSON object a line, and answers each on stdout.
+"""One peer in its own process: reads commands from stdin, one JSON object per line, and answers on stdout.
 
     {"do": "prepare", "case": […], "dtype": "float32"}      make inputs and parameters
-    {"do": "time", "direction": "forward", "calls": 3}      seconds of one call, from so many; calls = 0: warm up, and
-                                                            answer how many calls fill `ENOUGH` seconds
-    {"do": "memory"}                                        bytes at the peak of one call, above what was there before
+    {"do": "time", "direction": "forward", "calls": 3}      seconds of one call, the mean of so many; calls = 0: warm
+                                                            up, and return how many calls fill `ENOUGH` seconds
+    {"do": "memory"}                                        peak bytes of one call, above those before the call
     {"do": "save", "path": "…"}                             output and gradients as npz
 
 Answers are {"result": …}, {"skip": reason} or {"error": message}.
@@ -42,16 +42,16 @@ class Worker:
             call()  # compiles, if the peer does
             return max(1, round(ENOUGH / _seconds(call, 1)))
         if calls > 1:
-            call()  # the others had the processor's caches meanwhile; one long call is longer than that lasts
+            call()  # warm the processor's caches, which the other peers have used; negligible for one long call
         return _seconds(call, calls)
 
     def memory(self) -> int:
         """The peak of `VmHWM` over the `VmRSS` before the call, output and gradients included.
 
-        Before it the peer has done the same at a tiny size (`processes.peak_memory`), so that what a library loads once
-        is not counted; it has compiled, if it does; and freed memory went back to the system, whose high-water mark was
-        set back. Nothing of this size was ever allocated, so no pool can hide it; but for a peer that must run to be
-        compiled, whose pools are those of the run before.
+        Before, the peer has done the same at a tiny size (`processes.peak_memory`), so one-time allocations of a
+        library do not count; it has compiled, if it does; and freed memory was returned to the system, and the
+        high-water mark reset. Nothing of this size was allocated before, so no memory pool can conceal it; except for a
+        peer that must run to compile, whose pools are those of that run.
         """
         self.call.warm()
         _release()
@@ -68,7 +68,7 @@ class Worker:
 
 
 def _seconds(call: Callable[[], Any], calls: int) -> float:
-    """The mean of so many."""
+    """The mean over so many calls."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -76,7 +76,7 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def _release() -> None:
-    """Give freed memory back to the system, and let the high-water mark be what is held now (Linux, glibc)."""
+    """Return freed memory to the system, and reset the high-water mark (Linux, glibc)."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -93,8 +93,8 @@ def _status(field: str) -> int:
 
 def serve(peer: str, threads: int) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no answer
-    if hasattr(os, "sched_setaffinity"):  # what all libraries heed, before any is imported
+    os.dup2(2, 1)  # output of a library must not reach the pipe
+    if hasattr(os, "sched_setaffinity"):  # before any library is imported, so that all of them respect it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     from .peers import SkipError
 

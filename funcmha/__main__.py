@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import isfinite, prod
@@ -19,8 +20,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import __version__, npz, tree
-from .params import SPEC, sizes
+from . import __version__, npz
+from .params import SPEC, Params, sizes
 
 
 class BadInputError(Exception):
@@ -55,19 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("verify", help="compare funcmha with torch.nn.MultiheadAttention, value by value")
-    for name, default, text in (
-        ("batch", 16, "sequences, B"),
-        ("length", 256, "queries in each, T"),
-        ("width", 384, "embed_dim, C"),
-        ("heads", 6, "heads, H, which divide C"),
-    ):
-        command.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default {default})"
-        )
     command.add_argument("--dtype", choices=("float32", "float64"), help="one precision only (default: both)")
-    command.add_argument(
-        "--seed", type=_natural, default=0, metavar="N", help="of weights, inputs, cotangents (default 0)"
-    )
+    for name, least, default, text in (
+        ("batch", 1, 16, "sequences, B"),
+        ("length", 1, 256, "queries in each, T"),
+        ("width", 1, 384, "embed_dim, C"),
+        ("heads", 1, 6, "heads, H, which divide C"),
+        ("seed", 0, 0, "of weights, inputs, cotangents"),
+    ):
+        kind, text = partial(_integer, least), f"{text} (default {default})"
+        command.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_verify)
 
@@ -78,14 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _natural(text: str, least: int = 0) -> int:
+def _integer(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
     return int(text)
-
-
-def _positive(text: str) -> int:
-    return _natural(text, 1)
 
 
 def _complain(message: str) -> int:
@@ -113,40 +107,27 @@ def _verify(args: argparse.Namespace) -> int:
     failed = [row for row in rows if not row.ok]
 
     if args.json:
-        listed = [row._asdict() | {"ok": row.ok} for row in rows]
-        _print_json({"versions": _versions(), **sides, "ok": not failed, "rows": listed})
+        listed = [{name: _finite(x) for name, x in row._asdict().items()} | {"ok": row.ok} for row in rows]
+        print(json.dumps({"versions": _versions(), **sides, "ok": not failed, "rows": listed}, indent=2))
         return int(bool(failed))
+    columns = ("quantity", "shape", ">worst error", ">error / tolerance", ">error / bound", "verdict")
     for problem, dtype in dict.fromkeys((row.problem, row.dtype) for row in rows):
-        _print_table(
-            f"{problem}, {dtype}: {TOLERANCE[dtype]}",
-            ("quantity", "shape", "worst error", "error / tolerance", "error / bound", "verdict"),
-            [
-                (
-                    r.quantity,
-                    _shape(r.shape),
-                    f"{r.error:.1e}",
-                    f"{r.of_tolerance:.3f}",
-                    f"{r.of_bound:.3f}",
-                    _verdict(r),
-                )
-                for r in rows
-                if (r.problem, r.dtype) == (problem, dtype)
-            ],
-            right=("worst error", "error / tolerance", "error / bound"),
-        )
-    print(
-        f"\n{len(failed)} of {len(rows)} values do not" if failed else f"\nAll {len(rows)} values",
-        "agree with PyTorch.",
-    )
+        cells = [_cells(row) for row in rows if (row.problem, row.dtype) == (problem, dtype)]
+        _print_table(f"{problem}, {dtype}: {TOLERANCE[dtype]}", columns, cells)
+    count = f"{len(failed)} of {len(rows)} values do not" if failed else f"All {len(rows)} values"
+    print(f"\n{count} agree with PyTorch.")
     return int(bool(failed))
 
 
-def _verdict(row: Any) -> str:
-    if row.ok:
-        return "ok"
-    return "FAILS: " + " and ".join(
-        name for name, ratio in (("tolerance", row.of_tolerance), ("bound", row.of_bound)) if not ratio <= 1
-    )
+def _cells(row: Any) -> tuple[str, ...]:
+    numbers = f"{row.error:.1e}", f"{row.of_tolerance:.3f}", f"{row.of_bound:.3f}"
+    failed = [name for name in ("tolerance", "bound") if not getattr(row, f"of_{name}") <= 1]
+    return row.quantity, _shape(row.shape), *numbers, f"FAILS: {' and '.join(failed)}" if failed else "ok"
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    return None if isinstance(x, float) and not isfinite(x) else x
 
 
 def _versions() -> dict[str, str]:
@@ -180,14 +161,11 @@ def _inspect(args: argparse.Namespace) -> int:
             name: {"axes": _axes(name), "shape": entry.shape, "dtype": str(entry.dtype), "bytes": entry.nbytes}
             for name, entry in entries.items()
         }
-        _print_json({"file": args.file, "leaves": leaves, "attention": trees, "numbers": numbers, "bytes": total})
+        totals = {"numbers": numbers, "bytes": total}
+        print(json.dumps({"file": args.file, "leaves": leaves, "attention": trees} | totals, indent=2))
         return 0
-    _print_table(
-        args.file,
-        ("leaf", "axes", "shape", "dtype", "bytes"),
-        [(name, _axes(name) or "", _shape(e.shape), str(e.dtype), f"{e.nbytes:,}") for name, e in entries.items()],
-        right=("bytes",),
-    )
+    cells = [(name, _axes(name) or "", _shape(e.shape), str(e.dtype), f"{e.nbytes:,}") for name, e in entries.items()]
+    _print_table(args.file, ("leaf", "axes", "shape", "dtype", ">bytes"), cells)
     print()
     for prefix, found in trees.items():
         text = found if isinstance(found, str) else "  ".join(f"{axis}={n}" for axis, n in found.items())
@@ -203,17 +181,18 @@ def _axes(name: str) -> str | None:
 
 def _attention_trees(entries: dict[str, npz.Entry]) -> dict[str, dict[str, int] | str]:
     """The sizes of every tree of SPEC in the file by the path to it, or why it has none."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Params] = {}
     for name, entry in entries.items():
         if _axes(name):
-            prefix, leaf = ".".join(name.split(".")[:-2]), ".".join(name.split(".")[-2:])
-            found.setdefault(prefix, {})[leaf] = np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
-    return {prefix: _sizes(leaves) for prefix, leaves in found.items()}
+            *prefix, group, leaf = name.split(".")
+            params = found.setdefault(".".join(prefix), {})
+            params.setdefault(group, {})[leaf] = np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
+    return {prefix: _sizes(params) for prefix, params in found.items()}
 
 
-def _sizes(leaves: dict[str, Any]) -> dict[str, int] | str:
+def _sizes(params: Params) -> dict[str, int] | str:
     try:
-        return sizes(tree.unflatten(leaves))._asdict()
+        return sizes(params)._asdict()
     except (KeyError, TypeError, ValueError) as error:
         return f"no attention: {error.args[0]}"
 
@@ -225,47 +204,30 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
 
-def _print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()
-) -> None:
-    """By rich on a terminal, if it is installed; elsewhere in columns as wide as they need to be."""
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """By rich on a terminal, if it is installed; elsewhere in columns as wide as they need to be. > is to the right."""
     if sys.stdout.isatty() and find_spec("rich"):
-        _print_rich(title, columns, rows, right)
+        _print_rich(title, columns, rows)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    names = [name.lstrip(">") for name in columns]
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     print(f"\n{title}\n")
-    for row in (columns, ["─" * n for n in widths], *rows):
-        cells = (
-            cell.rjust(n) if name in right else cell.ljust(n)
-            for cell, n, name in zip(row, widths, columns, strict=True)
-        )
+    for row in (names, ["─" * n for n in widths], *rows):
+        cells = (c.rjust(n) if name[0] == ">" else c.ljust(n) for c, n, name in zip(row, widths, columns, strict=True))
         print("  ".join(cells).rstrip())
 
 
-def _print_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> None:
+def _print_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(name.lstrip(">"), justify="right" if name[0] == ">" else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1].startswith("FAILS") else None)
     Console().print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {name: _finite(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_peers_agree(case):
     case = tiny(case)
     problem = cases.draw(case)
     want = peers.load(peers.EAGER)(case, problem).named()
-    one_engine = set() if HAS_ENGINES else {"funcmha reference"}
+    one_engine = set() if HAS_ENGINES else {"funcmha sequential"}
     for name in peers.PEERS.keys() - {peers.EAGER, TAKES_A_MINUTE} - CANNOT[case.kind] - one_engine:
         got = peers.load(name)(case, problem).named()
         assert got.keys() == want.keys()

@@ -32,7 +32,7 @@ INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqle
 OUTPUTS = ("Y", "present_key", "present_value", "qk_matmul_output")
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto.DataType
 
-both_engines = pytest.mark.usefixtures("each_engine")
+every_engine = pytest.mark.usefixtures("each_engine")
 
 
 # ── ONNX's own tests ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -52,7 +52,7 @@ def test_all_node_tests_are_here():
             np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("case", NODES.values(), ids=NODES)
 def test_node_tests_of_onnx(case):
     """At ONNX's tolerance, of which the one for bfloat16 is in its onnx/backend/test/runner/__init__.py."""
@@ -302,7 +302,7 @@ def all_by_torch(problem, dys):
 sized = problems().filter(lambda problem: problem.L and problem.T)  # ONNX's own code wants a query and a key
 
 
-@both_engines
+@every_engine
 @given(sized)
 @example(EVERYTHING)
 @example(EXTERNAL)
@@ -314,7 +314,7 @@ def test_outputs_match_the_operators_definition(problem):
             close(y, want, name)
 
 
-@both_engines
+@every_engine
 @given(sized)
 @example(EVERYTHING)
 @example(EXTERNAL)
@@ -362,7 +362,7 @@ def test_an_axis_of_one_is_broadcast_in_opset_23_only():
         assert np.count_nonzero(by_reference(problem)[3][0, 0, 1]) == 1
 
 
-@both_engines
+@every_engine
 @given(problems())
 @example(EVERYTHING)
 @example(EXTERNAL)
@@ -482,7 +482,7 @@ def test_onnxruntime_is_not_causal_with_one_query(opset):
 # ── the past ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@both_engines
+@every_engine
 def test_token_by_token_equals_all_at_once():
     """Outputs, and the gradients through every present; and the present grows where its past lies."""
     N, problem = 5, Problem(T=5, L=5, is_causal=1, mode=3)
@@ -517,7 +517,7 @@ def test_nonpad_kv_seqlen_may_be_of_any_integers(dtype):
         np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 def test_what_is_not_there_has_no_effect_even_if_it_is_nan():
     problem = replace(EXTERNAL, mask=None, is_causal=1, mode=None)
     Q, K, V, *_ = problem.inputs()
@@ -544,7 +544,7 @@ def test_a_fully_masked_row_gives_0_with_gradients_0():
 # ── layout and precision ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@both_engines
+@every_engine
 def test_three_axes_equal_four_bit_for_bit():
     problem = replace(EVERYTHING, mode=3)
     Q, K, V, *others = problem.inputs()
@@ -562,7 +562,7 @@ def test_three_axes_equal_four_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("mode", range(4))
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("precision", [None, FLOAT, FLOAT16, BFLOAT16])
@@ -579,7 +579,7 @@ def test_half_types_are_float32_rounded_once(dtype, mode, precision):
         np.testing.assert_array_equal(got, want.astype(dtype))
 
 
-@both_engines
+@every_engine
 @pytest.mark.parametrize("mode", range(4))
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_softmax_in_double_is_float64_rounded_once(dtype, mode):
@@ -627,7 +627,7 @@ def test_jax_takes_the_pair_as_it_is(mode):
             close(got, want)
 
 
-@both_engines
+@every_engine
 def test_weights_and_lse_are_read_from_the_cache():
     (*_, weights), cache = replace(EXTERNAL, mode=3).run()
     (*_, z), _ = replace(EXTERNAL, mode=2).run()

@@ -13,9 +13,9 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from funcmha import attention_weights, init, mha, mha_vjp, tree
-from funcmha._arrays import unbroadcast
-from funcmha.interop.torch import from_module, from_state_dict, masks, to_state_dict
+from funcmha.interop.torch import from_module, from_state_dict, masks, merge_masks, merge_masks_vjp, to_state_dict
 from funcmha.masks import causal
+from funcmha.testing import check_vjp
 
 KINDS = (None, "bool", "float")  # of a mask
 
@@ -160,7 +160,7 @@ def check_against_torch(problem, dtype=torch.float64, tolerance=1e-11):
     dy, dw = torch.randn_like(y), None if weights is None else torch.randn_like(weights)
     torch.autograd.backward([y] if weights is None else [y, weights], [dy] if weights is None else [dy, dw])
 
-    mask, bias = masks(attn_mask, padding, problem.H)
+    (mask, bias), merged = merge_masks(attn_mask, padding, num_heads=problem.H)
     query, key, value = (ours(problem, x) for x in inputs)
     got, cache = mha(from_module(module), query, key, value, bias, mask=mask, zero_attn=problem.zero_attn)
     p = attention_weights(cache)
@@ -177,9 +177,11 @@ def check_against_torch(problem, dtype=torch.float64, tolerance=1e-11):
     assert list(state) == list(module.state_dict())
     for name, parameter in module.named_parameters():
         close(state[name], parameter.grad, tolerance)
-    for x, spread in (attn_mask, masks(attn_mask, None, problem.H)), (padding, masks(None, padding, problem.H)):
+    for x, dx in zip((attn_mask, padding), merge_masks_vjp(merged, (None, dbias)), strict=True):
         if x is not None and x.requires_grad:
-            close(unbroadcast(dbias, spread[1].shape).reshape(x.shape), x.grad, tolerance)
+            close(dx, x.grad, tolerance)
+        else:
+            assert dx is None
 
 
 @settings(max_examples=6 * settings().max_examples)
@@ -527,6 +529,52 @@ def test_true_of_torch_is_false_of_funcmha():
 def test_floating_masks_add_up():
     attn, padding = np.array([[1.0, 2.0], [-np.inf, 4.0]]), np.array([[10.0, -np.inf]])
     np.testing.assert_array_equal(masks(attn, padding, 1)[1], [[[[11.0, -np.inf], [-np.inf, -np.inf]]]])
+
+
+@pytest.mark.parametrize("padding", [None, (N, S), (S,)], ids=["alone", "N S", "S"])
+@pytest.mark.parametrize("attn", [None, (L, S), (N * H, L, S), (H, L, S)], ids=["alone", "L S", "N·H L S", "H L S"])
+def test_merge_masks_keeps_the_protocol(attn, padding):
+    """Of floating masks in each of PyTorch's shapes; the oracle is the complex step."""
+    if attn and attn[0] == N * H and padding == (S,):
+        padding = (N, S)
+    if attn and attn[0] == H and padding == (N, S):
+        padding = (1, S)
+    rng = np.random.default_rng(0)
+    inputs = tuple(None if shape is None else rng.standard_normal(shape) for shape in (attn, padding))
+    check_vjp(merge_masks, merge_masks_vjp, inputs, {"num_heads": H})
+
+
+def test_a_boolean_mask_has_no_gradient_and_a_floating_one_beside_it_has():
+    attn, padding = np.zeros((L, S), bool), np.ones((N, S), np.float32)
+    (mask, bias), cache = merge_masks(torch.from_numpy(attn), torch.from_numpy(padding), num_heads=H)
+    dattn, dpadding = merge_masks_vjp(cache, (None, np.full(bias.shape, 2.0, np.float32)))
+    assert mask.all()
+    assert dattn is None
+    np.testing.assert_array_equal(dpadding, np.full((N, S), 2.0, np.float32))
+    assert merge_masks_vjp(merge_masks(attn, None, num_heads=H)[1], (None, None)) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("attn", "dmasks", "error", "message"),
+    [
+        (
+            np.zeros((L, S)),
+            np.zeros((L, S)),
+            TypeError,
+            r"dmasks must be \(dmask, dbias\) as the output is, got ndarray",
+        ),
+        (np.zeros((L, S)), (np.zeros(1), None), TypeError, "dmask must be None, as a boolean mask has no gradient"),
+        (np.zeros((L, S)), (None, None), TypeError, "dbias must be a tensor or an array, got NoneType"),
+        (np.zeros((L, S)), (None, np.zeros((S, L))), ValueError, r"dbias must be .* = \(5, 7\) as the output is"),
+        (np.zeros((L, S), bool), (None, np.zeros(1)), ValueError, "dbias must be None, as bias is"),
+    ],
+)
+def test_merge_masks_vjp_refuses(attn, dmasks, error, message):
+    _, cache = merge_masks(attn, None, num_heads=H)
+    with pytest.raises(error, match=message):
+        merge_masks_vjp(cache, dmasks)
+    with pytest.raises(TypeError, match="cache must come from merge_masks"):
+        merge_masks_vjp((), dmasks)
 
 
 def test_a_floating_mask_alone_is_not_copied():

@@ -318,7 +318,7 @@ def masked(attn_mask):
 
 
 GROUPS = sdpa_zeros((6, 5, 4), (4, 7, 4), (4, 7, 4))
-NARROW = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
+MIXED = [zeros(5, 4), zeros(7, 4, dtype=np.float32), zeros(7, 4)]
 SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
 
 
@@ -333,7 +333,7 @@ SINGLE = sdpa_zeros((5, 4), (7, 4), (7, 4), zeros(5, 7), dtype=np.float32)
         (ValueError, "key must be .* with D=4 as in query", sdpa_zeros((5, 4), (7, 3)), {}),
         (ValueError, "value must be .* with S=7 as in key", sdpa_zeros((5, 4), (7, 4), (5, 4)), {}),
         (ValueError, "query, key and value must broadcast", sdpa_zeros((2, 3, 5, 4), (4, 3, 7, 4)), {}),
-        (TypeError, "key must have dtype float64", NARROW, {}),
+        (TypeError, "key must have dtype float64", MIXED, {}),
         (TypeError, "as query has, or float32, added to", masked(zeros(5, 7, dtype=int)), {}),
         (TypeError, "attn_mask must be boolean", SINGLE, {}),
         (TypeError, "attn_mask must be an array", masked(True), {}),
@@ -511,6 +511,23 @@ def test_mha_matches_torch(problem):
         close(got, g)
 
 
+@pytest.mark.parametrize("N", [2, None])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6)])
+def test_appended_keys_in_every_shape_that_torch_takes(shape, N):
+    """PyTorch repeats what it is given; its gradient has the shape of what it was given."""
+    problem = Mha(N=N, attn="float", padding="float", bias_kv=True)
+    x, static = problem.inputs(), problem.static()
+    x = x._replace(bias_k=x.bias_k.reshape(shape), bias_v=x.bias_v.reshape(shape[-1:]))
+    outputs, cache = multi_head_attention_forward(*x, **static)
+    dy = cotangents(*outputs)
+    leaves = Inputs(*map(leaf, x))
+    want = torch_mha(leaves, **static)
+    for got, y in zip(outputs, want, strict=True):
+        close(got, y)
+    for got, g in zip(multi_head_attention_forward_vjp(cache, dy), gradients(want, dy, leaves), strict=True):
+        close(got, g)
+
+
 def test_either_cotangent_may_be_none_for_zero():
     x, static = Mha(attn="float").inputs(), Mha().static()
     outputs, cache = multi_head_attention_forward(*x, **static)
@@ -650,7 +667,8 @@ BIAS_KV = {"bias_k": zeros(1, 1, 6), "bias_v": zeros(1, 1, 6)}
         ("in_proj_weight must be given, and they None", {"q_proj_weight": zeros(6, 6)}, {}),
         ("bias_k and bias_v must be given both", {"bias_k": zeros(1, 1, 6)}, {}),
         ("bias_k and bias_v must be None with static_k", BIAS_KV | {"static_k": zeros(6, 7, 2)}, {}),
-        ("bias_k must be .1, 1, E.", BIAS_KV | {"bias_k": zeros(1, 2, 6)}, {}),
+        ("bias_k must be .1, 1, E., .1, E. or .E,.", BIAS_KV | {"bias_k": zeros(1, 2, 6)}, {}),
+        ("bias_v must be .* with E=6", BIAS_KV | {"bias_v": zeros(2, 6)}, {}),
         ("static_k must be .* N·H=6", {"static_k": zeros(2, 7, 2)}, {}),
         ("static_v must be .* S=7 as in", {"static_v": zeros(6, 5, 2)}, {}),
         ("key_padding_mask must be .* N=2", {"key_padding_mask": zeros(1, 7, dtype=bool)}, {}),

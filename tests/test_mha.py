@@ -16,6 +16,7 @@ from funcmha import (
     head,
     head_params,
     head_vjp,
+    init,
     linear,
     linear_vjp,
     log_sum_exp,
@@ -477,3 +478,20 @@ def test_per_sample_gradients_of_no_samples_are_empty(engine):
     y, cache = mha(params, *x, engine=engine)
     dparams, *_ = mha_vjp(cache, y, per_sample=True)
     tree.map(lambda g, p: close(g, np.zeros((0, *p.shape))), dparams, params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_one_masked_half_input_is_three(dtype):
+    """Queries that attend nothing and keys that nobody attends are zeroed in one array, for narrow projections too."""
+    params = tree.map(lambda a: a.astype(dtype), init(0, 6, 3, num_kv_heads=1))
+    x = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(dtype)
+    mask = np.tri(9, 9, -2, dtype=bool)
+    y, cache = self_attention(params, x, mask=mask)
+    dparams, dx, _ = self_attention_vjp(cache, y)
+    p64, x64 = tree.map(lambda a: a.astype(np.float64), params), x.astype(np.float64)
+    _, cache = mha(p64, x64, x64, x64, mask=mask, engine="sequential")
+    dwant, *dxs, _ = mha_vjp(cache, y.astype(np.float64))
+    largest = max(np.abs(g).max() for g in tree.flatten(dwant).values())
+    atol = largest * (2.0**-8 if dtype == np.float16 else 2.0**-5)  # four roundings to the half type
+    tree.map(lambda g, w: np.testing.assert_allclose(g.astype(np.float64), w, rtol=0, atol=atol), dparams, dwant)
+    np.testing.assert_allclose(dx.astype(np.float64), sum(dxs), rtol=0, atol=atol)

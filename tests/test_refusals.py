@@ -50,7 +50,7 @@ TABLE = table(np.arange(5), frequencies(8))
 X = ones((2, 5, 8))
 HELD = KVCache(ones((2, 3, 5, 4)), ones((2, 3, 5, 7)), 5)
 KEEP = ones((5, 7), bool)
-SEEDED = dropout.seeded(0, 0.1)
+SEED = dropout.seeded(0, 0.1)
 
 
 def rotated(cos, sin):
@@ -165,15 +165,16 @@ OTHERS = {
                                      "num_kv_heads must divide K=2 as in k_proj.w, got 4"),
     "logits of another mask": (lambda: surgery.max_logit(CACHE, mask=ones((3, 3), bool)), ValueError,
                                "mask must broadcast to (..., H, T, S) = (2, 6, 5, 7), got (3, 3)"),
-    "a part of a seed's mask": (lambda: SEEDED.dense((-1, 3)), ValueError, "shape must be (..., H, T, S) or"),
-    "a fraction of a seed's mask": (lambda: SEEDED.dense((2.0, 3)), TypeError, "shape must be a tuple of ints"),
-    "one axis of a seed's mask": (lambda: SEEDED.dense(3), TypeError, "shape must be a tuple of ints, got 3"),
-    "two positions of one past": (lambda: append(HELD._replace(seen=np.array([5, 4])), *HELD[:2]), TypeError,
-                                  "kv.seen must be an int, got array([5, 4]) of type ndarray"),
-    "a fraction of a position": (lambda: append(HELD._replace(seen=np.array(5.0)), *HELD[:2]), TypeError,
-                                 "kv.seen must be an int, got array(5.) of type ndarray"),
+    "a part of a seed's mask": (lambda: SEED.dense((-1, 3)), ValueError, "shape must be (..., H, T, S) or"),
+    "a fraction of a seed's mask": (lambda: SEED.dense((2.0, 3)), TypeError, "shape must be a tuple of ints"),
+    "one axis of a seed's mask": (lambda: SEED.dense(3), TypeError, "shape must be a tuple of ints, got 3"),
+    "two positions of one past": (lambda: append(HELD._replace(position=np.array([5, 4])), *HELD[:2]), TypeError,
+                                  "kv.position must be an int, got array([5, 4]) of type ndarray"),
+    "a fraction of a position": (lambda: append(HELD._replace(position=np.array(5.0)), *HELD[:2]), TypeError,
+                                 "kv.position must be an int, got array(5.) of type ndarray"),
     "the mask of lists": (lambda: step_mask(KVCache([1], [1], 1), 1), TypeError, "kv.keys must be an array, got list"),
-    "the mask of one axis": (lambda: step_mask(KVCache(ones(3), ones(3), 3), 1), ValueError, "kv.keys must be (..., N"),
+    "the mask of one axis": (lambda: step_mask(KVCache(ones(3), ones(3), 3), 1), ValueError,
+                             "kv.keys must be (..., N, D)"),
     "one cotangent of two": (lambda: append_vjp(append(HELD, *HELD[:2])[1], HELD.keys), TypeError,
                              "dkv must be a KVCache, or a pair of dkeys and dvalues, got ndarray"),
     "lengths that are ragged": (lambda: packing.cumulative([[1], [2, 3]]), TypeError, "lengths must be (B,) of intege"),

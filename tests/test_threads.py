@@ -302,14 +302,19 @@ def test_a_call_does_not_wait_for_threads_that_work_for_others(monkeypatch):
     other = threading.Thread(target=lambda: threads.run(blocking, range(2), flops=1e9, plan=PLAN))
     other.start()
     begun.wait(10)  # the pool's only thread is taken
-    threads.run(done.append, range(5), flops=1e9, plan=PLAN)
+    array = np.arange(5)
+    kept = weakref.ref(array)
+    threads.run(lambda i, a=array: done.append(a[i]), range(5), flops=1e9, plan=PLAN)
     assert done == [0, 1, 2, 3, 4]
+    del array
+    gc.collect()
+    assert kept() is None  # though what was handed out is still in the queue
     go.set()
     other.join(10)
 
 
 def test_what_was_handed_out_is_not_kept(monkeypatch):
-    """Neither by the thread that did it nor by the queue, if the caller came first."""
+    """By the thread that did it, while it waits for more."""
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "2")
     for seconds in (0.0, 0.05):
         array = np.ones(3)

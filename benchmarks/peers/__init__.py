@@ -1,5 +1,5 @@
-"""Who takes part. A peer is `prepare(case, problem, variant)` of its library's file: it gives a `Call`, or raises
-`SkipError`. No library is imported here: each has a process of its own, where `load` imports it.
+"""The peers. A peer is `prepare(case, problem, variant)` in the file of its library: it returns a `Call`, or raises
+`SkipError`. No library is imported here: each has its own process, where `load` imports it.
 """
 
 import importlib
@@ -17,20 +17,20 @@ PEERS = {  # name: file, variant
     "PyTorch compiled": ("torch", "compiled"),
     "JAX": ("jax", ""),
     "funcmha": ("funcmha", "default"),
-    "funcmha reference": ("funcmha", "reference"),
+    "funcmha sequential": ("funcmha", "sequential"),
     "Compyute sequential": ("compyute", "sequential"),
     "Compyute semi": ("compyute", "semi"),
     "Compyute parallel": ("compyute", "parallel"),
 }
 EAGER = "PyTorch"  # what the others are divided by
-PRODUCT = "product"  # no peer: the machine's own speed
+PRODUCT = "product"  # not a peer: the speed of the machine
 
 
 class Call(NamedTuple):
-    """What is timed, for one case. Inputs and parameters are in the library's own form before the clock starts.
+    """The timed functions of one case. Inputs and parameters are converted for the library before the clock starts.
 
-    `both` gives the output and the gradients of every input and parameter; `named` has them as NumPy arrays, by name,
-    in the shapes of `funcmha.params.SPEC`. `warm` is what the first call of these shapes would do besides: compile.
+    `both` returns the output and the gradients of every input and parameter; `named` returns them as NumPy arrays, by
+    name, in the shapes of `funcmha.params.SPEC`. `warm` does the rest of a first call with these shapes: it compiles.
     """
 
     forward: Callable[[], Any]

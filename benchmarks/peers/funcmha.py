@@ -1,4 +1,4 @@
-"""funcmha as its users call it, and its reference beside it."""
+"""funcmha with its default engine, and its specification, the engine "sequential"."""
 
 from functools import partial
 from inspect import signature
@@ -10,16 +10,16 @@ from benchmarks.peers import Call, SkipError, check_memory
 from funcmha import tree
 
 HAS_ENGINES = "engine" in signature(funcmha.mha).parameters
-COPIES = 3  # of all scores: the weights of every head, and what one head needs besides
+COPIES = 3  # of all scores: the weights of every head, and temporary arrays of one head
 
 
 def prepare(case: Case, problem: Problem, variant: str) -> Call:
     static: dict[str, Any] = {"mask": case.mask()}
-    if variant == "reference":
+    if variant == "sequential":
         if not HAS_ENGINES:
-            raise SkipError("this version has one engine: `funcmha` is the reference")
+            raise SkipError("this version has only one engine")
         static["engine"] = funcmha.engines.SEQUENTIAL
-    if variant == "reference" or not HAS_ENGINES:
+    if variant == "sequential" or not HAS_ENGINES:
         check_memory(case, COPIES)
     return {"self": _self, "cross": _cross, "attention": _attention}[case.kind](problem, static)
 

@@ -33,7 +33,7 @@ def prepare(case: Case, problem: Problem, variant: str) -> Call:
 
 
 def _bind(f: Any, *args: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """f(*args), which waits for its result, and what only compiles it."""
+    """f(*args), which waits for its result, and a function that only compiles it."""
     compiled = cache(lambda: f.lower(*args).compile())
     return lambda: jax.block_until_ready(compiled()(*args)), compiled
 

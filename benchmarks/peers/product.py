@@ -1,4 +1,4 @@
-"""The machine's own speed: one float32 matrix product of NumPy's, large enough to be as fast as it gets."""
+"""The speed of the machine: one float32 matrix product of NumPy, large enough for full speed."""
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """PyTorch: `nn.MultiheadAttention`, and where that cannot express the case, its `scaled_dot_product_attention`.
 
-In training mode, as `forward` of every NumPy peer keeps what its backward needs too; but kind "attention" has no
-backward, and runs without autograd. A causal mask is told by `is_causal`, which makes PyTorch skip what it hides. A
-window can be told by an additive (T, T) mask only: it is made beforehand, and counts as an input.
+In training mode, because `forward` of every NumPy peer also keeps a cache for its backward; but kind "attention" has no
+backward, and runs without autograd. A causal mask is `is_causal`, with which PyTorch skips the masked tiles. A window
+can only be an additive (T, T) mask: it is made beforehand, and counts as an input.
 """
 
 from collections.abc import Callable
@@ -51,13 +51,13 @@ def _self(case: Case, problem: Problem, variant: str) -> Call:
 
 
 def _mask(case: Case, x: torch.Tensor, need_weights: bool) -> torch.Tensor | None:
-    """(T, T), added to the scores. Beside `is_causal`, which wants one, it is not read: one 0 stands for all."""
+    """(T, T), added to the scores. `is_causal` requires one but does not read it: a broadcast 0 is enough."""
     if not case.causal:
         return None
     if case.window is None and not need_weights:
         return torch.zeros((), dtype=x.dtype).expand(case.T, case.S)
-    hidden = torch.from_numpy(~case.mask().dense(case.T, case.S))
-    return torch.zeros(case.T, case.S, dtype=x.dtype).masked_fill_(hidden, -torch.inf)
+    forbidden = torch.from_numpy(~case.mask().dense(case.T, case.S))
+    return torch.zeros(case.T, case.S, dtype=x.dtype).masked_fill_(forbidden, -torch.inf)
 
 
 def _cross(case: Case, problem: Problem, variant: str) -> Call:
@@ -119,7 +119,7 @@ def _call(
 
 
 def _tensor(a: np.ndarray, grad: bool = False) -> torch.Tensor:
-    """In memory of PyTorch's own, aligned as it likes it."""
+    """A copy in memory that PyTorch has allocated and aligned."""
     return torch.tensor(a, requires_grad=grad)
 
 

@@ -25,8 +25,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check, engines, masks
-from funcmha._arrays import Array, downcast, dtype_name, full, heads_first, heads_last, is_array, namespace, upcast
-from funcmha.engines import attention_weights
+from funcmha._arrays import (
+    Array,
+    downcast,
+    dtype_name,
+    full,
+    heads_first,
+    heads_last,
+    is_array,
+    namespace,
+    outline,
+    upcast,
+)
+from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp
 from funcmha.masks import Mask
 from funcmha.ops import ScoresCache, scores, scores_vjp
@@ -47,6 +58,8 @@ class AttentionCache(NamedTuple):
     Q: Array  # as given: outputs and gradients have its layout and dtype
     attn_mask: Array  # as given, or None
     append: AppendCache | None  # of K and V to the past
+    keys: Array  # (B, K, S, D, 0): only the shape, and the dtype that is computed in
+    values: Array  # (B, K, S, E, 0)
     attention: Any  # of funcmha.engines.attention
     qk_matmul_output: ScoresCache | Weights | None  # None where there is no such output
 
@@ -102,12 +115,13 @@ def attention(
     structured = _structured(is_causal, left_window_size, right_window_size, offset, valid)
     mask, bias = _mask_and_bias(attn_mask, structured, keys.shape[-2], opset)
     q, k, v, bias = (_computed(x, softmax_precision) for x in (q, keys, values, bias))
+    shapes = outline(k), outline(v)
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": None if softcap == 0 else softcap}
     o, heads = engines.attention(q, k, v, bias, **options)
     qk, output = _qk_matmul_output(qk_matmul_output_mode, heads, (q, k, bias), **options)
 
     Y, qk = downcast(_as_given(o, Q), Q.dtype), downcast(qk, Q.dtype)
-    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, heads, output)
+    return (Y, keys, values, qk), AttentionCache(Q, attn_mask, appended, *shapes, heads, output)
 
 
 def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], /) -> tuple[Array, ...]:
@@ -117,7 +131,7 @@ def attention_vjp(cache: AttentionCache, dy: tuple[Array, Array, Array, Array], 
     A boolean attn_mask has the gradient None. A score of −∞ in mode 2 is a constant: its cotangent has no effect.
     """
     _check.cache(cache, AttentionCache, "attention of ONNX")
-    Q, attn_mask, appended, heads, output = cache
+    Q, attn_mask, appended, _, _, heads, output = cache
     do, dkeys, dvalues, dqk = _cotangents(cache, dy)
 
     dq, dk, dv, dbias, _ = engines.attention_vjp(heads, do, dweights=dqk if isinstance(output, Weights) else None)
@@ -186,18 +200,18 @@ def _computed(x: Array, softmax_precision: int | None) -> Array:
 def _cotangents(cache: AttentionCache, dy: Any) -> list[Array]:
     """With an axis of heads and in the engine's dtype; that of Y is 0 where it is None."""
     dy = _check.parts("dy", dy, "dY, dpresent_key, dpresent_value, dqk_matmul_output")
-    Q, (q, k, v, *_) = cache.Q, cache.attention
-    o = (*q.shape[:-1], v.shape[-1])
-    B, H, T, E = o
+    Q, keys, values = cache.Q, cache.keys.shape[:-1], cache.values.shape[:-1]
+    (B, H, T), E = log_sum_exp(cache.attention).shape, values[-1]
+    o = B, H, T, E
     Y, symbols = (o, "B H T E") if Q.ndim == 4 else ((B, T, H * E), "B T H·E")
     _check.cotangent("dY", dy[0], Y, Q, symbols, optional=True)
-    _check.cotangent("dpresent_key", dy[1], k.shape, Q, "B K S D", optional=True)
-    _check.cotangent("dpresent_value", dy[2], v.shape, Q, "B K S E", optional=True)
-    _check.cotangent("dqk_matmul_output", dy[3], (B, H, T, k.shape[-2]), Q, "B H T S", optional=True)
+    _check.cotangent("dpresent_key", dy[1], keys, Q, "B K S D", optional=True)
+    _check.cotangent("dpresent_value", dy[2], values, Q, "B K S E", optional=True)
+    _check.cotangent("dqk_matmul_output", dy[3], (B, H, T, keys[-2]), Q, "B H T S", optional=True)
     if dy[3] is not None and cache.qk_matmul_output is None:
         raise ValueError("dqk_matmul_output must be None, as qk_matmul_output is, got an array")
-    dY, *others = (downcast(d, q.dtype) for d in dy)
-    do = full(o, 0.0, q) if dY is None else dY if Q.ndim == 4 else _split(dY, H)
+    dY, *others = (downcast(d, cache.keys.dtype) for d in dy)
+    do = full(o, 0.0, cache.keys) if dY is None else dY if Q.ndim == 4 else _split(dY, H)
     return [do, *others]
 
 
@@ -283,7 +297,9 @@ def check_inputs(
     axes("V", v, "B K L E")
     _check.multiple("Q", axes["H"], "K", axes["K"])
     if (past_key is None) != (past_value is None):
-        raise ValueError("past_key and past_value must come together, got one of them")
+        raise ValueError(
+            f"past_key and past_value must come together, got no {'past_key' if past_key is None else 'past_value'}"
+        )
     if past_key is not None:
         _check.one_dtype([("Q", q), ("past_key", past_key), ("past_value", past_value)])
         axes("past_key", past_key, "B K P D")

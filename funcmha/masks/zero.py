@@ -7,7 +7,7 @@ Axes: T queries, S keys, H query heads, K key/value heads; `...` is batch.
 
 import numpy as np
 
-from funcmha._arrays import Array, namespace
+from funcmha._arrays import Array, namespace, upcast
 
 from .mask import Mask
 
@@ -25,12 +25,16 @@ def zero_masked_queries(x: Array, mask: Array) -> Array:
 def zero_inputs(
     query: Array, key: Array, value: Array, mask: Mask | None, appended: bool
 ) -> tuple[Array, Array, Array]:
-    """The inputs of all heads, with 0 at queries that attend no key in any head, and at keys that no query attends
+    """The inputs of all heads, upcast, with 0 at queries that attend no key in any head, and at unattended keys
 
     A NaN there would reach Σ dq xᵀ and Σ dk xᵀ as 0 · NaN. Where all three are one array they stay one, as the gradient
     of `self_attention` takes it: with 0 at tokens that neither attend nor are attended. Every query attends `appended`
     keys.
     """
+    if query is key and key is value:
+        query = key = value = upcast(query)
+    else:
+        query, key, value = upcast(query), upcast(key), upcast(value)
     if mask is None:
         return query, key, value
     T, S, xp = query.shape[-2], key.shape[-2], namespace(query)

@@ -1,4 +1,4 @@
-r"""Zip archives, read strictly: every byte belongs to one record, and all records agree.
+r"""Zip archives, read strictly, as every byte belongs to one record and all records agree, and written forwards.
 
     local header, data │ local header, data │ … │ central directory │ end record
 
@@ -7,13 +7,17 @@ r"""Zip archives, read strictly: every byte belongs to one record, and all recor
 deflated, back to back in the order of the directory; no comment, no encryption, no sizes that follow the data. `zip` of
 Info-ZIP makes such archives too, and notes times and owners in extra fields: these mean nothing here, and zip64's is
 the only other one. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
+
+What is written is byte for byte what `zipfile` makes of the same stored members in a file with `seek`. But every length
+and checksum is known before the bytes that it is of: nothing is gone back to, so a pipe or a socket takes it as well.
 """
 
 import struct
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipInfo
 
 LOCAL = struct.Struct("<4s5H3L2H")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -32,9 +36,6 @@ NOTES = {  # extra fields of times and owners, and their lengths: proginfo/extra
     0x000A: (32,),  # NTFS: three times
 }
 CHUNK = 1 << 18  # bytes read at a time: they stay in a core's cache for the checksum and the copy
-
-
-Fields = tuple[str, int, int, int, int, int]  # name, flags, method, crc, stored, size
 
 
 class Source(NamedTuple):
@@ -57,7 +58,7 @@ class Source(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One file in the archive, as its local header and the directory both describe it."""
+    """One file in the archive, as its local header and the directory describe it."""
 
     name: str
     flags: int
@@ -65,7 +66,7 @@ class Member(NamedTuple):
     crc: int
     stored: int  # bytes in the archive
     size: int  # bytes when unpacked
-    start: int  # where its data are in the archive
+    start: int  # where its data are in the archive; of the directory's, where its local header is
 
 
 def members(source: Source) -> list[Member]:
@@ -73,16 +74,18 @@ def members(source: Source) -> list[Member]:
     start, end, count = _directory(source)
     found: list[Member] = []
     at = 0
-    for fields, offset in _central(source.read(start, end - start)):
-        name = fields[0]
-        if offset != at:
-            raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {offset}")
-        local, data = _local(source, at)
-        if local != fields:
-            raise BadZipFile(f"{name} must be alike in its local header and in the directory, got {local} and {fields}")
-        member = Member(*fields, data)
+    for listed in _central(source.read(start, end - start)):
+        name = listed.name
+        if listed.start != at:
+            raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {listed.start}")
+        member = _local(source, at)
+        local, central = member[:-1], listed[:-1]
+        if local != central:
+            raise BadZipFile(
+                f"{name} must be alike in its local header and in the directory, got {local} and {central}"
+            )
         _check(member)
-        at = data + member.stored
+        at = member.start + member.stored
         if at > start:
             raise BadZipFile(f"{name} must end before the directory at byte {start}, got {at}")
         found.append(member)
@@ -95,8 +98,8 @@ def members(source: Source) -> list[Member]:
 
 def contents(source: Source, member: Member, skip: int = 0) -> Iterator[bytes]:
     """The unpacked bytes of `member` after the first `skip`, in pieces; BadZipFile unless size and CRC are right."""
-    pieces = _pieces(source, member)
-    size = crc = 0
+    size, crc, end = 0, 0, member.start + member.stored
+    pieces = (source.read(at, min(CHUNK, end - at)) for at in range(member.start, end, CHUNK))
     for piece in pieces if member.method == ZIP_STORED else _inflate(pieces, member):
         crc = zlib.crc32(piece, crc)
         skipped = max(skip - size, 0)
@@ -111,22 +114,13 @@ def contents(source: Source, member: Member, skip: int = 0) -> Iterator[bytes]:
 
 
 def head(source: Source, member: Member, n: int) -> bytes:
-    """The first `n` unpacked bytes of `member`, or all."""
+    """The first `n` unpacked bytes of `member`, or all. A deflated one is unpacked to its end: its size is a claim."""
     if member.method == ZIP_STORED:
         return source.read(member.start, min(n, member.size))
-    first = bytearray()
+    first = b""
     for piece in contents(source, member):
         first += piece[: n - len(first)]
-        if len(first) == n:
-            break
-    return bytes(first)
-
-
-def unpack(source: Source, member: Member) -> None:
-    """Unpack `member` to its end if it is deflated, and keep nothing: its size is only a claim until then."""
-    if member.method != ZIP_STORED:
-        for _ in contents(source, member):
-            pass
+    return first
 
 
 def _directory(source: Source) -> tuple[int, int, int]:
@@ -162,8 +156,8 @@ def _end64(source: Source, at: int, narrow: list[Any]) -> list[Any]:
     return fields
 
 
-def _central(directory: bytes) -> Iterator[tuple[Fields, int]]:
-    """Of each record of the directory: its fields, and where its local header is."""
+def _central(directory: bytes) -> Iterator[Member]:
+    """The records of the directory."""
     at = 0
     while at < len(directory):
         record = directory[at : at + CENTRAL.size]
@@ -175,11 +169,11 @@ def _central(directory: bytes) -> Iterator[tuple[Fields, int]]:
         if at > len(directory) or comment or disk:
             raise BadZipFile(f"{name} must end within the directory, without a comment, on disk 0, got disk {disk}")
         size, stored, offset = _with_zip64(name, extra, size, stored, offset)
-        yield (name, flags, method, crc, stored, size), offset
+        yield Member(name, flags, method, crc, stored, size, offset)
 
 
-def _local(source: Source, at: int) -> tuple[Fields, int]:
-    """The fields of the local header at `at`, and where the data begin."""
+def _local(source: Source, at: int) -> Member:
+    """The local header at `at`."""
     record = source.read(at, LOCAL.size)
     signature, _, flags, method, _, _, crc, stored, size, n, e = LOCAL.unpack(record)
     if signature != b"PK\3\4":
@@ -187,48 +181,39 @@ def _local(source: Source, at: int) -> tuple[Fields, int]:
     tail = source.read(at + LOCAL.size, n + e)
     name = _name(tail[:n])
     size, stored = _with_zip64(name, tail[n:], size, stored)
-    return (name, flags, method, crc, stored, size), at + LOCAL.size + n + e
+    return Member(name, flags, method, crc, stored, size, at + LOCAL.size + n + e)
 
 
 def _with_zip64(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
     """The numbers, where WIDE stands for the next one of the zip64 extra field, which must have just those."""
     n = numbers.count(WIDE)
-    allowed = NOTES | ({1: (8 * n,)} if n else {})
-    fields = _extra(extra)
-    if any(len(data) not in allowed.get(kind, ()) for kind, data in fields.items()) or (n and 1 not in fields):
+    allowed, rest, long = NOTES | ({1: (8 * n,)} if n else {}), extra, b""
+    while len(rest) >= 4:
+        kind, size = struct.unpack_from("<2H", rest)
+        if size not in allowed.pop(kind, ()) or len(rest) < 4 + size:
+            break
+        long, rest = rest[4 : 4 + size] if kind == 1 else long, rest[4 + size :]
+    if rest or 1 in allowed:
         raise BadZipFile(
             f"{name} must have no extra field but zip64's, with {n} numbers, and those of times and owners "
             f"(as `zip -X` leaves out), got {extra[:36]!r}"
         )
-    wide = iter(struct.unpack(f"<{n}Q", fields.get(1, b"")))
+    wide = iter(struct.unpack(f"<{n}Q", long))
     return tuple(next(wide) if number == WIDE else number for number in numbers)
-
-
-def _extra(raw: bytes) -> dict[int, bytes]:
-    """The extra fields by their kind; under −1 what is none, or comes twice."""
-    fields: dict[int, bytes] = {}
-    while len(raw) >= 4:
-        kind, size = struct.unpack_from("<2H", raw)
-        if kind in fields or len(raw) < 4 + size:
-            break
-        fields[kind], raw = raw[4 : 4 + size], raw[4 + size :]
-    return fields | {-1: raw} if raw else fields
 
 
 def _check(member: Member) -> None:
     name, flags, method, _, stored, size, _ = member
-    if flags & 1:
-        raise BadZipFile(f"{name} must not be encrypted")
-    if flags & ~HARMLESS:
-        raise BadZipFile(
-            f"{name} must be written to a file, not to a pipe (flags at most {HARMLESS:#06x}), got {flags:#06x}"
-        )
-    if method not in (ZIP_STORED, ZIP_DEFLATED):
-        raise BadZipFile(f"{name} must be stored or deflated (method 0 or 8), got method {method}")
-    if method == ZIP_STORED and stored != size:
-        raise BadZipFile(f"{name} is stored, so it must take its own size {size} in the archive, got {stored}")
-    if size > RATIO * stored:
-        raise BadZipFile(f"{name} must unpack to at most {RATIO} times its own {stored} bytes, got {size}")
+    to_a_file = f"must be written to a file, not to a pipe (flags at most {HARMLESS:#06x}), got {flags:#06x}"
+    for good, law in (
+        (not flags & 1, "must not be encrypted"),
+        (not flags & ~HARMLESS, to_a_file),
+        (method in (ZIP_STORED, ZIP_DEFLATED), f"must be stored or deflated (method 0 or 8), got method {method}"),
+        (method or stored == size, f"is stored, so it must take its own size {size} in the archive, got {stored}"),
+        (size <= RATIO * stored, f"must unpack to at most {RATIO} times its own {stored} bytes, got {size}"),
+    ):
+        if not good:
+            raise BadZipFile(f"{name} {law}")
 
 
 def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
@@ -246,11 +231,61 @@ def _inflate(pieces: Iterator[bytes], member: Member) -> Iterator[bytes]:
         raise BadZipFile(f"{member.name} must hold one deflate stream and nothing after it")
 
 
-def _pieces(source: Source, member: Member) -> Iterator[bytes]:
-    for at in range(member.start, member.start + member.stored, CHUNK):
-        yield source.read(at, min(CHUNK, member.start + member.stored - at))
-
-
 def _name(raw: bytes) -> str:
     """Printable ASCII as it is, the rest as escapes: they may be shown, and no rule for names lets a backslash pass."""
     return repr(raw)[2:-1]
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write(file: BinaryIO, members: Iterable[tuple[str, tuple[bytes | memoryview, ...]]]) -> None:
+    """Names, each with its bytes in parts  →  an archive, as on Unix, of 1980"""
+    at = 0
+    infos: list[ZipInfo] = []
+    for name, parts in members:
+        info = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+        info.create_system, info.external_attr = 3, 0o644 << 16
+        info.header_offset, info.CRC = at, 0
+        info.file_size = info.compress_size = sum(map(len, parts))
+        for part in parts:
+            info.CRC = zlib.crc32(part, info.CRC)
+        at += _put(file, info.FileHeader(zip64=info.file_size * 1.05 > zipfile.ZIP64_LIMIT), *parts)
+        infos.append(info)
+    directory = b"".join(map(_record, infos))
+    _put(file, directory, *_ends(len(infos), len(directory), at))
+
+
+def _put(file: BinaryIO, *parts: bytes | memoryview) -> int:
+    """Write all of the parts; how many bytes they are."""
+    for part in parts:
+        rest = memoryview(part)
+        while len(rest):
+            n = file.write(rest)
+            if n == 0:
+                raise OSError(f"{type(file).__name__} takes no more, with {len(rest)} bytes left")
+            rest = rest[len(rest) if n is None else n :]  # a raw file may take less than it is given
+    return sum(map(len, parts))
+
+
+def _record(info: ZipInfo) -> bytes:
+    """What the directory says of a member, large numbers in the zip64 field."""
+    n, offset = info.file_size, info.header_offset
+    large = ([n, n] if n > zipfile.ZIP64_LIMIT else []) + ([offset] if offset > zipfile.ZIP64_LIMIT else [])
+    extra = struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large) if large else b""
+    version = 45 if large else info.create_version  # that of the local header, which has a field a little earlier
+    n, offset = (WIDE if x > zipfile.ZIP64_LIMIT else x for x in (n, offset))
+    name = info.filename.encode("ascii")
+    kind = version | info.create_system << 8, version, 0, ZIP_STORED, 0, 0x21
+    lengths = len(name), len(extra), 0, 0, 0
+    return CENTRAL.pack(b"PK\1\2", *kind, info.CRC, n, n, *lengths, info.external_attr, offset) + name + extra
+
+
+def _ends(count: int, size: int, start: int) -> Iterator[bytes]:
+    """The end records of an archive whose directory lists `count` members in `size` bytes at `start`."""
+    limits = zipfile.ZIP_FILECOUNT_LIMIT, zipfile.ZIP64_LIMIT, zipfile.ZIP64_LIMIT
+    if any(n > limit for n, limit in zip((count, size, start), limits, strict=True)):
+        yield END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, count, count, size, start)
+        yield LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
+    count, size, start = min(count, 0xFFFF), min(size, WIDE), min(start, WIDE)
+    yield END.pack(b"PK\5\6", 0, 0, count, count, size, start, 0)

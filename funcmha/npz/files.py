@@ -3,24 +3,18 @@
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 from .archive import Source
 from .atomic import replacing
 
-Path = str | os.PathLike[str]
-File = Path | BinaryIO
+File = str | os.PathLike[str] | BinaryIO
 
 
-@contextmanager
-def written(path: File) -> Iterator[BinaryIO]:
+def written(path: File) -> AbstractContextManager[BinaryIO]:
     """A file to write: one that takes the place of `path` when the block ends, or the file object that was given."""
-    if isinstance(path, str | os.PathLike):
-        with replacing(path) as file:
-            yield file
-    else:
-        yield _binary(path, "write")
+    return replacing(path) if isinstance(path, str | os.PathLike) else nullcontext(_binary(path, "write"))
 
 
 @contextmanager
@@ -38,8 +32,7 @@ def read(path: File) -> Iterator[tuple[str, Source]]:
 def _binary(file: Any, method: str) -> BinaryIO:
     if isinstance(file, io.TextIOBase) or not hasattr(file, method):
         raise TypeError(f"path must be a path or a binary file object that has {method}, got {type(file).__name__}")
-    binary: BinaryIO = file
-    return binary
+    return file  # type: ignore[no-any-return]
 
 
 def _source(file: BinaryIO) -> Source:
@@ -47,6 +40,6 @@ def _source(file: BinaryIO) -> Source:
         start = file.tell()
         file.seek(0, os.SEEK_END)
     except (AttributeError, OSError) as error:
-        kind = type(file).__name__
-        raise ValueError(f"path must be a file object with seek, got {kind}: read it into an io.BytesIO") from error
+        got = f"{type(file).__name__}: read it into an io.BytesIO"
+        raise ValueError(f"path must be a file object with seek, got {got}") from error
     return Source(file, start, max(file.tell() - start, 0))

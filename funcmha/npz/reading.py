@@ -35,22 +35,11 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-class _Leaf(NamedTuple):
-    member: archive.Member
-    header: npy.Header
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(np.dtype(self.header.dtype.type), self.header.shape, self.header.nbytes)
+_Leaf = tuple[archive.Member, npy.Header]
 
 
 def load(
-    path: File,
-    *,
-    like: tree.Tree | None = None,
-    max_bytes: int = MAX_BYTES,
-    check_finite: bool = False,
-    mmap: bool = False,
+    path: File, *, like: tree.Tree = None, max_bytes: int = MAX_BYTES, check_finite: bool = False, mmap: bool = False
 ) -> dict[str, tree.Tree]:
     """The file with the members q_proj.w.npy, …  →  {"q_proj": {"w": x}, …}
 
@@ -90,7 +79,7 @@ def load(
             leaves = _alike(name, leaves, like)
         for key, leaf in leaves.items():
             with _refusing(name):
-                flat[key] = _array(source, leaf) if whole is None else _mapped(whole, leaf)
+                flat[key] = _array(source, *leaf) if whole is None else _mapped(whole, *leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
     return tree.unflatten(flat)
@@ -103,7 +92,7 @@ def entries(path: File, *, max_bytes: int = MAX_BYTES) -> dict[str, Entry]:
     are unpacked, to see how long they are, but not kept.) Raises as `load` does.
     """
     with read(path) as (name, source):
-        return {key: leaf.entry for key, leaf in _leaves(source, name, max_bytes).items()}
+        return {key: _entry(header) for key, (_, header) in _leaves(source, name, max_bytes).items()}
 
 
 @contextmanager
@@ -122,14 +111,14 @@ def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[st
         members = archive.members(source)
         names = keys(member.name for member in members)
         unpacked = sum(member.size for member in members)
-        if max_bytes is None:
-            _check_stored(members)
-        elif unpacked > max_bytes:
+        deflated = [member.name for member in members if member.method != ZIP_STORED]
+        if max_bytes is None and deflated:
+            raise ValueError(f"{deflated[0]} must be stored to be mapped, and is deflated: load it without mmap")
+        if max_bytes is not None and unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         headers = [_header(source, member) for member in members]
-        for member in members:
-            archive.unpack(source, member)
-        return ordered(dict(zip(names, map(_Leaf, members, headers), strict=True)))
+        leaves = dict(zip(names, zip(members, headers, strict=True), strict=True))
+        return {key: leaves[key] for key in ordered(dict.fromkeys(names))}
 
 
 def _header(source: archive.Source, member: archive.Member) -> npy.Header:
@@ -139,28 +128,26 @@ def _header(source: archive.Source, member: archive.Member) -> npy.Header:
         raise ValueError(f"{member.name} {error}") from error
 
 
-def _array(source: archive.Source, leaf: _Leaf) -> np.ndarray:
-    dtype, shape, fortran, start, _ = leaf.header
+def _entry(header: npy.Header) -> Entry:
+    return Entry(np.dtype(header.dtype.type), header.shape, header.nbytes)
+
+
+def _array(source: archive.Source, member: archive.Member, header: npy.Header) -> np.ndarray:
+    dtype, shape, fortran, start, _ = header
     a = np.empty(shape[::-1] if fortran else shape, dtype)
     flat, at = a.reshape(-1).view(np.uint8).data, 0
-    for piece in archive.contents(source, leaf.member, skip=start):
+    for piece in archive.contents(source, member, skip=start):
         flat[at : at + len(piece)] = piece
         at += len(piece)
-    return np.require(a.T if fortran else a, leaf.entry.dtype, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])
+    return np.require(a.T if fortran else a, dtype.type, ["C", "ALIGNED", "WRITEABLE", "OWNDATA"])
 
 
-def _check_stored(members: list[archive.Member]) -> None:
-    for member in members:
-        if member.method != ZIP_STORED:
-            raise ValueError(f"{member.name} must be stored to be mapped, and is deflated: load it without mmap")
-
-
-def _mapped(whole: np.ndarray, leaf: _Leaf) -> np.ndarray:
+def _mapped(whole: np.ndarray, member: archive.Member, header: npy.Header) -> np.ndarray:
     """The leaf as a view of the file."""
-    dtype, shape, fortran, start, nbytes = leaf.header
+    dtype, shape, fortran, start, nbytes = header
     if not dtype.isnative:
-        raise ValueError(f"{leaf.member.name} must be in native byte order to be mapped: load it without mmap")
-    at = leaf.member.start + start
+        raise ValueError(f"{member.name} must be in native byte order to be mapped: load it without mmap")
+    at = member.start + start
     return whole[at : at + nbytes].view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -180,7 +167,7 @@ def _alike(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> dict[str,
         raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
     for key, leaf in want.items():
         dtype, shape = np.dtype(leaf.dtype).newbyteorder("="), tuple(leaf.shape)
-        got = leaves[key].entry
+        got = _entry(leaves[key][1])
         if (got.dtype, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
     return {key: leaves[key] for key in want}

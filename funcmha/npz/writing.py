@@ -8,7 +8,7 @@ import numpy as np
 from funcmha import tree
 from funcmha._arrays import dtype_name, is_array
 
-from . import npy, stored
+from . import archive, npy
 from .files import File, written
 from .names import keys, ordered
 
@@ -34,7 +34,7 @@ def save(path: File, params: Mapping[str, tree.Tree]) -> None:
     """
     arrays = _arrays(params)
     with written(path) as file:
-        stored.write(file, ((f"{key}.npy", tuple(_parts(a))) for key, a in arrays.items()))
+        archive.write(file, ((f"{key}.npy", tuple(_parts(a))) for key, a in arrays.items()))
 
 
 def _arrays(params: Mapping[str, tree.Tree]) -> dict[str, np.ndarray]:

@@ -4,5 +4,6 @@
 """
 
 from .gradcheck import check_vjp
+from .gradient import Agreement
 
-__all__ = ["check_vjp"]
+__all__ = ["Agreement", "check_vjp"]

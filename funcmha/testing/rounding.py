@@ -6,13 +6,12 @@
     adds (1 + √n) u Σ |terms|: Theorem 3.1 of Higham and Mary (SIAM J. Sci. Comput. 41(5), 2019) with λ = 1, and 1 more
     for the shortest sums. Errors of different origin add plainly.
   * A shared error does not average out. An error of a value enters the outputs of all queries; the row sum, and Σ p dp
-  in
-    its gradient, have one error for all keys of the row; equal queries are rounded equally. `Rounded.rows` and
+    in its gradient, have one error for all keys of the row; equal queries are rounded equally. `Rounded.rows` and
     `Rounded.cols` carry these errors, to be added plainly along a row or down a column.
   * A constant (a scale, a soft cap, 1 / (1 − rate)) that is not exact in float32 costs one more rounding, in any
-  precision. * Numbers below the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, a
-  fully masked
-    row) has bound 0.
+    precision.
+  * Numbers below the smallest normal number may be flushed to 0. What is 0 by structure (a masked weight, a fully
+    masked row) has bound 0.
 
 float16 and bfloat16 are storage: the arithmetic is that of float32, and the one rounding at the end may cost a unit in
 the last place. Weights and lse stay float32 there.
@@ -20,12 +19,11 @@ the last place. Weights and lse stay float32 there.
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from funcmha._arrays import HALF, Array, unbroadcast
-from funcmha.params import Params
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
 TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
@@ -39,14 +37,18 @@ class Rounded(NamedTuple):
     cols: tuple[Array, ...] = ()  # parts of the error: each is this times one unknown of [−1, 1] per column
 
 
+Maybe = Rounded | None  # None where there is none
+R = TypeVar("R", bound=Maybe)
+
+
 def exact(x: Array) -> Any:
     """x without error; None for None."""
     return None if x is None else Rounded(host(x), np.zeros(tuple(x.shape)))
 
 
-def each(f: Callable[[Array], Array], x: Any) -> Any:
+def each(f: Callable[[Array], Array], x: R) -> R:
     """x after f, which only moves numbers; None for None."""
-    return None if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))
+    return x if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))  # type: ignore[return-value]
 
 
 def transpose(x: Rounded) -> Rounded:
@@ -100,7 +102,7 @@ class Arithmetic(NamedTuple):
         """x c, where c is a constant"""
         y = each(lambda a: a * c, x)
         error = np.abs(y.error) + (1 + self.constant(c)) * self.rounding(np.abs(y.value))
-        return y._replace(error=error)  # type: ignore[no-any-return]
+        return y._replace(error=error)
 
     def multiply(self, x: Rounded, y: Rounded) -> Rounded:
         """x ⊙ y"""
@@ -132,45 +134,23 @@ class Arithmetic(NamedTuple):
         cols = x.cols if shape[-2:] == x.value.shape[-2:] else ()
         return Rounded(unbroadcast(x.value, shape), error, cols=tuple(unbroadcast(col, shape) for col in cols))
 
-    def linear(self, x: Rounded, w: Rounded, b: Rounded | None) -> Rounded:
+    def sum_rows(self, x: Rounded) -> Rounded:
+        """Σ over the rows, some of which may be equal: (..., T, n)   →   (..., n)"""
+        *batch, _, n = x.value.shape
+        return each(lambda a: a[..., 0, :], self.unbroadcast(tie(Rounded(x.value, x.error)), (*batch, 1, n)))
+
+    def linear(self, x: Rounded, w: Rounded, b: Maybe) -> Rounded:
         """`ops.linear`"""
         y = self.matmul(x, transpose(w))
         return y if b is None else self.add(y, b)
 
-    def linear_vjp(self, x: Rounded, w: Rounded, b: Rounded | None, dy: Rounded) -> tuple[Any, ...]:
+    def linear_vjp(self, x: Rounded, w: Rounded, b: Maybe, dy: Rounded) -> tuple[Any, ...]:
         """`ops.linear_vjp`"""
         rows, drows = (tie(each(lambda a: a.reshape(prod(a.shape[:-1]), a.shape[-1]), a)) for a in (x, dy))
         dx = self.matmul(dy, w)
         dw = self.matmul(transpose(drows), alike(rows))
         db = None if b is None else self.unbroadcast(drows, b.value.shape)
         return dx, dw, db
-
-    def project(self, p: Params, x: Rounded) -> Rounded:
-        """`projections.project`"""
-        H, D, _ = p["w"].value.shape
-        y = self.linear(x, each(_rows, p["w"]), each(np.ravel, p.get("b")))
-        return each(lambda a: a.reshape(*a.shape[:-1], H, D), y)  # type: ignore[no-any-return]
-
-    def project_vjp(self, p: Params, x: Rounded, dy: Rounded) -> tuple[Params, Rounded]:
-        """`projections.project_vjp`"""
-        dx, dw, db = self.linear_vjp(x, each(_rows, p["w"]), each(np.ravel, p.get("b")), each(_merge, dy))
-        return _like(p, dw, db), dx
-
-    def append_drow(self, dy: Rounded, S: int) -> Rounded:
-        """`grouped.append_rows_vjp`: the gradient of the row appended after S"""
-        return self.unbroadcast(Rounded(dy.value[..., S, :, :], dy.error[..., S, :, :]), dy.value.shape[-2:])
-
-    def combine(self, p: Params, o: Rounded, dy: Rounded) -> tuple[Rounded, Params]:
-        """`projections.combine`, and dparams of `projections.combine_vjp`: y, dparams"""
-        w, b, o = each(_merge, p["w"]), p.get("b"), each(_merge, o)
-        _, dw, db = self.linear_vjp(o, w, b, dy)
-        return self.linear(o, w, b), _like(p, dw, db)
-
-    def combine_do(self, p: Params, dy: Rounded) -> Rounded:
-        """do of `projections.combine_vjp`"""
-        _, H, E = p["w"].value.shape
-        do = self.matmul(dy, each(_merge, p["w"]))
-        return each(lambda a: a.reshape(*a.shape[:-1], H, E), do)  # type: ignore[no-any-return]
 
 
 # ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,19 +175,3 @@ def name_of(dtype: Any) -> str:
     if name not in U:
         raise TypeError(f"dtype must be one of {', '.join(U)}, got {dtype!r}")
     return str(name)
-
-
-def _rows(w: Array) -> Array:
-    """The heads as the rows of one matrix: (H, D, C)   →   (H·D, C)"""
-    return w.reshape(w.shape[0] * w.shape[1], w.shape[2])
-
-
-def _merge(a: Array) -> Array:
-    """The heads side by side: (..., H, E)   →   (..., H·E)"""
-    return a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
-
-
-def _like(p: Params, w: Rounded, b: Rounded | None) -> Params:
-    """w and b in the shapes of those of p."""
-    dw = each(lambda a: a.reshape(p["w"].value.shape), w)
-    return {"w": dw} if b is None else {"w": dw, "b": each(lambda a: a.reshape(p["b"].value.shape), b)}

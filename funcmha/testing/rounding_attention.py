@@ -13,25 +13,18 @@ Axes: T queries, S keys, H query heads, D query/key width, E value width; `...` 
 """
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from funcmha._arrays import Array, unbroadcast
-from funcmha.biases import diagonal_sums
+from funcmha.biases import ArrayBias, RelativeBias, diagonal_sums
+from funcmha.masks import Mask, append_keys, as_mask
 
-from .rounding import EXP, Arithmetic, Rounded, alike, each, tie, transpose
+from .rounding import EXP, Arithmetic, Maybe, Rounded, alike, each, exact, host, tie, transpose
 
-
-class Static(NamedTuple):
-    mask: Array
-    scale: Array | float | None  # of every head, or (H, 1, 1)
-    softcap: Array | float | None  # of every head, or (H, 1, 1)
-    keep: Array
-    rate: float
-    dweights: Rounded | None
-    dlse: Rounded | None
-    recomputed: bool
+Bias = ArrayBias | RelativeBias | None
+OPTIONS = ("mask", "scale", "softcap", "dropout", "dweights", "dlse", "recomputed")
 
 
 def soft_cap(fl: Arithmetic, z: Rounded, softcap: Array | float) -> tuple[Rounded, Rounded]:
@@ -92,16 +85,12 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     return weights(apart(e_error), common), recomputed, Rounded(lse[..., 0], lse_error[..., 0])
 
 
-def softmax_vjp(
-    fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Rounded | None, p_sink: Rounded | None
-) -> tuple[Rounded, Rounded | None]:
+def softmax_vjp(fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe) -> tuple[Rounded, Maybe]:
     """`ops.softmax_with_sink_vjp`"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
     size = np.abs(dp.value) + np.abs(delta.value)
-    g, common = dp.value - delta.value, delta.error
-    if dlse is not None:
-        g = g + dlse.value[..., None]
+    g, common = dp.value - delta.value + dlse, delta.error
     if p_sink is not None and p.value.shape[-1]:
         # dp is centred at m, that of the largest weight, and so δ − m = Σ p (dp − m) − m p_sink
         largest = np.argmax(p.value, axis=-1, keepdims=True)
@@ -111,68 +100,86 @@ def softmax_vjp(
     dz = Rounded(p.value * g, error, (p.value * common,))
     if p_sink is None:
         return dz, None
-    along = (0.0 if dlse is None else dlse.value[..., None]) - delta.value
+    along = dlse - delta.value
     delta = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)))
     return dz, fl.multiply(p_sink, delta)
 
 
-def scores(
-    fl: Arithmetic, q: Rounded, k: Rounded, bias: Rounded | None, static: Static
-) -> tuple[Rounded, Rounded, Any]:
-    """Scaled queries, scores, and the slope of the soft cap, where k has the heads of q."""
-    D, k_t = q.value.shape[-1], transpose(k)
-    qs = fl.times(q, max(D, 1) ** -0.5 if static.scale is None else static.scale)
-    z, slope = fl.matmul(qs, k_t), None
-    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k_t.value**2)))  # an error of a query is shared by its keys
-    if static.softcap is not None:
-        z, slope = soft_cap(fl, z, static.softcap)
-    return qs, z if bias is None else fl.add(z, bias), slope
+def scores(fl: Arithmetic, qs: Rounded, k: Rounded, bias: Maybe, softcap: Any) -> tuple[Rounded, Maybe]:
+    """Scores of scaled queries, and the slope of the soft cap, where k has the heads of q."""
+    k, slope = transpose(k), None
+    z = fl.matmul(qs, k)
+    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k.value**2)))  # an error of a query is shared by its keys
+    if softcap is not None:
+        z, slope = soft_cap(fl, z, softcap)
+    return z if bias is None else fl.add(z, bias), slope
 
 
 def attention(
-    fl: Arithmetic,
-    q: Rounded,
-    k: Rounded,
-    v: Rounded,
-    bias: Rounded | None,
-    sink: Rounded | None,
-    do: Rounded,
-    static: Static,
+    fl: Arithmetic, q: Rounded, k: Rounded, v: Rounded, bias: Bias, sink: Maybe, do: Rounded, S: int, given: Any
 ) -> tuple[Any, ...]:
-    """`ops.attention` and `ops.attention_vjp`: o, p, lse, dq, dk, dv, dz, dsink"""
-    S = k.value.shape[-2]
-    allowed = np.broadcast_to(True if static.mask is None else static.mask, (*q.value.shape[:-1], S))
-    if bias is not None:
-        allowed = allowed & (bias.value > -np.inf)
-        bias = each(lambda a: np.where(np.isneginf(a), 0.0, a), bias)
+    """`ops.attention` and `ops.attention_vjp` of S keys and those appended: o, p, lse, dq, dk, dv, dbias, dsink
+
+    Of p and lse the errors alone. given: the options, the other cotangents, and whether the gradient recomputes p.
+    """
+    mask, scale, softcap, dropout, dweights, dlse, recomputed = map(given.get, OPTIONS)
+    shape, scale, softcap = (*q.value.shape[:-1], k.value.shape[-2]), per_head(scale), per_head(softcap)
+    scale = max(q.value.shape[-1], 1) ** -0.5 if scale is None else scale
+    kept = 1.0 if dropout is None else host(dropout.dense(shape)) / (1 - dropout.rate)
+    allowed, added = mask_and_bias(mask, bias, shape, S)
     group = 1 if q.value.ndim < 3 else q.value.shape[-3] // max(k.value.shape[-3], 1)
     attended = np.any(allowed, axis=-2)[..., None]
     kh, vh = (each(lambda a: np.where(attended, a if group == 1 else np.repeat(a, group, -3), 0.0), a) for a in (k, v))
 
-    qs, z, slope = scores(fl, q, kh, bias, static)
-    p, p_recomputed, p_sink, lse = softmax_beside(fl, z, sink, allowed)
-    dropout = 1.0 if static.keep is None else static.keep / (1 - static.rate)
-    o = fl.matmul(fl.times(p, dropout), vh)
-    p = p_recomputed if static.recomputed else p
-    a = fl.times(p, dropout)
+    qs = fl.times(q, scale)
+    z, slope = scores(fl, qs, kh, added, softcap)
+    p, p_recomputed, p_sink, lse = softmax_with_sink(fl, z, sink, allowed)
+    o = fl.matmul(fl.times(p, kept), vh)
+    p = p_recomputed if recomputed else p
 
-    dv = fl.matmul(transpose(alike(a)), do)
-    # an error of do is shared by all dv of a column
-    dv = dv._replace(cols=(np.sqrt(np.swapaxes(a.value, -1, -2) ** 2 @ tie(do).error ** 2),))
-    dp = fl.times(fl.matmul(do, transpose(vh)), dropout)
-    dp = dp if static.dweights is None else fl.add(dp, static.dweights)
-    dz, drows = softmax_vjp(fl, p, dp, static.dlse, p_sink)
+    a = transpose(alike(fl.times(p, kept)))
+    dv = fl.matmul(a, do)._replace(cols=(np.sqrt(a.value**2 @ tie(do).error ** 2),))  # shared by a column of dv
+    dp = fl.times(fl.matmul(do, transpose(vh)), kept)
+    dp = dp if dweights is None else fl.add(dp, exact(dweights))
+    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink)
     du = dz if slope is None else fl.multiply(dz, slope)
     dk = fl.matmul(transpose(alike(du)), qs)
     dq = fl.matmul(du, kh)
     if slope is not None:  # an error of a query changes the slopes of all its keys
         dq = dq._replace(error=dq.error + (np.abs(dz.value) * sum(slope.rows)) @ np.abs(kh.value))
-    dq = fl.times(dq, max(q.value.shape[-1], 1) ** -0.5 if static.scale is None else static.scale)
     dk, dv = per_key_head(fl, dk, group), per_key_head(fl, dv, group)
-    return o, p, lse, dq, dk, dv, dz, None if drows is None else over_rows(fl, drows)
+    dbias = bias_vjp(fl, bias, each(lambda a: a[..., :S], dz))
+    return o, p.error, lse.error, fl.times(dq, scale), dk, dv, dbias, None if drows is None else over_rows(fl, drows)
 
 
-def softmax_beside(fl: Arithmetic, z: Rounded, sink: Rounded | None, allowed: Array) -> tuple[Any, ...]:
+def per_head(x: Any) -> Any:
+    """A number as it is, and one for each head as (H, 1, 1)."""
+    return np.asarray(x, np.float64)[:, None, None] if isinstance(x, tuple | list | np.ndarray) else x
+
+
+def mask_and_bias(mask: Any, bias: Bias, shape: tuple[int, ...], S: int) -> tuple[Array, Maybe]:
+    """What may be attended, (..., H, T, S'), and what is added to its scores: a bias of −∞ is a mask"""
+    *_, T, keys = shape
+    mask = append_keys(mask if mask is None or isinstance(mask, Mask) else as_mask(host(mask)), T, S, keys - S, None)
+    allowed = np.broadcast_to(True if mask is None else host(mask.dense(T, keys)), shape)
+    if bias is None:
+        return allowed, None
+    added = ArrayBias(bias.map(host).dense(T, S)).append_keys(S, keys - S).values
+    return allowed & (added > -np.inf), exact(np.where(np.isneginf(added), 0.0, added))
+
+
+def bias_vjp(fl: Arithmetic, bias: Bias, dz: Rounded) -> Bias:
+    """`dense_vjp` of a bias, with values that are `Rounded`: sums over broadcast axes, or along diagonals"""
+    if not isinstance(bias, RelativeBias):
+        return None if bias is None else ArrayBias(fl.unbroadcast(dz, tuple(bias.values.shape)))
+    shape = tuple(bias.values.shape)
+    value, size, square = (diagonal_sums(a) for a in (dz.value, np.abs(dz.value), dz.error**2))
+    n = diagonal_sums(np.ones(dz.value.shape[-2:])) * (size.size / max(prod(shape), 1))
+    error = fl.rounding(unbroadcast(size, shape), n) + np.sqrt(unbroadcast(square, shape))
+    return RelativeBias(Rounded(unbroadcast(value, shape), error))
+
+
+def softmax_with_sink(fl: Arithmetic, z: Rounded, sink: Maybe, allowed: Array) -> tuple[Any, ...]:
     """`softmax` with the sink as one more key: p, p recomputed from lse, the sink's (..., H, T, 1), and lse"""
     if sink is None:
         p, recomputed, lse = softmax(fl, z, allowed)
@@ -190,21 +197,9 @@ def softmax_beside(fl: Arithmetic, z: Rounded, sink: Rounded | None, allowed: Ar
 
 def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
     """Σ over the queries and the batch: (..., H, T, 1)   →   (H,), or (T, 1)   →   ()"""
-    heads = drows.value.shape[-3] if drows.value.ndim > 2 else 1
-
-    def rows(a: Array) -> Array:
-        return (np.moveaxis(a, -3, 0) if a.ndim > 2 else a).reshape(heads, -1, 1)
-
-    summed = fl.unbroadcast(tie(Rounded(rows(drows.value), rows(drows.error))), (heads, 1, 1))
-    return each(lambda a: a[:, 0, 0] if drows.value.ndim > 2 else a[0, 0, 0], summed)  # type: ignore[no-any-return]
-
-
-def over_diagonals(fl: Arithmetic, dz: Rounded, shape: tuple[int, ...]) -> Rounded:
-    """`RelativeBias.dense_vjp`: sums along the diagonals, and over the axes that were broadcast from `shape`"""
-    value, size, square = (diagonal_sums(a) for a in (dz.value, np.abs(dz.value), dz.error**2))
-    n = diagonal_sums(np.ones(dz.value.shape[-2:])) * (size.size / max(prod(shape), 1))
-    error = fl.rounding(unbroadcast(size, shape), n) + np.sqrt(unbroadcast(square, shape))
-    return Rounded(unbroadcast(value, shape), error)
+    heads = drows.value.shape[-3:-2]
+    rows = each(lambda a: (np.moveaxis(a, -3, 0) if heads else a).reshape(prod(heads), -1, 1), drows)
+    return each(lambda a: a.reshape(heads), fl.sum_rows(rows))
 
 
 def per_key_head(fl: Arithmetic, g: Rounded, group: int) -> Rounded:
@@ -213,4 +208,4 @@ def per_key_head(fl: Arithmetic, g: Rounded, group: int) -> Rounded:
         return g
     *batch, H, S, D = g.value.shape
     g = fl.unbroadcast(each(lambda a: a.reshape(*batch, H // group, group, S, D), g), (*batch, H // group, 1, S, D))
-    return each(lambda a: a[..., 0, :, :], g)  # type: ignore[no-any-return]
+    return each(lambda a: a[..., 0, :, :], g)

@@ -1,13 +1,13 @@
 """Errors of norms and rotary positions of queries and keys, in the arithmetic of `funcmha.testing.rounding`.
 
-  * The root of a row has one error for all its features, which moves n = x / root along itself; so has the mean. * Rows
-  are first divided by a power of two, so nothing under- or overflows on the way. * A table is rounded once. A rotation
-  is two sums of two products, and rotates a shared error of a row as it rotates x.
+  * The root of a row has one error for all its features, which moves n = x / root along itself; so has the mean.
+  * Rows are first divided by a power of two, so nothing under- or overflows on the way.
+  * A table is rounded once. A rotation is two sums of two products, and rotates a shared error of a row as it does x.
 
 Not covered: rows of zeros with an eps of 0, and rows whose norm is the eps of `L2Norm`, to rounding, where its gradient
 jumps.
 
-Axes: T positions, H heads, D width, N rotated pairs of features; `...` is batch.
+Axes: H heads, T positions, D width, N rotated pairs of features; `...` is batch.
 """
 
 from typing import NamedTuple
@@ -19,22 +19,22 @@ from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
 
-from .rounding import Arithmetic, Rounded, each, host, tie, transpose
+from .rounding import Arithmetic, Rounded, each, host, transpose
 
 
 class Normed(NamedTuple):
     """The cache of a norm."""
 
-    n: Rounded  # (..., T, H, D)
-    root: Array  # (..., T, H, 1)
-    off: Array  # (..., T, H, 1), the relative error of 1 / root
-    short: Array  # (..., T, H, 1), whether the root is the eps of `L2Norm`
+    n: Rounded  # (..., H, T, D)
+    root: Array  # (..., H, T, 1)
+    off: Array  # (..., H, T, 1), the relative error of 1 / root
+    short: Array  # (..., H, T, 1), whether the root is the eps of `L2Norm`
 
 
 def position(
     fl: Arithmetic, x: Rounded, p: Params, norm: Norm | None, rotary: Rotary | None
 ) -> tuple[Rounded, Normed | None]:
-    """`grouped.positioned`"""
+    """`mha.position`"""
     cache = None
     if norm is not None:
         cache = normalise(fl, x, norm)
@@ -46,12 +46,12 @@ def position(
 def position_vjp(
     fl: Arithmetic, cache: Normed | None, p: Params, norm: Norm | None, rotary: Rotary | None, dy: Rounded
 ) -> tuple[Rounded, Params]:
-    """`grouped.positioned_vjp`"""
+    """`mha.position_vjp`"""
     dy = dy if rotary is None else rotate(fl, dy, rotary, -1)
     if norm is None or cache is None:
         return dy, {}
     terms = {"w": fl.multiply(cache.n, dy), "b": dy}
-    dparams = {leaf: over_rows(fl, terms[leaf]) for leaf in p}
+    dparams = {leaf: fl.sum_rows(each(lambda a: a.reshape(-1, a.shape[-1]), terms[leaf])) for leaf in p}
     return normalise_vjp(fl, cache, norm, dy if "w" not in p else fl.multiply(dy, weight(fl, p["w"], norm))), dparams
 
 
@@ -115,13 +115,6 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
     return Rounded(t / root, error, tuple(row / root for row in rows))
 
 
-def over_rows(fl: Arithmetic, g: Rounded) -> Rounded:
-    """`norms.rows.row_sum`: Σ over all but the last axis"""
-    D = g.value.shape[-1]
-    rows = tie(Rounded(g.value.reshape(-1, D), g.error.reshape(-1, D)))
-    return each(lambda a: a[0], fl.unbroadcast(rows, (1, D)))  # type: ignore[no-any-return]
-
-
 def _sum(a: Array) -> Array:
     return np.sum(a, axis=-1, keepdims=True)
 
@@ -130,18 +123,17 @@ def _sum(a: Array) -> Array:
 
 
 def rotate(fl: Arithmetic, x: Rounded, rotary: Rotary, sign: int) -> Rounded:
-    """`rotary.rotate` of x (..., T, H, D), and for sign = −1 its gradient"""
+    """`rotary.rotate` of x (..., H, T, D), and for sign = −1 its gradient"""
     cos, sin = host(rotary.cos), sign * host(rotary.sin)  # (..., T, N)
     n = cos.shape[-1]
     interleaved = isinstance(rotary, InterleavedPairs)
     first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
 
     def pairs(a: Array, cos: Array, sin: Array, minus: int) -> Array:
-        a = np.swapaxes(a, -2, -3)
         y = np.array(a)
         y[..., first] = a[..., first] * cos + minus * a[..., second] * sin
         y[..., second] = a[..., second] * cos + a[..., first] * sin
-        return np.swapaxes(y, -2, -3)
+        return y
 
     size = pairs(np.abs(x.value), np.abs(cos), np.abs(sin), 1)
     error = np.sqrt(pairs(x.error**2, cos**2, sin**2, 1))

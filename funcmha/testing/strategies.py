@@ -12,8 +12,10 @@ Every array is read-only. Axes: T queries, S keys, K key/value heads, G query he
 width, Cq Ck Cv input widths, O output width.
 """
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,50 +26,60 @@ from funcmha._arrays import Array
 
 MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
 BIASES = (
-    "none",
-    "... H T S",
-    "... 1 T S",
-    "... H 1 S",
-    "... H T 1",
-    "... 1 1 S",
-    "H T S",
-    "1 T S",
-    "T S",
-    "1 S",
-    "T 1",
-    "S",
-)
+    "none", "... H T S", "... 1 T S", "... H 1 S", "... H T 1", "... 1 1 S", "H T S", "1 T S", "T S", "1 S", "T 1", "S",
+)  # fmt: skip
 RELATIVE = ("... H T+S-1", "1 T+S-1", "T+S-1")  # biases that are a `RelativeBias`
-FAMILIES = ("normal", "ties", "equal keys", "one hot", "offset values", "powers of two", "tiny", "zeros")
-NORMS = ("none", "rms", "l2", "layer")
+FAMILIES: dict[str, Any] = {  # what becomes of normal q, k and v
+    "normal": lambda q, k, v: (q, k, v),
+    "ties": lambda q, k, v: (np.round(q), np.round(k), np.round(v)),
+    "equal keys": lambda q, k, v: (q, k[..., :1, :] + np.zeros_like(k), v),
+    "one hot": lambda q, k, v: (*(np.where(a == np.max(a, axis=-1, keepdims=True), 1.0, 0.0) for a in (q, k)), v),
+    "offset values": lambda q, k, v: (q, k, v + 100),
+    "powers of two": lambda *x: (np.copysign(2.0 ** np.round(2 * a), a) for a in x),
+    "tiny": lambda *x: (1e-20 * a for a in x),
+    "zeros": lambda *x: map(np.zeros_like, x),
+}
+LAYOUTS: dict[str, Any] = {
+    "contiguous": lambda a: a,
+    "fortran": np.asfortranarray,
+    "reversed": lambda a: np.flip(np.flip(a).copy()),
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "repeated": lambda a: np.broadcast_to(a[:1, ...], a.shape),
+}
+NORMS = {"none": None, "rms": norms.RMSNorm(), "l2": norms.L2Norm(), "layer": norms.LayerNorm()}
 ROTARIES = ("none", "half of all", "half of some", "interleaved of all", "interleaved of some")
-LAYOUTS = ("contiguous", "fortran", "reversed", "strided", "repeated")
 GAINS = (1e-8, 1e-3, 1.0, 10.0, 1e2, 1e4)
+
+
+def drawn(default: Any, choices: Any) -> Any:
+    """A field with a default, which is drawn from a sequence or a strategy."""
+    strategy = choices if isinstance(choices, st.SearchStrategy) else st.sampled_from([*choices])
+    return dataclasses.field(default=default, metadata={"drawn": strategy})
 
 
 @dataclass(frozen=True)
 class AttentionProblem:
     """Inputs of `funcmha.attention`."""
 
-    batch: tuple[int, ...] = (2,)
-    T: int = 5
-    S: int = 7
-    K: int = 2
-    G: int = 3
-    D: int = 11
-    E: int = 13
-    mask: str = "none"  # one of MASKS
-    bias: str = "none"  # one of BIASES or RELATIVE: its axes, where 1 is broadcast
+    batch: tuple[int, ...] = drawn((2,), [(), (1,), (2,), (3,), (2, 3), (0,)])
+    T: int = drawn(5, [0, 1, 2, 3, 5, 13, 64, 65])
+    S: int = drawn(7, [0, 1, 2, 3, 7, 17, 64, 65])
+    K: int = drawn(2, st.integers(1, 3))
+    G: int = drawn(3, st.integers(1, 3))
+    D: int = drawn(11, [1, 2, 3, 8, 11])
+    E: int = drawn(13, [1, 2, 5, 8, 13])
+    mask: str = drawn("none", MASKS)
+    bias: str = drawn("none", BIASES)  # or one of RELATIVE: its axes, where 1 is broadcast
     sink: bool = False
-    rate: float = 0.0  # of dropout
+    rate: float = drawn(0.0, [0.0, 0.0, 0.3])  # of dropout
     seeded: bool = False  # whether dropout is drawn from a seed
-    scale: float | None = None
+    scale: float | None = drawn(None, [None, None, 1.0, 0.0, -0.5])
     softcap: float | None = None
     per_head: bool = False  # whether scale and softcap, where given, are one for each head
-    gain: float = 1.0  # multiplies the queries, and so the scores
-    family: str = "normal"  # one of FAMILIES: the kind of values
-    layout: str = "contiguous"  # one of LAYOUTS: their layout in memory
-    seed: int = 0
+    gain: float = drawn(1.0, GAINS)  # multiplies the queries, and so the scores
+    family: str = drawn("normal", FAMILIES)
+    layout: str = drawn("contiguous", LAYOUTS)  # in memory
+    seed: int = drawn(0, st.integers(0, 2**32 - 1))
 
     @property
     def H(self) -> int:  # noqa: N802 — an axis
@@ -81,11 +93,8 @@ class AttentionProblem:
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
         """q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   bias or None   sink (H,) or None"""
-        q = self._normal("q", (*self.batch, self.H, self.T, self.D))
-        k = self._normal("k", (*self.batch, self.K, self.S, self.D))
-        v = self._normal("v", (*self.batch, self.K, self.S, self.E))
-        sink = _frozen(self._normal("sink.w", (self.H,)).astype(dtype)) if self.sink else None
-        return *(self._lay(a, dtype) for a in self._family(q, k, v)), self._bias(dtype), sink
+        sink = _frozen(self._normal("sink.w", "H").astype(dtype)) if self.sink else None
+        return *self._inputs(dtype, q="... H T D", k="... K S D", v="... K S E"), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, dropout, and softcap if there is one."""
@@ -107,24 +116,24 @@ class AttentionProblem:
 
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """do (..., H, T, E)   dweights (..., H, T, keys)   dlse (..., H, T)"""
-        rows = (*self.batch, self.H, self.T)
-        do, dweights = self._normal("do", (*rows, self.E)), self._normal("dweights", (*rows, self.keys))
-        return self._lay(do, dtype), self._lay(dweights, dtype), self._lay(self._normal("dlse", rows), dtype)
+        axes = {"do": "... H T E", "dweights": "... H T keys", "dlse": "... H T"}
+        do, dweights, dlse = (self._lay(self._normal(*item), dtype) for item in axes.items())
+        return do, dweights, dlse
 
     def _rng(self, name: str) -> Any:
         """A random stream per name, so that no array depends on which others are drawn."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
-    def _normal(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _normal(self, name: str, axes: str) -> np.ndarray:
+        """Standard normal numbers along `axes`, such as "... H T D"; their sizes are attributes."""
+        sizes = {"...": self.batch, "1": (1,), "T+S-1": (max(self.T + self.S - 1, 0),)}
+        shape = [n for axis in axes.split() for n in (sizes[axis] if axis in sizes else (getattr(self, axis),))]
         return np.asarray(self._rng(name).standard_normal(shape))
 
     def _bias(self, dtype: Any) -> Array:
         if self.bias == "none":
             return None
-        size = {"...": self.batch, "H": (self.H,), "T": (self.T,), "S": (self.S,), "1": (1,)}
-        size["T+S-1"] = (max(self.T + self.S - 1, 0),)
-        shape = tuple(n for axis in self.bias.split() for n in size[axis])
-        bias = self._lay(self._normal("bias", shape), dtype)
+        bias = self._lay(self._normal("bias", self.bias), dtype)
         return biases.RelativeBias(bias) if "T+S-1" in self.bias else bias
 
     def _mask(self) -> Any:
@@ -144,49 +153,27 @@ class AttentionProblem:
             "intersection": masks.causal(S - T) & lengths,
         }[self.mask]
 
-    def _family(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values of the family from normal q, k and v, times the gain."""
-        if self.family == "ties":
-            q, k, v = np.round(q), np.round(k), np.round(v)
-        elif self.family == "equal keys":
-            k = k[..., :1, :] + np.zeros_like(k)
-        elif self.family == "one hot":
-            q, k = (np.where(a == np.max(a, axis=-1, keepdims=True), 1.0, 0.0) for a in (q, k))
-        elif self.family == "offset values":
-            v = v + 100
-        elif self.family == "powers of two":
-            q, k, v = (np.copysign(2.0 ** np.round(2 * a), a) for a in (q, k, v))
-        elif self.family == "tiny":
-            q, k, v = 1e-20 * q, 1e-20 * k, 1e-20 * v
-        elif self.family == "zeros":
-            q, k, v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-        return self.gain * q, k, v
+    def _inputs(self, dtype: Any, **axes: str) -> list[Array]:
+        """Arrays of the family, the first times the gain."""
+        first, *rest = FAMILIES[self.family](*(self._normal(*item) for item in axes.items()))
+        return [self._lay(a, dtype) for a in (self.gain * first, *rest)]
 
     def _lay(self, a: np.ndarray, dtype: Any) -> Array:
         """`a` in `dtype` and in the layout of the problem, read-only."""
-        a = a.astype(dtype)
-        if self.layout == "fortran":
-            a = np.asfortranarray(a)
-        elif self.layout == "reversed":
-            a = np.flip(np.flip(a).copy())
-        elif self.layout == "strided":
-            a = np.repeat(a, 2, axis=-1)[..., ::2]
-        elif self.layout == "repeated":
-            a = np.broadcast_to(a[:1, ...], a.shape)
-        return _frozen(a)
+        return _frozen(LAYOUTS[self.layout](a.astype(dtype)))
 
 
 @dataclass(frozen=True)
 class MhaProblem(AttentionProblem):
     """Inputs of `funcmha.mha`: an attention problem with projections around it."""
 
-    Cq: int = 17
-    Ck: int = 19
-    Cv: int = 23
-    O: int = 29
-    biases: bool = True
-    bias_kv: bool = False
-    zero_attn: bool = False
+    Cq: int = drawn(17, [1, 2, 7, 12])
+    Ck: int = drawn(19, [1, 3, 7, 12])
+    Cv: int = drawn(23, [1, 5, 7, 12])
+    O: int = drawn(29, [1, 2, 11, 12])
+    biases: bool = drawn(True, st.booleans())
+    bias_kv: bool = drawn(False, st.booleans())
+    zero_attn: bool = drawn(False, st.booleans())
     qk_norm: str = "none"  # one of NORMS
     turned: str = "none"  # one of ROTARIES
 
@@ -197,16 +184,12 @@ class MhaProblem(AttentionProblem):
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
         """params   query (..., T, Cq)   key (..., S, Ck)   value (..., S, Cv)   bias or None"""
-        query = self._normal("query", (*self.batch, self.T, self.Cq))
-        key = self._normal("key", (*self.batch, self.S, self.Ck))
-        value = self._normal("value", (*self.batch, self.S, self.Cv))
-        arrays = (self._lay(a, dtype) for a in self._family(query, key, value))
-        return self._params(dtype), *arrays, self._bias(dtype)
+        inputs = self._inputs(dtype, query="... T Cq", key="... S Ck", value="... S Cv")
+        return self._params(dtype), *inputs, self._bias(dtype)
 
     def static(self) -> dict[str, Any]:
         """The keyword arguments: mask, scale, dropout, zero_attn, and softcap, qk_norm and rotary if there are any."""
-        norm = {"none": None, "rms": norms.RMSNorm(), "l2": norms.L2Norm(), "layer": norms.LayerNorm()}[self.qk_norm]
-        more = {"qk_norm": norm, "rotary": self._rotary()}
+        more = {"qk_norm": NORMS[self.qk_norm], "rotary": self._rotary()}
         return super().static() | {"zero_attn": self.zero_attn} | {name: x for name, x in more.items() if x is not None}
 
     def _rotary(self) -> Any:
@@ -222,16 +205,16 @@ class MhaProblem(AttentionProblem):
     def cotangents(self, dtype: Any) -> tuple[Array, Array, Array]:
         """dy (..., T, O)   dweights (..., H, T, keys)   dlse (..., H, T)"""
         _, dweights, dlse = super().cotangents(dtype)
-        return self._lay(self._normal("dy", (*self.batch, self.T, self.O)), dtype), dweights, dlse
+        return self._lay(self._normal("dy", "... T O"), dtype), dweights, dlse
 
     def _params(self, dtype: Any) -> params.Params:
         """Weights that preserve the size of their inputs, and biases of size 1."""
         leaves = {}
         for leaf, axes in params.SPEC.items():
             if self._has(leaf):
-                shape = tuple(getattr(self, axis) for axis in axes.split())
-                fan_in = max(np.prod(shape[1:] if leaf == "out_proj.w" else shape[2:]), 1)
-                leaves[leaf] = _frozen((fan_in**-0.5 * self._normal(leaf, shape)).astype(dtype))
+                a = self._normal(leaf, axes)
+                fan_in = max(prod(a.shape[1:] if leaf == "out_proj.w" else a.shape[2:]), 1)
+                leaves[leaf] = _frozen((fan_in**-0.5 * a).astype(dtype))
         return tree.unflatten(leaves)
 
     def _has(self, leaf: str) -> bool:
@@ -248,32 +231,6 @@ def _frozen(a: np.ndarray) -> np.ndarray:
     return a
 
 
-_FIELDS: dict[str, Any] = {
-    "batch": st.sampled_from([(), (1,), (2,), (3,), (2, 3), (0,)]),
-    "T": st.sampled_from([0, 1, 2, 3, 5, 13, 64, 65]),
-    "S": st.sampled_from([0, 1, 2, 3, 7, 17, 64, 65]),
-    "K": st.integers(1, 3),
-    "G": st.integers(1, 3),
-    "D": st.sampled_from([1, 2, 3, 8, 11]),
-    "E": st.sampled_from([1, 2, 5, 8, 13]),
-    "mask": st.sampled_from(MASKS),
-    "bias": st.sampled_from(BIASES),
-    "rate": st.sampled_from([0.0, 0.0, 0.3]),
-    "scale": st.sampled_from([None, None, 1.0, 0.0, -0.5]),
-    "gain": st.sampled_from(GAINS),
-    "family": st.sampled_from(FAMILIES),
-    "layout": st.sampled_from(LAYOUTS),
-    "seed": st.integers(0, 2**32 - 1),
-}
-_MHA_FIELDS: dict[str, Any] = {
-    "Cq": st.sampled_from([1, 2, 7, 12]),
-    "Ck": st.sampled_from([1, 3, 7, 12]),
-    "Cv": st.sampled_from([1, 5, 7, 12]),
-    "O": st.sampled_from([1, 2, 11, 12]),
-    "biases": st.booleans(),
-    "bias_kv": st.booleans(),
-    "zero_attn": st.booleans(),
-}
 # Not drawn unless asked for: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
 MODERN: dict[str, Any] = {
     "bias": st.sampled_from([*BIASES, *RELATIVE]),
@@ -282,17 +239,21 @@ MODERN: dict[str, Any] = {
     "softcap": st.sampled_from([None, None, 0.5, 30.0]),
     "per_head": st.booleans(),
 }
-MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from(NORMS), "turned": st.sampled_from(ROTARIES)}
+MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from([*NORMS]), "turned": st.sampled_from(ROTARIES)}
 
 
 def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[AttentionProblem]:
     """Any `AttentionProblem`; a field named here is drawn from the strategy given for it."""
-    return st.builds(AttentionProblem, **(_FIELDS | fields))
+    return st.builds(AttentionProblem, **(_strategies(AttentionProblem) | fields))
 
 
 def mha_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[MhaProblem]:
     """Any `MhaProblem`; a field named here is drawn from the strategy given for it."""
-    return st.builds(MhaProblem, **(_FIELDS | _MHA_FIELDS | fields)).filter(_agrees)
+    return st.builds(MhaProblem, **(_strategies(MhaProblem) | fields)).filter(_agrees)
+
+
+def _strategies(problem: type[AttentionProblem]) -> dict[str, Any]:
+    return {field.name: field.metadata["drawn"] for field in dataclasses.fields(problem) if field.metadata}
 
 
 def _agrees(problem: MhaProblem) -> bool:

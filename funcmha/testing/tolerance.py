@@ -10,24 +10,21 @@ Not covered: overflow, and sums over thousands of almost equal terms, whose roun
 terms: measured at 3 times the bound).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from funcmha import tree
-from funcmha._arrays import HALF, Array
-from funcmha.biases import ArrayBias, RelativeBias
-from funcmha.dropout import Masked, Seeded
-from funcmha.engines.grouped import append_rows
-from funcmha.masks import Mask, as_mask, dense
-from funcmha.masks.appended import append_keys
-from funcmha.norms import Norm
+from funcmha._arguments import AttentionOptions, HeadOptions, check_names, takes
+from funcmha._arrays import HALF, Array, heads_first, heads_last
+from funcmha.biases import ArrayBias, RelativeBias, as_bias
+from funcmha.mha import append_rows
 from funcmha.params import Params
-from funcmha.rotary import Rotary
 
-from .rounding import TINY, Arithmetic, Rounded, U, each, exact, host, name_of
-from .rounding_attention import Static, attention, over_diagonals
+from .rounding import TINY, Arithmetic, Maybe, Rounded, U, each, exact, host, name_of
+from .rounding_attention import attention
 from .rounding_position import position, position_vjp
 
 
@@ -111,6 +108,7 @@ def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> 
     return LinearBounds(*_bounds((fl.linear(x, w, b), *fl.linear_vjp(x, w, b, dy)), dtype))
 
 
+@takes(AttentionOptions)
 def attention_bounds(
     q: Array,
     k: Array,
@@ -120,29 +118,23 @@ def attention_bounds(
     /,
     *,
     sink: Array = None,
-    mask: Array | Mask = None,
-    scale: float | Sequence[float] | None = None,
-    softcap: float | Sequence[float] | None = None,
-    dropout: Masked | Seeded | None = None,
     dweights: Array = None,
     dlse: Array = None,
     recomputed: bool = False,
     dtype: Any,
+    **options: Unpack[AttentionOptions],
 ) -> AttentionBounds:
     """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`.
 
     recomputed  for implementations that keep no weights, and recompute them from the scores and lse: exp(score − lse)
     """
-    fl, T, S = Arithmetic.of(dtype), q.shape[-2], k.shape[-2]
-    mask = host(dense(mask, T, S, None))
-    keep, rate = _keep(dropout, (*q.shape[:-1], S))
-    q, k, v, sink, do, dweights, dlse = (exact(a) for a in (q, k, v, sink, do, dweights, dlse))
-    static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
-    o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, _exact_bias(bias, T, S), sink, do, static)
-    o, dq, dk, dv, dbias, dsink = _bounds((o, dq, dk, dv, _dbias(fl, bias, dz), dsink), dtype)
-    return AttentionBounds(o, p.error, lse.error, dq, dk, dv, _as(bias, dbias), dsink)
+    check_names(options, AttentionOptions)
+    fl, given = Arithmetic.of(dtype), {**options, "dweights": dweights, "dlse": dlse, "recomputed": recomputed}
+    q, k, v, sink, do = (exact(a) for a in (q, k, v, sink, do))
+    return AttentionBounds(*_bounds(attention(fl, q, k, v, as_bias(bias), sink, do, k.value.shape[-2], given), dtype))
 
 
+@takes(HeadOptions)
 def mha_bounds(
     params: Params,
     query: Array,
@@ -152,111 +144,86 @@ def mha_bounds(
     dy: Array,
     /,
     *,
-    mask: Array | Mask = None,
-    scale: float | Sequence[float] | None = None,
-    softcap: float | Sequence[float] | None = None,
-    zero_attn: bool = False,
-    qk_norm: Norm | None = None,
-    rotary: Rotary | tuple[Rotary | None, Rotary | None] | None = None,
-    dropout: Masked | Seeded | None = None,
     dweights: Array = None,
     dlse: Array = None,
     recomputed: bool = False,
     dtype: Any,
+    **options: Unpack[HeadOptions],
 ) -> MhaBounds:
     """Bounds for `mha`, its weights (before dropout) and lse, and its vjp, in `dtype`; as in `attention_bounds`."""
-    fl, T, S = Arithmetic.of(dtype), query.shape[-2], key.shape[-2]
-    params = tree.map(exact, params)
-    query, key, value, dy, dweights, dlse = (exact(a) for a in (query, key, value, dy, dweights, dlse))
-    rows, zero, sink = params.get("bias_kv", {"k": None, "v": None}), zero_attn, params.get("sink", {"w": None})
-    extra = (rows["k"] is not None) + zero
-    tables: Any = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
-    mask, added = append_keys(_on_host(mask), T, S, extra, None), _exact_bias(bias, T, S)
-    mask = host(dense(mask, T, S + extra, None))
+    check_names(options, HeadOptions)
+    fl, given = Arithmetic.of(dtype), {**options, "dweights": dweights, "dlse": dlse, "recomputed": recomputed}
+    p = {name: exact(a) for name, a in tree.flatten(params).items()}
+    zero, norm, rotary = bool(options.get("zero_attn")), options.get("qk_norm"), options.get("rotary")
+    q_rotary, k_rotary = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple
+    q, q_vjp = _projected(fl, p, "q", exact(query), norm, q_rotary, False)
+    k, k_vjp = _projected(fl, p, "k", exact(key), norm, k_rotary, zero)
+    v, v_vjp = _projected(fl, p, "v", exact(value), None, None, zero)
+    w, b, dy = _matrix(p["out_proj.w"], 1), p.get("out_proj.b"), exact(dy)
+    do, S = _split(fl.matmul(dy, w), q.value.shape[-3]), key.shape[-2]
+    o, weights, lse, dq, dk, dv, dbias, dsink = attention(fl, q, k, v, as_bias(bias), p.get("sink.w"), do, S, given)
+    y = fl.linear(_join(o), w, b)
 
-    q, q_position = position(fl, fl.project(params["q_proj"], query), params.get("q_norm", {}), qk_norm, tables[0])
-    k, k_position = position(fl, fl.project(params["k_proj"], key), params.get("k_norm", {}), qk_norm, tables[1])
-    k, v = _append_rows(k, rows["k"], zero), _append_rows(fl.project(params["v_proj"], value), rows["v"], zero)
-    do = fl.combine_do(params["out_proj"], dy)
-    q, k, v, do = (each(_swap_heads, x) for x in (q, k, v, do))
-    keep, rate = _keep(dropout, (*q.value.shape[:-1], S + extra))
-    static = Static(mask, _per_head(scale), _per_head(softcap), keep, rate, dweights, dlse, recomputed)
-    added = None if added is None else each(lambda a: ArrayBias(a).append_keys(S, extra).values, added)
-    o, p, lse, dq, dk, dv, dz, dsink = attention(fl, q, k, v, added, sink["w"], do, static)
-    o, dq, dk, dv = (each(_swap_heads, x) for x in (o, dq, dk, dv))
-    y, dout_proj = fl.combine(params["out_proj"], o, dy)
-
-    own_dk, own_dv = (each(lambda a: a[..., :S, :, :], dx) for dx in (dk, dv))
-    own_dk, dk_norm = position_vjp(fl, k_position, params.get("k_norm", {}), qk_norm, tables[1], own_dk)
-    dq, dq_norm = position_vjp(fl, q_position, params.get("q_norm", {}), qk_norm, tables[0], dq)
-    dq_proj, dquery = fl.project_vjp(params["q_proj"], query, dq)
-    dk_proj, dkey = fl.project_vjp(params["k_proj"], key, own_dk)
-    dv_proj, dvalue = fl.project_vjp(params["v_proj"], value, own_dv)
-    dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout_proj}
-    dparams |= {name: d for name, d in (("q_norm", dq_norm), ("k_norm", dk_norm)) if d}
-    if rows["k"] is not None:
-        dparams["bias_kv"] = {name: fl.append_drow(d, S) for name, d in (("k", dk), ("v", dv))}
-    if dsink is not None:
-        dparams["sink"] = {"w": dsink}
-    dbias = _dbias(fl, bias, each(lambda a: a[..., :S], dz))
-    y, dparams, dquery, dkey, dvalue, dbias = _bounds((y, dparams, dquery, dkey, dvalue, dbias), dtype)
-    return MhaBounds(y, p.error, lse.error, dparams, dquery, dkey, dvalue, _as(bias, dbias))
+    _, dw, db = fl.linear_vjp(_join(o), w, b, dy)
+    (dquery, dparams_q), (dkey, dparams_k), (dvalue, dparams_v) = q_vjp(dq), k_vjp(dk), v_vjp(dv)
+    dparams = {"out_proj.w": dw, "out_proj.b": db, "sink.w": dsink} | dparams_q | dparams_k | dparams_v
+    dparams = {name: each(lambda a: a.reshape(x.value.shape), dparams[name]) for name, x in p.items()}  # noqa: B023
+    return MhaBounds(*_bounds((y, weights, lse, tree.unflatten(dparams), dquery, dkey, dvalue, dbias), dtype))
 
 
-# ── shapes, dtypes ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _on_host(mask: Any) -> Mask | None:
-    """A mask, which may be an array of any library, on the host."""
-    return mask if mask is None or isinstance(mask, Mask) else as_mask(host(mask))
+def _projected(
+    fl: Arithmetic, p: dict[str, Any], name: str, x: Rounded, norm: Any, table: Any, zero: bool
+) -> tuple[Rounded, Callable[[Rounded], tuple[Rounded, dict[str, Maybe]]]]:
+    """q, k or v (..., H, S', D), and its vjp: the gradients of x and of its parameters by their names"""
+    w, b, row = _matrix(p[f"{name}_proj.w"], 0), each(np.ravel, p.get(f"{name}_proj.b")), p.get(f"bias_kv.{name}")
+    of_norm = {leaf: p[key] for leaf in "wb" if (key := f"{name}_norm.{leaf}") in p}
+    y, cache = position(fl, _split(fl.linear(x, w, b), p[f"{name}_proj.w"].value.shape[0]), of_norm, norm, table)
+    S = x.value.shape[-2]
+
+    def vjp(dy: Rounded) -> tuple[Rounded, dict[str, Maybe]]:
+        drow = None
+        if row is not None:
+            drow = fl.unbroadcast(Rounded(dy.value[..., S, :], dy.error[..., S, :]), row.value.shape)
+        dy, dnorm = position_vjp(fl, cache, of_norm, norm, table, each(lambda a: a[..., :S, :], dy))
+        dx, dw, db = fl.linear_vjp(x, w, b, _join(dy))
+        dparams = {f"{name}_proj.w": dw, f"{name}_proj.b": db, f"bias_kv.{name}": drow}
+        return dx, dparams | {f"{name}_norm.{leaf}": d for leaf, d in dnorm.items()}
+
+    value, none = (None, None) if row is None else (row.value[:, None], row.error[:, None])
+    appended = each(lambda a: append_rows(a, none, zero), y)
+    return appended._replace(value=append_rows(y.value, value, zero)), vjp
 
 
-def _swap_heads(a: Array) -> Array:
-    """(..., T, H, D)   →   (..., H, T, D), and back"""
-    return np.swapaxes(a, -2, -3)
+def _matrix(w: Rounded, axis: int) -> Rounded:
+    """The heads side by side: (H, D, C)   →   (H·D, C), and (O, H, E)   →   (O, H·E) for axis 1"""
+    shape = list(w.value.shape)
+    shape[axis : axis + 2] = [prod(shape[axis : axis + 2])]
+    return each(lambda a: a.reshape(shape), w)
 
 
-def _append_rows(x: Rounded, row: Rounded | None, zero: bool) -> Rounded:
-    """`grouped.append_rows`"""
-    value, none = (None, None) if row is None else (row.value, np.zeros(row.value.shape))
-    rows = tuple(append_rows(row, none, zero) for row in x.rows)
-    return Rounded(append_rows(x.value, value, zero), append_rows(x.error, none, zero), rows)
+def _split(x: Rounded, H: int) -> Rounded:
+    """(..., T, H·D)   →   (..., H, T, D)"""
+    return each(lambda a: heads_first(a.reshape(*a.shape[:-1], H, a.shape[-1] // H)), x)
 
 
-def _exact_bias(bias: Any, T: int, S: int) -> Any:
-    """A bias without error, as an array that broadcasts to (..., H, T, S)."""
-    return exact(RelativeBias(host(bias.values)).dense(T, S) if isinstance(bias, RelativeBias) else bias)
-
-
-def _dbias(fl: Arithmetic, bias: Any, dz: Rounded) -> Any:
-    """`dense_vjp` of a bias"""
-    if isinstance(bias, RelativeBias):
-        return over_diagonals(fl, dz, tuple(bias.values.shape))
-    return None if bias is None else fl.unbroadcast(dz, tuple(bias.shape))
-
-
-def _as(bias: Any, bound: Array) -> Any:
-    return RelativeBias(bound) if isinstance(bias, RelativeBias) else bound
-
-
-def _per_head(x: Any) -> Any:
-    """A number as it is, and one for each head as (H, 1, 1)."""
-    return np.asarray(x, np.float64)[:, None, None] if isinstance(x, tuple | list | np.ndarray) else x
-
-
-def _keep(dropout: Masked | Seeded | None, shape: tuple[int, ...]) -> tuple[Array, float]:
-    """The booleans of dropout, or None, and its rate."""
-    return (None, 0.0) if dropout is None else (host(dropout.dense(shape)), dropout.rate)
+def _join(x: Rounded) -> Rounded:
+    """(..., H, T, D)   →   (..., T, H·D)"""
+    return each(lambda a: heads_last(a).reshape(*a.shape[:-3], a.shape[-2], a.shape[-3] * a.shape[-1]), x)
 
 
 def _bounds(results: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
-    return tuple(tree.map(lambda r: None if r is None else _stored(r, name_of(dtype)), r) for r in results)
+    return tuple(tree.map(lambda r: _stored(r, name_of(dtype)), r) for r in results)
 
 
-def _stored(x: Rounded, dtype: str) -> Array:
+def _stored(x: Any, dtype: str) -> Any:
     """The error of x, and one unit in the last place where it is rounded to 16 bits at the end."""
-    if dtype not in HALF:
-        return x.error
+    if isinstance(x, ArrayBias | RelativeBias):
+        return x.map(lambda values: _stored(values, dtype)).given
+    if not isinstance(x, Rounded) or dtype not in HALF:
+        return x.error if isinstance(x, Rounded) else x
     _, exponent = np.frexp(x.value)
     ulp = 2 * U[dtype] * np.maximum(np.ldexp(0.5, exponent), TINY[dtype])
     return x.error + np.where((x.value != 0) | (x.error > 0), ulp, 0.0)

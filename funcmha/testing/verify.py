@@ -66,6 +66,17 @@ class Problem(NamedTuple):
         """H"""
         return int(self.params["q_proj"]["w"].shape[0])
 
+    @property
+    def inputs(self) -> tuple[Any, Any, Any, Any, Any]:
+        """The positional arguments of `mha`."""
+        q, k, v = (self.query,) * 3 if self.key is None else self[1:4]
+        return self.params, q, k, v, self.bias
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `mha`."""
+        return {"mask": masks(self.forbidden, self.padding, self.heads)[0], "zero_attn": self.zero_attn}
+
     def astype(self, dtype: str) -> "Problem":
         """The same numbers in another precision."""
 
@@ -107,15 +118,9 @@ def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array]) 
     for quantity, x in want.items():
         error = np.abs(got[quantity] - x)
         tolerance = 1e-5 + 1e-5 * np.abs(x) if dtype == "float32" else 1e-11 * max(1.0, float(np.abs(x).max()))
-        yield Row(
-            name,
-            dtype,
-            quantity,
-            x.shape,
-            float(error.max()),
-            float((error / tolerance).max()),
-            worst_ratio(got[quantity], exact[quantity], roundoff * bounds[quantity]),
-        )
+        errors = float(error.max()), float((error / tolerance).max())
+        of_bound = worst_ratio(got[quantity], exact[quantity], roundoff * bounds[quantity])
+        yield Row(name, dtype, quantity, x.shape, *errors, of_bound)
 
 
 # ── the two problems ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,18 +147,11 @@ def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
     for group in params.values():
         if "b" in group:  # drawn as 0
             group["b"] = rng.standard_normal(group["b"].shape)
-    return Problem(
-        params,
-        query=rng.standard_normal((B, T, C)),
-        key=rng.standard_normal((B, S, Ck)),
-        value=rng.standard_normal((B, S, Cv)),
-        bias=rng.standard_normal((B, H, T, S)),
-        forbidden=np.arange(S) > np.arange(T)[:, None] + T // 2,
-        padding=np.arange(S) >= rng.integers(1, S + 1, B)[:, None],
-        zero_attn=True,
-        dy=dy,
-        dweights=dweights,
-    )
+    shapes = (B, T, C), (B, S, Ck), (B, S, Cv), (B, H, T, S)
+    query, key, value, bias = (rng.standard_normal(shape) for shape in shapes)
+    forbidden = np.arange(S) > np.arange(T)[:, None] + T // 2
+    padding = np.arange(S) >= rng.integers(1, S + 1, B)[:, None]
+    return Problem(params, query, key, value, bias, forbidden, padding, True, dy, dweights)
 
 
 # ── the two sides, and the bounds ────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +159,7 @@ def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
 
 def run_funcmha(problem: Problem) -> dict[str, Array]:
     """Every value by name."""
-    y, cache = mha(problem.params, *_inputs(problem), problem.bias, mask=_mask(problem), zero_attn=problem.zero_attn)
+    y, cache = mha(*problem.inputs, **problem.options)
     dparams, *dinputs, dbias = mha_vjp(cache, problem.dy, dweights=problem.dweights)
     return _named(problem, y, attention_weights(cache), dparams, dinputs, dbias)
 
@@ -172,81 +170,46 @@ def run_bounds(problem: Problem) -> dict[str, Array]:
     Bounds are proportional to the unit roundoff, to within 1 % here, so these serve float64 too: they take longer to
     compute than everything else.
     """
-    bounds = mha_bounds(
-        problem.params,
-        *_inputs(problem),
-        problem.bias,
-        problem.dy,
-        mask=_mask(problem),
-        zero_attn=problem.zero_attn,
-        dweights=problem.dweights,
-        dtype="float32",
-    )
-    dinputs = [bounds.dquery, bounds.dkey, bounds.dvalue]
-    return _named(problem, bounds.y, bounds.weights, bounds.dparams, dinputs, bounds.dbias)
+    bounds = mha_bounds(*problem.inputs, problem.dy, **problem.options, dweights=problem.dweights, dtype="float32")
+    y, weights, _, dparams, *dinputs, dbias = bounds
+    return _named(problem, y, weights, dparams, dinputs, dbias)
 
 
 def run_torch(problem: Problem) -> dict[str, Array]:
     """Every value by name, from `torch.nn.MultiheadAttention` in training mode and its autograd."""
     import torch
 
-    module = torch.nn.MultiheadAttention(
-        problem.dy.shape[-1],
-        problem.heads,
-        batch_first=True,
-        bias="b" in problem.params["q_proj"],
-        add_bias_kv="bias_kv" in problem.params,
-        add_zero_attn=problem.zero_attn,
-        kdim=problem.params["k_proj"]["w"].shape[-1],
-        vdim=problem.params["v_proj"]["w"].shape[-1],
-        dtype=getattr(torch, str(problem.dy.dtype)),
-    )
-    module.load_state_dict({name: torch.from_numpy(a) for name, a in to_state_dict(problem.params).items()})
+    p, dtype = problem.params, getattr(torch, str(problem.dy.dtype))
+    flags = {"bias": "b" in p["q_proj"], "add_bias_kv": "bias_kv" in p, "add_zero_attn": problem.zero_attn}
+    widths = {"kdim": p["k_proj"]["w"].shape[-1], "vdim": p["v_proj"]["w"].shape[-1]}
+    C = problem.dy.shape[-1]
+    module = torch.nn.MultiheadAttention(C, problem.heads, batch_first=True, dtype=dtype, **flags, **widths)
+    module.load_state_dict({name: torch.from_numpy(a) for name, a in to_state_dict(p).items()})
 
-    inputs: list[Any] = [torch.tensor(a, requires_grad=True) for a in problem[1:4] if a is not None]
-    bias: Any = None if problem.bias is None else torch.tensor(problem.bias, requires_grad=True)
-    attn_mask, padding = None, None
-    if bias is not None:
-        attn_mask = bias.masked_fill(torch.from_numpy(problem.forbidden), -torch.inf).flatten(0, 1)
-        nothing = torch.zeros(problem.padding.shape, dtype=bias.dtype)
-        padding = nothing.masked_fill(torch.from_numpy(problem.padding), -torch.inf)
-    y, weights = module(
-        *(inputs if len(inputs) == 3 else 3 * inputs),
-        attn_mask=attn_mask,
-        key_padding_mask=padding,
-        need_weights=problem.dweights is not None,
-        average_attn_weights=False,
-    )
+    inputs: list[Any] = [torch.tensor(a, requires_grad=True) for a in problem[1:5] if a is not None]
+    attn_mask = padding = None
+    if problem.bias is not None:
+        forbidden, padded = torch.from_numpy(problem.forbidden), torch.from_numpy(problem.padding)
+        attn_mask = inputs[3].masked_fill(forbidden, -torch.inf).flatten(0, 1)
+        padding = torch.zeros(padded.shape, dtype=dtype).masked_fill(padded, -torch.inf)
+    weighted = {"need_weights": problem.dweights is not None, "average_attn_weights": False}
+    qkv = inputs[:3] if len(inputs) > 1 else 3 * inputs
+    y, weights = module(*qkv, attn_mask=attn_mask, key_padding_mask=padding, **weighted)
     outputs = [(y, problem.dy)] if weights is None else [(y, problem.dy), (weights, problem.dweights)]
     torch.autograd.backward([out for out, _ in outputs], [torch.from_numpy(d) for _, d in outputs])
 
     dparams = from_state_dict({name: parameter.grad for name, parameter in module.named_parameters()}, problem.heads)
-    dinputs = [x.grad.numpy() for x in inputs]
     y, weights = (None if x is None else x.detach().numpy() for x in (y, weights))
-    return _named(problem, y, weights, dparams, dinputs, None if bias is None else bias.grad.numpy())
-
-
-def _inputs(problem: Problem) -> tuple[Array, Array, Array]:
-    x, key, value = problem[1:4]
-    return (x, x, x) if key is None else (x, key, value)
-
-
-def _mask(problem: Problem) -> Array:
-    return masks(problem.forbidden, problem.padding, problem.heads)[0]
+    grads = [x.grad.numpy() for x in inputs]
+    return _named(problem, y, weights, dparams, grads[:3], *grads[3:])
 
 
 def _named(
-    problem: Problem, y: Array, weights: Array, dparams: Params, dinputs: Sequence[Array], dbias: Array
+    problem: Problem, y: Array, weights: Array, dparams: Params, dinputs: Sequence[Array], dbias: Array = None
 ) -> dict[str, Array]:
     """The values to compare, under their names in the table."""
-    named = {"output": y}
-    if problem.dweights is not None:
-        named["weights"] = weights
-    if problem.key is None:
-        named["input gradient"] = sum(dinputs)
-    else:
-        named |= {f"{name} gradient": dx for name, dx in zip(("query", "key", "value"), dinputs, strict=True)}
-    named |= {f"{leaf} gradient": g for leaf, g in tree.flatten(dparams).items()}
-    if problem.bias is not None:
-        named["bias gradient"] = dbias
-    return named
+    names = ("query", "key", "value")
+    of = {"input": sum(dinputs)} if problem.key is None else dict(zip(names, dinputs, strict=True))
+    of |= tree.flatten(dparams) | ({} if dbias is None else {"bias": dbias})
+    shown = {"output": y} if problem.dweights is None else {"output": y, "weights": weights}
+    return shown | {f"{name} gradient": g for name, g in of.items()}

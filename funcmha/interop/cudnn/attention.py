@@ -24,7 +24,7 @@ ALIGNMENTS = ("top_left", "bottom_right")
 
 
 class SdpaCache(NamedTuple):
-    attention: Any  # what `engines.attention` leaves, of (B, H_q, S_q, D_qk), with ALiBi in the bias
+    attention: Any  # the cache of `engines.attention`, of (B, H_q, S_q, D_qk), with ALiBi in the bias
     k: Array  # (B, H_k, S_kv, D_qk)
     v: Array  # (B, H_v, S_kv, D_v)
     bias: Array  # broadcasts to (B, H_q, S_q, S_kv), or None
@@ -100,9 +100,9 @@ def sdpa_vjp(
     """
     _check.cache(cache, SdpaCache, "sdpa")
     inner, k, v, bias, sink_token = cache
-    shape = (*inner.q.shape[:-1], v.shape[-1])
-    _check.cotangent("do", do, shape, inner.q, "B H_q S_q D_v")
-    _check.cotangent("dstats", dstats, (*shape[:-1], 1), inner.q, "B H_q S_q 1", optional=True)
+    lse = log_sum_exp(inner)
+    _check.cotangent("do", do, (*lse.shape, v.shape[-1]), lse, "B H_q S_q D_v")
+    _check.cotangent("dstats", dstats, (*lse.shape, 1), lse, "B H_q S_q 1", optional=True)
     dlse = None if dstats is None else upcast(dstats)[..., 0]
     dq, dk, dv, dadded, dsink = attention_vjp(inner, upcast(do), dlse=dlse)
     dsink_token = None if sink_token is None else downcast(dsink[None, :, None, None], sink_token.dtype)

@@ -69,8 +69,8 @@ def score_options(
     left, right = (_bound(x) for x in window_size)
     chunk = _check.integer("attention_chunk", attention_chunk, 0)
     scale = None if softmax_scale is None else _check.number("softmax_scale", softmax_scale)
-    cap = _check.number("softcap", softcap, 0.0)
-    return Scores(scale, left, 0 if causal else right, chunk, cap if cap > 0 else None)
+    softcap = _check.number("softcap", softcap, 0.0)
+    return Scores(scale, left, 0 if causal else right, chunk, softcap if softcap > 0 else None)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,6 +110,7 @@ class FlashAttnFuncCache(NamedTuple):
     learnable_sink: Array  # (H,) or None
     alibi: AlibiCache | None
     attention: Any  # of an engine: heads before tokens, and rows [q, qv] and [k, v] where there is a qv
+    out: Array  # (..., T, H, E, 0): only the shape, and the dtype that is computed in
     width: int | None  # D where there is a qv
 
 
@@ -164,9 +165,7 @@ def flash_attn_func_vjp(
     from the cotangents of out and, where given, of the weights (B, H, T, S) and lse (B, H, T)
     """
     _check.cache(cache, FlashAttnFuncCache, "flash_attn_func")
-    q, E = cache.attention.q, cache.attention.v.shape[-1]
-    B, H, T, _ = q.shape
-    _check.cotangent("dout", dout, (B, T, H, E), q, "B T H E")
+    _check.cotangent("dout", dout, cache.out.shape[:-1], cache.out, "B T H E")
     dq, dk, dv, dslopes, dsink, dqv = attend_vjp(cache, upcast(dout), dweights=dweights, dlse=dlse)
     dq, dk, dv, dqv = (downcast(dx, dout.dtype) for dx in (dq, dk, dv, dqv))
     return dq, dk, dv, rounded(dslopes, cache.alibi_slopes), rounded(dsink, cache.learnable_sink), dqv
@@ -190,7 +189,8 @@ def attend(
     mask, scale, softcap = scores.mask(T, S, listed), scores.scale, scores.softcap
     inputs = rows, keys, values, bias, upcast(sink)
     o, cache = attention(*inputs, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
-    return heads_last(o), FlashAttnFuncCache(slopes, sink, of_slopes, cache, D)
+    out = heads_last(o)
+    return out, FlashAttnFuncCache(slopes, sink, of_slopes, cache, outline(out), D)
 
 
 def attend_vjp(
@@ -256,7 +256,7 @@ def check_dropout(axes: _check.Axes, keep: Any, dropout_p: Any) -> Masked | Seed
     _check.boolean("keep", keep, "True = keep")
     axes.broadcast("keep", _check.shape_of(keep), "B H T S")
     if keep is None and p > 0:
-        raise ValueError(f"keep must be given with dropout_p={p}: dropout takes its mask as an input")
+        raise ValueError(f"keep must be given with dropout_p={p}, as dropout takes its mask as an input, got None")
     if keep is not None and p == 0:
-        raise ValueError("dropout_p must be given with keep: what is kept is divided by 1 − dropout_p")
+        raise ValueError("dropout_p must be given with keep, as what is kept is divided by 1 − dropout_p, got 0")
     return None if keep is None else Masked(keep, p)

@@ -185,7 +185,7 @@ def _lengths(
     if (k is None) != (v is None):
         raise ValueError(f"k and v must both be given or neither, got no {'k' if k is None else 'v'}")
     if k is None and cu_seqlens_k_new is not None:
-        raise ValueError("cu_seqlens_k_new must be left out without k, whose sequences it is of")
+        raise ValueError("cu_seqlens_k_new must be left out without k, whose sequences it is of, got it alone")
     tokens, new = "B T" if cu_seqlens_q is None else "N", "B U" if cu_seqlens_k_new is None else "M"
     symbols = f"{tokens} H D", "P L K D", "P L K E", f"{new} K D", f"{new} K E", f"{tokens} H E"
     pairs = zip(arrays.values(), symbols, strict=True)
@@ -234,9 +234,11 @@ def _is_rotated(k: Array, cos: Any, sin: Any, first: Any) -> bool:
             f"rotary_cos and rotary_sin must both be given or neither, got no {'cos' if cos is None else 'sin'}"
         )
     if cos is None and first is not None:
-        raise ValueError("rotary_seqlens must be left out without rotary_cos, whose rows they are")
+        raise ValueError("rotary_seqlens must be left out without rotary_cos, whose rows they are, got them alone")
     if cos is not None and k is None:
-        raise ValueError("rotary_cos must be left out without k, as in the original")
+        raise ValueError(
+            "rotary_cos must be left out without k, as in the original, got it: rotate q by funcmha.rotary"
+        )
     return cos is not None
 
 

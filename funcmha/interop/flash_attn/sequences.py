@@ -118,7 +118,7 @@ Table = tuple[str, Any]  # the name of an argument, and its value
 def table_of(block_table: Any, page_table: Any) -> Table | None:
     """The table of pages under the name it was given by."""
     if block_table is not None and page_table is not None:
-        raise ValueError("page_table must be left out with block_table, which is FA2's name for it")
+        raise ValueError("page_table must be left out with block_table, which is FA2's name for it, got both")
     given = ("block_table", block_table) if page_table is None else ("page_table", page_table)
     return None if given[1] is None else given
 
@@ -145,7 +145,7 @@ def slots(
 ) -> Slots:
     """The slots of a cache to which `new` tokens are appended, if any; B, P and L are known axes."""
     if new is not None and cache_seqlens is None:
-        raise ValueError("cache_seqlens must be given with k, which is written behind them")
+        raise ValueError("cache_seqlens must be given with k, which is written behind them, got None")
     B, (name, pages) = axes["B"], _pages(axes, table, cache_batch_idx)
     room, new = pages.shape[1] * axes["L"], np.zeros(B, np.int64) if new is None else new
     if not isinstance(cache_seqlens, np.ndarray):

@@ -210,7 +210,7 @@ def _rope_of_gemma3(c: dict[str, Any], kind: str) -> tuple[dict[str, Any] | None
     own = (nested or {}).get(kind) or {}
     own = own if local else own | (c["rope_scaling"] or {})
     if not own.get("truncate", True):
-        raise ValueError("truncate must be left out for gemma3_text, which ignores it")
+        raise ValueError(f"truncate must be left out for gemma3_text, which ignores it, got {own['truncate']!r}")
     return own, theta
 
 
@@ -237,7 +237,7 @@ def _check_flags(c: dict[str, Any]) -> None:
     """Options that transformers reads and ignores, and those that funcmha does not support."""
     kind = c["model_type"]
     if c["use_bidirectional_attention"] and kind != "gemma3_text":
-        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are always causal")
+        raise ValueError(f"use_bidirectional_attention must be off for {kind}, whose masks are always causal, got on")
     if c["attn_logit_softcapping"] is not None and kind != "gemma2":
         got = c["attn_logit_softcapping"]
         raise ValueError(f"attn_logit_softcapping must be None for {kind}, which does not apply it, got {got}")
@@ -245,4 +245,4 @@ def _check_flags(c: dict[str, Any]) -> None:
         raise ValueError(f"clip_qkv must be None, as funcmha does not clip projections, got {c['clip_qkv']}")
     for name, only in (("use_qk_norm", "cohere"), ("qk_layernorm", "stablelm")):
         if c[name] and kind == only:
-            raise ValueError(f"{name} must be off, as funcmha does not support a norm for each head")
+            raise ValueError(f"{name} must be off, as funcmha does not support a norm for each head, got {c[name]!r}")

@@ -18,7 +18,7 @@ import numpy as np
 from funcmha import _check
 from funcmha._arrays import Array, downcast, dtype_name, from_host, is_array, namespace, unbroadcast, upcast
 from funcmha.dropout import Masked, Seeded, masked
-from funcmha.engines import attention, attention_vjp
+from funcmha.engines import attention, attention_vjp, log_sum_exp
 from funcmha.masks import Mask, causal
 from funcmha.ops import per_key_head, per_query_head
 
@@ -69,8 +69,9 @@ def scaled_dot_product_attention_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     """dquery, dkey, dvalue, dattn_mask: each summed over its broadcast axes"""
     _check.cache(cache, ScaledDotProductAttentionCache, "scaled_dot_product_attention")
-    q, v, attn_mask = cache.attention.q, cache.attention.v, cache.inputs[3]
-    _check.cotangent("dy", dy, (*q.shape[:-1], v.shape[-1]), q, "... H L Dv")
+    _, _, value, attn_mask = cache.inputs
+    lse = log_sum_exp(cache.attention)
+    _check.cotangent("dy", dy, (*lse.shape, value.shape[-1]), lse, "... H L Dv")
     *grads, dbias, _ = attention_vjp(cache.attention, upcast(dy))
     dquery, dkey, dvalue = (
         downcast(unbroadcast(per_key_head(dx, x), x.shape), dy.dtype)
@@ -95,16 +96,18 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
 
 def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded | None:
     """funcmha's dropout. At dropout_p = 1, where funcmha would divide by 0, nothing is kept."""
-    if (p := _check.number("dropout_p", dropout_p, 0.0)) == 1:
+    if (p := _check.number("dropout_p", dropout_p)) < 0 or p > 1:
+        raise ValueError(f"dropout_p must be at least 0 and at most 1, got {dropout_p}")
+    if p == 1:
         return Masked(from_host(np.zeros((1, 1), dtype=bool), like), 0.0)
     if isinstance(keep, Seeded):
         if p not in (0.0, keep.rate):
             raise ValueError(f"dropout_p must be left out, as keep has rate={keep.rate}, got {dropout_p}")
         return keep
     if (p > 0) != (keep is not None):
-        missing, given = ("keep", f"dropout_p={p}") if keep is None else ("dropout_p", "keep")
-        raise ValueError(f"{missing} must be given with {given}: dropout takes its mask as an input")
-    return None if keep is None else masked(keep, _check.number("dropout_p", p, 0.0, 1.0))
+        missing, given, got = ("keep", f"dropout_p={p}", None) if keep is None else ("dropout_p", "keep", p)
+        raise ValueError(f"{missing} must be given with {given}, as dropout takes its mask as an input, got {got}")
+    return None if keep is None else masked(keep, p)
 
 
 def _check_sdpa(
@@ -151,7 +154,7 @@ def _batch(shapes: dict[str, tuple[int, ...]], enable_gqa: bool) -> tuple[int, .
 
 def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tuple[int, ...]) -> None:
     if is_causal:
-        raise ValueError("attn_mask must be None with is_causal=True, which is a mask itself")
+        raise ValueError("attn_mask must be None with is_causal=True, which is a mask itself, got both: leave out one")
     if not is_array(attn_mask):
         raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
     if dtype_name(attn_mask) not in ("bool", "float32", dtype_name(query)):

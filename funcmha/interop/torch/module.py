@@ -19,13 +19,14 @@ Axes: L = T queries, S keys, N batch, H heads, C = embed_dim = H·D, Ck = kdim, 
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._arrays import Array, dtype_name, namespace
+from funcmha._arrays import Array, downcast, dtype_name, namespace, unbroadcast, upcast
+from funcmha.interop._leaves import check_mapping
 from funcmha.interop._tensors import to_array
 from funcmha.params import PROJECTIONS, SPEC, Params, check
 
@@ -61,7 +62,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for non-arrays, tensors on a GPU, or mixed dtypes.
     """
-    _check.mapping("state_dict", state_dict)
+    check_mapping("state_dict", state_dict)
     arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]
@@ -193,14 +194,55 @@ def masks(attn_mask: Any, key_padding_mask: Any, num_heads: int) -> tuple[Array,
     key_padding_mask becomes (S) or (N, 1, 1, S). A floating −∞ stays in the bias, and means "do not attend".
     Tensors on the CPU become NumPy arrays. A floating mask alone is not copied.
 
-    The `dbias` of `mha_vjp` is the gradient of the sum; sum it over the axes along which a mask was broadcast.
+    `merge_masks` is the same with a gradient.
     Raises TypeError for a mask that is neither boolean nor floating, ValueError for shapes that do not fit.
+    """
+    return merge_masks(attn_mask, key_padding_mask, num_heads=num_heads)[0]
+
+
+class MergeMasksCache(NamedTuple):
+    attn_mask: Array  # as given, None or an array
+    key_padding_mask: Array  # as given, None or an array
+    bias: Array  # broadcasts to (N, H, L, S), or None
+    num_heads: int
+
+
+def merge_masks(
+    attn_mask: Any = None, key_padding_mask: Any = None, /, *, num_heads: int
+) -> tuple[tuple[Array, Array], MergeMasksCache]:
+    """mask, bias = ¬(attn_mask ∨ key_padding_mask), attn_mask + key_padding_mask     of boolean ones, of floating ones
+    attn_mask (L, S) or (N·H, L, S) or None   key_padding_mask (S) or (N, S) or None   →   broadcast to (N, H, L, S)
+
+        (mask, bias), merged = merge_masks(attn_mask, key_padding_mask, num_heads=H)
+        y, cache = mha(params, query, key, value, bias, mask=mask)
+        *_, dbias = mha_vjp(cache, dy)
+        dattn_mask, dkey_padding_mask = merge_masks_vjp(merged, (None, dbias))       # in PyTorch's shapes
+
+    What they are is said by `masks`, which returns mask and bias alone.
     """
     attn = None if attn_mask is None else _mask_array("attn_mask", attn_mask)
     padding = None if key_padding_mask is None else _mask_array("key_padding_mask", key_padding_mask)
     _check_masks(attn, padding, num_heads)
+    mask, bias = joined(attn, padding, num_heads)
+    return (mask, bias), MergeMasksCache(attn, padding, bias, num_heads)
 
-    return joined(attn, padding, num_heads)
+
+def merge_masks_vjp(cache: MergeMasksCache, dmasks: tuple[None, Array], /) -> tuple[Array, Array]:
+    """dattn_mask, dkey_padding_mask     from dmasks = (None, dbias), with the `dbias` of `mha_vjp`
+
+    Each in its own shape, summed over what it was repeated for; None for a boolean mask, or for one that was None.
+    """
+    _check.cache(cache, MergeMasksCache, "merge_masks")
+    dmask, dbias = _check.parts("dmasks", dmasks, "dmask, dbias")
+    if dmask is not None:
+        raise TypeError(f"dmask must be None, as a boolean mask has no gradient, got {type(dmask).__name__}")
+    if cache.bias is None:
+        if dbias is not None:
+            raise ValueError("dbias must be None, as bias is where no mask is floating")
+        return None, None
+    dbias = to_array("dbias", dbias)
+    _check.cotangent("dbias", dbias, cache.bias.shape, cache.bias, "N H L S")
+    return joined_vjp(cache.attn_mask, cache.key_padding_mask, dbias, cache.num_heads)
 
 
 def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
@@ -211,6 +253,18 @@ def joined(attn: Array, padding: Array, H: int) -> tuple[Array, Array]:
     with np.errstate(over="ignore"):  # twice the least number is −∞, as intended
         bias = added[0] + added[1] if len(added) == 2 else next(iter(added), None)
     return allowed[0] & allowed[1] if len(allowed) == 2 else next(iter(allowed), None), bias
+
+
+def joined_vjp(attn: Array, padding: Array, dbias: Array, H: int) -> tuple[Array, Array]:
+    """dattn, dpadding: None for a boolean one, or for None"""
+    grads: list[Array] = []
+    for mask, spread in ((attn, per_head(attn, H)), (padding, per_query(padding))):
+        if mask is None or dtype_name(mask) == "bool":
+            grads.append(None)
+        else:
+            dmask = unbroadcast(upcast(dbias), tuple(spread.shape))
+            grads.append(downcast(namespace(dmask).reshape(dmask, tuple(mask.shape)), mask.dtype))
+    return grads[0], grads[1]
 
 
 def per_head(attn: Array, H: int) -> Array:

@@ -29,7 +29,6 @@ from funcmha._arrays import (
     heads_last,
     is_array,
     namespace,
-    unbroadcast,
     upcast,
 )
 from funcmha.dropout import Masked, Seeded
@@ -39,7 +38,7 @@ from funcmha.ops import INF, drop
 from funcmha.params import PROJECTIONS, Params
 
 from .functional import kept
-from .module import BIAS_KV, SEPARATE, joined, per_head, per_query
+from .module import BIAS_KV, SEPARATE, joined, joined_vjp
 
 FLAGS = (
     "add_zero_attn",
@@ -59,8 +58,8 @@ class Inputs(NamedTuple):
     value: Array  # (S, N, Ev)
     in_proj_weight: Array  # (3E, E), or None with the three of q, k and v
     in_proj_bias: Array  # (3E,) or None
-    bias_k: Array  # (1, 1, E) or None
-    bias_v: Array  # (1, 1, E) or None
+    bias_k: Array  # (1, 1, E), (1, E) or (E,), or None
+    bias_v: Array  # (1, 1, E), (1, E) or (E,), or None
     out_proj_weight: Array  # (O, E)
     out_proj_bias: Array  # (O,) or None
     key_padding_mask: Array  # (N, S) or None
@@ -157,7 +156,8 @@ def multi_head_attention_forward_vjp(
     dkey, dstatic_k = _keys_vjp(x.key, x.static_k, dkey)
     dvalue, dstatic_v = _keys_vjp(x.value, x.static_v, dvalue)
     grads = {"query": _batch_first(dquery), "key": dkey, "value": dvalue, "static_k": dstatic_k, "static_v": dstatic_v}
-    grads |= _params_vjp(x, dparams) | _masks_vjp(x, dbias, cache.num_heads)
+    dattn, dpadding = joined_vjp(x.attn_mask, x.key_padding_mask, dbias, cache.num_heads)
+    grads |= _params_vjp(x, dparams) | {"attn_mask": dattn, "key_padding_mask": dpadding}
     return tuple(grads.get(name) for name in Inputs._fields)
 
 
@@ -221,21 +221,10 @@ def _params_vjp(x: Inputs, dparams: Params) -> dict[str, Array]:
     return {
         **({"in_proj_weight": xp.concat(dws)} if packed else dict(zip(SEPARATE, dws, strict=True))),
         "in_proj_bias": xp.concat(dbs) if dbs else None,
-        **{name: None if dbias_kv is None else xp.reshape(dbias_kv[name[-1]], (1, 1, E)) for name in BIAS_KV},
+        **{name: xp.reshape(dbias_kv[name[-1]], getattr(x, name).shape) for name in BIAS_KV if dbias_kv is not None},
         "out_proj_weight": xp.reshape(dout["w"], x.out_proj_weight.shape),
         "out_proj_bias": dout.get("b"),
     }
-
-
-def _masks_vjp(x: Inputs, dbias: Array, H: int) -> dict[str, Array]:
-    """The gradients of the floating masks."""
-    spread = {"attn_mask": per_head(x.attn_mask, H), "key_padding_mask": per_query(x.key_padding_mask)}
-    grads = {}
-    for name, mask in spread.items():
-        if mask is not None and dtype_name(mask) != "bool":
-            dmask = unbroadcast(dbias, mask.shape)
-            grads[name] = namespace(dmask).reshape(dmask, getattr(x, name).shape)
-    return grads
 
 
 def _weights(p: Array, dropout: Masked | Seeded | None, average: bool) -> Array:
@@ -313,8 +302,9 @@ def _check_weights_given(x: Inputs, separate: bool) -> None:
     if not (x.static_k is None and x.static_v is None):
         raise ValueError("bias_k and bias_v must be None with static_k or static_v, to which PyTorch appends nothing")
     for name in BIAS_KV:
-        if (shape := tuple(getattr(x, name).shape)) != (1, 1, x.query.shape[-1]):
-            raise ValueError(f"{name} must be (1, 1, E) with E={x.query.shape[-1]} as in query, got {shape}")
+        shape, E = tuple(getattr(x, name).shape), x.query.shape[-1]
+        if shape not in ((1, 1, E), (1, E), (E,)):
+            raise ValueError(f"{name} must be (1, 1, E), (1, E) or (E,) with E={E} as in query, got {shape}")
 
 
 def _check_shapes(x: Inputs, H: int) -> None:
