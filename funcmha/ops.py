@@ -90,10 +90,8 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     Shifted by the row's maximum and divided by the sum: the most accurate of the variants that Blanchard, Higham and
     Higham (IMA J. Numer. Anal. 41, 2021, Theorem 4.3) analyse. Raises TypeError unless `where` is boolean.
     """
-    _check.one_dtype([("x", x)])
+    axes = _check.arrays(("x", x, "... S"))
     _check.boolean("where", where, "True = allowed")
-    axes = _check.Axes()
-    axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
     p, *_ = softmax_with_sink(upcast(x), where)

@@ -58,7 +58,17 @@ def table(
     most 2⁻⁵² |position|, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256 or
     2048. Su et al. 2021, eq. 34.
     """
-    _check_table_of(positions, frequencies, pairs)
+    if not is_array(positions):
+        raise TypeError(f"positions must be an array, got {type(positions).__name__}")
+    name = dtype_name(positions)
+    if name in HALF or not name.startswith(("int", "uint", "float")):
+        raise TypeError(f"positions must be integers, float32 or float64, got dtype {positions.dtype}")
+    if positions.ndim == 0:
+        raise ValueError("positions must be (..., T), got ()")
+    _check_frequencies(frequencies)
+    if not isinstance(pairs, str) or pairs not in PAIRS:
+        raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
+
     xp, gain = namespace(positions), _check.number("gain", gain)
     angle = xp.astype(positions, xp.float64)[..., None] * from_host(frequencies, positions)
     return PAIRS[pairs](gain * xp.cos(angle), gain * xp.sin(angle))
@@ -196,19 +206,6 @@ def check_table(rotary: Any) -> None:
     cos, sin = (tuple(table.shape) for table in rotary)
     if cos != sin or len(cos) < 2:
         raise ValueError(f"rotary must have cos and sin of one shape (..., T, N), got {cos} and {sin}")
-
-
-def _check_table_of(positions: Array, frequencies: np.ndarray, pairs: str) -> None:
-    if not is_array(positions):
-        raise TypeError(f"positions must be an array, got {type(positions).__name__}")
-    name = dtype_name(positions)
-    if name in HALF or not name.startswith(("int", "uint", "float")):
-        raise TypeError(f"positions must be integers, float32 or float64, got dtype {positions.dtype}")
-    if positions.ndim == 0:
-        raise ValueError("positions must be (..., T), got ()")
-    _check_frequencies(frequencies)
-    if not isinstance(pairs, str) or pairs not in PAIRS:
-        raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
 
 
 def _check_frequencies(frequencies: Any) -> None:
