@@ -62,6 +62,8 @@ def upcast(x: Array) -> Array:
 
 def downcast(x: Array, dtype: Any) -> Array:
     """`x` in `dtype`: the one rounding at the end of a computation that `upcast` began."""
+    if isinstance(x, np.generic):  # NumPy's arithmetic makes scalars of arrays without axes
+        x = np.asarray(x)
     return x if x is None or x.dtype == dtype else namespace(x).astype(x, dtype)
 
 
@@ -79,9 +81,9 @@ def read_only(x: Array) -> Array:
     return view
 
 
-def from_host(a: np.ndarray, like: Array) -> Array:
-    """The NumPy array `a` in the library and on the device of `like`."""
-    if isinstance(like, np.ndarray):
+def from_host(a: np.ndarray, like: Array = None) -> Array:
+    """The NumPy array `a` in the library and on the device of `like`; as it is for None."""
+    if like is None or isinstance(like, np.ndarray):
         return a
     xp = namespace(like)
     if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none

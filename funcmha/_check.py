@@ -3,7 +3,7 @@
 k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -18,18 +18,25 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
     """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
-    first = None
+    first: Any = None
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
         if not is_array(x):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if dtype_name(x) not in DTYPES:
             raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}")
-        if first is None:
-            first = name, x
-        elif x.dtype != first[1].dtype:
-            raise TypeError(
-                f"{name} must have dtype {first[1].dtype} as {first[0]} has, got {x.dtype}: cast one of them"
-            )
+        owner, like = first = first or (name, x)
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name} must have dtype {like.dtype} as {owner} has, got {x.dtype}: cast one of them")
+
+
+def arrays(*given: tuple[str, Array, str], optional: Iterable[tuple[str, Array, str]] = ()) -> "Axes":
+    """The axes of arrays of one dtype: a name, an array and its symbols each; None may stand for an optional one."""
+    present = [*given, *(each for each in optional if each[1] is not None)]
+    one_dtype((name, x) for name, x, _ in present)
+    axes = Axes()
+    for name, x, symbols in present:
+        axes(name, x, symbols)
+    return axes
 
 
 def boolean(name: str, x: Any, meaning: str) -> None:
@@ -121,11 +128,13 @@ def cotangent(
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-    if tuple(x.shape) != tuple(shape):
-        spelt = ", ".join(symbols.split())
-        raise ValueError(f"{name} must be ({spelt}) = {tuple(shape)} as the output is, got {tuple(x.shape)}")
-    if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
-        raise TypeError(f"{name} must have dtype {computed.dtype} as the output has, got {x.dtype}")
+    _alike(name, x, shape, computed, symbols, "the output")
+
+
+def batch_axes(n: Any, most: int) -> None:
+    """Raise unless n is a number of leading axes, of which there are so many, whose sums are left out."""
+    if not 0 <= integer("batch_axes", n) <= most:
+        raise ValueError(f"batch_axes must be within 0 … {most}, the axes of the batch, got {n}")
 
 
 def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array, symbols: str = "") -> None:
@@ -137,12 +146,16 @@ def tangent(name: str, x: Array, shape: tuple[int, ...] | None, computed: Array,
         return
     if not is_array(x):
         raise TypeError(f"{name} must be an array, or None for zero, got {type(x).__name__}")
-    of, got = name.replace("_dot", ""), tuple(x.shape)
+    of = name.replace("_dot", "")
     if shape is None:
-        raise ValueError(f"{name} must be None, as there is no {of}, got shape {got}")
-    if got != tuple(shape):
+        raise ValueError(f"{name} must be None, as there is no {of}, got shape {tuple(x.shape)}")
+    _alike(name, x, shape, computed, symbols, of)
+
+
+def _alike(name: str, x: Array, shape: tuple[int, ...], computed: Array, symbols: str, of: str) -> None:
+    if tuple(x.shape) != tuple(shape):
         spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
-        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {got}")
+        raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {tuple(x.shape)}")
     if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
         raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
 
@@ -172,8 +185,7 @@ class Axes:
 
     def __call__(self, name: str, x: Array, symbols: str) -> None:
         """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
-        letters = symbols.split()
-        shape = tuple(x.shape)
+        letters, shape = symbols.split(), tuple(x.shape)
         batched = letters[:1] == ["..."]
         rank = len(letters) - batched
         if len(shape) < rank or (len(shape) > rank and not batched):
@@ -203,20 +215,9 @@ class Axes:
         return tuple(sizes)
 
     def _error(self, name: str, letters: list[str], shape: tuple[int, ...]) -> ValueError:
-        known = [
-            f"{letter}={self.size[letter]} as in {self.owner[letter]}" for letter in letters if letter in self.size
-        ]
-        spelt = f"({', '.join(letters)})"
-        return ValueError(f"{name} must be {spelt}{' with ' + ', '.join(known) if known else ''}, got {shape}")
-
-
-def mapping(name: str, x: Any) -> None:
-    """Raise TypeError unless `x` is a mapping whose keys are strings."""
-    if not isinstance(x, Mapping):
-        raise TypeError(f"{name} must be a dict of arrays by their names, got {type(x).__name__}")
-    for key in x:
-        if not isinstance(key, str):
-            raise TypeError(f"{name} must be a dict of arrays by their names, got the name {key!r}")
+        known = [f"{n}={self.size[n]} as in {self.owner[n]}" for n in letters if n in self.size]
+        spelt = f"({', '.join(letters)}){' with ' + ', '.join(known) if known else ''}"
+        return ValueError(f"{name} must be {spelt}, got {shape}")
 
 
 def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:

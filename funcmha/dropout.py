@@ -107,10 +107,10 @@ class Seeded(NamedTuple):
         In the library and on the device of `like`, or of NumPy. `sample` counts the batch flattened in C order. Raises
         ValueError for what does not fit into a counter, which is 2³² samples, heads or queries, and 2³⁴ keys.
         """
-        b, h = self._place("sample", (sample, sample + 1), 2**32), self._place("head", (head, head + 1), 2**32)
-        i, j = self._place("rows", rows, 2**32), self._place("cols", cols, 2**34)
-        keep = _draw(self.seed, int(self.rate * 2.0**32), b[0], h[0], i, j)
-        return keep if like is None else from_host(keep, like)
+        b, _ = _place("sample", self.first_sample, (sample, sample + 1), 2**32)
+        h, _ = _place("head", self.first_head, (head, head + 1), 2**32)
+        i, j = _place("rows", self.first_query, rows, 2**32), _place("cols", self.first_key, cols, 2**34)
+        return from_host(_draw(self.seed, int(self.rate * 2.0**32), b, h, i, j), like)
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
         """All of it: shape (..., H, T, S), or (T, S) for one head   →   booleans of this shape, True = keep"""
@@ -123,8 +123,7 @@ class Seeded(NamedTuple):
         keep = np.empty((prod(outer), T, S), bool)
         for n in range(keep.shape[0]):
             keep[n] = self.tile(n // heads, n % heads, (0, T), (0, S))
-        keep = keep.reshape(shape)
-        return keep if like is None else from_host(keep, like)
+        return from_host(keep.reshape(shape), like)
 
     def heads(self, h: slice) -> "Seeded":
         """Of the heads `h`: the same from its first head on."""
@@ -133,18 +132,6 @@ class Seeded(NamedTuple):
     def sample(self, n: int) -> "Seeded":
         """The same from sample `n` on."""
         return self._replace(first_sample=self.first_sample + n)
-
-    def _place(self, name: str, of: Range, size: int) -> Range:
-        """The range in the coordinates of the whole."""
-        first = {
-            "sample": self.first_sample,
-            "head": self.first_head,
-            "rows": self.first_query,
-            "cols": self.first_key,
-        }[name]
-        if not 0 <= of[0] <= of[1] <= size - first:
-            raise ValueError(f"{name} must be within 0 … {size - first}, got {of[0]} … {of[1]}")
-        return of[0] + first, of[1] + first
 
 
 def seeded(
@@ -158,6 +145,13 @@ def seeded(
     first = {"sample": first_sample, "head": first_head, "query": first_query, "key": first_key}
     places = (_check.integer(f"first_{name}", n, 0, 2**34 if name == "key" else 2**32) for name, n in first.items())
     return Seeded(_check.integer("seed", seed, 0, 2**64), _check.number("rate", rate, 0.0, 1.0), *places)
+
+
+def _place(name: str, first: int, of: Range, size: int) -> Range:
+    """The range in the coordinates of the whole."""
+    if not 0 <= of[0] <= of[1] <= size - first:
+        raise ValueError(f"{name} must be within 0 … {size - first}, got {of[0]} … {of[1]}")
+    return of[0] + first, of[1] + first
 
 
 def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: Range) -> np.ndarray:

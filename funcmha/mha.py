@@ -14,11 +14,11 @@ from . import _arguments, _check, tree
 from ._arguments import Bias, HeadOptions, Options, takes
 from ._arrays import Array, downcast, full, namespace, sum_over_batch, upcast
 from .biases import as_bias
-from .masks.appended import append_keys
+from .masks import append_keys
 from .masks.zero import zero_inputs
 from .norms import Norm
-from .ops import AttentionCache, LinearCache, attend, attention_vjp, given, linear, linear_vjp
-from .params import Params, join_heads, leaf, one_head, present
+from .ops import AttentionCache, LinearCache, attend, attention_vjp, linear, linear_vjp, round_bias
+from .params import Params, drop_absent, in_order_of, join_heads, leaf, one_head
 from .rotary import RotateCache, rotate, rotate_vjp
 
 # ── one head ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +71,9 @@ def head_vjp(
     dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
     dlse = None if dlse is None else upcast(dlse)[..., None, :]
     *grads, dbias = _head_vjp(cache, upcast(do), dweights, dlse, x.ndim - 2 if per_sample else 0)
-    return rounded((*grads, None if dbias is None else dbias.without_head_axis()), do.dtype)
+    dparams, *dxs = grads
+    dbias = None if dbias is None else dbias.without_head_axis()
+    return round_gradients((in_order_of(cache.params, dparams), *dxs, dbias), do.dtype)
 
 
 def _head(params: Params, query: Array, key: Array, value: Array, bias: Bias, x: Options) -> tuple[Array, HeadCache]:
@@ -118,7 +120,7 @@ def _head_vjp(cache: HeadCache, do: Array, dweights: Array, dlse: Array, batch_a
         "q_norm": dq_norm,
         "k_norm": dk_norm,
     }
-    return present(dparams), dquery, dkey, dvalue, dbias
+    return drop_absent(dparams), dquery, dkey, dvalue, dbias
 
 
 # ── all heads ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,11 +197,11 @@ def mha_vjp(
         dlse_h = dlse if dlse is None else dlse[..., h : h + 1, :]
         dhead, dq, dk, dv, dbias = _head_vjp(cache.heads[h], do, dweights_h, dlse_h, batch_axes)
         dquery, dkey, dvalue = dquery + dq, dkey + dk, dvalue + dv
-        dheads.append(present(dhead | {"out_proj": {"w": dw, "b": db}}))
+        dheads.append(drop_absent(dhead | {"out_proj": {"w": dw, "b": db}}))
         dbiases.append(dbias)
-    dparams = join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0])
+    dparams = in_order_of(cache.params, join_heads(dheads[::-1], leaf(cache.params, "k_proj.w").shape[0]))
     dbias = cache.bias if cache.bias is None else cache.bias.join(dbiases[::-1])
-    return rounded((dparams, dquery, dkey, dvalue, dbias), dy.dtype)
+    return round_gradients((dparams, dquery, dkey, dvalue, dbias), dy.dtype)
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,7 +233,7 @@ def self_attention_vjp(
     dparams, dquery, dkey, dvalue, dbias = mha_vjp(
         cache.mha, upcast(dy), dweights=dweights, dlse=dlse, per_sample=per_sample
     )
-    return rounded((dparams, dquery + dkey + dvalue, as_bias(dbias)), dy.dtype)
+    return round_gradients((dparams, dquery + dkey + dvalue, as_bias(dbias)), dy.dtype)
 
 
 # ── the parts of a head ──────────────────────────────────────────────────────────────────────────────────────────
@@ -279,7 +281,8 @@ def append_rows_vjp(S: int, row: Array, dy: Array, batch_axes: int) -> tuple[Arr
     return dy[..., :S, :], sum_over_batch(dy[..., 0, S, :], 1, batch_axes)
 
 
-def rounded(grads: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+def round_gradients(grads: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
     """Gradients of the parameters, the inputs and the bias, rounded to the dtype of the cotangent."""
     dparams, *dxs, dbias = grads
-    return tree.map(lambda g: downcast(g, dtype), dparams), *(downcast(dx, dtype) for dx in dxs), given(dbias, dtype)
+    dparams = tree.map(lambda g: downcast(g, dtype), dparams)
+    return dparams, *(downcast(dx, dtype) for dx in dxs), round_bias(dbias, dtype)

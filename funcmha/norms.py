@@ -21,7 +21,7 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from . import _check
-from ._arrays import Array, downcast, full, namespace, or_zeros, row_blocks, upcast
+from ._arrays import Array, downcast, full, namespace, or_zeros, own, row_blocks, upcast
 
 INF = float("inf")
 
@@ -49,7 +49,7 @@ def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -
     dtype, x, w = x.dtype, upcast(x), upcast(w)
     w = w + offset if offset else w
     n, root, unit = _rms(x, eps**0.5)
-    return downcast(_affine(n, w), dtype), RmsNormCache(n, root, unit, w)
+    return own(downcast(_affine(n, w), dtype), n), RmsNormCache(n, root, unit, w)
 
 
 def rms_norm_vjp(cache: RmsNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     root = xp.where(below, floor, root)
     root = xp.where(root == 0, INF, root)
     n = x / root
-    return downcast(n, dtype), L2NormCache(n, root, unit, below)
+    return own(downcast(n, dtype), n), L2NormCache(n, root, unit, below)
 
 
 def l2_norm_vjp(cache: L2NormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array]:
@@ -156,7 +156,7 @@ def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> 
     dtype, x, w, b = x.dtype, upcast(x), upcast(w), upcast(b)
     c, scale = _centred(x)
     n, root, unit = _rms(c, eps**0.5 * scale)
-    return downcast(_affine(n, w, b), dtype), LayerNormCache(n, root, unit, scale, w, b)
+    return own(downcast(_affine(n, w, b), dtype), n), LayerNormCache(n, root, unit, scale, w, b)
 
 
 def layer_norm_vjp(cache: LayerNormCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:
@@ -331,12 +331,7 @@ def _row_sum(g: Array, like: Array, batch_axes: int = 0) -> Array:
 
 def _check_norm(x: Array, w: Array, b: Array, eps: float) -> float:
     """eps as a float, of a norm with these parameters."""
-    _check.one_dtype([("x", x)], optional=[("w", w), ("b", b)])
-    axes = _check.Axes()
-    axes("x", x, "... D")
-    for name, p in (("w", w), ("b", b)):
-        if p is not None:
-            axes(name, p, "D")
+    _check.arrays(("x", x, "... D"), optional=[("w", w, "D"), ("b", b, "D")])
     return _check.number("eps", eps, 0.0)
 
 

@@ -10,6 +10,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 `...` is batch.
 """
 
+from functools import singledispatch
 from math import prod
 from typing import Any, NamedTuple, Unpack
 
@@ -56,6 +57,7 @@ def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tupl
     _check.cache(cache, LinearCache, "linear")
     x, w, b = cache
     _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
+    _check.batch_axes(batch_axes, x.ndim - 1)
     xp, g, batch = namespace(x), upcast(dy), tuple(x.shape[:batch_axes])
     n = prod(x.shape[batch_axes:-1])
     rows_g, rows_x = xp.reshape(g, (*batch, n, w.shape[0])), xp.reshape(x, (*batch, n, w.shape[1]))
@@ -184,7 +186,7 @@ def scores_vjp(cache: ScoresCache, dz: Array, /) -> tuple[Array, Array, Any]:
     dtype, xp = dz.dtype, namespace(q)
     g = xp.where(allowed, upcast(dz), 0.0)
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, g)
-    return downcast(dq, dtype), downcast(dk, dtype), given(dbias, dtype)
+    return downcast(dq, dtype), downcast(dk, dtype), round_bias(dbias, dtype)
 
 
 def _scores(q: Array, k: Array, bias: Bias, scale: Any, softcap: Any) -> tuple[Array, Array]:
@@ -256,6 +258,7 @@ def attention(
     return downcast(o, q.dtype), cache
 
 
+@singledispatch
 @underflow_is_zero
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
@@ -270,20 +273,21 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended(cache))
+    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
+    dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended_pairs(cache))
 
     # o = a v   with   a = dropout(p)
     dv = per_key_head(xp.matrix_transpose(drop(p, keep, rate)) @ g, v)
     dp = drop(g @ xp.matrix_transpose(per_query_head(v, q)), keep, rate)
     dp = dp if dweights is None else dp + upcast(dweights)
     # p, lse = softmax(z, sink)
-    p_sink = None if sink is None else xp.exp(sink[..., None] - lse)
+    p_sink = share_of_sink(cache)
     dz, drows = softmax_with_sink_vjp(p, dp, upcast(dlse), p_sink)
     dsink = None if sink is None else sum_over_batch(xp.sum(drows, axis=-1), sink.ndim, batch_axes)
     # z = softcap · tanh(scale · q kᵀ / softcap) + bias
     dq, dk, dbias = _scores_vjp(q, k, bias, scale, slope, dz)
     dq, dk, dv, dsink = (downcast(dx, dtype) for dx in (dq, dk, dv, dsink))
-    return dq, dk, dv, given(dbias, dtype), dsink
+    return dq, dk, dv, round_bias(dbias, dtype), dsink
 
 
 @underflow_is_zero
@@ -298,12 +302,20 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 
 
-def attended(cache: AttentionCache) -> Array:
+def share_of_sink(cache: AttentionCache) -> Array:
+    """exp(sink − lse) (..., H, T), 0 in an empty row; None without a sink"""
+    if cache.sink is None:
+        return None
+    xp, empty = namespace(cache.lse), cache.lse == -INF
+    return xp.where(empty, 0.0, xp.exp(cache.sink[..., None] - xp.where(empty, 0.0, cache.lse)))
+
+
+def attended_pairs(cache: AttentionCache) -> Array:
     """Booleans (..., H, T, S or 1), over whose columns `any` says which queries attend a key"""
     return cache.lse[..., None] != -INF if cache.sink is None else cache.p != 0
 
 
-def given(dbias: Bias, dtype: Any) -> Any:
+def round_bias(dbias: Bias, dtype: Any) -> Any:
     """The gradient of a bias as the bias was given, an array or a `RelativeBias`, rounded to `dtype`."""
     return None if dbias is None else dbias.map(lambda g: downcast(g, dtype)).given
 

@@ -12,13 +12,12 @@ Axes: B sequences, N tokens of all of them, T tokens of the longest, C width; `.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _check, masks
-from ._arrays import Array, from_host, full, namespace
+from ._arrays import Array, from_host, full, namespace, read_only
 from .masks import Spans
 
 # ── what cu_seqlens means ────────────────────────────────────────────────────────────────────────────────────────
@@ -77,14 +76,17 @@ def window(
     sequences, so no single `masks.window(left, right, offset)` joined with `mask` can express it for cu_q ≠ cu_k.
     Inclusive: left = 3 attends the query's own position and three before. None is no bound.
     """
-    cu_q, cu_k = _pair(cu_q, cu_k)
+    cu_q = check_cumulative("cu_q", cu_q)
+    cu_k = cu_q if cu_k is None else check_cumulative("cu_k", cu_k)
+    if cu_q.size != cu_k.size:
+        raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
     band = masks.window(left, right)  # which checks them
     n = np.diff(cu_q)
     at = positions(cu_q, np.diff(cu_k) - n if offset is None else offset) + np.repeat(cu_k[:-1], n)  # of the key axis
     low, high = np.repeat(cu_k[:-1], n), np.repeat(cu_k[1:], n)
     start = low if band.left is None else np.clip(at - band.left, low, high)
     stop = high if band.right is None else np.clip(at + band.right + 1, low, high)
-    return Spans(_frozen(start), _frozen(stop), int(cu_k[-1]))
+    return Spans(read_only(start), read_only(stop), int(cu_k[-1]))
 
 
 # ── pack, unpack ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,11 +103,7 @@ def pack(*xs: Array) -> tuple[Array, PackCache]:
     """
     if not xs:
         raise ValueError("xs must be one or more arrays (..., T_b, C), got none")
-    names = [f"xs[{b}]" for b in range(len(xs))]
-    _check.one_dtype(zip(names, xs, strict=True))
-    axes = _check.Axes()
-    for b, (name, x) in enumerate(zip(names, xs, strict=True)):
-        axes(name, x, f"... T_{b} C")
+    _check.arrays(*((f"xs[{b}]", x, f"... T_{b} C") for b, x in enumerate(xs)))
     return namespace(xs[0]).concat(xs, axis=-2), PackCache(xs)
 
 
@@ -185,10 +183,8 @@ def unpad(y: Array, /, *, cu_seqlens: np.ndarray) -> tuple[Array, UnpadCache]:
     The contents of the padding have no effect, even NaN, and gradient 0.
     """
     _check.one_dtype([("y", y)])
-    axes = _check.Axes()
     if y.ndim < 3:
         raise ValueError(f"y must be (B, ..., T, C), got {tuple(y.shape)}")
-    axes("y", y, "... T C")
     cu = check_cumulative("cu_seqlens", cu_seqlens)
     if cu.size - 1 != y.shape[0]:
         raise ValueError(f"cu_seqlens must be (B + 1,) with B={y.shape[0]} as in y, got {cu.shape}")
@@ -214,13 +210,10 @@ def _places(cu: np.ndarray, length: int | None, like: Array) -> tuple[Array, Arr
     """slots (N,) and rows (B, T), which are each other's inverse, in the library of `like`."""
     n = np.diff(cu)
     longest = int(n.max(initial=0))
-    T = longest if length is None else length
-    if not isinstance(T, Integral) or isinstance(T, bool):
-        raise TypeError(f"length must be an int or None, got {length!r} of type {type(length).__name__}")
+    T = longest if length is None else _check.integer("length", length, or_else=" or None")
     if longest > T:
         raise ValueError(f"length must be at least {longest} as in cu_seqlens, got {length}")
-    slots = positions(cu, int(T) * np.arange(n.size))
-    t = np.arange(int(T))
+    slots, t = positions(cu, T * np.arange(n.size)), np.arange(T)
     rows = np.where(t < n[:, None], cu[:-1, None] + t, cu[-1])
     return from_host(slots, like), from_host(rows, like)
 
@@ -245,36 +238,20 @@ def _gather(y: Array, slots: Array) -> Array:
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_cumulative(name: str, cu: Any, total: int | None = None, owner: str = "") -> np.ndarray:
+def check_cumulative(name: str, cu: np.ndarray, total: int | None = None, owner: str = "") -> np.ndarray:
     """`cu` as int64; it must rise from 0 to `total`."""
-    if not isinstance(cu, np.ndarray):
-        kind = f"{type(cu).__module__}.{type(cu).__name__}"
-        raise TypeError(f"{name} must be a NumPy array (B + 1,) of integers, got {kind}")
-    if cu.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be (B + 1,) of integers, got dtype {cu.dtype}")
+    cu = _check.integers(name, cu)
     if cu.ndim != 1 or cu.size == 0:
         raise ValueError(f"{name} must be (B + 1,), got {cu.shape}")
-    wide = cu.astype(np.int64)
-    if wide[0] != 0 or (np.diff(wide) < 0).any():
+    if cu[0] != 0 or (np.diff(cu) < 0).any():
         raise ValueError(f"{name} must begin with 0 and never fall, got {cu}")
-    if total is not None and wide[-1] != total:
-        raise ValueError(f"{name} must end with N={total} as in {owner}, got {wide[-1]}")
-    return wide
-
-
-def _pair(cu_q: Any, cu_k: Any) -> tuple[np.ndarray, np.ndarray]:
-    cu_q = check_cumulative("cu_q", cu_q)
-    cu_k = cu_q if cu_k is None else check_cumulative("cu_k", cu_k)
-    if cu_q.size != cu_k.size:
-        raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
-    return cu_q, cu_k
+    if total is not None and cu[-1] != total:
+        raise ValueError(f"{name} must end with N={total} as in {owner}, got {cu[-1]}")
+    return cu
 
 
 def _rows(name: str, x: Any, cu: Any) -> np.ndarray:
-    _check.one_dtype([(name, x)])
-    axes = _check.Axes()
-    axes(name, x, "... N C")
-    return check_cumulative("cu_seqlens", cu, axes["N"], name)
+    return check_cumulative("cu_seqlens", cu, _check.arrays((name, x, "... N C"))["N"], name)
 
 
 def _offset(offset: Any, cu: np.ndarray) -> np.ndarray:
@@ -284,9 +261,3 @@ def _offset(offset: Any, cu: np.ndarray) -> np.ndarray:
     if a.shape not in ((), (cu.size - 1,)):
         raise ValueError(f"offset must be an int or (B,) with B={cu.size - 1} as in cu_seqlens, got {a.shape}")
     return a.astype(np.int64)
-
-
-def _frozen(a: np.ndarray) -> np.ndarray:
-    a = np.array(a)
-    a.flags.writeable = False
-    return a

@@ -6,9 +6,8 @@ so no configuration can disagree with them.
 Axes: H query heads, K key/value heads, D query/key width, E value width, O output width, Cq Ck Cv input widths.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from math import prod, sqrt
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,11 +74,7 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
     _check.keys("params", leaves, required=[leaf for leaf in REQUIRED if leaf in spec], optional=spec)
     if ("bias_kv.k" in leaves) != ("bias_kv.v" in leaves):
         raise KeyError("params must have both bias_kv.k and bias_kv.v, or neither")
-    _check.one_dtype(leaves.items())
-    axes = _check.Axes()
-    for leaf, symbols in spec.items():
-        if leaf in leaves:
-            axes(leaf, leaves[leaf], symbols)
+    axes = _check.arrays(*((leaf, leaves[leaf], symbols) for leaf, symbols in spec.items() if leaf in leaves))
     if "H" in axes.size:
         if not axes["H"]:
             raise ValueError(f"q_proj.w must have at least one head, got shape {tuple(leaves['q_proj.w'].shape)}")
@@ -93,9 +88,7 @@ def head_params(params: Params, h: int, /) -> Params:
     They are the parameters of `head`. The output projection belongs to no single head and is left out. Raises
     IndexError unless 0 ≤ h < H.
     """
-    H = sizes(params).H
-    if not isinstance(h, Integral) or isinstance(h, bool):
-        raise TypeError(f"h must be an int, got {h!r} of type {type(h).__name__}")
+    H, h = sizes(params).H, _check.integer("h", h)
     if not 0 <= h < H:
         raise IndexError(f"h must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {h}")
     return one_head(params, h)
@@ -104,14 +97,23 @@ def head_params(params: Params, h: int, /) -> Params:
 def one_head(params: Params, h: int) -> Params:
     """`head_params` without checks. Leaves may have batch axes, as gradients of single samples have."""
     H, K = params["q_proj"]["w"].shape[-3], params["k_proj"]["w"].shape[-3]
-    index = {"H": h, "K": h // (H // K)}
-    return tree.unflatten(
-        {
-            name: a[(..., *(index.get(axis, slice(None)) for axis in SPEC[name].split()))]
-            for name, a in tree.flatten(params).items()
-            if name in HEAD_SPEC
-        }
-    )
+    return _slice(params, {"H": h, "K": h // (H // K)}, HEAD_SPEC)
+
+
+def group_params(params: Params, kv: slice) -> Params:
+    """The parameters of key/value heads kv and of the query heads that read them, as views
+
+    The bias of the output projection, which is added once, goes with the first key/value head.
+    """
+    readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
+    heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
+    return _slice(params, heads, [name for name in SPEC if name != "out_proj.b" or kv.start == 0])
+
+
+def _slice(params: Params, index: dict[str, Any], names: Collection[str]) -> Params:
+    """Of the leaves with these names, which may have batch axes, those places on the axes H and K"""
+    at = {name: (..., *(index.get(axis, slice(None)) for axis in SPEC[name].split())) for name in names}
+    return tree.unflatten({name: a[at[name]] for name, a in tree.flatten(params).items() if name in at})
 
 
 def join_heads(heads: list[Params], K: int) -> Params:
@@ -138,26 +140,15 @@ def leaf(params: Params, name: str) -> Array:
     return params.get(branch, {}).get(last)
 
 
-def present(params: Params) -> Params:
+def in_order_of(params: Params, dparams: Params) -> Params:
+    """The gradient of the parameters, its leaves in their order."""
+    return {name: {last: dparams[name][last] for last in branch} for name, branch in params.items()}
+
+
+def drop_absent(params: Params) -> Params:
     """The tree without leaves that are None, and without the branches that this empties."""
     kept = {name: {last: a for last, a in branch.items() if a is not None} for name, branch in params.items()}
     return {name: branch for name, branch in kept.items() if branch}
-
-
-def group_params(params: Params, kv: slice) -> Params:
-    """The parameters of key/value heads kv and of the query heads that read them, as views
-
-    The bias of the output projection, which is added once, goes with the first key/value head.
-    """
-    readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
-    heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
-    return tree.unflatten(
-        {
-            name: a[tuple(heads.get(axis, slice(None)) for axis in SPEC[name].split())]
-            for name, a in tree.flatten(params).items()
-            if name != "out_proj.b" or kv.start == 0
-        }
-    )
 
 
 def join_groups(groups: list[Params]) -> Params:
@@ -214,37 +205,18 @@ def init(
     return tree.unflatten({leaf: _draw(leaf, size, int(seed)).astype(dtype) for leaf in wanted})
 
 
-def _init_sizes(
-    embed_dim: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    head_dim: int | None,
-    value_dim: int | None,
-    kdim: int | None,
-    vdim: int | None,
-    out_dim: int | None,
-) -> Sizes:
-    given = locals()
-    for name, n in given.items():
+def _init_sizes(*given: Any) -> Sizes:
+    names = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "value_dim", "kdim", "vdim", "out_dim")
+    for name, n in zip(names, given, strict=True):
         if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")
-    if head_dim is None and embed_dim % num_heads:
-        raise ValueError(
-            f"embed_dim must be a multiple of num_heads={num_heads} unless head_dim is given, got {embed_dim}"
-        )
-    D = embed_dim // num_heads if head_dim is None else head_dim
-    K = num_heads if num_kv_heads is None else num_kv_heads
-    _check.multiple("num_heads", num_heads, "num_kv_heads", K)
-    return Sizes(
-        H=num_heads,
-        K=K,
-        D=D,
-        E=D if value_dim is None else value_dim,
-        Cq=embed_dim,
-        Ck=embed_dim if kdim is None else kdim,
-        Cv=embed_dim if vdim is None else vdim,
-        O=embed_dim if out_dim is None else out_dim,
-    )
+    C, H, K, D, *others = given
+    if D is None and C % H:
+        raise ValueError(f"embed_dim must be a multiple of num_heads={H} unless head_dim is given, got {C}")
+    K, D = H if K is None else K, C // H if D is None else D
+    _check.multiple("num_heads", H, "num_kv_heads", K)
+    E, Ck, Cv, O = (default if n is None else n for n, default in zip(others, (D, C, C, C), strict=True))
+    return Sizes(H, K, D, E, C, Ck, Cv, O)
 
 
 def _draw(leaf: str, size: Sizes, seed: int) -> np.ndarray:
@@ -282,13 +254,9 @@ def _uniform(bits: np.random.PCG64, n: int) -> np.ndarray:
 
 def _normal(bits: np.random.PCG64, n: int) -> np.ndarray:
     """n standard normal numbers, as ratios of uniforms (Kinderman and Monahan 1977): the logarithm only decides."""
-    return np.concatenate([np.zeros(0), *_normal_chunks(bits, n)])[:n]
-
-
-def _normal_chunks(bits: np.random.PCG64, n: int) -> Iterator[np.ndarray]:
-    while n > 0:
+    found = np.zeros(0)
+    while found.size < n:
         u, v = 1 - _uniform(bits, 64), _uniform(bits, 64)
         x = 1.7155277699214135 * (v - 0.5) / u  # √(8/e)
-        x = x[x * x <= -4 * np.log(u)]
-        n -= x.size
-        yield x
+        found = np.concatenate([found, x[x * x <= -4 * np.log(u)]])
+    return found[:n]

@@ -12,7 +12,6 @@ Axes: T positions, D width, N rotated pairs of features (N ≤ D / 2); `...` is 
 """
 
 from math import ceil, floor, log, pi
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -221,12 +220,10 @@ def _check_frequencies(frequencies: Any) -> None:
 
 
 def _check_rotate(x: Array, rotary: Any) -> None:
-    _check.one_dtype([("x", x)])
+    axes = _check.arrays(("x", x, "... T D"))
     check_table(rotary)
     if not isinstance(rotary.cos, np.ndarray) and namespace(rotary.cos) is not namespace(x):
         raise TypeError(f"rotary must be of NumPy or of the library of x, got {type(rotary.cos).__name__}")
-    axes = _check.Axes()
-    axes("x", x, "... T D")
     *batch, T, N = rotary.cos.shape
     if axes["T"] != T:  # a single position would broadcast, and is a mistake
         raise ValueError(f"rotary must have T={axes['T']} positions as x has, got {T}")
@@ -235,9 +232,8 @@ def _check_rotate(x: Array, rotary: Any) -> None:
     axes.broadcast("rotary", (*batch, T), "... T")
 
 
-def _even(name: str, n: Any) -> int:
-    if not isinstance(n, Integral) or isinstance(n, bool):
-        raise TypeError(f"{name} must be an integer, got {n!r} of type {type(n).__name__}")
+def _even(name: str, n: int) -> int:
+    n = _check.integer(name, n)
     if n < 0 or n % 2:
         raise ValueError(f"{name} must be even and not negative, as features are rotated in pairs, got {n}")
-    return int(n)
+    return n

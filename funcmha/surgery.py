@@ -9,12 +9,13 @@ from typing import Any
 
 from . import _check, tree
 from ._arguments import check_mask
-from ._arrays import Array, namespace
+from ._arrays import Array, full, namespace
 from .engines import heads
 from .masks import Mask
 from .ops import AttentionCache
 from .params import SPEC, Params, sizes
 
+INF = float("inf")
 ROWS = 512  # queries whose scores are held at once
 
 
@@ -58,16 +59,15 @@ def _allowed(cache: Any, mask: Any, q: Array, k: Array) -> Mask | None:
 
 def _largest(q: Array, k: Array, mask: Mask | None, scale: Any) -> Array:
     """max scale · q kᵀ of one head     q (..., T, D)   k (..., S, D)   →   (...)"""
-    xp, (T, S), top = namespace(q), (q.shape[-2], k.shape[-2]), None
+    xp, (T, S), top = namespace(q), (q.shape[-2], k.shape[-2]), full(q.shape[:-2], -INF, q)
     for start in range(0, T if S else 0, ROWS):
         rows = (start, min(start + ROWS, T))
         u = scale * (q[..., rows[0] : rows[1], :] @ xp.matrix_transpose(k))
         if mask is not None:
             allowed = mask.tile(rows, (0, S), q)
-            u = xp.where(allowed[..., 0, :, :] if allowed.ndim > 2 else allowed, u, -float("inf"))
-        found = xp.max(u, axis=(-2, -1))
-        top = found if top is None else xp.where(found > top, found, top)
-    return xp.full(q.shape[:-2], -float("inf"), dtype=q.dtype) if top is None else top
+            u = xp.where(allowed[..., 0, :, :] if allowed.ndim > 2 else allowed, u, -INF)
+        top = xp.maximum(top, xp.max(u, axis=(-2, -1)))
+    return top
 
 
 def _scale(cache: Any) -> Any:
@@ -91,10 +91,16 @@ def prune_heads(params: Params, /, keep: Sequence[int]) -> Params:
         raise IndexError(f"keep must be in 0 … {H - 1}, as q_proj.w has H={H} heads, got {list(keep)}")
     groups = [h // (H // K) for h in heads]
     kv = list(dict.fromkeys(groups))
-    each = len(heads) // len(kv)
-    if groups != [g for g in kv for _ in range(each)]:
+    if groups != [g for g in kv for _ in range(len(heads) // len(kv))]:
         raise ValueError(f"keep must leave each key/value head as many query heads, side by side, got {list(keep)}")
-    return _take(params, {"H": heads, "K": kv})
+    kept, taken = {"H": heads, "K": kv}, {}
+    for leaf, a in tree.flatten(params).items():
+        for axis, letter in enumerate(SPEC[leaf].split()):
+            if letter in kept:
+                each = [a[(slice(None),) * axis + (slice(h, h + 1),)] for h in kept[letter]]
+                a = namespace(a).concat(each, axis=axis)
+        taken[leaf] = a
+    return tree.unflatten(taken)
 
 
 def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
@@ -103,19 +109,15 @@ def merge_kv_heads(params: Params, /, num_kv_heads: int) -> Params:
     Ainslie et al. 2023, section 2.1, convert multi-head to grouped-query attention in this way. Raises ValueError
     unless num_kv_heads divides K.
     """
-    K = sizes(params).K
-    if not isinstance(num_kv_heads, Integral) or isinstance(num_kv_heads, bool):
-        raise TypeError(f"num_kv_heads must be an int, got {num_kv_heads!r} of type {type(num_kv_heads).__name__}")
-    if num_kv_heads < 1:
-        raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
+    K, num_kv_heads = sizes(params).K, _check.integer("num_kv_heads", num_kv_heads, 1)
     if K % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide K={K} as in k_proj.w, got {num_kv_heads}")
     merged = {}
     for leaf, a in tree.flatten(params).items():
-        of_keys = SPEC[leaf].split()[0] == "K"
-        xp = namespace(a)
-        groups = xp.reshape(a, (num_kv_heads, K // num_kv_heads, *a.shape[1:])) if of_keys else a
-        merged[leaf] = xp.mean(groups, axis=1) if of_keys else a
+        if SPEC[leaf].startswith("K"):
+            groups = namespace(a).reshape(a, (num_kv_heads, K // num_kv_heads, *a.shape[1:]))
+            a = namespace(a).mean(groups, axis=1)
+        merged[leaf] = a
     return tree.unflatten(merged)
 
 
@@ -125,15 +127,3 @@ def _numbers(keep: Any) -> list[int]:
     if not all(isinstance(h, Integral) and not isinstance(h, bool) for h in heads):
         raise TypeError(f"keep must be a sequence of ints, the numbers of heads, got {keep!r}")
     return [int(h) for h in heads]
-
-
-def _take(params: Params, heads: dict[str, list[int]]) -> Params:
-    """The heads of each axis of heads."""
-    taken = {}
-    for leaf, a in tree.flatten(params).items():
-        xp = namespace(a)
-        for axis, letter in enumerate(SPEC[leaf].split()):
-            if letter in heads:
-                a = xp.concat([a[(slice(None),) * axis + (slice(h, h + 1),)] for h in heads[letter]], axis=axis)
-        taken[leaf] = a
-    return tree.unflatten(taken)

@@ -98,8 +98,8 @@ def everywhere(path: Path) -> Iterator[Fault]:
     tree = ast.parse((ROOT / "funcmha" / path).read_text())
     for node in tree.body:
         for function in [node] if isinstance(node, ast.FunctionDef) else getattr(node, "body", []):
-            if isinstance(function, ast.FunctionDef) and function.name != "_":
-                name = ".".join([*parts, function.name] if function is node else [*parts, node.name, function.name])
+            if isinstance(function, ast.FunctionDef):
+                name = ".".join([*parts, *(names(node) if function is not node else []), *names(function)])
                 for operation in re.split("; |\n", GENERAL.strip()):
                     n = sum(1 for _ in sites(function, operation))
                     yield from (Fault(name, operation, f"{k}/{n}", "") for k in range(1, n + 1))
@@ -116,7 +116,12 @@ def scope(tree: Any, name: str) -> ast.AST:
 
 
 def names(node: ast.AST) -> list[str]:
+    """What a statement defines. `_`, registered for a type, is called `function_Type`."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        register = [f.value for f in node.decorator_list if isinstance(f, ast.Attribute) and f.attr == "register"]
+        if node.name == "_" and register:
+            kind = (node.args.posonlyargs + node.args.args)[0].annotation
+            return [f"{ast.unparse(register[0])}_{ast.unparse(kind).replace('.', '_')}"]
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [target.id for target in targets if isinstance(target, ast.Name)]

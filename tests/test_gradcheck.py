@@ -107,7 +107,7 @@ def test_a_wrong_gradient_in_one_part_of_a_structure():
     changes = {
         "is not the gradient": lambda dkv: dkv._replace(values=dkv.values * (1 + 1e-9)),
         r"gradient 2: must have shape \(.*\) as the input has": lambda dkv: dkv._replace(keys=dkv.keys[..., 1:, :]),
-        "gradient 2: must be None or 0": lambda dkv: dkv._replace(seen=1.0 * np.ones(2)),
+        "gradient 2: must be None or 0": lambda dkv: dkv._replace(position=1.0 * np.ones(2)),
         "gradient 2: trees differ at the root: KV of 3 parts and tuple of 2 parts": lambda dkv: dkv[:2],
         "gradient 2: trees differ": lambda dkv: None,
     }

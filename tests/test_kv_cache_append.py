@@ -82,7 +82,7 @@ def test_steps_equal_the_full_forward(engine, steps, left, batch, K):
         got = attention_weights(attended)
         np.testing.assert_allclose(got, row[..., seen - got.shape[-1] : seen], rtol=0, atol=1e-13)
         assert not row[..., : seen - got.shape[-1]].any()  # of what is dropped
-    assert kv.seen == 11
+    assert kv.position == 11
 
 
 @each_step
@@ -125,7 +125,7 @@ def test_seen_is_the_position_for_rotary(steps, left):
 
     kv, done, rotated = empty(k, v), [], []
     for q_t, k_t, v_t in zip(*(split(x, steps) for x in (q, k, v)), strict=True):
-        part = table(kv.seen + np.arange(q_t.shape[-2]), freqs)
+        part = table(kv.position + np.arange(q_t.shape[-2]), freqs)
         (q_t, q_cache), (k_t, k_cache) = rotate(q_t, rotary=part), rotate(k_t, rotary=part)
         kv, appended = append(kv, k_t, v_t, left=left)
         o, attended = attention(q_t, kv.keys, kv.values, mask=step_mask(kv, q_t.shape[-2], left=left))
@@ -167,7 +167,7 @@ def test_append_is_concatenation(case):
     kept = N if left is None else min(N, left)
     assert np.array_equal(kv.keys, np.concatenate([keys[..., N - kept :, :], k], axis=-2))
     assert np.array_equal(kv.values, np.concatenate([values[..., N - kept :, :], v], axis=-2))
-    assert kv.seen == 29 + k.shape[-2]
+    assert kv.position == 29 + k.shape[-2]
 
 
 @given(appends())
@@ -191,7 +191,7 @@ def test_what_is_dropped_has_no_gradient():
     keys, values, k, v = draw((3, 7, 5), (3, 7, 2), (3, 2, 5), (3, 2, 2))
     kv, cache = append(KVCache(keys, values, 7), k, v, left=4)
     dkv, dk, dv = append_vjp(cache, KVCache(kv.keys, kv.values, None))
-    assert dkv.seen is None
+    assert dkv.position is None
     assert not dkv.keys[:, :3].any()
     assert not dkv.values[:, :3].any()
     assert np.array_equal(dkv.keys[:, 3:], keys[:, 3:])
@@ -208,7 +208,7 @@ def test_a_window_keeps_what_the_next_query_attends(left):
         kv, _ = append(kv, k[:, t : t + 1], v[:, t : t + 1], left=left)
         assert np.array_equal(kv.keys, k[:, max(t - left, 0) : t + 1])
         assert np.array_equal(kv.values, v[:, max(t - left, 0) : t + 1])
-        assert kv.seen == t + 1
+        assert kv.position == t + 1
         assert masks.dense(step_mask(kv, 1, left=left), 1, kv.keys.shape[-2], k).all()
 
 
@@ -278,7 +278,7 @@ def test_jax_takes_the_pair_as_it_is():
 
         def loss(f, keys, values, k, v):
             kv = f(f(KVCache(keys, values, 5), k, v), 2 * k, 3 * v)
-            return (kv.keys**3).sum() + (kv.values**2).sum() + kv.seen
+            return (kv.keys**3).sum() + (kv.values**2).sum() + kv.position
 
         ours = jax.custom_vjp(lambda *a: plain(*a)[0])
         ours.defvjp(plain, append_vjp)
@@ -317,7 +317,7 @@ def test_a_tree_of_appends_shows_what_concatenation_shows(story):
     for kv, keys, rows, seen in values:
         assert np.array_equal(kv.keys, keys)
         assert np.array_equal(kv.values, rows)
-        assert kv.seen == seen
+        assert kv.position == seen
 
 
 def test_two_branches_share_the_past_and_not_the_rest():
@@ -407,8 +407,8 @@ def test_only_one_of_two_threads_takes_the_room(monkeypatch):
         lambda kv: kv._replace(keys=-kv.keys),
         lambda kv: kv._replace(keys=kv.keys[..., ::-1, :]),
         lambda kv: kv._replace(keys=kv.keys[..., :-1, :], values=kv.values[..., :-1, :]),
-        lambda kv: KVCache(*(x[np.array([1, 0])] for x in kv[:2]), kv.seen),  # beams in another order
-        lambda kv: KVCache(kv.keys, kv.keys, kv.seen),
+        lambda kv: KVCache(*(x[np.array([1, 0])] for x in kv[:2]), kv.position),  # beams in another order
+        lambda kv: KVCache(kv.keys, kv.keys, kv.position),
         copy.deepcopy,
         lambda kv: pickle.loads(pickle.dumps(kv)),
     ],
@@ -559,8 +559,20 @@ HELD = KVCache(KEYS, VALUES, 5)
         (HELD, K_NEW, np.ones((2, 3, 2, 7)), ValueError, r"v must be .* with .*T=1 as in k"),
         (HELD, K_NEW[0, 0, 0], V_NEW, ValueError, r"k must be \(..., K, T, D\) with .*, got \(4,\)"),
         (HELD._replace(values=VALUES[:, :, 1:]), K_NEW, V_NEW, ValueError, r"kv\.values must be .*N=5 as in kv\.keys"),
-        (HELD._replace(seen=4), K_NEW, V_NEW, ValueError, r"kv\.seen must be at least N=5 as in kv\.keys, got 4"),
-        (HELD._replace(seen=None), K_NEW, V_NEW, TypeError, r"kv\.seen must be an int, got None of type NoneType"),
+        (
+            HELD._replace(position=4),
+            K_NEW,
+            V_NEW,
+            ValueError,
+            r"kv\.position must be at least N=5 as in kv\.keys, got 4",
+        ),
+        (
+            HELD._replace(position=None),
+            K_NEW,
+            V_NEW,
+            TypeError,
+            r"kv\.position must be an int, got None of type NoneType",
+        ),
     ],
 )
 def test_append_refuses(kv, k, v, error, message):
@@ -579,7 +591,11 @@ def test_append_refuses_a_mixture_of_libraries():
     ("call", "error", "message"),
     [
         (lambda: append(HELD, K_NEW, V_NEW, left=-1), ValueError, "left must be at least 0, or None for no bound, got"),
-        (lambda: append(HELD, K_NEW, V_NEW, left=2.0), TypeError, "left must be an int or None, got 2.0 of type float"),
+        (
+            lambda: append(HELD, K_NEW, V_NEW, left=2.0),
+            TypeError,
+            "left must be an int, or None for no bound, got 2.0 of type float",
+        ),
         (lambda: step_mask(HELD, 6), ValueError, r"T must be at most N=5 as in kv\.keys, .*, got 6"),
         (lambda: step_mask(HELD, -1), ValueError, "T must be at least 0, got -1"),
         (lambda: step_mask(HELD, True), TypeError, "T must be an int, got True of type bool"),

@@ -101,7 +101,7 @@ def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left):
     want, cache = self_attention(params, x, middle, **causal, **static)
     y, kv, caches = chain(params, x, bias, steps, left=left, rotary=tables(problem, 0, P), **static)
     close(y, want)
-    assert kv.seen == n
+    assert kv.position == n
 
     dparams, dx, dkv, dbias = back(caches, split(dy, steps))
     want_params, want_dx, want_dbias = self_attention_vjp(cache, dy)
@@ -162,7 +162,7 @@ def test_one_step_matches_torch(engine, problem, N, left, data):
     got = (y, attention_weights(cache), log_sum_exp(cache), after.keys, after.values)
     for a, b in zip(got, outputs, strict=True):
         close(a, b.detach())
-    assert after.seen == seen + T
+    assert after.position == seen + T
 
     names = tree.flatten(leaves[0])
     outputs = [torch.where(torch.isinf(a), 0.0, a) for a in outputs]
@@ -170,7 +170,7 @@ def test_one_step_matches_torch(engine, problem, N, left, data):
     dparams, dx, dkv, dbias = step_vjp(cache, (dy, (dkeys, dvalues)), dweights=dweights, dlse=dlse)
     for a, b in zip((*(tree.flatten(dparams)[n] for n in names), dx, *dkv[:2], dbias), wanted, strict=True):
         close(a, b)
-    assert dkv.seen is None
+    assert dkv.position is None
 
 
 # ── the rules of every pair ──────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +262,7 @@ def test_no_past_is_an_empty_one():
     want_params, want_dx, want_dkv, _ = step_vjp(cache_empty, (y, after))
     jax.tree.map(np.testing.assert_array_equal, (dparams, dx), (want_params, want_dx))
     assert dkv is None
-    assert (want_dkv.keys.shape, want_dkv.values.shape, want_dkv.seen) == (keys.shape, values.shape, None)
+    assert (want_dkv.keys.shape, want_dkv.values.shape, want_dkv.position) == (keys.shape, values.shape, None)
 
 
 def test_every_array_library_gives_the_same(xp):
@@ -357,8 +357,8 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X.astype("f4")), {}, TypeError, "x must have dtype float64 as q_proj.w has, got float32"),
         ((PARAMS, X[..., 1:]), {}, ValueError, r"x must be \(..., T, Cq\) with Cq=17 as in q_proj.w, got \(2, 3, 16\)"),
         ((PARAMS, X, PAST[:2]), {}, TypeError, "kv must be a KVCache of funcmha.kv_cache, got tuple"),
-        ((PARAMS, X, PAST._replace(seen=4)), {}, ValueError, "kv.seen must be at least N=5 as in kv.keys, got 4"),
-        ((PARAMS, X, PAST._replace(seen=5.0)), {}, TypeError, "kv.seen must be an int, got 5.0 of type float"),
+        ((PARAMS, X, PAST._replace(position=4)), {}, ValueError, "kv.position must be at least N=5 as in kv.keys"),
+        ((PARAMS, X, PAST._replace(position=5.0)), {}, TypeError, "kv.position must be an int, got 5.0 of type float"),
         ((PARAMS, X, PAST._replace(keys=KEYS[..., 1:])), {}, ValueError, r"kv.keys must be .* D=8 as in q_proj.w, got"),
         ((PARAMS, X, PAST._replace(keys=KEYS[:1])), {}, ValueError, r"kv.keys must be .* ...=\(2,\) as in x"),
         ((PARAMS, X, PAST._replace(values=VALUES[:, :1])), {}, ValueError, "kv.values must be .* K=2 as in k_proj.w"),
@@ -366,11 +366,11 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST._replace(keys=KEYS.astype("f4"))), {}, TypeError, "kv.keys must have dtype float64 as x has"),
         ((PARAMS, X, PAST._replace(keys=KEYS.tolist())), {}, TypeError, "kv.keys must be an array, got list"),
         ((PARAMS, jax.numpy.ones((2, 3, 17)), PAST), {}, TypeError, "x must have dtype float64 as q_proj.w has"),
-        ((PARAMS, X, PAST._replace(seen=9)), {"left": 6}, ValueError,
+        ((PARAMS, X, PAST._replace(position=9)), {"left": 6}, ValueError,
          "left must be at most N=5 as in kv.keys, as 4 tokens are dropped, got 6"),
         ((PARAMS, X, PAST), {"left": -1}, ValueError, "left must be at least 0, or None for no bound, got -1"),
         ((PARAMS, X, PAST), {"rotary": tables(MODERN_STEP, 5, 3)}, ValueError,
-         "rotary must have positions 0, 1, … up to 8, as kv.seen=5 and T=3, got 3"),
+         "rotary must have positions 0, 1, … up to 8, as kv.position=5 and T=3, got 3"),
         ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must come from funcmha.rotary, got tuple"),
         ((PARAMS, X, PAST), {"rotary": table(np.arange(9), frequencies(10))}, ValueError, "rotary must rotate D=8"),
         ((PARAMS, X, PAST), {"mask": np.ones((3, 5), bool)}, ValueError, r"mask must .* = \(2, 4, 3, 7\), got"),

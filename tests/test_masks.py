@@ -733,8 +733,8 @@ def test_and_refuses_what_is_no_mask(operand, got):
     [
         (lambda: window(-1, 0), ValueError, "left must be at least 0, or None for no bound, got -1"),
         (lambda: window(0, -2), ValueError, "right must be at least 0, or None for no bound, got -2"),
-        (lambda: window(1.0, 0), TypeError, "left must be an int or None, got 1.0 of type float"),
-        (lambda: window(0, False), TypeError, "right must be an int or None, got False of type bool"),
+        (lambda: window(1.0, 0), TypeError, "left must be an int, or None for no bound, got 1.0 of type float"),
+        (lambda: window(0, False), TypeError, "right must be an int, or None for no bound, got False of type bool"),
         (
             lambda: causal(None),
             TypeError,

@@ -393,8 +393,8 @@ X, CU = np.ones((3, 10, 7)), np.array([0, 2, 7, 7, 10])
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: unpack(X, cu_seqlens=[0, 10]), TypeError, r"cu_seqlens must be a NumPy array .*, got builtins.list"),
-        (lambda: pad(X, cu_seqlens=CU / 1), TypeError, r"cu_seqlens must be .* of integers, got dtype float64"),
+        (lambda: unpack(X, cu_seqlens=[0, 10]), TypeError, "cu_seqlens must be a NumPy array of integers, got list"),
+        (lambda: pad(X, cu_seqlens=CU / 1), TypeError, "cu_seqlens must be a NumPy array of integers, got float64"),
         (lambda: pad(X, cu_seqlens=CU[None]), ValueError, r"cu_seqlens must be \(B \+ 1,\), got \(1, 5\)"),
         (lambda: pad(X, cu_seqlens=CU[:0]), ValueError, r"cu_seqlens must be \(B \+ 1,\), got \(0,\)"),
         (lambda: pad(X, cu_seqlens=CU[1:]), ValueError, "cu_seqlens must begin with 0 and never fall, got"),

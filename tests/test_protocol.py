@@ -168,7 +168,7 @@ def test_the_vjp_is_the_next_function_in_the_file(path):
 
 def test_every_part_with_gradients_is_among_those_files():
     assert {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES} >= {
-        *("ops", "mha", "merge", "packing", "rotary", "norms", "biases/relative"),
+        *("ops", "mha", "merge", "packing", "rotary", "norms", "biases"),
         *("engines/grouped", "engines/projections", "engines/batched", "engines/tiled/attention"),
         *("engines/tiled/linear", "kv_cache/append", "kv_cache/step"),
     }

@@ -168,10 +168,10 @@ OTHERS = {
     "a part of a seed's mask": (lambda: SEED.dense((-1, 3)), ValueError, "shape must be (..., H, T, S) or"),
     "a fraction of a seed's mask": (lambda: SEED.dense((2.0, 3)), TypeError, "shape must be a tuple of ints"),
     "one axis of a seed's mask": (lambda: SEED.dense(3), TypeError, "shape must be a tuple of ints, got 3"),
-    "two positions of one past": (lambda: append(HELD._replace(seen=np.array([5, 4])), *HELD[:2]), TypeError,
-                                  "kv.seen must be an int, got array([5, 4]) of type ndarray"),
-    "a fraction of a position": (lambda: append(HELD._replace(seen=np.array(5.0)), *HELD[:2]), TypeError,
-                                 "kv.seen must be an int, got array(5.) of type ndarray"),
+    "two positions of one past": (lambda: append(HELD._replace(position=np.array([5, 4])), *HELD[:2]), TypeError,
+                                  "kv.position must be an int, got array([5, 4]) of type ndarray"),
+    "a fraction of a position": (lambda: append(HELD._replace(position=np.array(5.0)), *HELD[:2]), TypeError,
+                                 "kv.position must be an int, got array(5.) of type ndarray"),
     "the mask of lists": (lambda: step_mask(KVCache([1], [1], 1), 1), TypeError, "kv.keys must be an array, got list"),
     "the mask of one axis": (lambda: step_mask(KVCache(ones(3), ones(3), 3), 1), ValueError,
                              "kv.keys must be (..., N, D)"),
@@ -228,7 +228,7 @@ def test_views_are_arrays_like_others(pair, view):
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
 @pytest.mark.parametrize("size", [{"T": 0}, {"S": 0}, {"K": 0}, {"D": 0}, {"E": 0}, {"O": 0}, {"T": 0, "S": 0}])
 def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
     """No queries, keys, heads, features: finite, and of the shapes that they must have; for each sample too."""

@@ -473,7 +473,7 @@ def test_rotate_vjp_refuses(dy, error, message):
         ),
         (lambda: frequencies(7), ValueError, "width must be even and not negative, .*, got 7"),
         (lambda: frequencies(-2), ValueError, "width must be even and not negative, .*, got -2"),
-        (lambda: frequencies(8.0), TypeError, "width must be an integer, got 8.0 of type float"),
+        (lambda: frequencies(8.0), TypeError, "width must be an int, got 8.0 of type float"),
         (lambda: frequencies(8, base=0.5), ValueError, "base must be at least 1 and below inf, got 0.5"),
         (lambda: ntk_base(2, 4.0), ValueError, "width must be 4 or more, .*, got 2"),
         (lambda: ntk_base(8, 0.5), ValueError, "factor must be at least 1 and below inf, got 0.5"),

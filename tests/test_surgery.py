@@ -35,7 +35,7 @@ def test_head_norms_are_those_of_each_head():
         close(norms["out_proj"][h], np.linalg.norm(PARAMS["out_proj"]["w"][:, h]))
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda e: e.name)
 @pytest.mark.parametrize("mask", ["none", "causal", "heads", "lengths"])
 @pytest.mark.parametrize("T", [5, 600])
 def test_max_logit_is_the_largest_score(engine, mask, T):

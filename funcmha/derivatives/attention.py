@@ -17,12 +17,13 @@ from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import (
     AttentionCache,
     LinearCache,
-    attended,
+    attended_pairs,
     drop,
-    given,
     linear_vjp,
     per_key_head,
     per_query_head,
+    round_bias,
+    share_of_sink,
     softmax_with_sink_vjp,
     underflow_is_zero,
 )
@@ -121,7 +122,7 @@ def _zeroed(cache: AttentionCache, x: Tangents) -> Tangents:
     """The tangents with 0 at fully masked queries and unattended keys, whatever is there: 0 · NaN would spread"""
     keys = None if x.k is None and x.v is None else cache.p != 0
     q, k, v = (
-        zero_masked_queries(x.q, attended(cache)),
+        zero_masked_queries(x.q, attended_pairs(cache)),
         zero_unattended_keys(x.k, keys),
         zero_unattended_keys(x.v, keys),
     )
@@ -147,7 +148,7 @@ def _softmax_jvp(cache: AttentionCache, z_dot: Array, sink_dot: Array) -> tuple[
     lse_dot = xp.sum(p * z_dot, axis=-1)
     if sink is None:
         return softmax_with_sink_vjp(p, z_dot)[0], lse_dot  # symmetric, and centred as the vjp is
-    p_sink = xp.exp(sink[..., None] - cache.lse)
+    p_sink = share_of_sink(cache)
     of_sink = xp.zeros_like(lse_dot) if sink_dot is None else p_sink * sink_dot[..., None]
     return softmax_with_sink_vjp(p, z_dot, -of_sink, p_sink)[0], lse_dot + of_sink
 
@@ -192,7 +193,7 @@ def vjp_jvp_of(cache: Any, cotangents: Cotangents, dots: tuple[Any, ...]) -> tup
 def _(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
     y, dtype = check_cotangents(cache.q, cache.v, cotangents, dots), cotangents.do.dtype
     x = _zeroed(cache, check_tangents(cache.q, cache.k, cache.v, cache.bias, cache.sink, dots)[0])
-    y = y._replace(**{name: zero_masked_queries(getattr(y, name), attended(cache)) for name in ("do", "do_dot")})
+    y = y._replace(**{name: zero_masked_queries(getattr(y, name), attended_pairs(cache)) for name in ("do", "do_dot")})
     q, k, p, xp = cache.q, cache.k, cache.p, namespace(cache.q)
     x, y = _filled(x, cache[:3]), _filled(y, (y.do, y.do, cache.lse, cache.lse))
     u_dot, z_dot = _scores_jvp(cache, x)
@@ -214,7 +215,7 @@ def _(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> t
     dq_dot, dk_dot, dv_dot, dsink_dot = (
         downcast(g, dtype) for g in (dq_dot, per_key_head(dk_dot, k), dv_dot, dsink_dot)
     )
-    return dq_dot, dk_dot, dv_dot, given(dbias_dot, dtype), dsink_dot
+    return dq_dot, dk_dot, dv_dot, round_bias(dbias_dot, dtype), dsink_dot
 
 
 vjp_jvp_of.register(batched.AttentionCache, lambda cache, *args: vjp_jvp_of(cache.of_ops, *args))
@@ -229,7 +230,7 @@ def _softmax_vjp_jvp(
     δ̇ = Σ p ḋp + Σ dz (ż − l̇se) + dsink (ṡink − l̇se): the covariance of two changes, so no digits cancel.
     """
     p, sink, xp = cache.p, cache.sink, namespace(cache.p)
-    p_sink = None if sink is None else xp.exp(sink[..., None] - cache.lse)
+    p_sink = share_of_sink(cache)
     dz, dsink = softmax_with_sink_vjp(p, dp, y.dlse, p_sink)
     moved = dz * change
     bent = xp.sum(moved, axis=-1)

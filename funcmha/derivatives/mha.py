@@ -14,8 +14,8 @@ from funcmha.biases import as_bias
 from funcmha.engines import batched, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
-from funcmha.mha import HeadCache, PositionCache, append_rows, append_rows_vjp, rounded
-from funcmha.params import HEAD_SPEC, SPEC, Params, join_heads, leaf, one_head, present
+from funcmha.mha import HeadCache, PositionCache, append_rows, append_rows_vjp, round_gradients
+from funcmha.params import HEAD_SPEC, SPEC, Params, drop_absent, join_heads, leaf, one_head
 from funcmha.rotary import rotate, rotate_vjp
 
 from .attention import attention_jvp, attention_vjp_jvp, linear_jvp, linear_vjp_jvp
@@ -149,7 +149,7 @@ def attended_of(cache: Any) -> tuple[Array, Array]:
 
 @attended_of.register
 def _(cache: ops.AttentionCache) -> tuple[Array, Array]:
-    return cache.p != 0, ops.attended(cache)
+    return cache.p != 0, ops.attended_pairs(cache)
 
 
 @attended_of.register
@@ -189,7 +189,7 @@ def _head_vjp_jvp(
         "q_norm": dq_norm,
         "k_norm": dk_norm,
     }
-    return present(dparams), dquery, dkey, dvalue, dbias_dot
+    return drop_absent(dparams), dquery, dkey, dvalue, dbias_dot
 
 
 def _project_vjp_jvp(cache: Any, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array) -> tuple[Array, Params]:
@@ -272,11 +272,11 @@ def mha_vjp_jvp(
         do_dot, dw_dot, db_dot = linear_vjp_jvp(out, g, g_dot, o_dot[..., 0, :, :], w_dot, b_dot)
         dhead, dq, dk, dv, dbias = _head_vjp_jvp(one, x.head(h), y, g @ out.w, do_dot, *lses)
         dquery, dkey, dvalue = dquery + dq, dkey + dk, dvalue + dv
-        dheads.append(present(dhead | {"out_proj": {"w": dw_dot, "b": db_dot}}))
+        dheads.append(drop_absent(dhead | {"out_proj": {"w": dw_dot, "b": db_dot}}))
         dbiases.append(dbias)
     dbias = None if cache.bias is None else cache.bias.join(dbiases)
     K = leaf(cache.params, "k_proj.w").shape[0]
-    return rounded((join_heads(dheads, K), dquery, dkey, dvalue, dbias), dy.dtype)
+    return round_gradients((join_heads(dheads, K), dquery, dkey, dvalue, dbias), dy.dtype)
 
 
 def _out_dots(x: Dots, h: int) -> tuple[Array, Array]:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import ops
-from funcmha._arguments import AttentionOptions, HeadOptions, takes
-from funcmha._arrays import Array, namespace
+from funcmha._arguments import AttentionOptions, HeadOptions, check_names, takes
+from funcmha._arrays import Array, is_array, namespace
 from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
@@ -55,12 +55,12 @@ class Engine(NamedTuple):
     head: Pair
     mha: Pair
     self_attention: Pair
-    attend: Callable[..., Any]  # attention of checked and upcast arguments, whose o may be the cache's own
+    attend: Callable[..., Any]  # attention of checked and upcast arguments, whose o may alias the cache
     plan: Plan | None = None  # None: there is nothing to plan
     numpy_only: bool = False
 
     def call(self, op: str) -> Callable[..., Any]:
-        """The forward of a pair, which knows the plan"""
+        """The forward of a pair, with the plan bound"""
         f: Callable[..., Any] = getattr(self, op)[0]
         if self.plan is None:
             return f
@@ -118,22 +118,26 @@ def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
     if not isinstance(chosen, Engine):
         wanted = f"{', '.join(map(repr, ENGINES))}, one of funcmha.engines, or None for the fastest"
         raise TypeError(f"engine must be one of {wanted}, got {engine!r}")
-    if chosen.numpy_only and not real and hasattr(x, "dtype"):
+    if chosen.plan is not None:
+        chosen.plan.check()
+    elif chosen.name != SEQUENTIAL.name:
+        raise TypeError(f"engine {chosen.name!r} must have a plan, got None")
+    if chosen.numpy_only and not real and is_array(x):
         got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
         raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
     return chosen
 
 
-def _call(op: str, *inputs: Any, appended: int = 0, engine: Any = None, **options: Any) -> tuple[Array, Any]:
-    """f(*inputs, **options) of the engine for them: the last axis but one of arrays is that of tokens"""
-    first, *others = (x for x in inputs if not isinstance(x, dict))
-    longest = max((int(x.shape[-2]) for x in (first, *others[:1]) if getattr(x, "ndim", 0) > 1), default=0)
-    result: tuple[Array, Any] = pick(engine, first, longest + appended).call(op)(*inputs, **options)
+def _call(op: str, kind: type, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[Array, Any]:
+    """f(*inputs, **options) of the engine for arrays with so many tokens"""
+    check_names(options, kind)
+    longest = max((int(x.shape[-2]) for x in tokens if getattr(x, "ndim", 0) > 1), default=0)
+    if isinstance(inputs[0], dict):
+        longest += ("bias_kv" in inputs[0]) + (options.get("zero_attn") is True)
+    chosen = pick(options.get("engine"), tokens[0], longest)
+    rest = {name: value for name, value in options.items() if name != "engine"}
+    result: tuple[Array, Any] = chosen.call(op)(*inputs, **rest)
     return result
-
-
-def _appended(params: Any, options: HeadCall) -> int:
-    return (isinstance(params, dict) and "bias_kv" in params) + (options.get("zero_attn") is True)
 
 
 def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
@@ -161,7 +165,7 @@ def attention(
     q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, **options: Unpack[AttentionCall]
 ) -> tuple[Array, Any]:
     """`funcmha.ops.attention`, by an engine"""
-    return _call("attention", q, k, v, bias, sink, **options)
+    return _call("attention", AttentionCall, (q, k, v, bias, sink), (q, k), options)
 
 
 @_public(sequential.head, HeadCall)
@@ -169,7 +173,7 @@ def head(
     params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadCall]
 ) -> tuple[Array, Any]:
     """`funcmha.mha.head`, by an engine"""
-    return _call("head", params, query, key, value, bias, appended=_appended(params, options), **options)
+    return _call("head", HeadCall, (params, query, key, value, bias), (query, key), options)
 
 
 def head_vjp(
@@ -184,7 +188,7 @@ def mha(
     params: Params, query: Array, key: Array, value: Array, bias: Any = None, /, **options: Unpack[HeadCall]
 ) -> tuple[Array, Any]:
     """`funcmha.mha.mha`, by an engine"""
-    return _call("mha", params, query, key, value, bias, appended=_appended(params, options), **options)
+    return _call("mha", HeadCall, (params, query, key, value, bias), (query, key), options)
 
 
 def mha_vjp(
@@ -197,7 +201,7 @@ def mha_vjp(
 @_public(sequential.self_attention, HeadCall)
 def self_attention(params: Params, x: Array, bias: Any = None, /, **options: Unpack[HeadCall]) -> tuple[Array, Any]:
     """`funcmha.mha.self_attention`, by an engine"""
-    return _call("self_attention", params, x, bias, appended=_appended(params, options), **options)
+    return _call("self_attention", HeadCall, (params, x, bias), (x,), options)
 
 
 def self_attention_vjp(
@@ -226,7 +230,8 @@ VJPS: dict[str, dict[type, Callable[..., Any]]] = {
 def check_cache(cache: Any, op: str) -> None:
     """Raise TypeError unless the cache is that of `op`, by any engine."""
     if type(cache) not in VJPS[op]:
-        raise TypeError(f"cache must come from {op}, got {type(cache).__name__}")
+        instead = ", which has it second: pass that" if type(cache) is tuple and len(cache) == 2 else ""
+        raise TypeError(f"cache must come from {op}, got {type(cache).__name__}{instead}")
 
 
 def _vjp(op: str, cache: Any, dy: Array, **cotangents: Any) -> tuple[Any, ...]:
@@ -238,23 +243,23 @@ def _vjp(op: str, cache: Any, dy: Array, **cotangents: Any) -> tuple[Any, ...]:
 def heads(cache: Any, /) -> Iterator[sequential.HeadCache]:
     """The `HeadCache` of each head, from the first to the last, from the cache of `mha`, `self_attention` or `head`
 
-    Complete, whoever made it: of views where arrays were kept, projected again where they were not. Its attention, of
-    one head with an axis for it, is that of the engine.
+    Every field is filled: arrays are views, or recomputed where the engine dropped them. `attention` is the engine's
+    own cache, of one head with an axis for it. `head_vjp` takes each.
     """
     if isinstance(cache, grouped.HeadCache | grouped.MhaCache | grouped.SelfAttentionCache):
-        yield from grouped.heads(cache)
-    elif isinstance(cache, sequential.SelfAttentionCache):
-        yield from cache.mha.heads
-    elif isinstance(cache, sequential.MhaCache):
-        yield from cache.heads
-    elif isinstance(cache, sequential.HeadCache):
-        yield cache
-    else:
-        raise TypeError(f"cache must come from mha, self_attention or head, got {type(cache).__name__}")
+        return grouped.heads(cache)
+    if isinstance(cache, sequential.HeadCache):
+        return iter((cache,))
+    if isinstance(cache, sequential.SelfAttentionCache):
+        cache = cache.mha
+    if isinstance(cache, sequential.MhaCache):
+        return iter(cache.heads)
+    raise TypeError(f"cache must come from mha, self_attention or head, got {type(cache).__name__}")
 
 
 def outputs(cache: Any, /) -> Iterator[ops.LinearCache]:
     """The cache of the output projection of each head, from the cache of `mha`; the bias goes with the first"""
+    check_cache(cache, "mha")
     if isinstance(cache, sequential.MhaCache):
         yield from cache.out
         return

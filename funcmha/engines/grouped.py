@@ -16,13 +16,13 @@ from funcmha import _check, tree
 from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
-from funcmha.masks.appended import append_keys
+from funcmha.masks import append_keys
 from funcmha.masks.zero import zero_inputs
 from funcmha.mha import HeadCache as OneHeadCache
-from funcmha.mha import PositionCache, rounded
+from funcmha.mha import PositionCache, round_gradients
 from funcmha.norms import Norm
 from funcmha.ops import LinearCache
-from funcmha.params import PROJECTIONS, Params, group_params, join_groups, join_heads, leaf, one_head
+from funcmha.params import PROJECTIONS, Params, group_params, in_order_of, join_groups, join_heads, leaf, one_head
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
@@ -267,7 +267,7 @@ def head_vjp(
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)
     dgroup, dxs, dbias = _attend_vjp(group, upcast(do)[..., None, :], dweights, dlse, nothing, batch_axes)
     dbias = None if dbias is None else dbias.without_head_axis()
-    return rounded((one_head(dgroup, 0), *dxs, dbias), do.dtype)
+    return round_gradients((in_order_of(one_head(group.params, 0), one_head(dgroup, 0)), *dxs, dbias), do.dtype)
 
 
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +328,7 @@ def _mha_vjp(
         dgroups.append(dgroup | {"out_proj": dout})
         dbiases.append(dbias)
     dbias = None if cache.bias is None else cache.bias.join(dbiases[::-1])
-    return rounded((join_groups(dgroups[::-1]), *dxs, dbias), dy.dtype)
+    return round_gradients((in_order_of(cache.params, join_groups(dgroups[::-1])), *dxs, dbias), dy.dtype)
 
 
 def _pieces(group: GroupCache, out: CombineCache, plan: Plan) -> Iterator[tuple[GroupCache, CombineCache]]:

@@ -30,6 +30,17 @@ class Plan(NamedTuple):
     # ── threads ──
     thread_flops: float = 5e7  # that one thread has done before another has woken up and taken over
 
+    def check(self) -> None:
+        """Raise ValueError for a size that is no size: a negative block would leave out a part of the result."""
+        for name, n in self._asdict().items():
+            least = (
+                0
+                if name in ("kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows", "thread_flops")
+                else 1
+            )
+            if not n >= least:
+                raise ValueError(f"plan.{name} must be at least {least}, got {n!r}")
+
     def columns(self, T: int) -> int:
         """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
         return max(self.tile_cols, self.tile_rows * self.tile_cols // max(T, 1))

@@ -8,17 +8,7 @@ from funcmha._arrays import Array, own, read_only
 
 from . import batched, tiled
 
-
-@singledispatch
-def attention_vjp(
-    cache: Any, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
-) -> tuple[Any, ...]:
-    """dq, dk, dv, dbias, dsink: `attention` from the bottom up
-    from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
-
-    dsink is (H,), or with batch_axes=n it keeps the first n axes of the batch before it.
-    """
-    raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
+attention_vjp = ops.attention_vjp  # which is that of the specification for its own cache
 
 
 @singledispatch
@@ -43,7 +33,6 @@ def log_sum_exp(cache: Any, /) -> Array:
     raise TypeError(f"cache must come from an attention of funcmha, got {type(cache).__name__}")
 
 
-attention_vjp.register(ops.AttentionCache, ops.attention_vjp)
 attention_vjp.register(batched.AttentionCache, batched.attention_vjp)
 attention_vjp.register(tiled.AttentionCache, tiled.attention_vjp)
 

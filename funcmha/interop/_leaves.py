@@ -27,6 +27,15 @@ class Leaf(NamedTuple):
 Table = Mapping[str, Leaf]
 
 
+def check_mapping(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is a mapping whose keys are strings."""
+    if not isinstance(x, Mapping):
+        raise TypeError(f"{name} must be a dict of arrays by their names, got {type(x).__name__}")
+    for key in x:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be a dict of arrays by their names, got the name {key!r}")
+
+
 def from_leaves(
     what: str, arrays: Mapping[str, Array], table: Table, together: Sequence[Sequence[str]], heads: int = 1
 ) -> Params:

@@ -27,7 +27,7 @@ from funcmha import _check
 from funcmha.params import Params
 from funcmha.tree import unflatten
 
-from ._leaves import Leaf, flatten, from_leaves, to_leaves
+from ._leaves import Leaf, check_mapping, flatten, from_leaves, to_leaves
 
 TABLE = {
     "q_proj.w": Leaf("query_proj.weight", "H·D Cq", "H D Cq"),
@@ -60,7 +60,7 @@ def from_state(state: Mapping[str, Any], num_heads: int) -> Params:
     split into heads. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or
     that num_heads does not divide, TypeError for mixed dtypes; each names the leaf.
     """
-    _check.mapping("state", state)
+    check_mapping("state", state)
     return from_leaves("state", flatten(state), TABLE, (), _check.integer("num_heads", num_heads, 1))
 
 

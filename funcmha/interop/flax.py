@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from funcmha import _check
 from funcmha._arrays import is_array
 from funcmha.params import Params
 from funcmha.tree import unflatten
 
-from ._leaves import Leaf, flatten, from_leaves, to_leaves
+from ._leaves import Leaf, check_mapping, flatten, from_leaves, to_leaves
 
 TABLE = {
     "q_proj.w": Leaf("query.kernel", "Cq H D", "H D Cq"),
@@ -73,7 +72,7 @@ def from_state(state: Mapping[str, Any], /) -> Params:
     JAX. Raises KeyError for a missing or unexpected name, ValueError for a shape that does
     not fit, TypeError for mixed dtypes; each names the leaf.
     """
-    _check.mapping("state", state)
+    check_mapping("state", state)
     arrays = {name: leaf[...] if is_array(leaf) else leaf for name, leaf in flatten(state).items()}  # of a variable too
     return from_leaves("state", arrays, TABLE, TOGETHER)
 

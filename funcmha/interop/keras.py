@@ -32,7 +32,7 @@ from funcmha._arrays import Array, is_array
 from funcmha.masks import Mask
 from funcmha.params import Params, sizes
 
-from ._leaves import Leaf, from_leaves, to_leaves
+from ._leaves import Leaf, check_mapping, from_leaves, to_leaves
 from ._tensors import to_array
 
 # One key/value head for each query head, with widths of its own.
@@ -84,7 +84,7 @@ def from_weights(weights: Mapping[str, Array], /) -> Params:
     transposed as views in NumPy. Raises KeyError for a missing or unexpected name, ValueError for a shape that does not
     fit, TypeError for mixed dtypes; each names the weight.
     """
-    _check.mapping("weights", weights)
+    check_mapping("weights", weights)
     arrays = {"/".join(path.split("/")[-2:]): x for path, x in weights.items()}
     if len(arrays) < len(weights):
         raise KeyError(f"weights must be those of one layer, got {', '.join(weights)}")

@@ -1,7 +1,7 @@
 """The keys and values of the past as a value, to which those of new tokens are appended.
 
     kv = empty(k, v)                                                   # of no tokens yet; once for each layer
-    table = rotary.table(kv.seen + np.arange(T), frequencies(64))      # where the T new tokens stand
+    table = rotary.table(kv.position + np.arange(T), frequencies(64))      # where the T new tokens stand
     kv, cache = append(kv, k, v)                                       # a new value: the old one stays what it was
     o, _ = attention(q, kv.keys, kv.values, mask=step_mask(kv, T))     # of the T new queries
     dkv, dk, dv = append_vjp(cache, (dkeys, dvalues))                  # the gradient reaches the past
@@ -30,7 +30,7 @@ from funcmha.masks import Mask
 class KVCache(NamedTuple):
     keys: Array  # (..., K, N, D)
     values: Array  # (..., K, N, E)
-    seen: int  # tokens appended so far: the next stands at this position, and the first held at seen − N
+    position: int  # tokens appended so far: the next stands at this position, and the first held at position − N
 
 
 def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KVCache:
@@ -77,14 +77,14 @@ def append(kv: KVCache, k: Array, v: Array, /, *, left: int | None = None) -> tu
     keys, values = _joined(kv.keys, k, kept, left), _joined(kv.values, v, kept, left)
     past, new = full((*_sized(k, N)[:-1], 0), 0.0, k), full((*k.shape[:-1], 0), 0.0, k)
     cache = AppendCache(past, new, outline(keys), outline(values))
-    return KVCache(keys, values, kv.seen + T), cache
+    return KVCache(keys, values, kv.position + T), cache
 
 
 def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tuple[KVCache, Array, Array]:
     """dkv, dk, dv      dkeys = [0; the first n of dkeys']   dk = the rest of dkeys'      and so for values
 
     from the cotangents of keys' (..., K, N', D) and values' (..., K, N', E), as a pair or as a `KVCache`. What was
-    dropped has gradient 0, and `seen` has none: it is None. Needs shapes alone.
+    dropped has gradient 0, and `position` has none: it is None. Needs shapes alone.
     """
     _check.cache(cache, AppendCache, "append")
     past, new, keys, values = cache
@@ -204,7 +204,7 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     axes("kv.values", kv.values, head + "N E")
     axes("k", k, head + "T D")
     axes("v", v, head + "T E")
-    check_seen(kv, axes["N"])
+    check_position(kv, axes["N"])
     return masks.window(left, 0).left  # which checks it
 
 
@@ -216,10 +216,10 @@ def check_library(kv: KVCache, *arrays: tuple[str, Array]) -> None:
             raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
 
 
-def check_seen(kv: KVCache, N: int) -> None:
-    """What is held was seen."""
-    if isinstance(kv.seen, Integral) and kv.seen < N:
-        raise ValueError(f"kv.seen must be at least N={N} as in kv.keys, got {kv.seen}")
+def check_position(kv: KVCache, N: int) -> None:
+    """What is held was appended."""
+    if isinstance(kv.position, Integral) and kv.position < N:
+        raise ValueError(f"kv.position must be at least N={N} as in kv.keys, got {kv.position}")
 
 
 def two_cotangents(dkv: Any) -> tuple[Array, Array]:
@@ -233,10 +233,10 @@ def check_kv(kv: Any) -> None:
     """A `KVCache`, whatever its arrays are."""
     if not isinstance(kv, KVCache):
         raise TypeError(f"kv must be a KVCache of funcmha.kv_cache, got {type(kv).__name__}")
-    seen: Any = kv.seen
-    traced = is_array(seen) and seen.ndim == 0 and dtype_name(seen).startswith(("int", "uint"))  # by JAX
-    if not (traced or isinstance(seen, Integral)) or isinstance(seen, bool):
-        raise TypeError(f"kv.seen must be an int, got {kv.seen!r} of type {type(kv.seen).__name__}")
+    position: Any = kv.position
+    traced = is_array(position) and position.ndim == 0 and dtype_name(position).startswith(("int", "uint"))  # by JAX
+    if not (traced or isinstance(position, Integral)) or isinstance(position, bool):
+        raise TypeError(f"kv.position must be an int, got {kv.position!r} of type {type(kv.position).__name__}")
 
 
 def _head(x: Array) -> str:

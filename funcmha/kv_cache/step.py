@@ -30,11 +30,21 @@ from funcmha.engines.projections import CombineCache, ProjectCache, combine, com
 from funcmha.engines.table import attention_vjp
 from funcmha.masks import intersection, window
 from funcmha.norms import Norm
-from funcmha.ops import given
-from funcmha.params import PROJECTIONS, SPEC, Params, check, leaf
+from funcmha.ops import round_bias
+from funcmha.params import PROJECTIONS, SPEC, Params, check, in_order_of, leaf
 from funcmha.rotary import Rotary, check_table
 
-from .append import AppendCache, KVCache, append, append_vjp, check_kv, check_library, check_seen, empty, two_cotangents
+from .append import (
+    AppendCache,
+    KVCache,
+    append,
+    append_vjp,
+    check_kv,
+    check_library,
+    check_position,
+    empty,
+    two_cotangents,
+)
 
 
 class StepOptions(AttentionOptions, total=False):
@@ -61,6 +71,7 @@ class StepCache(NamedTuple):
     attention: Any  # what the engine keeps, of T queries and N' keys
     out: CombineCache
     bias: Bias  # as it was given, or None
+    plan: Plan | None  # None for arrays that are no NumPy arrays, so that JAX sees arrays and numbers it may trace
 
 
 @takes(StepOptions)
@@ -83,8 +94,8 @@ def step(
     mask     what is forbidden beside that; broadcasts to (..., H, T, N'), so (B, 1, 1, N') for padding
     bias     broadcasts to (..., H, T, N'), differentiable. A `RelativeBias` is that of a whole context, 2P − 1 values
              of which the step takes those for its N' keys
-    rotary   the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.seen on; those
-             of each sample are (B, 1, P). Keys are held normalised and rotated
+    rotary   the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.position on;
+             those of each sample are (B, 1, P). Keys are held normalised and rotated
     dropout  as in `mha`, for (..., H, T, N'); a `Seeded` is that of a whole context, of which the step takes its part
 
     All else is as in `mha`, and so is what it raises; also ValueError for a context that is too short, and for
@@ -110,7 +121,7 @@ def step(
     y, out = combine(params["out_proj"], heads_last(heads), plan=plan)
     cache = StepCache(
         params, q_cache, k_cache, v_cache, q_position, k_position, q_projected, k_projected, appended, attention, out,
-        as_bias(bias),
+        as_bias(bias), plan if isinstance(x, np.ndarray) else None,
     )  # fmt: skip
     return (downcast(y, dtype), after), cache
 
@@ -132,7 +143,7 @@ def step_vjp(
     """
     _check.cache(cache, StepCache, "step")
     dtype, dy, dheld = _check_cotangents(cache, dy_dkv, dweights, dlse)
-    plan = getattr(getattr(cache.attention, "rest", None), "plan", None) or Plan()
+    plan = Plan() if cache.plan is None else cache.plan
     dout, do = combine_vjp(cache.out, dy, plan=plan)
     dq, dkeys, dvalues, dbias, dsink = attention_vjp(
         cache.attention, heads_first(do), dweights=upcast(dweights), dlse=upcast(dlse)
@@ -147,9 +158,14 @@ def step_vjp(
     dparams |= {"out_proj": dout}
     dparams |= {} if dsink is None else {"sink": {"w": dsink}}
     dparams |= {name: g for name, g in (("q_norm", dq_norm), ("k_norm", dk_norm)) if g}
-    dpast = None if dkv is None else KVCache(downcast(dkv.keys, dtype), downcast(dkv.values, dtype), dkv.seen)
+    dpast = None if dkv is None else KVCache(downcast(dkv.keys, dtype), downcast(dkv.values, dtype), dkv.position)
     dbias = _differences_vjp(cache.bias, cache.out.o.shape[-3], as_bias(dbias))
-    return tree.map(lambda g: downcast(g, dtype), dparams), downcast(dx, dtype), dpast, given(dbias, dtype)
+    return (
+        tree.map(lambda g: downcast(g, dtype), in_order_of(cache.params, dparams)),
+        downcast(dx, dtype),
+        dpast,
+        round_bias(dbias, dtype),
+    )
 
 
 def _zeroed(cache: StepCache, *dys: Array) -> StepCache:
@@ -173,7 +189,7 @@ def _append(
     kv: KVCache | None, k: Array, v: Array, left: int | None, dtype: Any
 ) -> tuple[KVCache, KVCache, AppendCache | None]:
     """What the queries attend, in the dtype computed with; what is handed on, in `dtype`; and for the gradient"""
-    past = empty(k, v) if kv is None else KVCache(upcast(kv.keys), upcast(kv.values), kv.seen)
+    past = empty(k, v) if kv is None else KVCache(upcast(kv.keys), upcast(kv.values), kv.position)
     held, cache = append(past, k, v, left=left)
     after = held
     if k.dtype != dtype:
@@ -185,18 +201,20 @@ def _append(
 # ── the part of a context that a step has ────────────────────────────────────────────────────────────────────────
 
 
-def _rows_from(rotary: Any, seen: Any, T: int) -> Any:
-    """Rows seen … seen + T of a table."""
+def _rows_from(rotary: Any, position: Any, T: int) -> Any:
+    """Rows position … position + T of a table."""
     if rotary is None:
         return None
     check_table(rotary)
-    if not isinstance(seen, Integral):  # JAX traces integers
-        xp, at = namespace(seen), seen + namespace(seen).arange(T)
+    if not isinstance(position, Integral):  # JAX traces integers
+        xp, at = namespace(position), position + namespace(position).arange(T)
         cos, sin = (xp.take(xp.asarray(table), at, axis=-2) for table in rotary)
         return rotary._replace(cos=cos, sin=sin)
-    if seen + T > (P := rotary.cos.shape[-2]):
-        raise ValueError(f"rotary must have positions 0, 1, … up to {seen + T}, as kv.seen={seen} and T={T}, got {P}")
-    at = slice(int(seen), int(seen) + T)
+    if position + T > (P := rotary.cos.shape[-2]):
+        raise ValueError(
+            f"rotary must have positions 0, 1, … up to {position + T}, as kv.position={position} and T={T}, got {P}"
+        )
+    at = slice(int(position), int(position) + T)
     return rotary._replace(cos=rotary.cos[..., at, :], sin=rotary.sin[..., at, :])
 
 
@@ -235,24 +253,24 @@ def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> t
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
     left = window(options.get("left"), 0).left
-    T, (N, seen) = axes["T"], _check_past(axes, x, kv, left)
+    T, (N, position) = axes["T"], _check_past(axes, x, kv, left)
     held = T + (N if left is None else min(N, left))
     axes.size["S"] = held
     own, table, dropout = (
         _differences(bias, T, held),
-        _rows_from(options.get("rotary"), seen, T),
+        _rows_from(options.get("rotary"), position, T),
         options.get("dropout"),
     )
     if isinstance(dropout, Seeded):
-        first = seen + T - held  # of the keys held
-        dropout = dropout._replace(first_query=dropout.first_query + seen, first_key=dropout.first_key + first)
+        first = position + T - held  # of the keys held
+        dropout = dropout._replace(first_query=dropout.first_query + position, first_key=dropout.first_key + first)
     rest = {name: value for name, value in options.items() if name != "left"}
     own, o = check_options(axes, leaves, own, rest | {"rotary": (table, None), "dropout": dropout})
     return left, held, own, o._replace(mask=intersection(window(left, 0, held - T), o.mask), rotary=(table, table))
 
 
 def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple[int, Any]:
-    """N and `seen` of a `KVCache` that x and the parameters can follow."""
+    """N and `position` of a `KVCache` that x and the parameters can follow."""
     if kv is None:
         return 0, 0
     check_kv(kv)
@@ -260,10 +278,12 @@ def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple
     check_library(kv, ("x", x))
     axes("kv.keys", kv.keys, "... K N D")
     axes("kv.values", kv.values, "... K N E")
-    check_seen(kv, N := axes["N"])
-    if left is not None and left > N and isinstance(kv.seen, Integral) and kv.seen > N:
-        raise ValueError(f"left must be at most N={N} as in kv.keys, as {kv.seen - N} tokens are dropped, got {left}")
-    return N, kv.seen
+    check_position(kv, N := axes["N"])
+    if left is not None and left > N and isinstance(kv.position, Integral) and kv.position > N:
+        raise ValueError(
+            f"left must be at most N={N} as in kv.keys, as {kv.position - N} tokens are dropped, got {left}"
+        )
+    return N, kv.position
 
 
 def _check_cotangents(

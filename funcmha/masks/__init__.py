@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array
+from funcmha._arrays import Array, full, namespace, read_only
 
 from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
 from .mask import Block, Dense, Intersection, Mask, Range, as_mask
@@ -35,6 +35,7 @@ __all__ = [
     "Range",
     "Segments",
     "Spans",
+    "append_keys",
     "as_mask",
     "causal",
     "dense",
@@ -61,7 +62,8 @@ def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) ->
     Inclusive: left = 3 attends to itself and three before. None is no bound. Query i stands at key position i + offset;
     offset an int, or a NumPy array (...) of integers, one per element of the batch.
     """
-    left, right = _reach("left", left), _reach("right", right)
+    left = None if left is None else _check.integer("left", left, 0, None, ", or None for no bound")
+    right = None if right is None else _check.integer("right", right, 0, None, ", or None for no bound")
     if isinstance(offset, np.ndarray):
         return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
     return Band(left, right, _check.integer("offset", offset, below=None, or_else=" or a NumPy array of integers"))
@@ -108,34 +110,31 @@ def dense(mask: Any, T: int, S: int, like: Array) -> Array:
     None stays None, and a boolean array comes back as it is, unchecked for T and S. TypeError for what is no mask,
     ValueError for a structured one that was built for another T or S.
     """
-    if mask is None:
-        return None
     if isinstance(mask, Mask):
         return mask.dense(T, S, like)
-    as_mask(mask)
+    if mask is not None:
+        as_mask(mask)  # which checks it
     return mask
 
 
-def _reach(name: str, x: Any) -> int | None:
-    if x is None:
-        return None
-    reach = _check.integer(name, x, below=None, or_else=" or None")
-    if reach < 0:
-        raise ValueError(f"{name} must be at least 0, or None for no bound, got {reach}")
-    return reach
+def append_keys(mask: Mask | None, T: int, S: int, extra: int, like: Array) -> Mask | None:
+    """mask (..., T, S)   →   (..., T, S + extra), True for the keys that were appended: every query attends them"""
+    if mask is None or not extra:
+        return mask
+    allowed = mask.dense(T, S, like)
+    xp, shape = namespace(allowed), tuple(allowed.shape[:-1])
+    return Dense(xp.concat([xp.broadcast_to(allowed, (*shape, S)), full((*shape, extra), True, allowed)], axis=-1))
 
 
 def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:
     """A read-only copy of `x`: what becomes of the caller's array does not change a mask."""
     if not isinstance(x, np.ndarray):
-        raise TypeError(
-            f"{name} must be a NumPy array {symbols} of {kind}, got {type(x).__module__}.{type(x).__name__}"
-        )
+        got = f"{type(x).__module__}.{type(x).__name__}"
+        raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}")
     # not uint64: np.isin compares it with int64 by rounding both to float64
     if x.dtype.kind not in ("b" if kind == "booleans" else "iu") or x.dtype == np.uint64:
         raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}")
     if x.ndim < symbols.count(","):
         raise ValueError(f"{name} must be {symbols}, got {x.shape}")
-    frozen = np.array(x)
-    frozen.flags.writeable = False
+    frozen: np.ndarray = read_only(np.array(x))
     return frozen

@@ -32,9 +32,9 @@ class Mask(ABC):
     __ne__ = object.__ne__
     __hash__ = object.__hash__
 
+    @abstractmethod
     def shape(self, T: int, S: int) -> tuple[int, ...]:
         """The shape that `dense(T, S)` has, which is not made; ValueError if the mask was built for another T or S."""
-        return self._shape(T, S)
 
     def dense(self, T: int, S: int, like: Array = None) -> Array:
         """The booleans: (T or 1, S or 1), and before them the batch and a head axis where the mask has them.
@@ -42,12 +42,12 @@ class Mask(ABC):
         In the library and on the device of `like`, or of NumPy. ValueError if the mask was built for another T or S,
         TypeError if it holds an array of a third library.
         """
-        self._shape(T, S)
-        return self._tile((0, T), (0, S), like)
+        self.shape(T, S)
+        return self.tile((0, T), (0, S), like)
 
+    @abstractmethod
     def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
         """`dense(T, S, like)[..., rows, cols]` where an axis of size 1 stays as it is, at the cost of the tile."""
-        return self._tile(rows, cols, like)
 
     def block(self, rows: Range, cols: Range) -> Block:
         """Whether the block is "empty" (no True), "full" (no False) or "mixed", in all of the batch and heads at once.
@@ -71,7 +71,7 @@ class Mask(ABC):
 
         An array costs all its rows. An intersection says what each part allows, which may be more than all of them do.
         """
-        return self._attended_keys(T, S, like)
+        return self.tile((0, 1), (0, S), like)  # of the masks whose rows are all alike
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         """The queries that attend to any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
@@ -79,18 +79,18 @@ class Mask(ABC):
         Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
         array costs all its columns, and an intersection with one outside NumPy is made whole.
         """
-        return self._attending_queries(T, S, like)
+        return from_host(self.tile((0, 1), (0, S)).any(axis=-1, keepdims=True), like)  # of the same
 
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
 
         `index` has one entry per batch axis of q: a mask with fewer reads the last ones, and one of size 1 serves all.
         """
-        return self._at(index)
+        return self
 
     def heads(self, start: int, stop: int) -> "Mask":
         """The mask of heads start … stop, where it has a head axis."""
-        return self._heads(slice(start, stop))
+        return self
 
     def __and__(self, other: Any) -> "Intersection":
         return Intersection(_parts(self) + _parts(as_mask(other, "an operand of &")))
@@ -101,50 +101,31 @@ class Mask(ABC):
         raise TypeError("a mask is neither true nor false: join masks with &, and test for absence with `is None`")
 
     @abstractmethod
-    def _shape(self, T: int, S: int) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def _tile(self, rows: Range, cols: Range, like: Array) -> Array: ...
-
-    @abstractmethod
     def _block(self, rows: Range, cols: Range) -> Block: ...  # has a row and a column
 
     def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
 
-    def _attended_keys(self, T: int, S: int, like: Array) -> Array:  # of the masks whose rows are all alike
-        return self._tile((0, 1), (0, S), like)
 
-    def _attending_queries(self, T: int, S: int, like: Array) -> Array:  # of the same
-        return to_library(self._tile((0, 1), (0, S), None).any(axis=-1, keepdims=True), like)
+class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
+    """A boolean array of any library, which is not copied. Blocks read their tile.
 
-    @abstractmethod
-    def _at(self, index: tuple[int, ...]) -> "Mask": ...
-
-    def _heads(self, heads: slice) -> "Mask":  # of the masks without a head axis
-        return self
-
-
-class _Dense(NamedTuple):
-    array: Array  # (T or 1, S or 1), and before them nothing, (H or 1) or (..., H or 1)
-
-
-class Dense(Mask, _Dense):
-    """A boolean array of any library, which is not copied. Blocks read their tile."""
+    array   (T or 1, S or 1), and before them nothing, (H or 1) or (..., H or 1)
+    """
 
     __slots__ = ()
 
-    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+    def shape(self, T: int, S: int) -> tuple[int, ...]:
         shape = tuple(self.array.shape)
         if shape[-2] not in (1, T) or shape[-1] not in (1, S):
             raise ValueError(f"mask must broadcast to (..., H, T, S) with T={T} as in q, S={S} as in k, got {shape}")
         return shape
 
-    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+    def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
         T, S = self.array.shape[-2:]
         tile = self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)]
         if isinstance(tile, np.ndarray):
-            return to_library(tile, like)
+            return from_host(tile, like)
         if like is None or namespace(like) is not namespace(tile):
             wanted = "numpy" if like is None else namespace(like).__name__
             raise TypeError(f"mask must be an array of {wanted} as q is, or of numpy, got {namespace(tile).__name__}")
@@ -153,40 +134,32 @@ class Dense(Mask, _Dense):
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
 
-    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
-        return self._any(-2, T, S, like)
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+        return _any(self.dense(T, S, like), -2)
 
-    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
-        return self._any(-1, T, S, like)
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+        return _any(self.dense(T, S, like), -1)
 
-    def _any(self, axis: int, T: int, S: int, like: Array) -> Array:
-        whole = self._tile((0, T), (0, S), like)
-        return namespace(whole).any(whole, axis=axis, keepdims=True)
-
-    def _at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int, ...]) -> Mask:
         return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
 
-    def _heads(self, heads: slice) -> Mask:
-        return Dense(self.array[..., heads, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
+    def heads(self, start: int, stop: int) -> Mask:
+        return Dense(self.array[..., start:stop, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
 
 
-class _Intersection(NamedTuple):
-    parts: tuple[Mask, ...]  # two or more, none of them an intersection
-
-
-class Intersection(Mask, _Intersection):
-    """What every part allows."""
+class Intersection(Mask, NamedTuple("_Intersection", [("parts", tuple[Mask, ...])])):
+    """What every part allows: two or more, none of them an intersection."""
 
     __slots__ = ()
 
-    def _shape(self, T: int, S: int) -> tuple[int, ...]:
+    def shape(self, T: int, S: int) -> tuple[int, ...]:
         shapes = [part.shape(T, S) for part in self.parts]
         try:
             return np.broadcast_shapes(*shapes)
         except ValueError:
             raise ValueError(f"mask must have parts that broadcast to one (..., H, T, S), got {shapes}") from None
 
-    def _tile(self, rows: Range, cols: Range, like: Array) -> Array:
+    def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
         return reduce(and_, (part.tile(rows, cols, like) for part in self.parts))
 
     def _block(self, rows: Range, cols: Range) -> Block:
@@ -199,15 +172,14 @@ class Intersection(Mask, _Intersection):
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
 
-    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         return reduce(and_, (part.attended_keys(T, S, like) for part in self.parts))
 
-    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
-            whole = self._tile((0, T), (0, S), like)
-            return namespace(whole).any(whole, axis=-1, keepdims=True)
+            return _any(self.dense(T, S, like), -1)
         may = reduce(and_, (part.attending_queries(T, S) for part in self.parts))
-        return to_library(self._found(np.broadcast_to(may, (*self._shape(T, S)[:-1], 1)), S), like)
+        return from_host(self._found(np.broadcast_to(may, (*self.shape(T, S)[:-1], 1)), S), like)
 
     def _found(self, may: np.ndarray, S: int) -> np.ndarray:
         """Of the queries for which each part has a key, those that attend to one     (..., H, T or 1, 1)"""
@@ -221,11 +193,11 @@ class Intersection(Mask, _Intersection):
                 some |= self.tile(rows, cols).any(axis=-1, keepdims=True)
         return found
 
-    def _at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int, ...]) -> Mask:
         return Intersection(tuple(part.at(index) for part in self.parts))
 
-    def _heads(self, heads: slice) -> Mask:
-        return Intersection(tuple(part.heads(heads.start, heads.stop) for part in self.parts))
+    def heads(self, start: int, stop: int) -> Mask:
+        return Intersection(tuple(part.heads(start, stop) for part in self.parts))
 
 
 def as_mask(mask: Any, name: str = "mask") -> Mask:
@@ -242,17 +214,16 @@ def _parts(mask: Mask) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, Intersection) else (mask,)
 
 
+def _any(allowed: Array, axis: int) -> Array:
+    return namespace(allowed).any(allowed, axis=axis, keepdims=True)
+
+
 def _wider_each_time(cols: Range) -> Iterator[Range]:
     """Columns from left to right, few at first, then twice as many each time."""
     (start, stop), width = cols, COLS
     while start < stop:
         yield start, min(start + width, stop)
         start, width = start + width, 2 * width
-
-
-def to_library(tile: np.ndarray, like: Array) -> Array:
-    """In the library and on the device of `like`, or of NumPy"""
-    return tile if like is None else from_host(tile, like)
 
 
 def summary(allowed: np.ndarray) -> Block:

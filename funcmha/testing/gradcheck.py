@@ -1,4 +1,4 @@
-"""Check that a function and its vjp keep the protocol, and that the gradient is the gradient."""
+"""Check that a function and its vjp follow the protocol, and that the gradient is correct."""
 
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
@@ -41,21 +41,21 @@ def check_vjp(
 
     `y, cache = f(*inputs, **static)` and `grads = f_vjp(cache, dy)`, where inputs and y are NumPy arrays, Python
     numbers, None, or dicts, tuples, lists, NamedTuples and dataclasses of them. What is not floating (integers, masks)
-    has no gradient: None, or 0. A Python int has one where f_vjp gives a float. Raises AssertionError, with `python -O`
-    too, saying what is wrong, unless
+    has no gradient: None, or 0. A Python int has one where f_vjp returns a float. Raises AssertionError with the
+    reason, also under `python -O`, unless
 
     - the gradients are a tuple, one per input, with the tree, the shapes and the dtypes of the inputs, None for None;
     - neither function writes to the inputs, and the vjp leaves its cotangent and the cache as they were;
-    - calling either again gives the same bits, and twice the cotangent exactly twice the gradients, but for underflow;
+    - a second call gives the same bits, and twice the cotangent exactly twice the gradients, except for underflow;
     - in float64 the gradient passes the inequality above.
 
-    J d is taken by a complex step (Squire and Trapp 1998), which is exact to rounding, where f takes complex128 arrays
-    and is holomorphic, as every op of funcmha is; whether it is, differences tell. Where it is not (abs, norm, var,
-    conj, casts to real types), J d is taken by differences alone, and the inequality holds within their error, which is
-    estimated: some 1e-11 of a smooth f, some 1e-4 of one that rounds to float32 on its way. The answer says which it
-    was. At a corner of f, as of |x| at 0, any value between is a gradient: a point beside it is checked instead.
+    J d comes from a complex step (Squire and Trapp 1998), which is exact to rounding, where f takes complex128 arrays
+    and is holomorphic, as every op of funcmha is; differences confirm this. Where f is not holomorphic (abs, norm, var,
+    conj, casts to real types), J d comes from differences, and the inequality holds within their estimated error: about
+    1e-11 for a smooth f, about 1e-4 for one that rounds to float32 on its way. The result says which method was used.
+    At a corner of f, such as that of |x| at 0, any value in between is a gradient: a nearby point is checked instead.
 
-    Raises ValueError where no derivative of f can be seen in float64, TypeError for inputs or outputs that are complex
+    Raises ValueError where float64 cannot resolve a derivative of f, TypeError for inputs or outputs that are complex
     or of another library.
     """
     static = dict(static or {})

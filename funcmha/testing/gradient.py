@@ -1,4 +1,4 @@
-"""Whether a gradient is the gradient: by a complex step where a function is holomorphic, else by differences."""
+"""Check a gradient: by a complex step where the function is holomorphic, else by differences."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -9,10 +9,10 @@ import numpy as np
 from .slope import RATIO, WINDOW, Slope, likely, slopes
 from .structure import aligned, cast, is_floating, is_int, is_numpy, leaves, map_leaves, normal, require
 
-STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be as small as it likes
+STEP = 1e-30  # of the complex step: nothing is subtracted, so it may be this small
 COMPLEX, DIFFERENCES = "complex step", "differences"
-POINTS = 4  # where a derivative is looked for, if need be: differences must be against a gradient at two or more
-CLOSE, SURE = 1e-6, 1e-3  # how well differences must know a derivative to confirm the complex step, of its size
+POINTS = 4  # at most so many are tried: differences must contradict a gradient at two or more
+CLOSE, SURE = 1e-6, 1e-3  # relative errors up to which differences confirm the complex step
 
 
 class Agreement(NamedTuple):
@@ -20,7 +20,7 @@ class Agreement(NamedTuple):
 
     by: str  # "complex step", or "differences" where f is not holomorphic
     error: float  # |⟨dy, J d⟩ − ⟨Jᵀ dy, d⟩|
-    allowed: float  # at most so much of it
+    allowed: float  # the largest error allowed
 
 
 class Pair(NamedTuple):

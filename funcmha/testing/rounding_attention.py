@@ -19,8 +19,7 @@ import numpy as np
 
 from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import ArrayBias, RelativeBias, diagonal_sums
-from funcmha.masks import Mask, as_mask
-from funcmha.masks.appended import append_keys
+from funcmha.masks import Mask, append_keys, as_mask
 
 from .rounding import EXP, Arithmetic, Maybe, Rounded, alike, each, exact, host, tie, transpose
 

@@ -1,8 +1,8 @@
-"""The derivative of a function of one number from its values, and how far off it may be.
+"""The derivative of a function of one variable from its values, with an error estimate.
 
 Odd polynomials are fitted to F(t) − F(−t), over windows of steps of all sizes: c₁ t + c₃ t³ + c₅ t⁵ to seven steps,
-each half of the one before. What the polynomial leaves over (truncation, a corner, the roundings of float64, or
-those of a cast to a narrower type) says how far off c₁ may be.
+each half of the previous one. The residual of the fit (truncation, a corner, the roundings of float64, or those of a
+cast to a smaller type) estimates the error of c₁.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 7  # steps
-RATIO = 0.5  # of a step to the one before
+RATIO = 0.5  # of a step to the previous one
 # Of the standard error. A t⁷ or t⁹ that is left over moves c₁ by 3.6 of them, a jump by 4.4 wherever it is; of white
 # noise, with four degrees of freedom, one window in 100,000 is further off than 30.
 SURE = 30.0
@@ -22,10 +22,10 @@ STEADY = 1.5  # how much the slope of all terms may differ between the steps of 
 class Slope(NamedTuple):
     value: float  # dF/dt at 0
     error: float  # |value − dF/dt| is at most this
-    rounding: float  # the part of it that is float64's
+    rounding: float  # the part of the error from float64
     step: float  # the largest of the window
-    steady: bool  # whether F moves in proportion to the step: else the window says nothing of 0
-    flat: bool  # whether F does not move at all
+    steady: bool  # whether F changes in proportion to the step: else the window says nothing about 0
+    flat: bool  # whether F does not change at all
 
 
 # ── the first coefficient, from the values at the steps of a window ─────────────────────────────────────────────

@@ -18,7 +18,7 @@ from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
-from funcmha.ops import given
+from funcmha.ops import round_bias
 
 from . import threads
 from .backward import Backward
@@ -81,6 +81,7 @@ def attention_vjp(
     _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
     _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
     _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
+    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
     factor = _factor(do, dweights, dlse)
     cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
 
@@ -90,7 +91,7 @@ def attention_vjp(
     *grads, dbias, dsink = _gradients(cache, *cotangents)
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
     dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
-    return dq, dk, dv, None if dbias is None else given(dbias.map(scaled_back), do.dtype), dsink
+    return dq, dk, dv, None if dbias is None else round_bias(dbias.map(scaled_back), do.dtype), dsink
 
 
 def _factor(*cotangents: Array) -> float:

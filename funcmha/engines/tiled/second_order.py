@@ -19,7 +19,7 @@ from funcmha._arguments import Cotangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, downcast
 from funcmha.biases import RelativeBias
 from funcmha.masks.zero import zero_masked_queries
-from funcmha.ops import given
+from funcmha.ops import round_bias
 
 from . import threads
 from .attention import total_of_sink
@@ -50,7 +50,7 @@ def attention_vjp_jvp(cache: AttentionCache, cotangents: Cotangents, dots: tuple
     with threads.single_threaded_blas():
         _run(work)
     dsink = None if rest.sink is None else downcast(total_of_sink(_of_sink(work), rest.sink, 0), dtype)
-    dbias_dot = None if dbias is None else given(bias._replace(values=dbias.total()), dtype)
+    dbias_dot = None if dbias is None else round_bias(bias._replace(values=dbias.total()), dtype)
     dq_dot, dk_dot, dv_dot = (downcast(g, dtype) for g in (dq_dot, dk_dot, dv_dot))
     return dq_dot, dk_dot, dv_dot, dbias_dot, dsink
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from funcmha import _check, tree
 from funcmha._arrays import Array, namespace
+from funcmha.interop._leaves import check_mapping
 from funcmha.interop._tensors import to_array
 from funcmha.params import SPEC, Params
 
@@ -28,7 +29,7 @@ def from_state_dict(
     Nothing is copied: the parameters are views. Raises KeyError for a missing or unexpected name, ValueError for a
     shape that is not the config's or an unsupported config, TypeError for mixed dtypes or a tensor on a GPU.
     """
-    _check.mapping("state_dict", state_dict)
+    check_mapping("state_dict", state_dict)
     c = families.read(config, n, cross=cross)
     layer = static(c, n, _prefix(state_dict, n, c, cross) if prefix is None else prefix, cross=cross)
     form = layer.form

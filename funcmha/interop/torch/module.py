@@ -26,6 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
 from funcmha._arrays import Array, downcast, dtype_name, namespace, unbroadcast, upcast
+from funcmha.interop._leaves import check_mapping
 from funcmha.interop._tensors import to_array
 from funcmha.params import PROJECTIONS, SPEC, Params, check
 
@@ -61,7 +62,7 @@ def from_state_dict(state_dict: Mapping[str, Any], num_heads: int) -> Params:
     Raises KeyError for a missing or unexpected name, ValueError for a shape that does not fit or an embed_dim that
     num_heads does not divide, TypeError for non-arrays, tensors on a GPU, or mixed dtypes.
     """
-    _check.mapping("state_dict", state_dict)
+    check_mapping("state_dict", state_dict)
     arrays = {name: to_array(name, x) for name, x in state_dict.items()}
     _check_state_dict(arrays, num_heads)
     H, C = num_heads, arrays["out_proj.weight"].shape[0]
