@@ -42,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (BadInputError, npz.ParameterFileError, MemoryError) as error:
-        return _complain(str(error))
+    except (BadInputError, npz.ParameterFileError, MemoryError, OSError) as error:
+        file = getattr(error, "filename", None)
+        message = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else str(error)
+        print(f"funcmha: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return status
@@ -80,11 +81,6 @@ def _integer(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
     return int(text)
-
-
-def _complain(message: str) -> int:
-    print(f"funcmha: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 # ── verify ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, upcast
+from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, quiet_underflow, upcast
 
 
 class HalfPairs(NamedTuple):
@@ -152,6 +152,7 @@ class RotateCache(NamedTuple):
     like: Array  # (..., T, D, 0): the shape of x, without its numbers
 
 
+@quiet_underflow
 def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     """y = (a cos − b sin, b cos + a sin)    for pairs (a, b) of x
     x (..., T, D)   cos, sin (..., T, N)   →   y (..., T, D)
@@ -166,6 +167,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     return downcast(_rotated(x, rotary), dtype), RotateCache(rotary, outline(x))
 
 
+@quiet_underflow
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     """dx = (da cos + db sin, db cos − da sin)    for pairs (da, db) of dy: the inverse rotation, which needs no x"""
     rotary, like = _check.cache(cache, RotateCache, "rotate")

@@ -79,11 +79,9 @@ def members(source: Source) -> list[Member]:
         if listed.start != at:
             raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {listed.start}")
         member = _local(source, at)
-        local, central = member[:-1], listed[:-1]
-        if local != central:
-            raise BadZipFile(
-                f"{name} must be alike in its local header and in the directory, got {local} and {central}"
-            )
+        if member[:-1] != listed[:-1]:
+            got = f"{member[:-1]} and {listed[:-1]}"
+            raise BadZipFile(f"{name} must be alike in its local header and in the directory, got {got}")
         _check(member)
         at = member.start + member.stored
         if at > start:

@@ -67,17 +67,13 @@ def _fields(text: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     if descr not in DTYPES:
         hint = " (bfloat16, perhaps, which npz cannot tell: save it as float32)" if b"V2" in descr else ""
         raise ValueError(f"must have dtype float16, float32 or float64, got {descr.decode()}{hint}")
-    return DTYPES[descr], _sizes(shape, DTYPES[descr]), order == b"True"
-
-
-def _sizes(text: bytes, dtype: np.dtype[Any]) -> tuple[int, ...]:
-    sizes = tuple(int(n) for n in re.findall(rb"\d+", text))
+    dtype, sizes = DTYPES[descr], tuple(int(n) for n in re.findall(rb"\d+", shape))
     if len(sizes) > NDIM:
         raise ValueError(f"must have at most {NDIM} dimensions, got {len(sizes)}")
     # NumPy's own limit, which leaves sizes of 0 out of the product.
     if dtype.itemsize * math.prod(n or 1 for n in sizes) >= 2**63:
         raise ValueError(f"must have a shape that NumPy can hold, got {sizes}")
-    return sizes
+    return dtype, sizes, order == b"True"
 
 
 def header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -1,6 +1,6 @@
 """A tree written: the same bytes for the same parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def save(path: File, params: Mapping[str, tree.Tree]) -> None:
     """
     arrays = _arrays(params)
     with written(path) as file:
-        archive.write(file, ((f"{key}.npy", tuple(_parts(a))) for key, a in arrays.items()))
+        archive.write(file, ((f"{key}.npy", _parts(a)) for key, a in arrays.items()))
 
 
 def _arrays(params: Mapping[str, tree.Tree]) -> dict[str, np.ndarray]:
@@ -59,8 +59,7 @@ def _host(key: str, leaf: Any) -> np.ndarray:
     return a
 
 
-def _parts(a: np.ndarray) -> Iterator[bytes | memoryview]:
+def _parts(a: np.ndarray) -> tuple[bytes, memoryview]:
     """The header and the numbers."""
     a = np.asarray(a, dtype=a.dtype.newbyteorder("<"), order="C")
-    yield npy.header(a.dtype, a.shape)
-    yield a.reshape(-1).view(np.uint8).data
+    return npy.header(a.dtype, a.shape), a.reshape(-1).view(np.uint8).data

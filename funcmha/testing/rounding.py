@@ -51,6 +51,11 @@ def each(f: Callable[[Array], Array], x: R) -> R:
     return x if x is None else Rounded(f(x.value), f(x.error), tuple(map(f, x.rows)), tuple(map(f, x.cols)))  # type: ignore[return-value]
 
 
+def total(a: Array) -> Array:
+    """Σ along each row: (..., n)   →   (..., 1)"""
+    return np.sum(a, axis=-1, keepdims=True)
+
+
 def transpose(x: Rounded) -> Rounded:
     """xᵀ"""
     value, error, rows, cols = each(lambda a: np.swapaxes(a, -1, -2), x)

@@ -21,7 +21,7 @@ from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import ArrayBias, RelativeBias, diagonal_sums
 from funcmha.masks import Mask, append_keys, as_mask
 
-from .rounding import EXP, Arithmetic, Maybe, Rounded, alike, each, exact, host, tie, transpose
+from .rounding import EXP, Arithmetic, Maybe, Rounded, alike, each, exact, host, tie, total, transpose
 
 Bias = ArrayBias | RelativeBias | None
 OPTIONS = ("mask", "scale", "softcap", "dropout", "dweights", "dlse", "recomputed")
@@ -51,7 +51,7 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     empty = np.isneginf(top)
     top = np.where(empty, 0.0, top)
     e = np.exp(x - top)
-    row_sum = np.where(empty, 1.0, np.sum(e, axis=-1, keepdims=True))
+    row_sum = np.where(empty, 1.0, total(e))
     p, log_sum = e / row_sum, np.log(row_sum)
     lse = np.where(empty, -np.inf, top + log_sum)
 
@@ -61,18 +61,17 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     light = np.where(heavy, 0.0, p)
 
     def of_heavy(error: Array) -> Array:
-        return np.sum(error * heavy, axis=-1, keepdims=True)
+        return total(error * heavy)
 
     def apart(error: Array) -> Array:
         return np.where(heavy, 0.0, error + of_heavy(error))
 
     e_error = score + u * (below + EXP)  # relative
-    common = np.sqrt(np.sum((light * e_error) ** 2, axis=-1, keepdims=True)) + u * (2 + n)
-    common += np.sum(light, axis=-1, keepdims=True) * of_heavy(e_error)
+    common = np.sqrt(total((light * e_error) ** 2)) + u * (2 + n) + total(light) * of_heavy(e_error)
     for row in z.rows:
-        common += np.sum(p * apart(np.abs(row)), axis=-1, keepdims=True)
-    from_scores = np.log1p(np.sum(p * np.expm1(np.minimum(score, 700.0)), axis=-1, keepdims=True))
-    size = np.sum(p * (below + EXP), axis=-1, keepdims=True) + 1 + n + EXP * log_sum + np.abs(lse)
+        common += total(p * apart(np.abs(row)))
+    size = total(p * (below + EXP)) + 1 + n + EXP * log_sum + np.abs(lse)
+    from_scores = np.log1p(total(p * np.expm1(np.minimum(score, 700.0))))
     lse_error = np.where(empty, 0.0, from_scores + u * size)
 
     def weights(own: Array, common: Array) -> Rounded:

@@ -19,7 +19,7 @@ from funcmha.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from funcmha.params import Params
 from funcmha.rotary import InterleavedPairs, Rotary
 
-from .rounding import Arithmetic, Rounded, each, host, transpose
+from .rounding import Arithmetic, Rounded, each, host, total, transpose
 
 
 class Normed(NamedTuple):
@@ -69,10 +69,10 @@ def less_its_mean(fl: Arithmetic, x: Rounded, first_subtracted: bool) -> Rounded
     D = max(x.value.shape[-1], 1)
     terms = np.abs(x.value - x.value[..., :1]) if first_subtracted else np.abs(x.value)
     own = x.error + fl.u * terms * first_subtracted
-    mean = np.sqrt(_sum(own**2)) / D + (2 + D**0.5) * fl.u * _sum(terms) / D
-    value = x.value - _sum(x.value) / D
-    rows = (*(row - _sum(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
-    of_rows = sum((np.abs(_sum(row)) / D for row in x.rows), mean)
+    mean = np.sqrt(total(own**2)) / D + (2 + D**0.5) * fl.u * total(terms) / D
+    value = x.value - total(x.value) / D
+    rows = (*(row - total(row) / D for row in x.rows), np.broadcast_to(mean, value.shape))
+    of_rows = sum((np.abs(total(row)) / D for row in x.rows), mean)
     return Rounded(value, own + of_rows + fl.u * np.abs(value), rows)
 
 
@@ -80,9 +80,9 @@ def normalise(fl: Arithmetic, x: Rounded, norm: Norm) -> Normed:
     """n = x / root, and its root: of `norms.rms_norm`, `l2_norm` or `layer_norm`"""
     x = less_its_mean(fl, x, True) if isinstance(norm, LayerNorm) else x
     D, is_l2 = max(x.value.shape[-1], 1), isinstance(norm, L2Norm)
-    square, own = _sum(x.value**2), x.error - sum(map(np.abs, x.rows), np.zeros(()))
-    error = 2 * np.sqrt(_sum((x.value * own) ** 2)) + _sum(x.error**2) + (1 + D**0.5) * fl.u * square
-    error += sum((2 * np.abs(_sum(x.value * row)) for row in x.rows), np.zeros(()))
+    square, own = total(x.value**2), x.error - sum(map(np.abs, x.rows), np.zeros(()))
+    error = 2 * np.sqrt(total((x.value * own) ** 2)) + total(x.error**2) + (1 + D**0.5) * fl.u * square
+    error += sum((2 * np.abs(total(x.value * row)) for row in x.rows), np.zeros(()))
     short = np.sqrt(square) < norm.eps if is_l2 else np.zeros(square.shape, bool)
     if not is_l2:  # + eps, the square of a rounded root
         square, error = square / D + norm.eps, error / D + fl.u * (square / D + 3 * norm.eps)
@@ -109,14 +109,10 @@ def normalise_vjp(fl: Arithmetic, cache: Normed, norm: Norm, g: Rounded) -> Roun
     t = g.value - n.value * a
     error = g.error + np.abs(a) * n.error + np.abs(n.value) * a_error
     error += 2 * fl.rounding(np.abs(g.value) + np.abs(n.value * a))
-    rows = [row - n.value * share * _sum(n.value * row) for row in g.rows]
+    rows = [row - n.value * share * total(n.value * row) for row in g.rows]
     rows += [n.value * a_error, *(a * row for row in n.rows), t * off]
     error = (error + np.abs(t) * off) / root * (1 + off) + 2 * fl.rounding(np.abs(t / root))
     return Rounded(t / root, error, tuple(row / root for row in rows))
-
-
-def _sum(a: Array) -> Array:
-    return np.sum(a, axis=-1, keepdims=True)
 
 
 # ── rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────
