@@ -12,7 +12,7 @@ from funcmha import tree
 
 from . import archive, npy
 from .files import File, read
-from .names import keys, ordered
+from .names import keys
 
 MAX_BYTES = 8 * 2**30
 
@@ -117,8 +117,7 @@ def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[st
         if max_bytes is not None and unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
         headers = [_header(source, member) for member in members]
-        leaves = dict(zip(names, zip(members, headers, strict=True), strict=True))
-        return {key: leaves[key] for key in ordered(dict.fromkeys(names))}
+        return {key: (members[i], headers[i]) for key, i in names.items()}
 
 
 def _header(source: archive.Source, member: archive.Member) -> npy.Header:
