@@ -122,12 +122,7 @@ def check_names(options: Any, kind: type) -> None:
 
 def check_linear(x: Array, w: Array, b: Array) -> None:
     """The arguments of `linear`."""
-    _check.one_dtype([("x", x), ("w", w)], optional=[("b", b)])
-    axes = _check.Axes()
-    axes("x", x, "... I")
-    axes("w", w, "O I")
-    if b is not None:
-        axes("b", b, "O")
+    _check.arrays(("x", x, "... I"), ("w", w, "O I"), optional=[("b", b, "O")])
 
 
 def check_attention(

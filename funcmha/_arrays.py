@@ -10,6 +10,8 @@ import numpy as np
 Array = Any  # numpy.ndarray, cupy.ndarray, or any array of the array-API standard
 
 NO_ARRAYS = (np.generic, np.ma.MaskedArray, np.matrix)
+quiet_underflow = np.errstate(under="ignore")  # a decorator: what is too small to be a number is 0, and no error
+
 HALF = ("float16", "bfloat16")  # stored in 16 bits, computed with in float32
 
 

@@ -187,16 +187,16 @@ class Axes:
         """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
         letters, shape = symbols.split(), tuple(x.shape)
         batched = letters[:1] == ["..."]
-        rank = len(letters) - batched
-        if len(shape) < rank or (len(shape) > rank and not batched):
-            raise self._error(name, letters, shape)
-        found: list[Any] = [shape[: len(shape) - rank]] if batched else []
-        found += shape[len(shape) - rank :]
-        if any(self.size.get(letter, n) != n for letter, n in zip(letters, found, strict=True)):
-            raise self._error(name, letters, shape)
+        lead = len(shape) - len(letters) + batched  # the number of batch axes
+        found = [shape[:lead]] * batched + list(shape[lead:])
+        fits = lead >= 0 if batched else lead == 0
+        if not fits or any(self.size.get(letter, n) != n for letter, n in zip(letters, found, strict=True)):
+            known = [f"{n}={self.size[n]} as in {self.owner[n]}" for n in letters if n in self.size]
+            spelt = f"({', '.join(letters)}){' with ' + ', '.join(known) if known else ''}"
+            raise ValueError(f"{name} must be {spelt}, got {shape}")
         for letter, n in zip(letters, found, strict=True):
-            if letter not in self.size:
-                self.size[letter], self.owner[letter] = n, name
+            self.size.setdefault(letter, n)
+            self.owner.setdefault(letter, name)
 
     def broadcast(self, name: str, got: tuple[int, ...] | None, symbols: str) -> None:
         """Check that an array of shape `got` (or None, for none) broadcasts to the known sizes of `symbols`."""
@@ -213,11 +213,6 @@ class Axes:
         for letter in symbols.split():
             sizes += self.size[letter] if letter == "..." else (self.size[letter],)
         return tuple(sizes)
-
-    def _error(self, name: str, letters: list[str], shape: tuple[int, ...]) -> ValueError:
-        known = [f"{n}={self.size[n]} as in {self.owner[n]}" for n in letters if n in self.size]
-        spelt = f"({', '.join(letters)}){' with ' + ', '.join(known) if known else ''}"
-        return ValueError(f"{name} must be {spelt}, got {shape}")
 
 
 def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:

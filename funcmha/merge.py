@@ -11,7 +11,7 @@ Axes: T queries, E value width; `...` is batch, heads included.
 from typing import NamedTuple
 
 from . import _check
-from ._arrays import HALF, Array, downcast, dtype_name, namespace, upcast
+from ._arrays import HALF, Array, downcast, dtype_name, namespace, quiet_underflow, upcast
 from .engines import log_sum_exp
 
 INF = float("inf")
@@ -25,6 +25,7 @@ class MergeCache(NamedTuple):
     lse: Array  # (..., T)
 
 
+@quiet_underflow
 def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, MergeCache]:
     """o = (e^lse1 o1 + e^lse2 o2) / (e^lse1 + e^lse2)      o1, o2 (..., T, E)   lse1, lse2 (..., T)   →   o (..., T, E)
 
@@ -53,6 +54,7 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array, /) -> tuple[Array, Mer
     return downcast(o, dtype), MergeCache(o1, o2, w1, w2, lse)
 
 
+@quiet_underflow
 def merge_vjp(cache: MergeCache, do: Array, /, *, dlse: Array = None) -> tuple[Array, Array, Array, Array]:
     """do1, dlse1, do2, dlse2
     from the cotangents of o (..., T, E) and, where given, of lse (..., T)

@@ -21,7 +21,7 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from . import _check
-from ._arrays import Array, downcast, full, namespace, or_zeros, own, row_blocks, upcast
+from ._arrays import Array, downcast, full, namespace, or_zeros, own, quiet_underflow, row_blocks, upcast
 
 INF = float("inf")
 
@@ -35,6 +35,7 @@ class RmsNormCache(NamedTuple):
     w: Array  # (D,), with the offset, or None
 
 
+@quiet_underflow
 def rms_norm(x: Array, w: Array = None, /, *, eps: float, offset: float = 0.0) -> tuple[Array, RmsNormCache]:
     """y = (offset + w) x / √(mean x² + eps)        x (..., D)   w (D,) or None, for 1   →   y (..., D)
 
@@ -89,6 +90,7 @@ class L2NormCache(NamedTuple):
     below: Array  # (..., 1), whether ‖x‖ < eps
 
 
+@quiet_underflow
 def l2_norm(x: Array, /, *, eps: float) -> tuple[Array, L2NormCache]:
     """y = x / max(‖x‖, eps)        x (..., D)   →   y (..., D)
 
@@ -144,6 +146,7 @@ class LayerNormCache(NamedTuple):
     b: Array  # (D,) or None
 
 
+@quiet_underflow
 def layer_norm(x: Array, w: Array = None, b: Array = None, /, *, eps: float) -> tuple[Array, LayerNormCache]:
     """y = w (x − mean x) / √(var x + eps) + b        x (..., D)   w (D,) or None   b (D,) or None   →   y (..., D)
 
@@ -213,6 +216,7 @@ def _affine(n: Array, w: Array, b: Array = None) -> Array:
     return y if b is None else y + b
 
 
+@quiet_underflow
 def _gradients(cache: Cache, w: Array, b: Array, dy: Array, batch_axes: int) -> tuple[Any, ...]:
     """dx = J g     dw = Σ n dy     db = Σ dy        where g = w dy"""
     n = cache.n
@@ -226,6 +230,7 @@ def _gradients(cache: Cache, w: Array, b: Array, dy: Array, batch_axes: int) -> 
     return downcast(dx, dtype), downcast(dw, dtype), downcast(db, dtype)
 
 
+@quiet_underflow
 def _tangent(cache: Cache, w: Array, b: Array, x_dot: Array, w_dot: Array = None, b_dot: Array = None) -> Array:
     """ẏ = w ṅ + ẇ n + ḃ        where ṅ = J ẋ"""
     n = cache.n
@@ -236,6 +241,7 @@ def _tangent(cache: Cache, w: Array, b: Array, x_dot: Array, w_dot: Array = None
     return downcast(y_dot, _check.dtype_of(n, x_dot, w_dot, b_dot))
 
 
+@quiet_underflow
 def _tangents_of_gradients(
     cache: Cache, w: Array, b: Array, dy: Array, dy_dot: Array, x_dot: Array, w_dot: Array = None, b_dot: Array = None
 ) -> tuple[Any, ...]:

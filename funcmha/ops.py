@@ -14,17 +14,24 @@ from functools import singledispatch
 from math import prod
 from typing import Any, NamedTuple, Unpack
 
-import numpy as np
-
 from . import _check
 from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
-from ._arrays import Array, downcast, from_host, full, namespace, own, row_blocks, sum_over_batch, upcast
+from ._arrays import (
+    Array,
+    downcast,
+    from_host,
+    full,
+    namespace,
+    own,
+    quiet_underflow,
+    row_blocks,
+    sum_over_batch,
+    upcast,
+)
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
 
 INF = float("inf")
-
-underflow_is_zero = np.errstate(under="ignore")  # of the weight of a key far below the largest: that is no error
 
 
 # ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +82,7 @@ class SoftmaxCache(NamedTuple):
     p: Array  # (..., S)
 
 
-@underflow_is_zero
+@quiet_underflow
 def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     """p = exp(x) / Σ exp(x)    over the last axis, where `where` is True      x (..., S)   →   p (..., S)
 
@@ -83,17 +90,15 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     Shifted by the row's maximum and divided by the sum: the most accurate of the variants that Blanchard, Higham and
     Higham (IMA J. Numer. Anal. 41, 2021, Theorem 4.3) analyse. Raises TypeError unless `where` is boolean.
     """
-    _check.one_dtype([("x", x)])
+    axes = _check.arrays(("x", x, "... S"))
     _check.boolean("where", where, "True = allowed")
-    axes = _check.Axes()
-    axes("x", x, "... S")
     axes.broadcast("where", _check.shape_of(where), "... S")
 
     p, *_ = softmax_with_sink(upcast(x), where)
     return own(downcast(p, x.dtype), p), SoftmaxCache(p)
 
 
-@underflow_is_zero
+@quiet_underflow
 def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     """dx = p (dp − Σ p dp)        needs p alone, never x"""
     _check.cache(cache, SoftmaxCache, "softmax")
@@ -259,7 +264,7 @@ def attention(
 
 
 @singledispatch
-@underflow_is_zero
+@quiet_underflow
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
 ) -> tuple[Any, ...]:
@@ -290,7 +295,7 @@ def attention_vjp(
     return dq, dk, dv, round_bias(dbias, dtype), dsink
 
 
-@underflow_is_zero
+@quiet_underflow
 def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) -> tuple[Array, AttentionCache]:
     """`attention`, of arguments that are checked and upcast"""
     mask = dense(x.mask, q.shape[-2], k.shape[-2], q)

@@ -44,8 +44,12 @@ def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarra
     For rotary and other embeddings of the position; the offset is the length of the past.
     """
     cu = check_cumulative("cu_seqlens", cu_seqlens)
-    first = _offset(offset, cu) - cu[:-1]
-    at: np.ndarray = np.arange(cu[-1]) + np.repeat(first, np.diff(cu))
+    first = np.asarray(offset)
+    if first.dtype.kind not in "iu":
+        raise TypeError(f"offset must be an int or (B,) of integers, got {offset!r} of type {type(offset).__name__}")
+    if first.shape not in ((), (cu.size - 1,)):
+        raise ValueError(f"offset must be an int or (B,) with B={cu.size - 1} as in cu_seqlens, got {first.shape}")
+    at: np.ndarray = np.arange(cu[-1]) + np.repeat(first.astype(np.int64) - cu[:-1], np.diff(cu))
     return at
 
 
@@ -252,12 +256,3 @@ def check_cumulative(name: str, cu: np.ndarray, total: int | None = None, owner:
 
 def _rows(name: str, x: Any, cu: Any) -> np.ndarray:
     return check_cumulative("cu_seqlens", cu, _check.arrays((name, x, "... N C"))["N"], name)
-
-
-def _offset(offset: Any, cu: np.ndarray) -> np.ndarray:
-    a = np.asarray(offset)
-    if a.dtype.kind not in "iu":
-        raise TypeError(f"offset must be an int or (B,) of integers, got {offset!r} of type {type(offset).__name__}")
-    if a.shape not in ((), (cu.size - 1,)):
-        raise ValueError(f"offset must be an int or (B,) with B={cu.size - 1} as in cu_seqlens, got {a.shape}")
-    return a.astype(np.int64)

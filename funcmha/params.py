@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, tree
-from ._arrays import Array, namespace
+from ._arrays import Array, namespace, quiet_underflow
 
 Params = dict[str, Any]
 
@@ -163,6 +163,7 @@ def join_groups(groups: list[Params]) -> Params:
     return tree.unflatten(joined)
 
 
+@quiet_underflow
 def init(
     seed: int,
     embed_dim: int,

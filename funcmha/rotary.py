@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, upcast
+from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, quiet_underflow, upcast
 
 
 class HalfPairs(NamedTuple):
@@ -58,7 +58,17 @@ def table(
     most 2⁻⁵² |position|, that is 1e-10 at 500,000. Raises TypeError for half types, which round positions above 256 or
     2048. Su et al. 2021, eq. 34.
     """
-    _check_table_of(positions, frequencies, pairs)
+    if not is_array(positions):
+        raise TypeError(f"positions must be an array, got {type(positions).__name__}")
+    name = dtype_name(positions)
+    if name in HALF or not name.startswith(("int", "uint", "float")):
+        raise TypeError(f"positions must be integers, float32 or float64, got dtype {positions.dtype}")
+    if positions.ndim == 0:
+        raise ValueError("positions must be (..., T), got ()")
+    _check_frequencies(frequencies)
+    if not isinstance(pairs, str) or pairs not in PAIRS:
+        raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
+
     xp, gain = namespace(positions), _check.number("gain", gain)
     angle = xp.astype(positions, xp.float64)[..., None] * from_host(frequencies, positions)
     return PAIRS[pairs](gain * xp.cos(angle), gain * xp.sin(angle))
@@ -142,6 +152,7 @@ class RotateCache(NamedTuple):
     like: Array  # (..., T, D, 0): the shape of x, without its numbers
 
 
+@quiet_underflow
 def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     """y = (a cos − b sin, b cos + a sin)    for pairs (a, b) of x
     x (..., T, D)   cos, sin (..., T, N)   →   y (..., T, D)
@@ -156,6 +167,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     return downcast(_rotated(x, rotary), dtype), RotateCache(rotary, outline(x))
 
 
+@quiet_underflow
 def rotate_vjp(cache: RotateCache, dy: Array, /) -> tuple[Array]:
     """dx = (da cos + db sin, db cos − da sin)    for pairs (da, db) of dy: the inverse rotation, which needs no x"""
     _check.cache(cache, RotateCache, "rotate")
@@ -194,19 +206,6 @@ def check_table(rotary: Any) -> None:
     cos, sin = (tuple(table.shape) for table in rotary)
     if cos != sin or len(cos) < 2:
         raise ValueError(f"rotary must have cos and sin of one shape (..., T, N), got {cos} and {sin}")
-
-
-def _check_table_of(positions: Array, frequencies: np.ndarray, pairs: str) -> None:
-    if not is_array(positions):
-        raise TypeError(f"positions must be an array, got {type(positions).__name__}")
-    name = dtype_name(positions)
-    if name in HALF or not name.startswith(("int", "uint", "float")):
-        raise TypeError(f"positions must be integers, float32 or float64, got dtype {positions.dtype}")
-    if positions.ndim == 0:
-        raise ValueError("positions must be (..., T), got ()")
-    _check_frequencies(frequencies)
-    if not isinstance(pairs, str) or pairs not in PAIRS:
-        raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
 
 
 def _check_frequencies(frequencies: Any) -> None:

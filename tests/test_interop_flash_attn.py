@@ -916,8 +916,12 @@ def test_flash_attn_func_refuses(changes, error, message):
     ("changes", "error", "message"),
     [
         ({"q": np.ones((1, 5, 6, 5))}, ValueError, r"q must be \(N, H, D\), got \(1, 5, 6, 5\)"),
-        ({"cu_seqlens_q": [0, 2, 5]}, TypeError, r"cu_seqlens_q must be a NumPy array \(B \+ 1,\) of integers, got"),
-        ({"cu_seqlens_q": np.array([0.0, 5.0])}, TypeError, r"cu_seqlens_q must be .* of integers, got dtype float64"),
+        ({"cu_seqlens_q": [0, 2, 5]}, TypeError, r"cu_seqlens_q must be a NumPy array of integers, got"),
+        (
+            {"cu_seqlens_q": np.array([0.0, 5.0])},
+            TypeError,
+            r"cu_seqlens_q must be a NumPy array of integers, got float64",
+        ),
         ({"cu_seqlens_q": np.array([1, 2, 5])}, ValueError, r"cu_seqlens_q must begin with 0 and never fall"),
         ({"cu_seqlens_k": np.array([0, 8, 7])}, ValueError, r"cu_seqlens_k must begin with 0 and never fall"),
         ({"cu_seqlens_k": np.array([0, 2, 6])}, ValueError, r"cu_seqlens_k must end with N=7 as in k, got 6"),

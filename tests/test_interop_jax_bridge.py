@@ -1,5 +1,8 @@
 """NumPy's engine called by hand is the oracle of the same engine called by JAX: bit for bit, as nothing is rounded."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -166,6 +169,24 @@ def test_scan_and_checkpoint_take_it():
     for cache in reversed(caches):
         dq = attention_vjp(cache, np.concatenate([dq, np.zeros_like(y[..., 11:])], axis=-1))[0]
     np.testing.assert_array_equal(got, dq)
+
+
+# ── pickle ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_is_pickled_by_the_names_of_its_functions():
+    *inputs, do = problem()
+    again = pickle.loads(pickle.dumps(as_jax_function(attention, attention_vjp, mask=MASK, softcap=3.0)))
+    y, pull = jax.vjp(jax.jit(again), *inputs)
+    same((y, *pull(jnp.asarray(do))), by_hand(attention, attention_vjp, inputs, do, mask=MASK, softcap=3.0))
+    assert copy.deepcopy(again) is again
+
+
+def test_a_lambda_is_not_pickled():
+    with pytest.raises(
+        pickle.PicklingError, match=r"what as_jax_function made of .*<lambda> cannot be pickled: f must be"
+    ):
+        pickle.dumps(as_jax_function(lambda x: (x, x), attention_vjp))
 
 
 # ── memory and refusals ──────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,9 @@
 """A pair as a function of PyTorch: autograd, its checks, its compiler, and whose memory is whose."""
 
+import copy
+import functools
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -411,6 +414,131 @@ def test_an_output_outside_the_cache_may_be_written_to():
         assert torch.equal(g, h)
 
 
+# ── torch.func ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def attends(f):
+    """Self-attention of a (…, T, E), as a function of one tensor."""
+    return lambda a: f(a, a, a)
+
+
+def cubed(f):
+    return lambda a: (f(a, a, a) ** 3).sum()
+
+
+TRANSFORMS = {  # of self-attention, applied to (3, 2, 5, 4)
+    "jacrev": lambda f: lambda x: torch.func.jacrev(attends(f))(x[0]),
+    "vmap": lambda f: torch.vmap(attends(f)),
+    "vmap of another axis": lambda f: torch.vmap(attends(f), in_dims=1, out_dims=2),
+    "vmap of some inputs": lambda f: lambda x: torch.vmap(f, in_dims=(0, None, None))(x, x[0], x[1]),
+    "vmap of vmap": lambda f: torch.vmap(torch.vmap(attends(f))),
+    "gradients of each sample": lambda f: torch.vmap(torch.func.grad(cubed(f))),
+    "gradients of each sample's heads": lambda f: torch.vmap(torch.vmap(torch.func.grad(cubed(f)))),
+    "gradient of vmap": lambda f: torch.func.grad(lambda x: (torch.vmap(attends(f))(x) ** 3).sum()),
+    "jacobian of each sample": lambda f: torch.vmap(torch.func.jacrev(attends(f))),
+    "jacobian of vmap": lambda f: torch.func.jacrev(torch.vmap(attends(f))),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_match_torch(transform):
+    """The oracle is PyTorch's attention under the same transform."""
+    x = leaf(3, 2, 5, 4).detach()
+    got, want = (transform(f)(x) for f in (as_torch_function(attention, attention_vjp), F.scaled_dot_product_attention))
+    close(got, want)
+
+
+@both_ways
+def test_vmap_has_a_gradient(way):
+    x = leaf(3, 2, 5, 4)
+    ours, theirs = as_torch_function(attention, attention_vjp), F.scaled_dot_product_attention
+    got, want = way(torch.vmap(attends(ours)))(x), torch.vmap(attends(theirs))(x)
+    close(got, want)
+    for g, h in zip(gradients(got, [x]), gradients(want, [x]), strict=True):
+        close(g, h)
+
+
+def test_vmap_of_trees_and_of_several_outputs():
+    """The gradients of each sample with respect to shared parameters, and both outputs of `merge`."""
+    params = tree.map(torch.tensor, init(0, 6, 3, dtype=np.float64))
+    layer, x = as_torch_function(mha, mha_vjp), leaf(4, 5, 6).detach()
+    each = torch.vmap(torch.func.grad(lambda p, a: cubed(lambda *xs: layer(p, *xs))(a)), in_dims=(None, 0))(params, x)
+    for i in range(4):
+        alone = torch.func.grad(lambda p, i=i: cubed(lambda *xs: layer(p, *xs))(x[i]))(params)
+        tree.map(lambda g, h, i=i: close(g[i], h), each, alone)
+    inputs = [leaf(2, 5, 3).detach(), leaf(2, 5).detach()] * 2
+    f = as_torch_function(merge, merge_vjp)
+    for got, want in zip(torch.vmap(f)(*inputs), f(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_jacobian_has_one_forward():
+    """Its rows are so many cotangents for one cache."""
+    calls = []
+
+    def f(x, /):
+        calls.append(x)
+        return x * x, x
+
+    y, pull = torch.func.vjp(as_torch_function(f, lambda x, dy, /: (2 * x * dy,)), leaf(5).detach())
+    torch.vmap(pull)(torch.eye(5, dtype=torch.float64))
+    torch.vmap(pull)(torch.eye(5, dtype=torch.float64))
+    assert len(calls) == 1
+    assert y.shape == (5,)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which PyTorch uses here
+@pytest.mark.parametrize("of", [torch.func.jacfwd, torch.func.hessian], ids=["jacfwd", "hessian"])
+def test_forward_mode_is_refused(of):
+    attend = as_torch_function(attention, attention_vjp)
+    with pytest.raises(NotImplementedError, match="as_torch_function has no forward mode"):
+        of(cubed(attend))(leaf(2, 5, 4).detach())
+
+
+def test_a_batch_of_cotangents_of_autograd_is_refused():
+    """It is another vmap than torch.vmap, and an older one."""
+    q, k, v = qkv()
+    y = as_torch_function(attention, attention_vjp)(q, k, v)
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched=True .*: use torch\.func\.jacrev"):
+        torch.autograd.grad(y, [q], torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True)
+
+
+# ── pickle and copy ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_module_that_holds_it_is_pickled():
+    """With what is static, masks and arrays too; the pair is found by name."""
+    keep = np.random.default_rng(0).random((5, 7)) > 0.3
+    net = torch.nn.Linear(4, 4)
+    net.attend = as_torch_function(attention, attention_vjp, mask=masks.causal() & keep, scale=0.3)
+    again, inputs = pickle.loads(pickle.dumps(net)), qkv()
+    y, other = net.attend(*inputs), again.attend(*inputs)
+    assert torch.equal(y, other)
+    for g, h in zip(gradients(y, inputs), gradients(other, inputs), strict=True):
+        assert torch.equal(g, h)
+
+
+def test_a_copy_is_itself():
+    attend = as_torch_function(attention, attention_vjp)
+    assert copy.deepcopy(attend) is copy.copy(attend) is attend
+
+
+@pytest.mark.parametrize(
+    "pair", [(lambda x: (x, x), identity_vjp), (identity, lambda x, dy: (dy,))], ids=["f", "f_vjp"]
+)
+def test_a_lambda_is_not_pickled(pair):
+    with pytest.raises(
+        pickle.PicklingError, match=r"<lambda> cannot be pickled: f.* must be a function that its module"
+    ):
+        pickle.dumps(as_torch_function(*pair))
+
+
+def test_a_partial_is_pickled_as_its_function_is():
+    f = functools.partial(attention, scale=0.3)
+    again = pickle.loads(pickle.dumps(as_torch_function(f, attention_vjp)))
+    close(again(*qkv()), F.scaled_dot_product_attention(*qkv(), scale=0.3))
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -422,11 +550,6 @@ def test_a_second_derivative_is_refused():
         (dq,) = torch.autograd.grad((y**2).sum(), inputs[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="the gradient of a funcmha pair has no gradient"):
             dq.sum().backward()
-
-
-def test_vmap_is_refused():
-    with pytest.raises(NotImplementedError, match="takes batch axes itself"):
-        torch.vmap(as_torch_function(attention, attention_vjp))(*(x.detach() for x in qkv()))
 
 
 ELSEWHERE = torch.empty(7, 4, device="meta")

@@ -393,6 +393,29 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(engine, problem):
     close_trees(tree.map(lambda a: a[b], got[0]), dparams)
 
 
+LOOPED = {
+    "rms, sink, appended keys": {"qk_norm": "rms", "sink": True, "bias_kv": True, "zero_attn": True, "bias": "H T S"},
+    "layer, relative bias": {"qk_norm": "layer", "bias": "1 T+S-1", "softcap": 0.5, "turned": "half of all"},
+    "l2, multi-query": {"qk_norm": "l2", "K": 1, "G": 4, "sink": True, "mask": "causal"},
+    "no biases, all heads": {"biases": False, "K": 4, "G": 1, "bias": "T S", "mask": "causal"},
+}
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("options", LOOPED.values(), ids=LOOPED)
+def test_per_sample_gradients_equal_the_loop_over_samples(engine, options, batch):
+    """Oracle: `mha` of one sample after another, each with its ordinary gradient."""
+    problem = MhaProblem(D=8, batch=batch, **options)
+    (params, *arrays, bias), static = problem.inputs("float64"), problem.static() | {"engine": engine}
+    dy, dweights, dlse = problem.cotangents("float64")
+    each, *_ = mha_vjp(mha(params, *arrays, bias, **static)[1], dy, dweights=dweights, dlse=dlse, per_sample=True)
+    tree.map(lambda a, p: a.shape == (*batch, *p.shape) or pytest.fail("must have the batch before it"), each, params)
+    for b in np.ndindex(*batch):
+        _, cache = mha(params, *(a[b] for a in arrays), bias, **static)
+        dparams, *_ = mha_vjp(cache, dy[b], dweights=dweights[b], dlse=dlse[b])
+        close_trees(tree.map(lambda a, b=b: a[b], each), dparams)
+
+
 HEAD = MhaProblem(K=1, G=1, D=8, batch=(2, 3), sink=True, qk_norm="layer", softcap=0.5, bias_kv=True)
 HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (7,), "none": None}
 

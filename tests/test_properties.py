@@ -5,7 +5,7 @@ import numpy as np
 import oracles
 import pytest
 from hypothesis import given
-from test_ops import close
+from test_ops import close, portable
 
 from funcmha import (
     attention,
@@ -82,7 +82,7 @@ def test_permuting_key_heads_permutes_everything(engine, problem, random):
     static["mask"], static["dropout"] = of_queries(static["mask"]), oracles.on_keep(of_queries, static["dropout"])
     do, dweights, dlse = cotangents
     moved = (of_queries(do), of_queries(dweights), of_queries(dlse, -2))
-    got = everything(of_queries(q), of_keys(k), of_keys(v), of_queries(bias), cotangents=moved, **static)
+    got = everything(engine, of_queries(q), of_keys(k), of_keys(v), of_queries(bias), cotangents=moved, **static)
     o, p, lse, dq, dk, dv, dbias, _ = whole
     want = [of_queries(o), of_queries(p), of_queries(lse, -2), of_queries(dq), of_keys(dk), of_keys(dv)]
     equal(got[:6], want)
@@ -311,9 +311,8 @@ def test_the_hessian_is_symmetric(engine, problem):
     u, w = ([rng.standard_normal(a.shape) for a in arrays] for _ in range(2))
 
     def hessian(d):
-        _, cache = attention(
-            *(a + 1e-30j * step for a, step in zip(arrays, d, strict=True)), **problem.static(), engine=engine
-        )
+        moved = (a + 1e-30j * step for a, step in zip(arrays, d, strict=True))
+        _, cache = attention(*moved, **problem.static(), engine=portable(engine))
         return [g.imag / 1e-30 for g in attention_vjp(cache, do) if g is not None]
 
     one = [(a * h).sum() for a, h in zip(u, hessian(w), strict=True)]
@@ -394,13 +393,14 @@ def test_permuting_heads_permutes_their_gradients(engine, problem):
 def test_a_batch_of_mha_is_its_samples(engine, problem):
     params, query, key, value, _ = problem.inputs("float64")
     mask, zero = problem.static()["mask"], problem.zero_attn
+    dy, *_ = problem.cotangents("float64")
     y, cache = mha(params, query, key, value, mask=mask, zero_attn=zero, engine=engine)
-    dparams, *dinputs = mha_vjp(cache, y)
+    dparams, *dinputs = mha_vjp(cache, dy)
     parts = []
     for b in range(3):
         y_b, cache_b = mha(params, query[b], key[b], value[b], mask=mask[b], zero_attn=zero, engine=engine)
         close(y_b, y[b])
-        parts.append(mha_vjp(cache_b, y[b]))
+        parts.append(mha_vjp(cache_b, dy[b]))
     close(dinputs[0], np.stack([part[1] for part in parts]))
     tree.map(lambda whole, *each: close(whole, sum(each)), dparams, *[part[0] for part in parts])
 

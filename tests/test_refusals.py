@@ -53,7 +53,7 @@ KEEP = ones((5, 7), bool)
 SEED = dropout.seeded(0, 0.1)
 
 
-def turned(cos, sin):
+def rotated(cos, sin):
     """mha with such tables for its queries."""
     return lambda: mha(PARAMS, *INPUTS, rotary=(HalfPairs(cos, sin), None))
 
@@ -116,17 +116,17 @@ OPTIONS = {
 }  # fmt: skip
 
 TABLES = {
-    "fewer sines": (turned(TABLE.cos, TABLE.sin[:, :1]), ValueError,
+    "fewer sines": (rotated(TABLE.cos, TABLE.sin[:, :1]), ValueError,
                     "rotary must have cos and sin of one shape (..., T, N), got (5, 4) and (5, 1)"),
-    "sines of one position": (turned(TABLE.cos, TABLE.sin[:1]), ValueError, "rotary must have cos and sin of one shap"),
-    "no positions": (turned(ones(4), ones(4)), ValueError, "rotary must have cos and sin of one shape (..., T, N), go"),
-    "lists": (turned(TABLE.cos.tolist(), TABLE.sin.tolist()), TypeError, "rotary.cos must be an array, got list"),
-    "complex numbers": (turned(TABLE.cos + 0j, TABLE.sin + 0j), TypeError, "rotary.cos must be real, got complex128"),
-    "integers": (turned(ones((5, 4), int), ones((5, 4), int)), TypeError, "rotary.cos must have a dtype of float16"),
-    "two dtypes": (turned(TABLE.cos, TABLE.sin.astype("f4")), TypeError, "rotary.sin must have dtype float64 as rotar"),
-    "another batch": (turned(ones((3, 1, 5, 4)), ones((3, 1, 5, 4))), ValueError,
+    "sines of one position": (rotated(TABLE.cos, TABLE.sin[:1]), ValueError, "rotary must have cos and sin of one sha"),
+    "no positions": (rotated(ones(4), ones(4)), ValueError, "rotary must have cos and sin of one shape (..., T, N)"),
+    "lists": (rotated(TABLE.cos.tolist(), TABLE.sin.tolist()), TypeError, "rotary.cos must be an array, got list"),
+    "complex numbers": (rotated(TABLE.cos + 0j, TABLE.sin + 0j), TypeError, "rotary.cos must be real, got complex128"),
+    "integers": (rotated(ones((5, 4), int), ones((5, 4), int)), TypeError, "rotary.cos must have a dtype of float16"),
+    "two dtypes": (rotated(TABLE.cos, TABLE.sin.astype("f4")), TypeError, "rotary.sin must have dtype float64 as rota"),
+    "another batch": (rotated(ones((3, 1, 5, 4)), ones((3, 1, 5, 4))), ValueError,
                       "rotary must broadcast to (..., 1, T) = (2, 1, 5), got (3, 1, 5)"),
-    "more batch axes": (turned(ones((1, 2, 1, 5, 4)), ones((1, 2, 1, 5, 4))), ValueError, "rotary must broadcast to"),
+    "more batch axes": (rotated(ones((1, 2, 1, 5, 4)), ones((1, 2, 1, 5, 4))), ValueError, "rotary must broadcast to"),
     "of rotate: fewer sines": (lambda: rotate(X, rotary=TABLE._replace(sin=TABLE.sin[:, :1])), ValueError,
                                "rotary must have cos and sin of one shape"),
     "of rotate: no sines": (lambda: rotate(X, rotary=TABLE._replace(sin=None)), TypeError,
@@ -228,7 +228,7 @@ def test_views_are_arrays_like_others(pair, view):
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [{"T": 0}, {"S": 0}, {"K": 0}, {"D": 0}, {"E": 0}, {"O": 0}, {"T": 0, "S": 0}])
 def test_nothing_is_a_number_of_rows_heads_and_features(size, engine):
     """No queries, keys, heads, features: finite, and of the shapes that they must have; for each sample too."""

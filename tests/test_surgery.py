@@ -35,7 +35,7 @@ def test_head_norms_are_those_of_each_head():
         close(norms["out_proj"][h], np.linalg.norm(PARAMS["out_proj"]["w"][:, h]))
 
 
-@pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mask", ["none", "causal", "heads", "lengths"])
 @pytest.mark.parametrize("T", [5, 600])
 def test_max_logit_is_the_largest_score(engine, mask, T):
@@ -49,8 +49,8 @@ def test_max_logit_is_the_largest_score(engine, mask, T):
         q = query @ one["q_proj"]["w"].T + one["q_proj"]["b"]
         k = key @ one["k_proj"]["w"].T + one["k_proj"]["b"]
         u = static["scale"][h] * np.einsum("btd,bsd->bts", q, k)
-        seen = np.ones(u.shape, bool) if allowed is None else np.broadcast_to(allowed, (2, 6, T, 7))[:, h]
-        close(surgery.max_logit(cache, mask=static["mask"])[:, h], np.where(seen, u, -np.inf).max(axis=(1, 2)))
+        attended = np.ones(u.shape, bool) if allowed is None else np.broadcast_to(allowed, (2, 6, T, 7))[:, h]
+        close(surgery.max_logit(cache, mask=static["mask"])[:, h], np.where(attended, u, -np.inf).max(axis=(1, 2)))
 
 
 def test_max_logit_of_nothing_and_of_self_attention():

@@ -41,11 +41,14 @@ from funcmha.testing.tolerance import (
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def wide(x):
-    return tree.map(lambda a: a.map(_double) if isinstance(a, RelativeBias) else _double(a), x)
+def double(x):
+    """In float64, as it is."""
+    return tree.map(_double, x)
 
 
 def _double(a):
+    if isinstance(a, RelativeBias):
+        return a.map(_double)
     return a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype != bool else a
 
 
@@ -78,7 +81,7 @@ def results(run, bounds, problem, dtype="float32"):
     """name → got in `dtype`, want in float64 from the same inputs, bound"""
     inputs, static, cotangents = arguments(problem, dtype)
     got = run(inputs, static, cotangents)
-    want = run(tuple(wide(a) for a in inputs), static, wide(cotangents))
+    want = run(tuple(double(a) for a in inputs), static, double(cotangents))
     bound = bounds(*inputs, **static, **cotangents, dtype=dtype)
     leaves = [tree.flatten(r._asdict()) for r in (got, want, bound)]
     found = {name: tuple(leaf[name] for leaf in leaves) for name in leaves[0] if leaves[0][name] is not None}
@@ -248,14 +251,14 @@ def test_a_heavy_key_of_value_0_is_within():
     k = np.repeat(2 * rng.random((2, D)), [1, S - 1], axis=0).astype(np.float32)
     v = np.ones((S, 3), np.float32)
     v[0] = 0
-    z = wide(q) @ wide(k).T
+    z = double(q) @ double(k).T
     bias = np.zeros((T, S), np.float32)
     bias[:, 0] = z[:, 1] - z[:, 0] + np.log(S - 1)  # half of the weight each
     check(run_attention, attention_bounds, (q, k, v, bias, np.ones((T, 3), np.float32)), {"scale": 1.0})
 
 
 def check(run, bounds, inputs, static):
-    got, want = (tree.flatten(run(a, static, {})._asdict()) for a in (inputs, tuple(wide(a) for a in inputs)))
+    got, want = (tree.flatten(run(a, static, {})._asdict()) for a in (inputs, tuple(double(a) for a in inputs)))
     bound = tree.flatten(bounds(*inputs, **static, dtype="float32")._asdict())
     for name in got:
         if got[name] is not None:
@@ -275,7 +278,7 @@ def test_linear_is_within(dtype, bias):
         return y, *linear_vjp(cache, dy)
 
     for name, got, want, bound in zip(
-        bounds._fields, run(x, w, b, dy), run(*wide(dict(enumerate((x, w, b, dy)))).values()), bounds, strict=True
+        bounds._fields, run(x, w, b, dy), run(*double(dict(enumerate((x, w, b, dy)))).values()), bounds, strict=True
     ):
         if got is not None:
             assert_within(got, want, bound, name=name)
@@ -302,7 +305,7 @@ def test_a_norm_is_within(norm, size, offset):
         return {"y": y, "dx": dx} | dparams
 
     bounds = {"y": y, "dx": dx} | dparams
-    got, want = run(x, params, dy), run(wide(x), wide(params), wide(dy))
+    got, want = run(x, params, dy), run(double(x), double(params), double(dy))
     for name, bound in bounds.items():
         np.testing.assert_allclose(bound.value, want[name], rtol=1e-9, atol=1e-12 * np.abs(want[name]).max())
         assert_within(got[name], want[name], bound.error, name=name)
@@ -323,7 +326,7 @@ def test_turning_is_within(pairs):
         return y, *rotary.rotate_vjp(cache, dy)
 
     bounds = rotate(fl, exact(x), table, 1), rotate(fl, exact(dy), table, -1)
-    for got, want, bound in zip(run(x, dy), run(wide(x), wide(dy)), bounds, strict=True):
+    for got, want, bound in zip(run(x, dy), run(double(x), double(dy)), bounds, strict=True):
         np.testing.assert_allclose(bound.value, want, rtol=1e-12, atol=1e-12)
         assert_within(got, want, bound.error)
         assert worst_ratio(got, want, bound.error) > 0.2
@@ -353,7 +356,7 @@ def test_weights_that_are_recomputed_from_lse_are_within():
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         o = torch.nn.functional.scaled_dot_product_attention(*tensors)
     o.backward(torch.ones_like(o))
-    want = run_attention(tuple(wide(a) for a in inputs), {}, {})
+    want = run_attention(tuple(double(a) for a in inputs), {}, {})
     bounds = attention_bounds(*inputs, recomputed=True, dtype="float32")
     for name, got in zip(("o", "dq", "dk", "dv"), (o, *(t.grad for t in tensors)), strict=True):
         assert_within(got, getattr(want, name), getattr(bounds, name), name=name)
@@ -370,7 +373,7 @@ def test_a_constant_value_is_within_in_torch():
     tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
     weights = torch.softmax(tensors[0] @ tensors[1].T * 8**-0.5, dim=-1)
     (weights @ tensors[2]).backward(torch.tensor(do))
-    want = run_attention(tuple(wide(a) for a in (q, k, v, None, do)), {}, {})
+    want = run_attention(tuple(double(a) for a in (q, k, v, None, do)), {}, {})
     bounds = attention_bounds(q, k, v, None, do, dtype="float32")
     for name, tensor in zip(("dq", "dk", "dv"), tensors, strict=True):
         assert_within(tensor.grad, getattr(want, name), getattr(bounds, name), name=name)
@@ -384,7 +387,7 @@ def test_torch_attention_in_float32_is_within(seed):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         o = torch.nn.functional.scaled_dot_product_attention(*tensors[:3], attn_mask=tensors[3])
     o.backward(torch.tensor(do))
-    want = run_attention(tuple(wide(a) for a in (q, k, v, bias, do)), {}, {})
+    want = run_attention(tuple(double(a) for a in (q, k, v, bias, do)), {}, {})
     bounds = attention_bounds(q, k, v, bias, do, dtype=torch.float32)
     for name, got in zip(("o", "dq", "dk", "dv", "dbias"), (o, *(t.grad for t in tensors)), strict=True):
         assert_within(got, getattr(want, name), getattr(bounds, name), name=name)
@@ -477,7 +480,7 @@ def test_a_fault_is_outside(fault):
     inputs, static, cotangents = arguments(problem)
     static["scale"] = [0.1, 0.11, 0.12, 0.13, 0.14, 0.15]
     bounds = attention_bounds(*inputs, **static, **cotangents, dtype="float32")
-    inputs, cotangents = tuple(wide(a) for a in inputs), wide(cotangents)
+    inputs, cotangents = tuple(double(a) for a in inputs), double(cotangents)
     want = run_attention(inputs, static, cotangents)
     got = run_attention(inputs, static, cotangents, ops=with_fault(fault))
     assert max(map(worst_ratio, got, want, bounds)) > 5

@@ -9,7 +9,7 @@ from typing import Any
 
 from funcmha import _check
 from funcmha._arguments import Cotangents, Tangents, check_cotangents, check_tangents
-from funcmha._arrays import Array, downcast, full, namespace, unbroadcast, upcast
+from funcmha._arrays import Array, downcast, full, namespace, quiet_underflow, unbroadcast, upcast
 from funcmha._check import shape_of
 from funcmha.engines import batched, tiled
 from funcmha.engines.tiled import forward_mode, second_order
@@ -25,7 +25,6 @@ from funcmha.ops import (
     round_bias,
     share_of_sink,
     softmax_with_sink_vjp,
-    underflow_is_zero,
 )
 
 # ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,7 +100,7 @@ def jvp_of(cache: Any, dots: tuple[Any, ...]) -> tuple[Array, Array]:
 
 
 @jvp_of.register
-@underflow_is_zero
+@quiet_underflow
 def _(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
     q, k, v, bias, sink, *_ = cache
     tangents, dtype = check_tangents(q, k, v, bias, sink, dots)
@@ -189,7 +188,7 @@ def vjp_jvp_of(cache: Any, cotangents: Cotangents, dots: tuple[Any, ...]) -> tup
 
 
 @vjp_jvp_of.register
-@underflow_is_zero
+@quiet_underflow
 def _(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
     y, dtype = check_cotangents(cache.q, cache.v, cotangents, dots), cotangents.do.dtype
     x = _zeroed(cache, check_tangents(cache.q, cache.k, cache.v, cache.bias, cache.sink, dots)[0])

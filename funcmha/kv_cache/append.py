@@ -111,9 +111,7 @@ def step_mask(kv: KVCache, T: int, /, *, left: int | None = None) -> Mask:
     For the `kv` that has them already, with the `left` that it was appended with. Raises ValueError unless it holds T.
     """
     check_kv(kv)
-    _check.one_dtype([("kv.keys", kv.keys)])
-    _check.Axes()("kv.keys", kv.keys, "... N D")
-    N, T = kv.keys.shape[-2], _check.integer("T", T, 0)
+    N, T = _check.arrays(("kv.keys", kv.keys, "... N D"))["N"], _check.integer("T", T, 0)
     if T > N:
         raise ValueError(f"T must be at most N={N} as in kv.keys, which holds the new tokens already, got {T}")
     return masks.window(left, 0, N - T)

@@ -110,7 +110,7 @@ def _judged(terms: Callable[[Any], np.ndarray], claim: _Claim, large: float, sma
         return _Verdict(COMPLEX, exact, claim.allowed, claim, True)  # to so many digits by no accident
     agree = [abs(slope.value - claim.slope) <= max(slope.error, claim.allowed) for slope in known]
     right: bool | None = bool(any(agree) if steps else agree[0] and not vague)
-    if not right and (any(agree) or vague or steps):
+    if not right and (any(agree) or steps):
         right = None
     return _Verdict(DIFFERENCES, best.value, max(best.error, claim.allowed), claim, right)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from funcmha import tree
 from funcmha._arguments import AttentionOptions, HeadOptions, check_names, takes
-from funcmha._arrays import HALF, Array, heads_first, heads_last
+from funcmha._arrays import HALF, Array, heads_first, heads_last, quiet_underflow
 from funcmha.biases import ArrayBias, RelativeBias, as_bias
 from funcmha.mha import append_rows
 from funcmha.params import Params
@@ -101,6 +101,7 @@ class MhaBounds(NamedTuple):
     dbias: Array | RelativeBias
 
 
+@quiet_underflow
 def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> LinearBounds:
     """Bounds for `linear` and its vjp in `dtype`. The arguments, of any dtype, are taken as exact."""
     fl = Arithmetic.of(dtype)
@@ -109,6 +110,7 @@ def linear_bounds(x: Array, w: Array, b: Array, dy: Array, /, *, dtype: Any) -> 
 
 
 @takes(AttentionOptions)
+@quiet_underflow
 def attention_bounds(
     q: Array,
     k: Array,
@@ -135,6 +137,7 @@ def attention_bounds(
 
 
 @takes(HeadOptions)
+@quiet_underflow
 def mha_bounds(
     params: Params,
     query: Array,

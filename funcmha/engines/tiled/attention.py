@@ -13,7 +13,7 @@ import numpy as np
 
 from funcmha import _check
 from funcmha._arguments import AttentionOptions, Bias, Options, check_attention
-from funcmha._arrays import Array, downcast, own, upcast
+from funcmha._arrays import Array, downcast, own, quiet_underflow, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
@@ -28,7 +28,7 @@ from .schedule import BiasGradient, RelativeBiasGradient
 from .tiles import LN2, blocks
 
 
-@np.errstate(under="ignore")
+@quiet_underflow
 def attend(
     q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
 ) -> tuple[Array, AttentionCache]:
@@ -70,7 +70,7 @@ def attention(
     return own(downcast(o, q.dtype), cache.rest.o), cache
 
 
-@np.errstate(under="ignore")
+@quiet_underflow
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
 ) -> tuple[Any, ...]:
@@ -171,7 +171,7 @@ def log_sum_exp(cache: AttentionCache, /) -> Array:
     return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)
 
 
-@np.errstate(under="ignore")
+@quiet_underflow
 def attention_weights(cache: AttentionCache, /) -> Array:
     """p (..., H, T, S), the weights before dropout"""
     x = recomputed(Views.of(cache))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Tangents, check_tangents
-from funcmha._arrays import Array, downcast
+from funcmha._arrays import Array, downcast, quiet_underflow
 from funcmha.masks import Range
 
 from . import threads
@@ -27,7 +27,7 @@ from .threads import scratch
 from .tiles import Head, Tile, blocks, of_sink
 
 
-@np.errstate(under="ignore")
+@quiet_underflow
 def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
     """ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o     l̇se = Σ p ż + p_sink ṡink
 

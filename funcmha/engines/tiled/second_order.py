@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Cotangents, check_cotangents, check_tangents
-from funcmha._arrays import Array, downcast
+from funcmha._arrays import Array, downcast, quiet_underflow
 from funcmha.biases import RelativeBias
 from funcmha.masks.zero import zero_masked_queries
 from funcmha.ops import round_bias
@@ -30,7 +30,7 @@ from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
 from .tiles import Head, Tile, of_sink
 
 
-@np.errstate(under="ignore")
+@quiet_underflow
 def attention_vjp_jvp(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink: every tile twice more        as `funcmha.derivatives.attention_vjp_jvp`"""
     (q, k, v, rest), dtype = cache, cotangents.do.dtype

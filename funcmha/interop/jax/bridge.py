@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import _check
+from funcmha.interop._named import check_named
 
 VMAP_METHODS = ("sequential", "sequential_unrolled", "expand_dims", "broadcast_all")  # of jax.pure_callback
 
@@ -36,7 +37,8 @@ def as_jax_function(
                  it once, with the new axis before all axes of all inputs: correct where f treats that as a batch, as
                  `attention` does without a sink; not for parameters. Or another of `jax.pure_callback`
 
-    Errors of f are raised when JAX traces the call. A gradient has its input's dtype and shape.
+    What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
+    What is returned is pickled by the names of f and f_vjp, which must be those of functions of a module.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
@@ -47,6 +49,39 @@ def as_jax_function(
     for name, x in static.items():
         if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
             raise TypeError(f"{name} must be of NumPy, as f is called with NumPy arrays, got an array of JAX")
+
+    return _Function(f, f_vjp, vmap_method, static)
+
+
+class _Function:
+    """What `as_jax_function` makes of a pair."""
+
+    def __init__(self, f: Callable[..., Any], f_vjp: Callable[..., Any], vmap_method: str, static: dict[str, Any]):
+        self.made_of = f, f_vjp, vmap_method, static
+        self.function = _differentiable(*self.made_of)
+        self.__name__, self.__doc__ = getattr(f, "__name__", "f"), f.__doc__
+
+    def __call__(self, *inputs: Any) -> Any:
+        """y"""
+        return self.function(*inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the names of f and f_vjp, which pickle looks up."""
+        check_named("as_jax_function", f=self.made_of[0], f_vjp=self.made_of[1])
+        return _Function, self.made_of
+
+    def __copy__(self) -> "_Function":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "_Function":
+        return self  # as of any function; nobody writes to it
+
+
+def _differentiable(
+    f: Callable[..., Any], f_vjp: Callable[..., Any], vmap_method: str, static: dict[str, Any]
+) -> Callable[..., Any]:
+    """f with f_vjp for its gradient, both called back on the host"""
+    import jax
 
     def host(*inputs: Any) -> Any:
         y, _ = f(*_numpy(inputs), **static)
@@ -66,9 +101,9 @@ def as_jax_function(
         like = jax.eval_shape(lambda: inputs)
         return jax.pure_callback(host_vjp, like, inputs, dy, vmap_method=vmap_method)
 
-    function = jax.custom_vjp(call)
+    function: Any = jax.custom_vjp(call)
     function.defvjp(lambda *inputs: (call(*inputs), inputs), backward)
-    return function
+    return function  # type: ignore[no-any-return]
 
 
 def _numpy(tree: Any) -> Any:

@@ -5,8 +5,10 @@
     layer = as_torch_function(mha, mha_vjp)
     y = layer(params, x, x, x, mask=keep)           # params a dict of dicts of tensors
 
-It works with autograd, `torch.func.grad` and `torch.compile(fullgraph=True)`, on the CPU. Tensors become NumPy arrays
-of the same memory, and results become tensors of the same memory.
+It works with autograd, `torch.func.grad`, `jacrev` and `vmap`, and `torch.compile(fullgraph=True)`, on the CPU. Tensors
+become NumPy arrays of the same memory, and what comes back becomes tensors of the same memory. What it cannot do:
+forward mode (`jvp`, `jacfwd`, `hessian`), a second derivative, and under a compiler the gradients of `torch.func`, but
+those of `torch.autograd`.
 
 There are two paths. In eager mode autograd's graph holds the cache of the forward for the vjp. A compiler knows tensors
 only, and may repeat and drop operators: for it there are two operators, the forward, and the vjp, which runs the
@@ -15,8 +17,8 @@ forward again. The results are the same, to the bit.
 
 import itertools
 from ast import literal_eval
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -26,6 +28,7 @@ import torch
 
 from funcmha import _check
 from funcmha._arrays import Array, dtype_name
+from funcmha.interop._named import check_named
 from funcmha.interop._tensors import bfloat16, to_array
 
 Tensor = Any  # torch.Tensor
@@ -45,14 +48,26 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
     read-only memory, y is a copy. The gradient has no gradient of its own, and raises NotImplementedError. Writing to
     an input in place before the backward is PyTorch's RuntimeError, and so is writing to y where the cache holds it.
 
-    Under `torch.compile` the compiler asks for the shape of y, and f is run on zeros. Raises TypeError for an input
-    that is not a tensor, or not on the CPU.
+    `torch.vmap` calls f for one element after another, and so `torch.func.jacrev` calls f_vjp, with one cache, for one
+    row after another. g is pickled by the names of f and f_vjp, which must be those of functions of a module, and with
+    what is static. Under `torch.compile`, f is run on zeros while the compiler asks for the shape of y: it must take
+    them. Raises TypeError for what is no tensor, or one that is not on the CPU.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
-    pair = _Pair(f, f_vjp, {name: _given_once(name, x) for name, x in static.items()})
+    return _Function(_Pair(f, f_vjp, {name: _given_once(name, x) for name, x in static.items()}))
 
-    def g(*inputs: Any, **options: Any) -> Any:
+
+class _Function:
+    """What `as_torch_function` makes of a pair: it holds it, so that operators find it."""
+
+    def __init__(self, pair: "_Pair") -> None:
+        self.pair = pair
+        self.__name__, self.__doc__ = getattr(pair.f, "__name__", "g"), pair.f.__doc__
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """y"""
+        pair = self.pair
         tensors: list[Tensor] = []
         places = _spell(inputs, tensors, "inputs")
         n = len(tensors)
@@ -65,8 +80,22 @@ def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **sta
         kept, *ys = _AsItRuns.apply(pair, structure, *tensors)  # type: ignore[no-untyped-call]
         return _filled(literal_eval(kept.output), ys)
 
-    g.__name__, g.__doc__ = getattr(f, "__name__", "g"), f.__doc__
-    return g
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the names of f and f_vjp, which pickle looks up."""
+        f, f_vjp, static = self.pair.f, self.pair.f_vjp, self.pair.static
+        check_named("as_torch_function", f=f, f_vjp=f_vjp)
+        return _again, (f, f_vjp, static)
+
+    def __copy__(self) -> "_Function":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "_Function":
+        return self  # as of any function; nobody writes to it
+
+
+def _again(f: Callable[..., Any], f_vjp: Callable[..., Any], static: dict[str, Any]) -> Callable[..., Any]:
+    """What was pickled"""
+    return as_torch_function(f, f_vjp, **static)
 
 
 def _given_once(name: str, x: Any) -> Any:
@@ -166,6 +195,11 @@ def _placed(structure: Structure, tree: Any) -> Iterator[tuple[int, Any]]:
 
 def _to_arrays(tensors: Any) -> list[Array]:
     """NumPy's arrays of the same memory."""
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        raise NotImplementedError(
+            "a funcmha pair takes no batch of cotangents of torch.autograd, as with is_grads_batched=True and of "
+            "jacobian(vectorize=True): use torch.func.jacrev, or torch.vmap of what torch.func.vjp returns"
+        )
     return [to_array("tensor", x) for x in tensors]
 
 
@@ -203,8 +237,21 @@ class _Kept:
     pair: _Pair
     structure: str  # of the inputs
     output: str  # its structure
-    held: list[int]  # the outputs whose memory the cache holds
-    cache: list[Any]  # emptied by the first backward
+    held: list[int]  # the places of the outputs of which the cache holds the memory
+    cache: list[Any]  # which the first backward takes out
+    each: list["_Kept"] = field(default_factory=list)  # under vmap, of each element
+    again: bool = False  # whether several backwards have one cache, as under `torch.func.jacrev`
+
+    def of(self, i: int) -> "_Kept":
+        """That of an element."""
+        return replace(self.each[i], again=self.again)
+
+    def taken(self, arrays: list[Array]) -> Any:
+        """The cache, made again if it is gone."""
+        cache = self.cache.pop() if self.cache else self.pair.forward(self.structure, arrays)[2]
+        if self.again:
+            self.cache.append(cache)
+        return cache
 
 
 class _AsItRuns(torch.autograd.Function):
@@ -229,8 +276,19 @@ class _AsItRuns(torch.autograd.Function):
         return None, None, *_Gradient.apply(ctx.kept, len(dys), *dys, *tensors)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(*_: Any) -> Any:
-        raise NotImplementedError("torch.vmap does not support a funcmha pair, which takes batch axes itself")
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], pair: _Pair, structure: str, *tensors: Tensor) -> Any:
+        """One element after another"""
+        found = [
+            _AsItRuns.apply(pair, structure, *_element(i, in_dims[2:], tensors))  # type: ignore[no-untyped-call]
+            for i in range(info.batch_size)
+        ]
+        each = [kept for kept, *_ in found]
+        ys = [torch.stack(y) for y in zip(*(ys for _, *ys in found), strict=True)]
+        return (_Kept(pair, structure, each[0].output, [], [], each), *ys), (None, *(0 for _ in ys))
 
 
 class _Gradient(torch.autograd.Function):
@@ -239,8 +297,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(kept: _Kept, n: int, *tensors: Tensor) -> tuple[Any, ...]:
         dys, arrays = _to_arrays(tensors[:n]), _to_arrays(tensors[n:])
-        cache = kept.cache.pop() if kept.cache else kept.pair.forward(kept.structure, arrays)[2]
-        grads = kept.pair.backward(kept.structure, kept.output, cache, dys)
+        grads = kept.pair.backward(kept.structure, kept.output, kept.taken(arrays), dys)
         found = dict(zip(grads, _to_tensors(list(grads.values()), [*dys, *arrays]), strict=True))
         return tuple(found.get(i) for i in range(len(arrays)))
 
@@ -251,6 +308,30 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         return _no_second_order(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], kept: _Kept, n: int, *tensors: Tensor) -> Any:
+        """One element after another, each with its cache; or all with one cache, where cotangents alone are many"""
+        dims = in_dims[2:]
+        own = any(dim is not None for dim in dims[n:])
+        shared = replace(kept, again=True)
+        found = [
+            _Gradient.apply(kept.of(i) if own else shared, n, *_element(i, dims, tensors))  # type: ignore[no-untyped-call]
+            for i in range(info.batch_size)
+        ]
+        grads = tuple(None if g[0] is None else torch.stack(g) for g in zip(*found, strict=True))
+        return grads, tuple(None if g is None else 0 for g in grads)
+
+
+def _element(i: int, dims: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Element i of each tensor along its mapped axis; itself where it has none"""
+    return [x if dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)]
+
+
+_NO_FORWARD_MODE = (
+    "as_torch_function has no forward mode, and so none of jvp, jacfwd and hessian: take jacrev, or attention_jvp and "
+    "mha_jvp of funcmha"
+)
 
 
 def _no_second_order(ctx: Any, *_: Any) -> Any:
@@ -329,6 +410,23 @@ def _back(ctx: Any, dys: list[Tensor]) -> tuple[None, None, list[Tensor | None]]
     found = _apply_vjp(ctx.pair.name, ctx.structure, tensors, dys)
     grads = dict(zip(_differentiable(ctx.structure, tensors), found, strict=True))
     return None, None, [grads.get(i) for i in range(len(tensors))]
+
+
+@_apply.register_vmap
+def _(info: Any, in_dims: Any, pair: str, structure: str, tensors: list[Tensor]) -> Any:
+    found = [_apply(pair, structure, _element(i, in_dims[2], tensors)) for i in range(info.batch_size)]
+    ys = [torch.stack(y) for y in zip(*found, strict=True)]
+    return ys, [0] * len(ys)
+
+
+@_apply_vjp.register_vmap
+def _(info: Any, in_dims: Any, pair: str, structure: str, tensors: list[Tensor], dys: list[Tensor]) -> Any:
+    found = [
+        _apply_vjp(pair, structure, _element(i, in_dims[2], tensors), _element(i, in_dims[3], dys))
+        for i in range(info.batch_size)
+    ]
+    grads = [torch.stack(g) for g in zip(*found, strict=True)]
+    return grads, [0] * len(grads)
 
 
 _apply.register_autograd(_back, setup_context=_keep)

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, downcast, dtype_name, from_host, is_array, namespace, unbroadcast, upcast
+from funcmha._arrays import (
+    Array,
+    downcast,
+    dtype_name,
+    from_host,
+    is_array,
+    namespace,
+    quiet_underflow,
+    unbroadcast,
+    upcast,
+)
 from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp, log_sum_exp
 from funcmha.masks import Mask, causal
@@ -28,6 +38,7 @@ class ScaledDotProductAttentionCache(NamedTuple):
     inputs: tuple[Array, ...]  # query, key, value, attn_mask, as given
 
 
+@quiet_underflow
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -64,6 +75,7 @@ def scaled_dot_product_attention(
     return downcast(o, query.dtype), ScaledDotProductAttentionCache(cache, (query, key, value, attn_mask))
 
 
+@quiet_underflow
 def scaled_dot_product_attention_vjp(
     cache: ScaledDotProductAttentionCache, dy: Array, /
 ) -> tuple[Array, Array, Array, Array]:

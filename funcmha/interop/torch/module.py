@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from funcmha import _check, tree
-from funcmha._arrays import Array, downcast, dtype_name, namespace, unbroadcast, upcast
+from funcmha._arrays import Array, downcast, dtype_name, namespace, quiet_underflow, unbroadcast, upcast
 from funcmha.interop._leaves import check_mapping
 from funcmha.interop._tensors import to_array
 from funcmha.params import PROJECTIONS, SPEC, Params, check
@@ -227,6 +227,7 @@ def merge_masks(
     return (mask, bias), MergeMasksCache(attn, padding, bias, num_heads)
 
 
+@quiet_underflow
 def merge_masks_vjp(cache: MergeMasksCache, dmasks: tuple[None, Array], /) -> tuple[Array, Array]:
     """dattn_mask, dkey_padding_mask     from dmasks = (None, dbias), with the `dbias` of `mha_vjp`
 

@@ -29,6 +29,7 @@ from funcmha._arrays import (
     heads_last,
     is_array,
     namespace,
+    quiet_underflow,
     upcast,
 )
 from funcmha.dropout import Masked, Seeded
@@ -80,6 +81,7 @@ class MultiHeadAttentionForwardCache(NamedTuple):
     average_attn_weights: bool
 
 
+@quiet_underflow
 def multi_head_attention_forward(
     query: Array,
     key: Array,
@@ -142,6 +144,7 @@ def multi_head_attention_forward(
     return (_batch_first(y), downcast(weights, query.dtype)), ours
 
 
+@quiet_underflow
 def multi_head_attention_forward_vjp(
     cache: MultiHeadAttentionForwardCache, dy: tuple[Array, Array], /
 ) -> tuple[Array, ...]:
