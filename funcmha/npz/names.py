@@ -2,17 +2,21 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from funcmha import tree
 
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.npy")
 
 
-def keys(names: Iterable[str]) -> list[str]:
-    """The members' names less .npy; ValueError for one that is not allowed, comes twice, or runs through another."""
-    found: dict[str, None] = {}
+def keys(names: Iterable[str]) -> dict[str, int]:
+    """Of each member its name less .npy, and which one it is, in the order of their tree.
+
+    Branches come as they first do; but where all keys of a branch are numbers they go up, as layers do: 2 before 10,
+    which sorted names have the other way round. ValueError for a name that is not allowed, comes twice, or runs through
+    another.
+    """
+    found: dict[str, int] = {}
     folded: dict[str, str] = {}
     for name in names:
         if len(name) > 255 or not NAME.fullmatch(name) or any(re.fullmatch("__.*__", part) for part in name.split(".")):
@@ -25,16 +29,8 @@ def keys(names: Iterable[str]) -> list[str]:
             raise ValueError(f"{key} must be there once, got it twice")
         if folded.setdefault(key.lower(), key) != key:
             warnings.warn("{} and {} differ in case only".format(*sorted((folded[key.lower()], key))), stacklevel=4)
-        found[key] = None
-    tree.unflatten(found)
-    return list(found)
-
-
-def ordered(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves in the order of their tree, whose branches come as they first do in `flat`; but where all keys of a
-    branch are numbers they go up, as layers do: 2 before 10, which sorted names have the other way round.
-    """
-    return tree.flatten(_numbered(tree.unflatten(flat)))
+        found[key] = len(found)
+    return tree.flatten(_numbered(tree.unflatten(found)))
 
 
 def _numbered(node: tree.Tree) -> tree.Tree:

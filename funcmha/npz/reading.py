@@ -12,7 +12,7 @@ from funcmha import tree
 
 from . import archive, npy
 from .files import File, read
-from .names import keys, ordered
+from .names import keys
 
 MAX_BYTES = 8 * 2**30
 
@@ -78,7 +78,7 @@ def load(
         if like is not None:
             leaves = _alike(name, leaves, like)
         for key, leaf in leaves.items():
-            with _refusing(name):
+            with _refusing(f"{name}: "):
                 flat[key] = _array(source, *leaf) if whole is None else _mapped(whole, *leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
@@ -96,18 +96,19 @@ def entries(path: File, *, max_bytes: int = MAX_BYTES) -> dict[str, Entry]:
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
+def _refusing(what: str) -> Iterator[None]:
+    """ParameterFileError for what is wrong with the file or the member."""
     try:
         yield
     except OSError:  # of which io.UnsupportedOperation is a ValueError too
         raise
     except (BadZipFile, ValueError) as error:
-        raise ParameterFileError(f"{name}: {error}") from error
+        raise ParameterFileError(f"{what}{error}") from error
 
 
 def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[str, _Leaf]:
     """Every leaf by its key, with nothing left to check but its numbers. max_bytes is None where these are mapped."""
-    with _refusing(name):
+    with _refusing(f"{name}: "):
         members = archive.members(source)
         names = keys(member.name for member in members)
         unpacked = sum(member.size for member in members)
@@ -116,16 +117,12 @@ def _leaves(source: archive.Source, name: str, max_bytes: int | None) -> dict[st
             raise ValueError(f"{deflated[0]} must be stored to be mapped, and is deflated: load it without mmap")
         if max_bytes is not None and unpacked > max_bytes:
             raise ValueError(f"must unpack to at most max_bytes={max_bytes} bytes, got {unpacked}")
-        headers = [_header(source, member) for member in members]
-        leaves = dict(zip(names, zip(members, headers, strict=True), strict=True))
-        return {key: leaves[key] for key in ordered(dict.fromkeys(names))}
-
-
-def _header(source: archive.Source, member: archive.Member) -> npy.Header:
-    try:
-        return npy.parse(archive.head(source, member, npy.HEAD), member.size)
-    except ValueError as error:
-        raise ValueError(f"{member.name} {error}") from error
+        headers = []
+        for member in members:
+            head = archive.head(source, member, npy.HEAD)
+            with _refusing(f"{member.name} "):
+                headers.append(npy.parse(head, member.size))
+        return {key: (members[i], headers[i]) for key, i in names.items()}
 
 
 def _entry(header: npy.Header) -> Entry:

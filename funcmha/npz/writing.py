@@ -10,7 +10,7 @@ from funcmha._arrays import dtype_name, is_array
 
 from . import archive, npy
 from .files import File, written
-from .names import keys, ordered
+from .names import keys
 
 FLOATS = (np.float16, np.float32, np.float64)
 
@@ -40,9 +40,8 @@ def save(path: File, params: Mapping[str, tree.Tree]) -> None:
 def _arrays(params: Mapping[str, tree.Tree]) -> dict[str, np.ndarray]:
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be a dict of dicts of arrays, got {type(params).__name__}")
-    arrays = {key: _host(key, leaf) for key, leaf in ordered(tree.flatten(params)).items()}
-    keys(f"{key}.npy" for key in arrays)
-    return arrays
+    arrays = {key: _host(key, leaf) for key, leaf in tree.flatten(params).items()}
+    return {key: arrays[key] for key in keys(f"{key}.npy" for key in arrays)}
 
 
 def _host(key: str, leaf: Any) -> np.ndarray:

@@ -104,16 +104,6 @@ def softmax_vjp(fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_
     return dz, fl.multiply(p_sink, delta)
 
 
-def scores(fl: Arithmetic, qs: Rounded, k: Rounded, bias: Maybe, softcap: Any) -> tuple[Rounded, Maybe]:
-    """Scores of scaled queries, and the slope of the soft cap, where k has the heads of q."""
-    k, slope = transpose(k), None
-    z = fl.matmul(qs, k)
-    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ k.value**2)))  # an error of a query is shared by its keys
-    if softcap is not None:
-        z, slope = soft_cap(fl, z, softcap)
-    return z if bias is None else fl.add(z, bias), slope
-
-
 def attention(
     fl: Arithmetic, q: Rounded, k: Rounded, v: Rounded, bias: Bias, sink: Maybe, do: Rounded, S: int, given: Any
 ) -> tuple[Any, ...]:
@@ -122,16 +112,20 @@ def attention(
     Of p and lse the errors alone. given: the options, the other cotangents, and whether the gradient recomputes p.
     """
     mask, scale, softcap, dropout, dweights, dlse, recomputed = map(given.get, OPTIONS)
-    shape, scale, softcap = (*q.value.shape[:-1], k.value.shape[-2]), per_head(scale), per_head(softcap)
+    scale, softcap = (np.array(x, float)[:, None, None] if np.ndim(x) else x for x in (scale, softcap))  # (H, 1, 1)
     scale = max(q.value.shape[-1], 1) ** -0.5 if scale is None else scale
+    shape = *q.value.shape[:-1], k.value.shape[-2]
     kept = 1.0 if dropout is None else host(dropout.dense(shape)) / (1 - dropout.rate)
     allowed, added = mask_and_bias(mask, bias, shape, S)
     group = 1 if q.value.ndim < 3 else q.value.shape[-3] // max(k.value.shape[-3], 1)
     attended = np.any(allowed, axis=-2)[..., None]
     kh, vh = (each(lambda a: np.where(attended, a if group == 1 else np.repeat(a, group, -3), 0.0), a) for a in (k, v))
 
-    qs = fl.times(q, scale)
-    z, slope = scores(fl, qs, kh, added, softcap)
+    qs, kt = fl.times(q, scale), transpose(kh)
+    z = fl.matmul(qs, kt)
+    z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ kt.value**2)))  # an error of a query is shared by its keys
+    z, slope = (z, None) if softcap is None else soft_cap(fl, z, softcap)
+    z = z if added is None else fl.add(z, added)
     p, p_recomputed, p_sink, lse = softmax_with_sink(fl, z, sink, allowed)
     o = fl.matmul(fl.times(p, kept), vh)
     p = p_recomputed if recomputed else p
@@ -149,11 +143,6 @@ def attention(
     dk, dv = per_key_head(fl, dk, group), per_key_head(fl, dv, group)
     dbias = bias_vjp(fl, bias, each(lambda a: a[..., :S], dz))
     return o, p.error, lse.error, fl.times(dq, scale), dk, dv, dbias, None if drows is None else over_rows(fl, drows)
-
-
-def per_head(x: Any) -> Any:
-    """A number as it is, and one for each head as (H, 1, 1)."""
-    return np.asarray(x, np.float64)[:, None, None] if isinstance(x, tuple | list | np.ndarray) else x
 
 
 def mask_and_bias(mask: Any, bias: Bias, shape: tuple[int, ...], S: int) -> tuple[Array, Maybe]:

@@ -22,7 +22,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from funcmha import biases, dropout, masks, norms, params, rotary, tree
-from funcmha._arrays import Array
+from funcmha._arrays import Array, read_only
 
 MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
 BIASES = (
@@ -93,7 +93,7 @@ class AttentionProblem:
 
     def inputs(self, dtype: Any) -> tuple[Any, ...]:
         """q (..., H, T, D)   k (..., K, S, D)   v (..., K, S, E)   bias or None   sink (H,) or None"""
-        sink = _frozen(self._normal("sink.w", "H").astype(dtype)) if self.sink else None
+        sink = read_only(self._normal("sink.w", "H").astype(dtype)) if self.sink else None
         return *self._inputs(dtype, q="... H T D", k="... K S D", v="... K S E"), self._bias(dtype), sink
 
     def static(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class AttentionProblem:
             return None
         if self.seeded:
             return dropout.seeded(self.seed, self.rate)
-        keep = _frozen(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
+        keep = read_only(self._rng("keep").random((*self.batch, self.H, self.T, self.keys)) >= self.rate)
         return dropout.masked(keep, self.rate)
 
     def _each_head(self, x: float | None, step: float) -> Any:
@@ -147,9 +147,9 @@ class AttentionProblem:
             "lengths": lengths,
             "padding": masks.padding(rng.random((*batch, S)) < 0.7),
             "segments": masks.segments(*ids),
-            "dense": _frozen(rng.random((*batch, 1, T, S)) < 0.7),
-            "heads": _frozen(rng.random((*batch, self.H, T, S)) < 0.7),
-            "empty rows": _frozen(rng.random((T, 1)) < 0.5),
+            "dense": read_only(rng.random((*batch, 1, T, S)) < 0.7),
+            "heads": read_only(rng.random((*batch, self.H, T, S)) < 0.7),
+            "empty rows": read_only(rng.random((T, 1)) < 0.5),
             "intersection": masks.causal(S - T) & lengths,
         }[self.mask]
 
@@ -160,7 +160,7 @@ class AttentionProblem:
 
     def _lay(self, a: np.ndarray, dtype: Any) -> Array:
         """`a` in `dtype` and in the layout of the problem, read-only."""
-        return _frozen(LAYOUTS[self.layout](a.astype(dtype)))
+        return read_only(LAYOUTS[self.layout](a.astype(dtype)))
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class MhaProblem(AttentionProblem):
             if self._has(leaf):
                 a = self._normal(leaf, axes)
                 fan_in = max(prod(a.shape[1:] if leaf == "out_proj.w" else a.shape[2:]), 1)
-                leaves[leaf] = _frozen((fan_in**-0.5 * a).astype(dtype))
+                leaves[leaf] = read_only((fan_in**-0.5 * a).astype(dtype))
         return tree.unflatten(leaves)
 
     def _has(self, leaf: str) -> bool:
@@ -224,11 +224,6 @@ class MhaProblem(AttentionProblem):
         if group in ("bias_kv", "sink"):
             return self.bias_kv if group == "bias_kv" else self.sink
         return name == "w" or self.biases
-
-
-def _frozen(a: np.ndarray) -> np.ndarray:
-    a.flags.writeable = False
-    return a
 
 
 # Not drawn unless asked for: attention_problems(**MODERN), mha_problems(**MODERN, **MODERN_MHA)
