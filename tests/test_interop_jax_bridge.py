@@ -183,9 +183,7 @@ def test_it_is_pickled_by_the_names_of_its_functions():
 
 
 def test_a_lambda_is_not_pickled():
-    with pytest.raises(
-        pickle.PicklingError, match=r"what as_jax_function made of .*<lambda> cannot be pickled: f must be"
-    ):
+    with pytest.raises(pickle.PicklingError, match=r"as_jax_function\(.*<lambda>, …\) cannot be pickled: f must be"):
         pickle.dumps(as_jax_function(lambda x: (x, x), attention_vjp))
 
 

@@ -12,14 +12,15 @@ import torch
 from funcmha import attention, attention_vjp, init, masks, mha, mha_vjp, tree
 from funcmha.dropout import Masked, masked, seeded
 from funcmha.engines import TILED
-from funcmha.interop.torch import autograd as bridge
 from funcmha.interop.torch import (
     multi_head_attention_forward,
     multi_head_attention_forward_vjp,
+    operators,
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
 from funcmha.interop.torch.autograd import as_torch_function
+from funcmha.interop.torch.pairs import PAIRS as _PAIRS
 from funcmha.merge import merge, merge_vjp
 
 F = torch.nn.functional
@@ -93,11 +94,11 @@ def test_gradcheck(f, f_vjp, static, inputs):
 def test_opcheck(f, f_vjp, static, inputs):
     """Schema, fake tensors, registration of autograd, and the compiler's graphs with dynamic shapes."""
     g, tensors = as_torch_function(f, f_vjp, **static), inputs()
-    name, structure = list(bridge._PAIRS)[-1], f"(({', '.join(map(str, range(len(tensors))))}, ), {{}}, )"
-    torch.library.opcheck(bridge._apply, (name, structure, tensors))
+    name, structure = list(_PAIRS)[-1], f"(({', '.join(map(str, range(len(tensors))))}, ), {{}}, )"
+    torch.library.opcheck(operators.apply, (name, structure, tensors))
     tensors = [x.detach() for x in tensors]
     ys = g(*tensors)
-    torch.library.opcheck(bridge._apply_vjp, (name, structure, tensors, list(ys) if isinstance(ys, tuple) else [ys]))
+    torch.library.opcheck(operators.apply_vjp, (name, structure, tensors, list(ys) if isinstance(ys, tuple) else [ys]))
 
 
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
@@ -286,8 +287,8 @@ def test_a_function_may_go_before_its_gradient_comes(operator):
     """The graph holds it, and nothing else does."""
     inputs = qkv()
     attend = as_torch_function(attention, attention_vjp)
-    name = list(bridge._PAIRS)[-1]
-    y = bridge._apply(name, "((0, 1, 2, ), {}, )", inputs)[0] if operator else attend(*inputs)
+    name = list(_PAIRS)[-1]
+    y = operators.apply(name, "((0, 1, 2, ), {}, )", inputs)[0] if operator else attend(*inputs)
     del attend
     gc.collect()
     want = F.scaled_dot_product_attention(*inputs)
@@ -295,7 +296,7 @@ def test_a_function_may_go_before_its_gradient_comes(operator):
         close(g, h)
     del y
     gc.collect()
-    assert name not in bridge._PAIRS
+    assert name not in _PAIRS
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,10 +357,12 @@ def test_an_output_has_memory_of_its_own_to_write_to(way, answer):
 def test_an_operator_returns_contiguous_tensors():
     f = as_torch_function(lambda x, /: (x.T * 2, ()), lambda _, dy, /: (dy.T * 2,))
     x = leaf(3, 5)
-    name = list(bridge._PAIRS)[-1]
-    torch.library.opcheck(bridge._apply, (name, "((0, ), {}, )", [x]), test_utils="test_faketensor")
+    name = list(_PAIRS)[-1]
+    torch.library.opcheck(operators.apply, (name, "((0, ), {}, )", [x]), test_utils="test_faketensor")
     dy = torch.ones(5, 3, dtype=torch.float64)
-    torch.library.opcheck(bridge._apply_vjp, (name, "((0, ), {}, )", [x.detach()], [dy]), test_utils="test_faketensor")
+    torch.library.opcheck(
+        operators.apply_vjp, (name, "((0, ), {}, )", [x.detach()], [dy]), test_utils="test_faketensor"
+    )
     assert torch.equal(compiled(f)(x), f(x))
 
 
@@ -528,7 +531,8 @@ def test_a_copy_is_itself():
 )
 def test_a_lambda_is_not_pickled(pair):
     with pytest.raises(
-        pickle.PicklingError, match=r"<lambda> cannot be pickled: f.* must be a function that its module"
+        pickle.PicklingError,
+        match=r"as_torch_function\(.*<lambda>, …\) cannot be pickled: f.* must be a function that its module",
     ):
         pickle.dumps(as_torch_function(*pair))
 
@@ -545,7 +549,7 @@ def test_a_partial_is_pickled_as_its_function_is():
 def test_a_second_derivative_is_refused():
     inputs = qkv()
     attend = as_torch_function(attention, attention_vjp)
-    (operator,) = bridge._apply(list(bridge._PAIRS)[-1], "((0, 1, 2, ), {}, )", inputs)
+    (operator,) = operators.apply(list(_PAIRS)[-1], "((0, 1, 2, ), {}, )", inputs)
     for y in (attend(*inputs), operator):
         (dq,) = torch.autograd.grad((y**2).sum(), inputs[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="the gradient of a funcmha pair has no gradient"):
@@ -579,7 +583,7 @@ def test_refusals(error, message, inputs, options):
 
 def test_an_operator_whose_function_is_gone_says_so():
     with pytest.raises(RuntimeError, match="the function of attention 123456 is gone"):
-        bridge._apply("attention 123456", "((0, ), {}, )", [leaf(3)])
+        operators.apply("attention 123456", "((0, ), {}, )", [leaf(3)])
 
 
 def test_a_tensor_given_once_that_wants_a_gradient_is_refused():

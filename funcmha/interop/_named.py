@@ -18,6 +18,6 @@ def check_named(what: str, **functions: Any) -> None:
             found = getattr(found, part, None)
         if found is not f:
             raise pickle.PicklingError(
-                f"what {what} made of {path} cannot be pickled: {argument} must be a function that its module has by "
-                f"its name, as one defined there with def; {f.__module__} has no {path}"
+                f"{what}({path}, …) cannot be pickled: {argument} must be a function that its module has under its "
+                f"name, as one defined there with def; {f.__module__} has no {path}"
             )

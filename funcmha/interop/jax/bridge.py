@@ -37,8 +37,8 @@ def as_jax_function(
                  it once, with the new axis before all axes of all inputs: correct where f treats that as a batch, as
                  `attention` does without a sink; not for parameters. Or another of `jax.pure_callback`
 
-    What f refuses is refused when JAX traces the call, by f's own error. A gradient has its input's dtype and shape.
-    What is returned is pickled by the names of f and f_vjp, which must be those of functions of a module.
+    Errors of f are raised when JAX traces the call. A gradient has its input's dtype and shape. The returned function
+    is pickled by the names of f and f_vjp, which must be functions of a module.
     """
     _check.function("f", f)
     _check.function("f_vjp", f_vjp)
@@ -54,7 +54,7 @@ def as_jax_function(
 
 
 class _Function:
-    """What `as_jax_function` makes of a pair."""
+    """The function that `as_jax_function` returns."""
 
     def __init__(self, f: Callable[..., Any], f_vjp: Callable[..., Any], vmap_method: str, static: dict[str, Any]):
         self.made_of = f, f_vjp, vmap_method, static
