@@ -43,6 +43,7 @@ class LinearCache(NamedTuple):
     b: Array  # (O,) or None
 
 
+@quiet_underflow
 def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
     """y = x wᵀ + b        x (..., I)   w (O, I)   b (O,) or None   →   y (..., O)
 
@@ -56,6 +57,7 @@ def linear(x: Array, w: Array, b: Array = None, /) -> tuple[Array, LinearCache]:
     return downcast(y, dtype), LinearCache(x, w, b)
 
 
+@quiet_underflow
 def linear_vjp(cache: LinearCache, dy: Array, /, *, batch_axes: int = 0) -> tuple[Array, Array, Array]:
     """dx = dy w     dw = Σ dy xᵀ     db = Σ dy        sums over all axes but the first `batch_axes`
 

@@ -35,7 +35,7 @@ PLANTED = table(ROOT / "tests/faults.txt")
 MORE = {  # tests beside those of the same name, of all files whose path begins so
     "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
     "mha.py": ["test_modern.py"],
-    "params.py": ["test_modern.py"],
+    "params.py": ["test_mha.py", "test_modern.py"],
     "biases.py": ["test_bias.py"],
     "norms.py": ["test_norm_derivatives.py"],
     "masks/kinds.py": ["test_packing.py"],

@@ -6,11 +6,12 @@ GPT-2's sizes are as close to float64 as PyTorch's (docs/decisions/0027-digits-a
 
 import numpy as np
 
-from funcmha._arrays import Array
+from funcmha._arrays import Array, quiet_underflow
 
 from . import threads
 
 
+@quiet_underflow
 def product(a: Array, b: Array, /, *, out: Array, terms: int, add: bool = False) -> Array:
     """out = a b, or out += a b      a (R, I)   b (I, N)   →   out (R, N)     in partial sums of so many terms"""
     for i in range(0, max(len(b), 1), terms):
