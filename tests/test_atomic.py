@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_old_file(path):
         assert os.listdir(path.parent) == [path.name]
 
 
-def test_the_file_is_on_the_disk_before_it_has_its_name_and_the_directory_after(path, monkeypatch):
+def test_file_and_then_directory_are_synced_around_the_rename(path, monkeypatch):
     events, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd)))
     monkeypatch.setattr(os, "replace", lambda *args: [replace(*args), events.append("replace")])
@@ -211,7 +211,7 @@ def test_a_file_system_without_links_gets_a_copy(path, error):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_modes_that_cannot_be_set_are_no_error_where_they_are_right(path):
+def test_right_modes_that_cannot_be_set_are_no_error(path):
     refused = mock.patch.object(os, "fchmod", side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
     before = os.umask(0o022)
     try:

@@ -93,7 +93,7 @@ def test_dense_is_the_array_that_it_stands_for(kind, shape):
 
 
 @every_bias
-def test_dense_vjp_is_torch(kind, shape):
+def test_dense_vjp_matches_torch(kind, shape):
     """Summed over the axes that were broadcast, and along diagonals. Oracle: PyTorch's gradient."""
     bias, dz = kind(read_only(*shape)), read_only(B, H, T, S, seed=1)
     dbias = bias.dense_vjp(dz)

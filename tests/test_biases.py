@@ -146,7 +146,7 @@ def test_the_gradient_of_the_whole_is_added_up_from_tiles(problem, height, width
 
 
 @given(relatives())
-def test_dense_and_diagonal_sums_are_torch(problem):
+def test_dense_and_diagonal_sums_match_torch(problem):
     relative, T, S = problem
     dz = np.random.default_rng(5).standard_normal((*relative.values.shape[:-1], T, S))
     leaf = oracles.tensor(relative.values)
@@ -196,7 +196,7 @@ def alibi_loop(slopes, T, S, offset):
 
 
 def slopes_of_the_paper(n):
-    """`get_slopes` of the reference implementation (ofirpress/attention_with_linear_biases), as published."""
+    """`get_slopes` of the published code (ofirpress/attention_with_linear_biases), as published."""
 
     def power_of_two(n):
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
@@ -222,7 +222,7 @@ def test_slopes_of_eight_heads_are_halves_and_of_none_are_none():
 
 @pytest.mark.parametrize("offset", [0, 3, -2, 4096])
 @each_size
-def test_alibi_and_its_gradient_are_torch(T, S, offset):
+def test_alibi_and_its_gradient_match_torch(T, S, offset):
     rng = np.random.default_rng(11)
     slopes, dz = rng.standard_normal(3), rng.standard_normal((3, T, S))
     bias, cache = alibi(slopes, T=T, S=S, offset=offset)
@@ -254,7 +254,7 @@ def test_an_offset_is_a_later_row():
     assert np.array_equal(dense(alibi(slopes, T=2, S=9, offset=7)[0], 2, 9), whole[:, 7:])
 
 
-def test_alibi_in_float32_is_off_by_two_roundings_beyond_2_to_the_24():
+def test_alibi_in_float32_is_off_by_two_roundings():
     slopes = alibi_slopes(7).astype(np.float32)
     for offset in (0, 2**24, 2**31):
         bias, cache = alibi(slopes, T=101, S=103, offset=offset)
@@ -283,7 +283,7 @@ def tables(draw):
 
 @given(tables())
 @example((np.zeros((0, 2)), np.zeros(0, int), np.zeros((2, 0))))
-def test_lookup_and_its_gradient_are_torch(problem):
+def test_lookup_and_its_gradient_match_torch(problem):
     table, index, dvalues = problem
     bias, cache = lookup(table, index=index)
     leaf = oracles.tensor(table)
@@ -484,13 +484,13 @@ def test_half_types_are_float32_rounded_once(f, f_vjp, shape, static, dtype):
     static = static | ({"offset": 4099} if f is alibi else {})  # which no half type holds
     x = np.random.default_rng(19).standard_normal(shape).astype(dtype)
     bias, cache = f(x, **static)
-    wide, cache_wide = f(x.astype(np.float32), **static)
+    in_32, cache_32 = f(x.astype(np.float32), **static)
     dvalues = np.random.default_rng(20).standard_normal(bias.values.shape).astype(dtype)
     (dx,) = f_vjp(cache, RelativeBias(dvalues))
-    (dx_wide,) = f_vjp(cache_wide, RelativeBias(dvalues.astype(np.float32)))
+    (dx_wide,) = f_vjp(cache_32, RelativeBias(dvalues.astype(np.float32)))
     assert bias.values.dtype == dx.dtype == dtype
     assert dx_wide.dtype == np.float32
-    assert np.array_equal(bias.values, wide.values.astype(dtype))
+    assert np.array_equal(bias.values, in_32.values.astype(dtype))
     assert np.array_equal(dx, dx_wide.astype(dtype))
 
 

@@ -170,7 +170,7 @@ def test_verify_fails_on_nan_and_its_json_can_be_read(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 5e-5), ("float64", 1e-13)])
-def test_verify_fails_on_an_error_that_the_tolerance_cannot_see(dtype, error, monkeypatch, capsys):
+def test_verify_fails_on_an_error_below_the_tolerance(dtype, error, monkeypatch, capsys):
     """A bias gradient of 0.2 at most, off by less than the tolerance: the bound knows better."""
 
     def off(dbias):
@@ -276,7 +276,7 @@ def test_inspect_of_one_attention(tmp_path, capsys):
 
 
 def test_inspect_needs_numpy_alone(file):
-    """With the doors shut to everything else that might be installed."""
+    """Where nothing else can be imported."""
     code = f"""
 import sys
 for name in ("torch", "rich", "ml_dtypes", "hypothesis", "jax", "array_api_compat"):

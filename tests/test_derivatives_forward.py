@@ -175,7 +175,7 @@ def test_jvp_of_every_array_library_is_the_same(engine, xp):
 
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
-def test_a_tangent_of_what_the_mask_hides_has_no_effect(engine, garbage):
+def test_a_tangent_of_what_is_masked_has_no_effect(engine, garbage):
     problem, attended = AttentionProblem(bias="... H T S"), np.array([True, False, True, True, False, False, True])
     mask = np.broadcast_to(attended, (problem.T, problem.S))
     dots = other(problem).inputs("float64")
@@ -271,11 +271,11 @@ def test_linear_jvp_is_the_adjoint_of_its_vjp(shapes):
 # ── mha ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVERYTHING_MHA = MhaProblem(
-    T=5, S=5, mask="heads", bias="... H 1 S", sink=True, softcap=0.5, rate=0.3, qk_norm="layer", turned="half of all"
+    T=5, S=5, mask="heads", bias="... H 1 S", sink=True, softcap=0.5, rate=0.3, qk_norm="layer", rotary="half of all"
 )
 MHA_EDGES = (
     EVERYTHING_MHA,
-    replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, qk_norm="rms", turned="interleaved of some", Ck=17, Cv=17),
+    replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True, qk_norm="rms", rotary="interleaved of some", Ck=17, Cv=17),
     replace(EVERYTHING_MHA, qk_norm="l2", bias="1 T+S-1", biases=False),
     replace(EVERYTHING_MHA, T=32, S=33, Cq=2, Ck=1, Cv=2),  # where q, k and v are recomputed
     MhaProblem(K=3, G=2, mask="empty rows", zero_attn=True),

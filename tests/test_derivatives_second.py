@@ -274,7 +274,7 @@ def test_no_tangent_of_mha_is_one_of_zeros_at_second_order(engine, given_):
 
 @pytest.mark.parametrize("garbage", [np.inf, np.nan])
 def test_a_tangent_of_an_unattended_input_has_no_effect(engine, garbage):
-    problem, attended = MhaProblem(qk_norm="rms", turned="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
+    problem, attended = MhaProblem(qk_norm="rms", rotary="half of all"), np.array([1, 0, 1, 1, 0, 0, 1], bool)
     params_dot, query_dot, *dots, _ = other(problem).inputs("float64")
     dy, *_ = problem.cotangents("float64")
     _, cache = mha(

@@ -86,7 +86,7 @@ def tiles(draw):
 @example(2**32 + 5, 0.5, (3, 2, (5, 12), (2, 15)))
 @example(0, 1 - 2.0**-53, (0, 0, (0, 7), (0, 13)))
 @example(0, 0.0, (0, 0, (0, 7), (0, 13)))
-def test_a_tile_is_its_definition(seed, rate, tile):
+def test_a_tile_equals_its_definition(seed, rate, tile):
     b, h, rows, cols = tile
     got = seeded(seed, rate).tile(b, h, rows, cols)
     want = [[kept(seed, rate, b, h, i, j) for j in range(*cols)] for i in range(*rows)]
@@ -95,7 +95,7 @@ def test_a_tile_is_its_definition(seed, rate, tile):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 29), (2, 3, 5, 3, 7), (3, 5, 11), (5, 13), (2, 0, 5, 7), (2, 3, 5, 0)])
-def test_dense_is_its_tiles(shape):
+def test_dense_equals_its_tiles(shape):
     drop = seeded(2**40 + 7, 0.3)
     *batch, H, T, S = shape if len(shape) > 2 else (1, *shape)
     whole = drop.dense(shape)
@@ -114,8 +114,8 @@ def test_large_tiles_are_drawn_in_pieces_and_are_the_same():
     whole = drop.tile(1, 2, (3, 260), (1, 515))
     pieces = [drop.tile(1, 2, (r, r + 1), (1, 515)) for r in range(3, 260)]
     np.testing.assert_array_equal(whole, np.concatenate(pieces))
-    wide = drop.tile(0, 0, (0, 2), (0, 40_000))
-    np.testing.assert_array_equal(wide[:, 39_000:], drop.tile(0, 0, (0, 2), (39_000, 40_000)))
+    long = drop.tile(0, 0, (0, 2), (0, 40_000))
+    np.testing.assert_array_equal(long[:, 39_000:], drop.tile(0, 0, (0, 2), (39_000, 40_000)))
 
 
 @pytest.mark.parametrize(

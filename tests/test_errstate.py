@@ -119,7 +119,7 @@ def test_bounds(dtype, gain):
     problem = AttentionProblem(mask="empty rows", gain=gain)
     q, k, v, bias, _ = problem.inputs("float64")
     attention_bounds(q, k, v, bias, problem.cotangents("float64")[0], mask=problem.static()["mask"], dtype=dtype)
-    problem = MhaProblem(mask="intersection", gain=gain, qk_norm="layer", turned="half of some")
+    problem = MhaProblem(mask="intersection", gain=gain, qk_norm="layer", rotary="half of some")
     mha_bounds(*problem.inputs("float64"), problem.cotangents("float64")[0], **problem.static(), dtype=dtype)
     linear_bounds(
         normal(2, 3, dtype="f8", scale=1e-200),

@@ -1,6 +1,6 @@
-"""What a query that sees no key holds has no effect, nor its cotangents and tangents, whatever they are: to the bit.
+"""What a fully masked query holds has no effect, nor its cotangents and tangents, whatever they are: to the bit.
 
-The oracle is the same call with finite numbers in their place. Keys that no query sees are tested beside each op.
+The oracle is the same call with finite numbers in their place. Unattended keys are tested beside each op.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ T, S = 5, 7
 SOME = np.array([True, True, False, True, False])
 BY_HEAD = np.ones((6, T, S), bool)
 BY_HEAD[1, 2], BY_HEAD[4, :3] = False, False
-MASKS = {  # each hides all keys from some queries, of some heads or samples
+MASKS = {  # each masks some queries fully, of some heads or samples
     "rows": np.repeat(SOME[:, None], S, axis=1),
     "causal": masks.causal(-2),
     "causal & padding": masks.causal() & masks.padding(np.arange(S) >= 2),
@@ -53,13 +53,13 @@ EVERYTHING = AttentionProblem(bias="... H T S", sink=True, softcap=0.5, seeded=T
 
 
 def empty_rows(mask, heads=6):
-    """Which queries see no key (2, heads, T, 1), from the booleans of the mask."""
+    """Which queries are fully masked (2, heads, T, 1), from the booleans of the mask."""
     allowed = mask.dense(T, S) if isinstance(mask, masks.Mask) else mask
     return ~np.broadcast_to(allowed, (2, heads, T, S)).any(axis=-1, keepdims=True)
 
 
 def in_no_head(mask):
-    """Which queries see no key in any head (2, T, 1)."""
+    """Which queries are fully masked in every head (2, T, 1)."""
     return empty_rows(mask).all(axis=1)
 
 
@@ -80,7 +80,7 @@ def everything(engine, problem, mask, q, do):
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
+def test_a_fully_masked_query_has_no_effect(engine, problem, mask, garbage):
     (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
     same(*(everything(engine, problem, mask, np.where(empty_rows(mask), x, q), do) for x in (garbage, 0.5)))
 
@@ -88,13 +88,13 @@ def test_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage)
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_the_cotangent_of_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
+def test_the_cotangent_of_a_fully_masked_query_has_no_effect(engine, problem, mask, garbage):
     (q, *_), (do, *_) = problem.inputs("float64"), problem.cotangents("float64")
     same(*(everything(engine, problem, mask, q, np.where(empty_rows(mask), x, do)) for x in (garbage, 0.5)))
 
 
 @each_mask
-def test_a_query_that_sees_nothing_has_gradient_zero(engine, mask):
+def test_a_fully_masked_query_has_gradient_zero(engine, mask):
     (q, k, v, *_), (do, *_) = AttentionProblem().inputs("float64"), AttentionProblem().cotangents("float64")
     empty = empty_rows(mask)
     _, cache = attention(np.where(empty, np.nan, q), k, v, mask=mask, engine=engine)
@@ -104,11 +104,11 @@ def test_a_query_that_sees_nothing_has_gradient_zero(engine, mask):
 
 def test_attention_without_a_head_axis_has_queries_too(engine):
     q, k, v, do = (np.random.default_rng(0).standard_normal(s) for s in ((5, 3), (7, 3), (7, 2), (5, 2)))
-    hidden = np.arange(5)[:, None] < 2
+    masked = np.arange(5)[:, None] < 2
 
     def run(x):
-        o, cache = attention(np.where(hidden, x, q), k, v, mask=masks.causal(-2), engine=engine)
-        return o, *attention_vjp(cache, np.where(hidden, x, do))
+        o, cache = attention(np.where(masked, x, q), k, v, mask=masks.causal(-2), engine=engine)
+        return o, *attention_vjp(cache, np.where(masked, x, do))
 
     same(run(np.nan), run(0.5))
 
@@ -123,7 +123,7 @@ def test_the_cotangent_of_a_weight_that_is_zero_has_no_effect(engine):
 
 @each_mask
 @each_garbage
-def test_a_query_that_sees_nothing_has_no_effect_on_scores(mask, garbage):
+def test_a_fully_masked_query_has_no_effect_on_scores(mask, garbage):
     q, k, *_ = AttentionProblem().inputs("float64")
     dz = np.random.default_rng(1).standard_normal((2, 6, T, S))
 
@@ -140,7 +140,7 @@ def test_a_query_that_sees_nothing_has_no_effect_on_scores(mask, garbage):
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("problem", [AttentionProblem(), EVERYTHING], ids=["plain", "everything"])
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect(engine, problem, mask, garbage):
+def test_a_tangent_of_a_fully_masked_query_has_no_effect(engine, problem, mask, garbage):
     _, cache = attention(*problem.inputs("float64"), **problem.static() | {"mask": mask}, engine=engine)
     q_dot, *dots = other(problem).inputs("float64")
     same(*(attention_jvp(cache, np.where(empty_rows(mask), x, q_dot), *dots) for x in (garbage, 0.5)))
@@ -170,7 +170,7 @@ def test_nor_has_any_at_second_order(engine, which, mask, garbage):
 @pytest.mark.parametrize(
     "problem", [MhaProblem(), MhaProblem(qk_norm="rms", sink=True)], ids=["plain", "norm and sink"]
 )
-def test_a_query_that_sees_nothing_has_no_effect_on_mha(engine, problem, mask, garbage):
+def test_a_fully_masked_query_has_no_effect_on_mha(engine, problem, mask, garbage):
     params, query, *others = problem.inputs("float64")
     dy, dweights, dlse = problem.cotangents("float64")
     static = problem.static() | {"mask": mask}
@@ -183,7 +183,7 @@ def test_a_query_that_sees_nothing_has_no_effect_on_mha(engine, problem, mask, g
 
 
 @pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "heads"])
-def test_a_query_that_sees_nothing_has_no_effect_on_a_head(engine, mask):
+def test_a_fully_masked_query_has_no_effect_on_a_head(engine, mask):
     params, query, *others = MhaProblem().inputs("float64")
 
     def run(x):
@@ -194,7 +194,7 @@ def test_a_query_that_sees_nothing_has_no_effect_on_a_head(engine, mask):
 
 
 @pytest.mark.parametrize("mask", [mask for name, mask in MASKS.items() if name != "no keys"])
-def test_the_cotangent_of_an_output_without_keys_reaches_the_output_projection_alone(engine, mask):
+def test_a_cotangent_without_keys_reaches_out_proj_alone(engine, mask):
     params, *inputs = MhaProblem().inputs("float64")
     dy, *_ = MhaProblem().cotangents("float64")
     _, cache = mha(params, *inputs, mask=mask, engine=engine)
@@ -204,7 +204,7 @@ def test_the_cotangent_of_an_output_without_keys_reaches_the_output_projection_a
         *(g for name, g in want.items() if name != "out_proj"), *clean))  # fmt: skip
 
 
-def test_with_an_appended_key_every_query_sees(engine):
+def test_with_an_appended_key_no_query_is_fully_masked(engine):
     params, query, *others = MhaProblem(bias_kv=True).inputs("float64")
     query = np.where(np.arange(T)[:, None] == 0, np.nan, query)
     y, _ = mha(params, query, *others, mask=masks.causal(-2), engine=engine)
@@ -213,12 +213,12 @@ def test_with_an_appended_key_every_query_sees(engine):
 
 
 SQUARE = replace(MhaProblem(), Cq=17, Ck=17, Cv=17, S=T)
-WIDE = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in turn, not as one product
+IN_TURN = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in turn, not as one product
 
 
 @each_garbage
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
-def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(engine, problem, garbage):
+@pytest.mark.parametrize("problem", [SQUARE, IN_TURN], ids=["one product", "in turn"])
+def test_a_token_that_no_attention_reaches_has_no_effect(engine, problem, garbage):
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
     mask = masks.causal() & masks.padding(np.arange(T) >= 2)  # padded on the left
@@ -231,9 +231,9 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect(engine, problem, ga
 
 
 @pytest.mark.parametrize("mask", [masks.causal(-1), masks.causal(1) & SOME[None], masks.causal(-1) & SOME[None]])
-@pytest.mark.parametrize("problem", [SQUARE, WIDE], ids=["downcast", "wide"])
-def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_gradients(engine, problem, mask):
-    """Those of three inputs that are no longer one array: each is blanked for itself."""
+@pytest.mark.parametrize("problem", [SQUARE, IN_TURN], ids=["one product", "in turn"])
+def test_a_token_attended_or_attending_keeps_its_gradients(engine, problem, mask):
+    """Those of three inputs that are no longer one array: each is zeroed for itself."""
     params, x, *_ = problem.inputs("float64")
     dy, *_ = problem.cotangents("float64")
     _, cache = self_attention(params, x, mask=mask, engine=engine)
@@ -245,7 +245,7 @@ def test_a_token_that_sees_nothing_but_is_seen_or_the_other_way_round_keeps_its_
 
 
 @pytest.mark.parametrize("norm", ["none", "rms"])
-def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps(engine, norm):
+def test_a_padded_token_has_no_effect_on_a_chain_of_steps(engine, norm):
     problem = replace(SQUARE, qk_norm=norm)
     (params, x, *_), (dy, *_), static = problem.inputs("float64"), problem.cotangents("float64"), problem.static()
     padded = np.arange(T) < 2  # on the left
@@ -267,7 +267,7 @@ def test_a_token_that_neither_sees_nor_is_seen_has_no_effect_on_a_chain_of_steps
 
 @each_mask
 @each_garbage
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(engine, mask, garbage):
+def test_a_masked_query_s_tangent_has_no_effect_on_mha(engine, mask, garbage):
     problem = MhaProblem(qk_norm="layer", sink=True)
     _, cache = mha(*problem.inputs("float64"), **problem.static() | {"mask": mask}, engine=engine)
     params_dot, query_dot, *dots = other(problem).inputs("float64")
@@ -280,7 +280,7 @@ def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_mha(engine, mas
     same(run(garbage), run(0.5))
 
 
-def test_a_tangent_of_a_query_that_sees_nothing_has_no_effect_on_a_head(engine):
+def test_a_masked_query_s_tangent_has_no_effect_on_a_head(engine):
     params, *inputs, _ = MhaProblem().inputs("float64")
     _, cache = head(head_params(params, 0), *inputs, mask=masks.causal(-2), engine=engine)
     params_dot, query_dot, *dots, _ = other(MhaProblem()).inputs("float64")

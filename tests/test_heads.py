@@ -28,7 +28,7 @@ SPECIFICATION = importlib.import_module("funcmha.mha")  # as funcmha.mha is the 
 PROBLEMS = {
     "plain": MhaProblem(),
     "modern": MhaProblem(
-        D=8, qk_norm="layer", turned="half of some", sink=True, softcap=0.5, scale=0.5, per_head=True, mask="heads",
+        D=8, qk_norm="layer", rotary="half of some", sink=True, softcap=0.5, scale=0.5, per_head=True, mask="heads",
         bias="... H T+S-1", rate=0.3, seeded=True,
     ),
     "appended keys": MhaProblem(bias_kv=True, zero_attn=True, bias="... H 1 S", mask="intersection", rate=0.3),
@@ -41,7 +41,7 @@ each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEM
 # ── the order of the specification ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_forward_visits_the_heads_from_the_first_to_the_last(monkeypatch):
+def test_the_forward_visits_the_heads_from_first_to_last(monkeypatch):
     params, *arrays = PROBLEMS["modern"].inputs("float64")
     visited, f = [], SPECIFICATION._head
     monkeypatch.setattr(SPECIFICATION, "_head", lambda one, *rest: visited.append(one["q_proj"]["w"]) or f(one, *rest))
@@ -51,7 +51,7 @@ def test_the_forward_visits_the_heads_from_the_first_to_the_last(monkeypatch):
         assert np.array_equal(w, params["q_proj"]["w"][h])
 
 
-def test_the_backward_visits_the_heads_from_the_last_to_the_first(monkeypatch):
+def test_the_backward_visits_the_heads_from_last_to_first(monkeypatch):
     y, cache = mha(*PROBLEMS["modern"].inputs("float64"), **PROBLEMS["modern"].static(), engine=SEQUENTIAL)
     visited, f = [], SPECIFICATION._head_vjp
     monkeypatch.setattr(SPECIFICATION, "_head_vjp", lambda one, *rest: visited.append(one) or f(one, *rest))

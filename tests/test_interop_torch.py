@@ -544,7 +544,7 @@ def test_merge_masks_keeps_the_protocol(attn, padding):
     check_vjp(merge_masks, merge_masks_vjp, inputs, {"num_heads": H})
 
 
-def test_a_boolean_mask_has_no_gradient_and_a_floating_one_beside_it_has():
+def test_only_the_floating_one_of_two_masks_has_a_gradient():
     attn, padding = np.zeros((L, S), bool), np.ones((N, S), np.float32)
     (mask, bias), cache = merge_masks(torch.from_numpy(attn), torch.from_numpy(padding), num_heads=H)
     dattn, dpadding = merge_masks_vjp(cache, (None, np.full(bias.shape, 2.0, np.float32)))

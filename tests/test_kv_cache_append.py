@@ -78,10 +78,10 @@ def test_steps_equal_the_full_forward(engine, steps, left, batch, K):
     done, kv = forward(q, k, v, steps, left=left, engine=engine)
     np.testing.assert_allclose(np.concatenate([o for o, *_ in done], axis=-2), want, rtol=0, atol=1e-13)
     rows = split(attention_weights(cache), steps)
-    for (*_, attended), row, seen in zip(done, rows, np.cumsum(steps), strict=True):
+    for (*_, attended), row, total in zip(done, rows, np.cumsum(steps), strict=True):
         got = attention_weights(attended)
-        np.testing.assert_allclose(got, row[..., seen - got.shape[-1] : seen], rtol=0, atol=1e-13)
-        assert not row[..., : seen - got.shape[-1]].any()  # of what is dropped
+        np.testing.assert_allclose(got, row[..., total - got.shape[-1] : total], rtol=0, atol=1e-13)
+        assert not row[..., : total - got.shape[-1]].any()  # of what is dropped
     assert kv.position == 11
 
 
@@ -114,8 +114,8 @@ def test_steps_match_torch(steps, left):
 
 @each_step
 @each_left
-def test_seen_is_the_position_for_rotary(steps, left):
-    """Queries and keys rotated step by step, where `seen` says they stand; dropping tokens moves none of the others."""
+def test_the_position_of_a_cache_is_that_for_rotary(steps, left):
+    """Queries and keys rotated step by step, where `position` says they stand; what is dropped moves no other."""
     q, k, v, do = problem(D=6)
     freqs, whole = frequencies(6), table(np.arange(11), frequencies(6))
     (q_all, q_cache), (k_all, k_cache) = rotate(q, rotary=whole), rotate(k, rotary=whole)
@@ -308,16 +308,16 @@ def test_a_tree_of_appends_shows_what_concatenation_shows(story):
     shapes = (2, 0, 3), (2, 0, 1)
     values = [(empty(*draw(*shapes)), *draw(*shapes), 0)]
     for n, (pick, T, left) in enumerate(story):
-        kv, keys, rows, seen = values[pick % len(values)]
+        kv, keys, rows, total = values[pick % len(values)]
         k, v = draw((2, T, 3), (2, T, 1), seed=n)
         first = 0 if left is None else max(keys.shape[-2] - left, 0)
-        want = np.concatenate([keys[:, first:], k], axis=1), np.concatenate([rows[:, first:], v], axis=1), seen + T
+        want = np.concatenate([keys[:, first:], k], axis=1), np.concatenate([rows[:, first:], v], axis=1), total + T
         values.append((append(kv, k, v, left=left)[0], *want))
         k[...], v[...] = np.nan, np.nan  # whose buffers are the caller's
-    for kv, keys, rows, seen in values:
+    for kv, keys, rows, total in values:
         assert np.array_equal(kv.keys, keys)
         assert np.array_equal(kv.values, rows)
-        assert kv.position == seen
+        assert kv.position == total
 
 
 def test_two_branches_share_the_past_and_not_the_rest():
@@ -336,7 +336,7 @@ def test_two_branches_share_the_past_and_not_the_rest():
 
 @pytest.fixture
 def often():
-    """Threads take turns as often as they can."""
+    """Threads alternate as often as they can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -371,7 +371,7 @@ def test_threads_that_append_to_one_value_have_their_own(left):
     assert all(np.array_equal(old.keys, k) and np.array_equal(old.values, v) for old in olds)
 
 
-def test_only_one_of_two_threads_takes_the_room(monkeypatch):
+def test_only_one_of_two_threads_takes_the_spare_rows(monkeypatch):
     """Each waits for the other between its look and its taking."""
     k, v = draw((2, 5, 3), (2, 5, 1))
     old, _ = append(empty(k, v), k, v)
@@ -468,7 +468,7 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
         assert np.array_equal(again.values, np.concatenate([v, sign * v], axis=1))
 
 
-def test_room_behind_a_view_that_is_gone_is_nobodys():
+def test_spare_rows_of_a_view_that_is_gone_are_not_taken():
     """Should an interrupt ever keep an entry from going, an array that got the same id must not write there."""
     k, v, buffer = draw((3, 5, 4), (3, 5, 7), (3, 20, 4))
     BUFFERS._rooms[id(k)] = BUFFERS._Room(lambda: None, buffer, 5)
@@ -504,7 +504,7 @@ def test_a_token_costs_a_constant_number_of_copied_rows():
 
 @pytest.mark.parametrize("left", [0, 1, 31, 100])
 @pytest.mark.parametrize("T", [1, 2, 17, 51, 64, 300])
-def test_a_window_costs_constant_copied_rows_and_room(left, T):
+def test_a_window_costs_constant_copied_rows_and_memory(left, T):
     copied, buffers = rows_copied([T] * (2048 // T), left=left)
     assert copied <= 2 * 2048
     assert max(buffers) <= max(left + T, 2 * (left + 1))

@@ -44,10 +44,10 @@ lefts = st.none() | st.integers(0, 10)
 
 def tables(problem, first, count):
     """Tables of positions first … first + count, or None."""
-    if problem.turned == "none":
+    if problem.rotary == "none":
         return None
-    width = problem.D // 2 * 2 if "all" in problem.turned else problem.D // 4 * 2
-    pairs = "half" if "half" in problem.turned else "interleaved"
+    width = problem.D // 2 * 2 if "all" in problem.rotary else problem.D // 4 * 2
+    pairs = "half" if "half" in problem.rotary else "interleaved"
     return table(np.arange(first, first + count), frequencies(width), pairs=pairs)
 
 
@@ -88,9 +88,9 @@ def back(caches, dys):
 
 
 @given(problems(), steps(), lefts)
-@example(MhaProblem(**SQUARE, **FULL, D=8, turned="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
-@example(MhaProblem(**SQUARE, **FULL, D=8, turned="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
-@example(MhaProblem(**SQUARE, qk_norm="rms", D=8, turned="half of some", K=1, G=3), [3, 0, 2, 1], 0)
+@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
+@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
+@example(MhaProblem(**SQUARE, qk_norm="rms", D=8, rotary="half of some", K=1, G=3), [3, 0, 2, 1], 0)
 def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left):
     """Output and every gradient, to 1e-11, whatever the chunks; of tables and biases that are longer than needed."""
     n = sum(steps)
@@ -150,19 +150,19 @@ def test_one_step_matches_torch(engine, problem, N, left, data):
     keys, values, dkeys, dvalues = (
         rng.standard_normal((*group, rows, width)) for rows in (N, held) for width in (problem.D, problem.E)
     )
-    seen = N if left is not None and left > N else N + 2  # and two are dropped
-    kv = KVCache(keys, values, seen)
+    position = N if left is not None and left > N else N + 2  # and two are dropped
+    kv = KVCache(keys, values, position)
     (y, after), cache = step(
-        params, x, kv, bias, left=left, rotary=tables(problem, 0, seen + T + 1), engine=engine, **static
+        params, x, kv, bias, left=left, rotary=tables(problem, 0, position + T + 1), engine=engine, **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
     mask = static.pop("mask")
     static["mask"] = None if mask is None else np.array(masks.dense(mask, T, held, np.zeros(0)))
-    outputs = torch_step(*leaves, left=left, rotary=tables(problem, seen, T), **static)
+    outputs = torch_step(*leaves, left=left, rotary=tables(problem, position, T), **static)
     got = (y, attention_weights(cache), log_sum_exp(cache), after.keys, after.values)
     for a, b in zip(got, outputs, strict=True):
         close(a, b.detach())
-    assert after.position == seen + T
+    assert after.position == position + T
 
     names = tree.flatten(leaves[0])
     outputs = [torch.where(torch.isinf(a), 0.0, a) for a in outputs]
@@ -176,7 +176,7 @@ def test_one_step_matches_torch(engine, problem, N, left, data):
 # ── the rules of every pair ──────────────────────────────────────────────────────────────────────────────────────
 
 MODERN_STEP = MhaProblem(**SQUARE | {"S": 2 * P - 1 - 3 + 1, "T": 3}, qk_norm="layer", sink=True, softcap=0.5, rate=0.3,
-                         seeded=True, bias="... H T+S-1", D=8, turned="half of some", G=2)  # fmt: skip
+                         seeded=True, bias="... H T+S-1", D=8, rotary="half of some", G=2)  # fmt: skip
 
 
 def one_step(dtype, N=5, left=4, **more):
@@ -292,7 +292,7 @@ def test_the_cache_is_a_plain_pytree_named_after_its_op(engine):
 
 
 def test_jax_traces_the_step_and_where_it_stands():
-    """Under jit `seen` is a tracer: the rows of the table are taken all the same; gradients are JAX's own."""
+    """Under jit `position` is a tracer: the rows of the table are taken all the same; gradients are JAX's own."""
     (params, x, keys, values, bias), static = one_step("float64", dropout=None)
     (y, after), cache = step(params, x, KVCache(keys, values, 5), RelativeBias(bias), **static)
     with jax.enable_x64(True):
@@ -312,7 +312,7 @@ def test_jax_traces_the_step_and_where_it_stands():
 
 
 def test_a_step_copies_no_past():
-    """The keys that the attention took are those handed on, in the room that the prompt made; and all values stay."""
+    """The keys that the attention took are those handed on, in the spare rows of the prompt; and all values stay."""
     (params, x, *_), static = one_step("float64", left=None)
     (_, first), _ = step(params, x, None, **static)
     kept = first.keys.copy()
@@ -326,7 +326,7 @@ def test_a_step_copies_no_past():
 
 
 def test_prompts_of_different_lengths_equal_each_alone(engine):
-    """Padded on the left to one length: a mask hides the padding, and each sample's table begins where it does."""
+    """Padded on the left to one length: a mask keeps out the padding, and each sample's table begins where it does."""
     (params, x, *_), static = one_step("float64", left=None, dropout=None, engine=engine)
     x = np.concatenate([x, x[:, ::-1]], axis=1)
     pads, places = np.array([0, 2]), np.arange(8) - np.array([[0], [2]])

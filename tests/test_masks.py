@@ -124,7 +124,7 @@ def problems(draw, kind=masks):
 
 
 def attends(mask, batch, b, h, i, j):
-    """Whether query i sees key j in head h of element b of the batch: the definitions, one line each."""
+    """Whether query i attends key j in head h of element b of the batch: the definitions, one line each."""
     match mask:
         case Band(left, right, offset):
             position = i + offset
@@ -174,7 +174,7 @@ def answer(allowed):
 
 
 def picture(mask, T, S):
-    return ["".join("x" if seen else "." for seen in row) for row in mask.dense(T, S)]
+    return ["".join("x" if attended else "." for attended in row) for row in mask.dense(T, S)]
 
 
 # --------------------------------------------------------------------------------------------------------- definitions
@@ -185,8 +185,8 @@ def picture(mask, T, S):
     [
         (causal(), ["x....", "xx..."]),  # top-left: PyTorch's is_causal, JAX
         (causal(offset=3), ["xxxx.", "xxxxx"]),  # bottom-right, S − T: flash-attention
-        (causal(offset=-1), [".....", "x...."]),  # the first query sees nothing
-        (window(1, 0, offset=2), [".xx..", "..xx."]),  # left = 1 sees itself and one before
+        (causal(offset=-1), [".....", "x...."]),  # the first query is fully masked
+        (window(1, 0, offset=2), [".xx..", "..xx."]),  # left = 1 attends itself and one before
         (window(0, 2), ["xxx..", ".xxx."]),
         (window(0, None, offset=1), [".xxxx", "..xxx"]),
         (window(None, None), ["xxxxx", "xxxxx"]),
@@ -282,17 +282,17 @@ def test_a_tile_is_a_slice_of_dense(problem):
 def test_nothing_is_attended_to_outside_the_columns(problem):
     mask, shape, rows, _ = problem
     start, stop = mask.columns(rows, shape[-1])
-    seen = full(mask, shape)[..., slice(*rows), :]
+    attended = full(mask, shape)[..., slice(*rows), :]
     assert 0 <= start <= stop <= shape[-1]
-    assert not seen[..., :start].any()
-    assert not seen[..., stop:].any()
+    assert not attended[..., :start].any()
+    assert not attended[..., stop:].any()
 
 
 @given(problems(single_masks).filter(lambda problem: not isinstance(problem[0], Dense)))
 def test_the_columns_of_single_masks_are_the_least_range(problem):
     mask, (*_, T, S), rows, _ = problem
-    seen = [j for j in range(S) if own(mask, T, S)[..., slice(*rows), j].any()]
-    assert mask.columns(rows, S) == ((seen[0], seen[-1] + 1) if seen else (0, 0))
+    attended = [j for j in range(S) if own(mask, T, S)[..., slice(*rows), j].any()]
+    assert mask.columns(rows, S) == ((attended[0], attended[-1] + 1) if attended else (0, 0))
 
 
 @given(problems())
@@ -319,7 +319,7 @@ def test_attending_queries_are_those_of_the_loop(problem):
 
 
 @pytest.mark.parametrize(
-    ("mask", "sees"),
+    ("mask", "drawn"),
     [
         (causal(-2), "..xx"),
         (window(0, None, offset=3), "xx.."),
@@ -333,9 +333,9 @@ def test_attending_queries_are_those_of_the_loop(problem):
         (causal(-1) & padding(np.array([False, True, True, True, True])), "..xx"),
     ],
 )
-def test_small_masks_are_seen_by(mask, sees):
+def test_small_masks_attended_keys_and_attending_queries(mask, drawn):
     rows = np.broadcast_to(mask.attending_queries(4, 5), (*mask.shape(4, 5)[:-2], 4, 1)).reshape(-1, 4)
-    assert " ".join("".join("x" if some else "." for some in row) for row in rows) == sees
+    assert " ".join("".join("x" if some else "." for some in row) for row in rows) == drawn
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def test_a_mask_with_fewer_batch_axes_reads_the_last_ones(build, batch):
 
 
 @pytest.mark.parametrize("mask", [causal(), as_mask(np.ones((3, 7, 11), dtype=bool))])
-def test_a_mask_without_batch_is_its_own_sample(mask):
+def test_a_mask_without_batch_equals_its_own_sample(mask):
     assert mask.at((1, 4)) is mask
 
 
@@ -411,12 +411,14 @@ EVERY_ANSWER = {
 @pytest.mark.parametrize("kind", EVERY_ANSWER)
 def test_every_kind_gives_every_answer(kind):
     mask, T, S = EVERY_ANSWER[kind], 5, 7
-    cuts = [((r0, r1), (c0, c1)) for r1 in range(T + 1) for r0 in range(r1) for c1 in range(S + 1) for c0 in range(c1)]
+    blocks = [
+        ((r0, r1), (c0, c1)) for r1 in range(T + 1) for r0 in range(r1) for c1 in range(S + 1) for c0 in range(c1)
+    ]
     allowed = np.broadcast_to(mask.dense(T, S), (2, 2, T, S))
-    for rows, cols in cuts:
+    for rows, cols in blocks:
         assert mask.block(rows, cols) == answer(allowed[..., slice(*rows), slice(*cols)])
     assert isinstance(mask, kind)
-    assert {mask.block(rows, cols) for rows, cols in cuts} == {"empty", "full", "mixed"}
+    assert {mask.block(rows, cols) for rows, cols in blocks} == {"empty", "full", "mixed"}
 
 
 def test_the_columns_of_an_intersection_are_common_to_its_parts():
@@ -453,15 +455,15 @@ def test_a_block_without_rows_or_columns_is_empty(mask, rows, cols):
 
 
 @pytest.mark.parametrize("kind", [Band, Bands, Lengths, Padding, Segments])
-def test_columns_reach_from_the_first_key_seen_to_the_last(kind):
+def test_columns_reach_from_the_first_attended_key_to_the_last(kind):
     mask = EVERY_ANSWER[kind]
     for rows in [(r0, r1) for r1 in range(6) for r0 in range(r1)]:
-        seen = [j for j in range(7) if own(mask, 5, 7)[..., slice(*rows), j].any()]
-        assert mask.columns(rows, 7) == ((seen[0], seen[-1] + 1) if seen else (0, 0))
+        attended = [j for j in range(7) if own(mask, 5, 7)[..., slice(*rows), j].any()]
+        assert mask.columns(rows, 7) == ((attended[0], attended[-1] + 1) if attended else (0, 0))
 
 
 @pytest.mark.parametrize("mask", [window(0, 0, 5), window(0, 0, 9), causal(-3), window(0, 0) & window(0, 0, 2)])
-def test_the_columns_of_rows_that_see_nothing_are_none(mask):
+def test_the_columns_of_fully_masked_rows_are_none(mask):
     assert mask.columns((0, 2), 5) == (0, 0)
 
 
@@ -471,8 +473,8 @@ def test_a_band_for_each_sample():
     pictures = [["..xx...", "...xx.."], [".......", "x......"]]
     for b, drawn in enumerate(pictures):
         assert picture(mask.at((b,)), 2, 7) == drawn
-        assert ["".join(".x"[int(seen)] for seen in row) for row in mask.dense(2, 7)[b, 0]] == drawn
-    assert mask.columns((0, 1), 7) == (2, 4)  # of the sample that sees any
+        assert ["".join(".x"[int(attended)] for attended in row) for row in mask.dense(2, 7)[b, 0]] == drawn
+    assert mask.columns((0, 1), 7) == (2, 4)  # of the sample that attends any
     assert mask.columns((1, 2), 7) == (0, 5)
     assert mask.shape(2, 7) == (2, 1, 2, 7)
 
@@ -496,19 +498,19 @@ def test_mixed_of_an_intersection_may_be_empty():
     assert not split.dense(1, 2).any()
 
 
-def test_a_long_band_is_answered_block_by_block_without_its_array():
+def test_a_long_band_is_answered_without_its_array():
     n, tile = 65_536, 256
     mask = causal() & window(4 * tile - 1, None)
-    cuts = [(start, start + tile) for start in range(0, n, tile)]
+    blocks = [(start, start + tile) for start in range(0, n, tile)]
     counts = {"empty": 0, "full": 0, "mixed": 0}
     tracemalloc.start()
-    for rows in cuts:
+    for rows in blocks:
         assert mask.columns(rows, n) == (max(0, rows[0] - 4 * tile + 1), rows[1])
-        for cols in cuts:
+        for cols in blocks:
             counts[mask.block(rows, cols)] += 1
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # Per block-diagonal of 256 − d blocks: d = 0 and d = 4 are cut by an edge of the band, d = 1, 2, 3 lie inside it.
+    # Per block-diagonal of 256 − d blocks: d = 0 and d = 4 meet an edge of the band, d = 1, 2, 3 lie inside it.
     assert counts == {"mixed": 256 + 252, "full": 255 + 254 + 253, "empty": 256**2 - 5 * 256 + 10}
     assert peak < 2**20
 
@@ -646,7 +648,7 @@ def test_dense_passes_none_and_arrays_through():
 # --------------------------------------------------------------------------------------------------- values and errors
 
 
-def test_a_mask_does_not_see_later_changes_of_its_arguments():
+def test_later_changes_of_its_arguments_do_not_change_a_mask():
     n, keep, ids, offset = np.array([3, 4]), np.ones(7, dtype=bool), np.zeros(7, dtype=int), np.array([2, 0])
     mask = lengths(n) & padding(keep) & segments(ids, ids) & causal(offset)
     before = mask.dense(7, 7)

@@ -82,8 +82,8 @@ def keys(x, a, b, S):
 @example((AttentionProblem(mask="empty rows", bias="... H T S"), 3, 5))
 @example((AttentionProblem(mask="causal", T=7, S=5, batch=()), 4, 4))
 @example((AttentionProblem(mask="heads", rate=0.3), 0, 7))
-def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
-    problem, *cuts = problem_and_cuts
+def test_merged_parts_are_attention_over_all_keys(problem_and_ends):
+    problem, *inner = problem_and_ends
     (q, k, v, bias, _), static = problem.inputs("float64"), problem.static()
     do, _, dlse = problem.cotangents("float64")
     S, mask, dropout = problem.S, static.pop("mask"), static.pop("dropout")
@@ -92,7 +92,7 @@ def test_merged_parts_are_attention_over_all_keys(problem_and_cuts):
     bias = None if bias is None else np.broadcast_to(bias, scores)
 
     # three parts, the first two merged first
-    ends = [0, *sorted(cuts), S]
+    ends = [0, *sorted(inner), S]
     spans = pairwise(ends)
     runs = [
         attention(
@@ -229,7 +229,7 @@ def test_a_part_far_below_the_other_is_nothing(gap):
 
 @pytest.mark.parametrize("bad", [INF, np.nan])
 @pytest.mark.parametrize("other", [0.0, -INF, INF])
-def test_an_lse_of_infinity_or_nan_makes_its_row_nan_and_no_other(bad, other):
+def test_an_lse_of_infinity_or_nan_makes_its_row_nan_alone(bad, other):
     """A row that flash-attention calls empty must not take all the weight, and no error may be swallowed."""
     (o1, l1), (o2, l2) = parts(2)
     l1, l2 = l1.copy(), l2.copy()
@@ -266,7 +266,7 @@ def exact(l1, l2, o1, o2):
 
 @pytest.mark.parametrize("gap", [0.0, 1e-8, 1.0, 36.0, 40.0, 200.0, 700.0])
 @pytest.mark.parametrize("level", [0.0, 1.0, -50.0])
-def test_lse_and_the_gradients_keep_their_digits_whatever_the_gap(gap, level):
+def test_lse_and_gradients_keep_their_digits_at_any_gap(gap, level):
     """Near lse = 0 a log of 1 + e has no digit left at gap 40, nor has ⟨do, o1⟩ − ⟨do, o⟩."""
     l1, l2, o1, o2 = level, level - gap, 1.5, -0.75
     o, cache = merge(*(np.full(s, x) for x, s in ((o1, (1, 1)), (l1, 1), (o2, (1, 1)), (l2, 1))))
@@ -287,13 +287,13 @@ def test_float32_is_within_the_bound(seed, spread):
     u = 2.0**-24
     (o1, l1), (o2, l2) = (tuple(a.astype(np.float32) for a in part) for part in parts(2, seed, spread=spread))
     o, cache = merge(o1, l1, o2, l2)
-    wide = [a.astype(np.float64) for a in (o1, l1, o2, l2)]
-    want, cache_wide = merge(*wide)
-    w1, w2, gap = cache_wide.w1, cache_wide.w2, np.abs(wide[1] - wide[3])
-    moved = ((gap + 4) * w1 * w2)[..., None] * np.abs(wide[0] - wide[2])
-    size = w1[..., None] * np.abs(wide[0]) + w2[..., None] * np.abs(wide[2])
+    exact = [a.astype(np.float64) for a in (o1, l1, o2, l2)]
+    want, exact_cache = merge(*exact)
+    w1, w2, gap = exact_cache.w1, exact_cache.w2, np.abs(exact[1] - exact[3])
+    moved = ((gap + 4) * w1 * w2)[..., None] * np.abs(exact[0] - exact[2])
+    size = w1[..., None] * np.abs(exact[0]) + w2[..., None] * np.abs(exact[2])
     assert (np.abs(o - want) <= u * (moved + 6 * size) + 2.0**-126).all()
-    lse = log_sum_exp(cache_wide)
+    lse = log_sum_exp(exact_cache)
     assert (np.abs(log_sum_exp(cache) - lse) <= u * (np.abs(lse) + 6 + gap * np.minimum(w1, w2)) + 2.0**-126).all()
 
 
@@ -305,10 +305,10 @@ def test_half_types_are_rounded_once(dtype):
     o1, o2 = o1.astype(dtype), o2.astype(dtype)
     do, dlse = (a.astype(t) for a, t in zip(cotangents(), (dtype, np.float32), strict=True))
     o, cache = merge(o1, l1, o2, l2)
-    o_wide, cache_wide = merge(o1.astype(np.float32), l1, o2.astype(np.float32), l2)
+    o_wide, exact_cache = merge(o1.astype(np.float32), l1, o2.astype(np.float32), l2)
     assert {a.dtype for a in cache} == {np.dtype(np.float32)}
-    same((o, log_sum_exp(cache)), (o_wide.astype(dtype), log_sum_exp(cache_wide)))
-    d1, e1, d2, e2 = merge_vjp(cache_wide, do.astype(np.float32), dlse=dlse)
+    same((o, log_sum_exp(cache)), (o_wide.astype(dtype), log_sum_exp(exact_cache)))
+    d1, e1, d2, e2 = merge_vjp(exact_cache, do.astype(np.float32), dlse=dlse)
     same(merge_vjp(cache, do, dlse=dlse), (d1.astype(dtype), e1, d2.astype(dtype), e2))
 
 

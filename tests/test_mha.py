@@ -46,17 +46,17 @@ def close_trees(got, want):
 @example(MhaProblem(mask="heads", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3))
 @example(MhaProblem(mask="empty rows", bias="S", bias_kv=True))
 @example(MhaProblem(S=0, zero_attn=True, bias="1 S"))
-def test_mha_is_torch(engine, problem):
+def test_mha_matches_torch(engine, problem):
     compare_with_torch(engine, problem)
 
 
 @given(mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8, 11])))
 @example(
-    MhaProblem(qk_norm="rms", turned="half of all", softcap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True)
+    MhaProblem(qk_norm="rms", rotary="half of all", softcap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True)
 )
-@example(MhaProblem(qk_norm="layer", turned="interleaved of some", softcap=0.5, per_head=True, scale=0.5, mask="heads"))
+@example(MhaProblem(qk_norm="layer", rotary="interleaved of some", softcap=0.5, per_head=True, scale=0.5, mask="heads"))
 @example(MhaProblem(qk_norm="l2", bias_kv=True, zero_attn=True, sink=True, scale=10.0, bias="... H T S"))
-def test_all_that_modern_attention_does_is_torch(engine, problem):
+def test_mha_with_modern_options_matches_torch(engine, problem):
     compare_with_torch(engine, problem)
 
 
@@ -80,7 +80,7 @@ def compare_with_torch(engine, problem):
 
 
 @given(mha_problems(**MODERATE))
-def test_mha_is_its_heads_side_by_side(engine, problem):
+def test_mha_equals_its_heads_side_by_side(engine, problem):
     """Forward and backward: what `mha` does in one product for all heads, `head` does with one head's parameters."""
     (params, query, key, value, bias), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
@@ -144,7 +144,7 @@ def test_head_takes_the_masks_of_mha(engine, mask):
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_head_takes_a_relative_of_each_sample(engine, batch, shared):
+def test_a_head_takes_a_relative_bias_of_each_sample(engine, batch, shared):
     """(..., T + S − 1), as its other biases are (..., T, S), with the gradient of the array that it stands for."""
     params, *arrays, _ = MhaProblem(batch=batch).inputs("float64")
     values = np.random.default_rng(0).standard_normal((11,) if shared else (*batch, 11))
@@ -194,15 +194,15 @@ def test_half_types_are_rounded_once(engine, dtype):
     """T4: what float32 gives, rounded; nothing between the projections is rounded to the half type."""
     problem = MhaProblem(bias="H T S", bias_kv=True, zero_attn=True, Ck=17, Cv=17, S=5)
     params, x, _, _, bias = problem.inputs(dtype)
-    wide = tree.map(lambda a: a.astype(np.float32), params)
+    params_32 = tree.map(lambda a: a.astype(np.float32), params)
     y, cache = self_attention(params, x, bias, zero_attn=True, engine=engine)
-    y_wide, cache_wide = self_attention(
-        wide, x.astype(np.float32), bias.astype(np.float32), zero_attn=True, engine=engine
+    y_32, cache_32 = self_attention(
+        params_32, x.astype(np.float32), bias.astype(np.float32), zero_attn=True, engine=engine
     )
     assert y.dtype == dtype
-    assert np.array_equal(y, y_wide.astype(dtype))
-    grads, grads_wide = self_attention_vjp(cache, y), self_attention_vjp(cache_wide, y.astype(np.float32))
-    for got, want in zip(grads, grads_wide, strict=True):
+    assert np.array_equal(y, y_32.astype(dtype))
+    grads, grads_32 = self_attention_vjp(cache, y), self_attention_vjp(cache_32, y.astype(np.float32))
+    for got, want in zip(grads, grads_32, strict=True):
         tree.map(
             lambda g, w: (g.dtype == dtype and np.array_equal(g, w.astype(dtype))) or pytest.fail("differs"), got, want
         )
@@ -210,7 +210,7 @@ def test_half_types_are_rounded_once(engine, dtype):
 
 @pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
 @pytest.mark.parametrize("heads", ["all", "one"])
-def test_a_key_that_nobody_sees_has_no_effect(garbage, heads):
+def test_an_unattended_key_has_no_effect(garbage, heads):
     """Not on the gradients of the projections either: 0 · NaN in Σ dk xᵀ would be NaN."""
     params, query, key, value, _ = MhaProblem(bias_kv=True).inputs("float64")
     f, f_vjp = (mha, mha_vjp) if heads == "all" else (head, head_vjp)
@@ -368,9 +368,9 @@ def test_vjps_refuse_cotangents_that_are_not_of_the_output(engine):
 @given(
     mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8]), batch=st.sampled_from([(3,), (2, 3)]))
 )
-@example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, turned="half of all", qk_norm="rms"))
+@example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, rotary="half of all", qk_norm="rms"))
 @example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, softcap=0.5))
-def test_per_sample_gradients_are_those_of_each_sample_alone(engine, problem):
+def test_per_sample_gradients_equal_each_sample_alone(engine, problem):
     """Oracle: the ordinary gradient where every other sample's cotangents are 0; and their sum is the ordinary one."""
     (params, *arrays), static = problem.inputs("float64"), problem.static()
     dy, dweights, dlse = problem.cotangents("float64")
@@ -385,9 +385,9 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(engine, problem):
     b = tuple(n - 1 for n in problem.batch)
 
     def alone(a):
-        cut = np.zeros_like(a)
-        cut[b] = a[b]
-        return cut
+        one = np.zeros_like(a)
+        one[b] = a[b]
+        return one
 
     dparams, *_ = mha_vjp(cache, alone(dy), dweights=alone(dweights), dlse=alone(dlse))
     close_trees(tree.map(lambda a: a[b], got[0]), dparams)
@@ -395,7 +395,7 @@ def test_per_sample_gradients_are_those_of_each_sample_alone(engine, problem):
 
 LOOPED = {
     "rms, sink, appended keys": {"qk_norm": "rms", "sink": True, "bias_kv": True, "zero_attn": True, "bias": "H T S"},
-    "layer, relative bias": {"qk_norm": "layer", "bias": "1 T+S-1", "softcap": 0.5, "turned": "half of all"},
+    "layer, relative bias": {"qk_norm": "layer", "bias": "1 T+S-1", "softcap": 0.5, "rotary": "half of all"},
     "l2, multi-query": {"qk_norm": "l2", "K": 1, "G": 4, "sink": True, "mask": "causal"},
     "no biases, all heads": {"biases": False, "K": 4, "G": 1, "bias": "T S", "mask": "causal"},
 }
@@ -422,7 +422,7 @@ HEAD_BIASES = {"of each sample": (2, 3, 5, 7), "of some": (3, 1, 7), "of all": (
 
 @pytest.mark.parametrize("shape", HEAD_BIASES.values(), ids=HEAD_BIASES)
 @pytest.mark.parametrize("relative", [True, False])
-def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(engine, shape, relative):
+def test_per_sample_gradients_of_a_head_equal_each_alone(engine, shape, relative):
     """Oracle: the head of one sample and then of another; the other gradients are what they are without."""
     params, *arrays, _ = (replace(HEAD, bias_kv=False) if relative else HEAD).inputs("float64")
     bias = None if shape is None else np.random.default_rng(0).standard_normal(shape)
@@ -450,8 +450,8 @@ def test_per_sample_gradients_of_a_head_are_those_of_each_sample_alone(engine, s
 
 
 def head_options(keys, places):
-    turn = table(places, frequencies(6))
-    return {"mask": masks.lengths(keys), "qk_norm": LayerNorm(), "softcap": 0.5, "rotary": (turn, None)}
+    rotary = table(places, frequencies(6))
+    return {"mask": masks.lengths(keys), "qk_norm": LayerNorm(), "softcap": 0.5, "rotary": (rotary, None)}
 
 
 def test_per_sample_of_self_attention(engine):
@@ -482,7 +482,7 @@ def test_per_sample_gradients_of_no_samples_are_empty(engine):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_one_masked_half_input_is_three(dtype):
-    """Queries that attend nothing and keys that nobody attends are zeroed in one array, for narrow projections too."""
+    """Fully masked queries and unattended keys are zeroed in one array, whatever the width of the projections."""
     params = tree.map(lambda a: a.astype(dtype), init(0, 6, 3, num_kv_heads=1))
     x = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(dtype)
     mask = np.tri(9, 9, -2, dtype=bool)

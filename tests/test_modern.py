@@ -69,7 +69,7 @@ GROUPED = {
     "all per head": MhaProblem(
         **LONG,
         qk_norm="layer",
-        turned="half of all",
+        rotary="half of all",
         sink=True,
         softcap=0.5,
         scale=0.5,
@@ -82,7 +82,7 @@ GROUPED = {
     "appended keys": MhaProblem(
         **LONG, qk_norm="rms", bias_kv=True, zero_attn=True, bias="... H 1 S", mask="intersection", rate=0.3
     ),
-    "all shared": MhaProblem(**LONG, qk_norm="l2", bias="1 T+S-1", mask="causal", turned="interleaved of some"),
+    "all shared": MhaProblem(**LONG, qk_norm="l2", bias="1 T+S-1", mask="causal", rotary="interleaved of some"),
     "mask and bias of each sample": MhaProblem(**LONG, mask="dense", bias="... 1 T S", sink=True),
     "no biases": MhaProblem(**LONG, biases=False, bias="T S"),
 }
@@ -195,7 +195,7 @@ def test_long_sequences_go_head_by_head_forward(T, S, apart):
 @every_engine
 @pytest.mark.parametrize("name", ["all per head", "all shared"])
 def test_one_head_takes_what_mha_takes(engine, name):
-    problem = MhaProblem(**(LONG | {"K": 1, "G": 1}), qk_norm="layer", turned="half of all", sink=True, softcap=0.5)
+    problem = MhaProblem(**(LONG | {"K": 1, "G": 1}), qk_norm="layer", rotary="half of all", sink=True, softcap=0.5)
     params, *arrays = problem.inputs("float64")
     dy, dweights, dlse = problem.cotangents("float64")
     static = problem.static() | {"engine": engine}

@@ -102,15 +102,15 @@ def test_derivatives_are_computed_in_float32_and_rounded_once(norm, leaves, dtyp
     """Oracle: the same in float32, rounded."""
     (x, params, dy), (x_dot, params_dot, dy_dot) = drawn(0, leaves, dtype), drawn(1, leaves, dtype)
 
-    def wide(a):
-        return {leaf: wide(p) for leaf, p in a.items()} if isinstance(a, dict) else a.astype(np.float32)
+    def in_32(a):
+        return {leaf: in_32(p) for leaf, p in a.items()} if isinstance(a, dict) else a.astype(np.float32)
 
-    cache, wide_cache = norm.apply(x, params)[1], norm.apply(wide(x), wide(params))[1]
+    cache, cache_32 = norm.apply(x, params)[1], norm.apply(in_32(x), in_32(params))[1]
     y_dot = norm.apply_jvp(cache, x_dot, params_dot)
-    assert np.array_equal(y_dot, norm.apply_jvp(wide_cache, wide(x_dot), wide(params_dot)).astype(dtype))
+    assert np.array_equal(y_dot, norm.apply_jvp(cache_32, in_32(x_dot), in_32(params_dot)).astype(dtype))
     assert y_dot.dtype == dtype
     dx_dot, dparams_dot = norm.apply_vjp_jvp(cache, dy, dy_dot, x_dot, params_dot)
-    want, wants = norm.apply_vjp_jvp(wide_cache, wide(dy), wide(dy_dot), wide(x_dot), wide(params_dot))
+    want, wants = norm.apply_vjp_jvp(cache_32, in_32(dy), in_32(dy_dot), in_32(x_dot), in_32(params_dot))
     assert np.array_equal(dx_dot, want.astype(dtype))
     assert {dx_dot.dtype, *(g.dtype for g in dparams_dot.values())} == {np.dtype(dtype)}
     assert all(np.array_equal(dparams_dot[leaf], wants[leaf].astype(dtype)) for leaf in leaves)

@@ -72,7 +72,7 @@ def close(got, want, what="", bar=1e-11):
     seed=st.integers(0, 99),
 )
 @example(batch=[7], D=7, present=(True, True), gain=1.0, eps=1e-5, seed=0)  # 7 rows are blocks of 2, 2, 2 and 1
-def test_norms_are_torch(norm, batch, D, present, gain, eps, seed):
+def test_norms_match_torch(norm, batch, D, present, gain, eps, seed):
     eps = eps if D > 2 else 0.3  # below, torch itself is off by 1e-8: its dx is rounding alone, where n is ±1
     args, dy = inputs(norm, (*batch, D), seed, given=present, gain=gain)
     y, cache = norm.f(*args, eps=eps)
@@ -128,11 +128,11 @@ def test_half_types_are_float32_rounded_once(norm, dtype):
     args, dy = inputs(norm, (3, 5, 7))
     args, dy = [a.astype(dtype) for a in args], dy.astype(dtype)
     y, cache = norm.f(*args, eps=1e-5)
-    wide, cache_wide = norm.f(*(a.astype(np.float32) for a in args), eps=1e-5)
+    y_32, cache_32 = norm.f(*(a.astype(np.float32) for a in args), eps=1e-5)
     assert y.dtype == dtype
-    assert np.array_equal(y, wide.astype(dtype))
+    assert np.array_equal(y, y_32.astype(dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} <= {np.dtype(np.float32), np.dtype(bool)}
-    for a, b in zip(norm.f_vjp(cache, dy), norm.f_vjp(cache_wide, dy.astype(np.float32)), strict=True):
+    for a, b in zip(norm.f_vjp(cache, dy), norm.f_vjp(cache_32, dy.astype(np.float32)), strict=True):
         assert a.dtype == dtype
         assert np.array_equal(a, b.astype(dtype))
 
@@ -141,7 +141,7 @@ def test_half_types_are_float32_rounded_once(norm, dtype):
 
 
 @pytest.mark.parametrize("offset", [1.0, -0.3])
-def test_rms_norm_with_an_offset_is_torch(offset):
+def test_rms_norm_with_an_offset_matches_torch(offset):
     (x, w), dy = inputs(NORMS["rms_norm"], (2, 5, 7))
     y, cache = rms_norm(x, w, eps=1e-5, offset=offset)
     leaves = [oracles.tensor(a) for a in (x, w)]
@@ -157,8 +157,8 @@ def test_an_offset_is_added_before_any_rounding(dtype):
     """Gemma's 1 + w: with a w that bfloat16 holds, and 1 + w that it does not."""
     (x, _), _ = inputs(NORMS["rms_norm"], (5, 7))
     x, w = x.astype(dtype), np.linspace(0.001, 0.003, 7).astype(dtype)
-    wide, _ = rms_norm(x.astype(np.float32), 1 + w.astype(np.float32), eps=1e-5)
-    assert np.array_equal(rms_norm(x, w, eps=1e-5, offset=1.0)[0], wide.astype(dtype))
+    y_32, _ = rms_norm(x.astype(np.float32), 1 + w.astype(np.float32), eps=1e-5)
+    assert np.array_equal(rms_norm(x, w, eps=1e-5, offset=1.0)[0], y_32.astype(dtype))
 
 
 def test_an_offset_in_mha_is_that_much_more_weight():
@@ -413,7 +413,7 @@ def test_l2_norm_of_short_rows_is_linear():
 
 
 @every
-def test_without_eps_a_row_of_nothing_is_zero_and_leaves_the_others_alone(norm):
+def test_without_eps_a_row_of_zeros_leaves_the_others_alone(norm):
     args, dy = inputs(norm, (5, 7))
     x = args[0].copy()
     x[2] = 0.1 if norm.f is layer_norm else 0.0

@@ -457,7 +457,7 @@ def test_damage_is_refused_or_without_effect(scratch, good, at, length, insert):
         assert bits(npz.load(scratch)) == bits(NUMBERS)
 
 
-def test_one_axis_in_fortran_order_is_read_into_memory_of_its_own(path):
+def test_one_axis_in_fortran_order_gets_memory_of_its_own(path):
     w = npz.load(written(path, zipped(("w.npy", npy(shape="(15,)", order="True")))))["w"]
     assert w.shape == (15,)
     assert w.flags.owndata

@@ -54,7 +54,7 @@ def close(got, want, what=""):
 
 @given(st.lists(st.integers(0, 3), max_size=3), st.integers(0, 5), st.integers(0, 5), st.booleans(), st.integers(0, 99))
 @example([7], 3, 2, True, 0)  # 7 rows are three blocks of 2 and one of 1
-def test_linear_is_torch(batch, n_in, n_out, bias, seed):
+def test_linear_matches_torch(batch, n_in, n_out, bias, seed):
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((*batch, n_in)), rng.standard_normal((n_out, n_in))
     b = rng.standard_normal(n_out) if bias else None
@@ -72,7 +72,7 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
 
 @given(attention_problems(**(MODERN | MODERATE)))
 @example(AttentionProblem(mask="empty rows", rate=0.3, bias="... H T S"))
-@example(AttentionProblem(T=7, S=7))  # where a transpose can be forgotten unseen
+@example(AttentionProblem(T=7, S=7))  # where a transpose that is missing changes no shape
 @example(AttentionProblem(S=0))
 @example(AttentionProblem(T=0, bias="1 T+S-1"))
 @example(
@@ -80,7 +80,7 @@ def test_linear_is_torch(batch, n_in, n_out, bias, seed):
 )
 @example(AttentionProblem(mask="empty rows", sink=True, rate=0.3, seeded=True))
 @example(AttentionProblem(S=0, sink=True, softcap=30.0))
-def test_attention_is_torch(engine, problem):
+def test_attention_matches_torch(engine, problem):
     arrays, static = problem.inputs("float64"), problem.static()
     do, dweights, dlse = problem.cotangents("float64")
     o, cache = attention(*arrays, **static, engine=engine)
@@ -150,7 +150,7 @@ def test_softmax_gradient_keeps_its_digits_in_saturated_rows(spread, offset):
                 assert abs(want - float(g)) <= 1e-13 * (1 + spread) * abs(want)
 
 
-def test_softmax_keeps_a_gradient_that_differs_from_another_by_less_than_an_ulp():
+def test_softmax_keeps_gradients_less_than_an_ulp_apart():
     p, cache = softmax(np.array([0.0, -37.0]))  # p[1] is 8.5e-17, below the spacing of numbers around p[0]
     (dx,) = softmax_vjp(cache, np.array([1.0, 0.0]))
     assert dx[0] == pytest.approx(p[1], rel=1e-15)
@@ -185,7 +185,7 @@ def test_softmax_of_a_number_far_above_the_others_is_one():
 
 
 def run(engine, problem, mask, *, value=np.nan):
-    """Everything that attention computes with `value` in the keys and values that `mask` (S,) hides."""
+    """Everything that attention computes with `value` in the keys and values that `mask` (S,) keeps out."""
     q, k, v, *_ = problem.inputs("float64")
     k, v = (np.where(mask[:, None], x, value) for x in (k, v))
     do, dweights, dlse = problem.cotangents("float64")
@@ -195,7 +195,7 @@ def run(engine, problem, mask, *, value=np.nan):
 
 @pytest.mark.parametrize("garbage", [1e30, -np.inf, np.inf, np.nan])
 @pytest.mark.parametrize("G", [1, 3])
-def test_a_key_that_nobody_sees_has_no_effect(engine, garbage, G):
+def test_an_unattended_key_has_no_effect(engine, garbage, G):
     problem, mask = AttentionProblem(G=G), np.array([True, False, True, True, False, False, True])
     for a, b in zip(run(engine, problem, mask, value=garbage), run(engine, problem, mask, value=0.5), strict=True):
         assert np.array_equal(a, b)
@@ -204,17 +204,17 @@ def test_a_key_that_nobody_sees_has_no_effect(engine, garbage, G):
 def test_nan_in_a_key_of_another_group_stays_there(engine):
     q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((2, 6, 5, 7), bool)
-    mask[:, :3, :, 4] = False  # the first group may not see key 4
+    mask[:, :3, :, 4] = False  # the first group may not attend key 4
     v = v.copy()
     v[:, 0, 4] = np.nan
     o, _ = attention(q, k, v, mask=mask, engine=engine)
     assert np.isfinite(o).all()
 
 
-def test_a_key_that_one_head_of_a_group_sees_is_not_hidden_from_it(engine):
+def test_a_key_that_one_head_of_a_group_attends_is_there(engine):
     q, k, v, *_ = AttentionProblem().inputs("float64")
     mask = np.ones((1, 6, 1, 7), bool)
-    mask[:, 0, :, 4] = False  # of the three heads of the first group, two may see key 4
+    mask[:, 0, :, 4] = False  # of the three heads of the first group, two may attend key 4
     close(attention(q, k, v, mask=mask, engine=engine)[0][:, 1:], attention(q, k, v, engine=engine)[0][:, 1:])
 
 
@@ -275,13 +275,13 @@ def test_a_bias_of_infinity_makes_its_row_nan_and_no_other(engine, gain, sink):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_bias_of_infinity_that_the_mask_hides_has_no_effect(engine, rows):
+def test_a_masked_bias_of_infinity_has_no_effect(engine, rows):
     q, k, v, bias, sink = AttentionProblem(bias="... H T S", sink=True).inputs("float64")
     do, *_ = AttentionProblem().cotangents("float64")
-    mask = masks.causal(-1)  # the first query sees nothing but the sink
-    hidden = ~mask.dense(5, 7) & (np.arange(5) < rows)[:, None]
+    mask = masks.causal(-1)  # the first query attends nothing but the sink
+    masked = ~mask.dense(5, 7) & (np.arange(5) < rows)[:, None]
     (o, cache), (want, clean) = (
-        attention(q, k, v, np.where(hidden, x, bias), sink, mask=mask, engine=engine) for x in (np.inf, 0.5)
+        attention(q, k, v, np.where(masked, x, bias), sink, mask=mask, engine=engine) for x in (np.inf, 0.5)
     )
     close(o, want)
     close(log_sum_exp(cache), log_sum_exp(clean))
@@ -299,7 +299,7 @@ def test_a_score_that_overflows_makes_its_row_nan(engine):
     assert np.isfinite(np.delete(o, 1, axis=0)).all()
 
 
-def test_minus_infinity_in_the_bias_is_a_mask_beside_a_row_of_nan(engine):
+def test_minus_infinity_is_a_mask_beside_a_row_of_nan(engine):
     q, k, v, *_ = (np.array(a) for a in AttentionProblem().inputs("float64")[:3])
     q[..., 0, :] = np.nan
     bias = np.zeros((5, 7))
@@ -359,10 +359,10 @@ def test_half_types_are_rounded_once(engine, dtype):
     arrays = AttentionProblem(bias="H T S", sink=True, softcap=0.5).inputs(dtype)
     do, *_ = AttentionProblem().cotangents(dtype)
     o, cache = attention(*arrays, engine=engine)
-    o_wide, cache_wide = attention(*(a.astype(np.float32) for a in arrays), engine=engine)
+    o_32, cache_32 = attention(*(a.astype(np.float32) for a in arrays), engine=engine)
     assert o.dtype == dtype
-    assert np.array_equal(o, o_wide.astype(dtype))
-    for got, want in zip(attention_vjp(cache, do), attention_vjp(cache_wide, do.astype(np.float32)), strict=True):
+    assert np.array_equal(o, o_32.astype(dtype))
+    for got, want in zip(attention_vjp(cache, do), attention_vjp(cache_32, do.astype(np.float32)), strict=True):
         assert got.dtype == dtype
         assert np.array_equal(got, want.astype(dtype))
 

@@ -33,7 +33,7 @@ def copied(node):
 
 
 @all_pairs
-def test_the_output_and_the_gradients_of_an_op_belong_to_the_caller(pair):
+def test_outputs_and_gradients_belong_to_the_caller(pair):
     """Of every op, by every engine: the vjp after its output was spoilt, and again after its gradients were."""
     y, cache = pair.f(*pair.inputs("float64"), **pair.static)
     dy = copied(y)

@@ -101,7 +101,7 @@ def built(problem):
 
 @given(windows())
 @example(([2, 5, 3], [5, 2, 3], None, 0, None))
-def test_a_window_is_its_definition(problem):
+def test_a_window_equals_its_definition(problem):
     mask, want = built(problem)
     T, S = want.shape
     np.testing.assert_array_equal(mask.dense(T, S), want)
@@ -120,8 +120,8 @@ def test_blocks_and_columns_of_a_window_are_exact(problem, data):
     said = "empty" if not block.any() else "full" if block.all() else "mixed"
     assert mask.block((r0, r1), (c0, c1)) == said
     np.testing.assert_array_equal(mask.tile((r0, r1), (c0, c1)), block)
-    seen = np.flatnonzero(want[r0:r1].any(0))
-    assert mask.columns((r0, r1), S) == ((seen[0], seen[-1] + 1) if seen.size else (0, 0))
+    attended = np.flatnonzero(want[r0:r1].any(0))
+    assert mask.columns((r0, r1), S) == ((attended[0], attended[-1] + 1) if attended.size else (0, 0))
 
 
 @given(LENGTHS)
@@ -134,7 +134,7 @@ def test_of_equal_lengths_causal_is_the_mask_and_a_global_band(lengths):
 
 
 @given(PAIRS)
-def test_the_mask_keeps_sequences_apart_and_is_the_window_without_bounds(pairs):
+def test_the_mask_equals_the_window_without_bounds(pairs):
     nq, nk = zip(*pairs, strict=True)
     cu_q, cu_k = cumulative(nq), cumulative(nk)
     T, S = int(cu_q[-1]), int(cu_k[-1])
@@ -145,10 +145,10 @@ def test_the_mask_keeps_sequences_apart_and_is_the_window_without_bounds(pairs):
 
 def test_causal_is_aligned_at_the_end_of_each_sequence():
     mask = packing.causal(cumulative([2, 3]), cumulative([4, 2]))
-    rows = ["".join("x" if seen else "." for seen in row) for row in mask.dense(5, 6)]
+    rows = ["".join("x" if attended else "." for attended in row) for row in mask.dense(5, 6)]
     assert rows == ["xxx...", "xxxx..", "......", "....x.", "....xx"]
     with_past = packing.causal(cumulative([1, 2]), cumulative([4, 2]), offset=np.array([3, 0]))
-    rows = ["".join("x" if seen else "." for seen in row) for row in with_past.dense(3, 6)]
+    rows = ["".join("x" if attended else "." for attended in row) for row in with_past.dense(3, 6)]
     assert rows == ["xxxx..", "....x.", "....xx"]
 
 
@@ -163,22 +163,22 @@ def test_an_engine_is_never_sent_to_a_block_between_sequences(make):
     cu, size = cumulative(lengths), 16
     N = int(cu[-1])
     mask, ids = make(cu), np.repeat(np.arange(29), lengths)
-    cuts = [(a, min(a + size, N)) for a in range(0, N, size)]
+    blocks = [(a, min(a + size, N)) for a in range(0, N, size)]
     allowed = mask.dense(N, N)
     visited = wanted = 0
-    for rows in cuts:
+    for rows in blocks:
         start, stop = mask.columns(rows, N)
         assert ids[start] >= ids[rows[0]]
         assert ids[stop - 1] <= ids[rows[1] - 1]
-        for cols in cuts:
+        for cols in blocks:
             empty = mask.block(rows, cols) == "empty"
             assert empty or np.isin(ids[slice(*rows)], ids[slice(*cols)]).any()
             visited += start < cols[1] and cols[0] < stop and not empty
             wanted += allowed[slice(*rows), slice(*cols)].any()
-    assert visited == wanted < len(cuts) ** 2 / 8
+    assert visited == wanted < len(blocks) ** 2 / 8
 
 
-def test_rows_that_see_nothing_do_not_widen_the_columns():
+def test_fully_masked_rows_add_no_columns():
     mask = packing.causal(cumulative([1, 2]), cumulative([5, 2]), offset=np.array([-9, 0]))
     assert mask.columns((0, 3), 7) == (5, 7)
     assert mask.columns((0, 1), 7) == (0, 0)
@@ -191,7 +191,7 @@ def test_a_mask_of_other_sizes_is_refused():
             mask.dense(T, S)
 
 
-def test_a_mask_is_in_the_library_of_the_arrays_and_does_not_change(xp):
+def test_a_mask_is_in_the_library_of_the_arrays(xp):
     cu = cumulative([2, 3])
     mask = packing.causal(cu)
     want = mask.dense(5, 5)

@@ -26,7 +26,7 @@ def test_sizes_are_those_of_the_arrays():
         assert a.shape == tuple(getattr(sizes(params), axis) for axis in SPEC[leaf].split())
 
 
-def test_default_sizes_are_those_of_torch():
+def test_default_sizes_equal_torch():
     assert sizes(init(0, 12, 4)) == (4, 4, 3, 3, 12, 12, 12, 12)
     assert list(tree.flatten(init(0, 12, 4))) == [leaf for leaf in SPEC if "_proj." in leaf]
     assert list(tree.flatten(init(0, 12, 4, bias=False))) == [leaf for leaf in SPEC if leaf.endswith("_proj.w")]
@@ -65,7 +65,7 @@ def uniform(bound):
 
 
 @pytest.mark.parametrize("kdim", [None, 40])
-def test_distributions_are_those_of_torch(kdim):
+def test_distributions_equal_torch(kdim):
     """Bounds from torch's own draws: the largest of 4096 uniform numbers is within 1 % of the bound."""
     C, H = 64, 4
     params = init(0, C, H, kdim=kdim, vdim=kdim, bias_kv=True, dtype="float64")
@@ -99,8 +99,8 @@ def test_learned_keys_are_normal_with_the_variance_of_xavier():
 def test_dtypes(dtype):
     params = init(0, 12, 4, dtype=dtype)
     assert {a.dtype for a in tree.flatten(params).values()} == {np.dtype(dtype)}
-    wide = init(0, 12, 4, dtype=np.float64)
-    assert np.array_equal(params["q_proj"]["w"], wide["q_proj"]["w"].astype(dtype))
+    in_64 = init(0, 12, 4, dtype=np.float64)
+    assert np.array_equal(params["q_proj"]["w"], in_64["q_proj"]["w"].astype(dtype))
 
 
 def test_head_params_are_views_of_the_stack():

@@ -53,15 +53,15 @@ def equal(got, want):
         batch=st.just((3,)), bias=st.sampled_from(["... H T S", "... H 1 S"]), mask=st.just("heads"), **IN_ORDER
     )
 )
-def test_a_batch_is_its_samples_bit_for_bit(engine, problem):
+def test_a_batch_equals_its_samples_bit_for_bit(engine, problem):
     q, k, v, bias, _ = problem.inputs("float32")
     static, cotangents = problem.static(), problem.cotangents("float32")
     whole = everything(engine, q, k, v, bias, cotangents=cotangents, **static)
     for b in range(3):
         one = slice(b, b + 1)
-        cut = {name: a[one] if isinstance(a, np.ndarray) else a for name, a in static.items()}
-        cut["dropout"] = oracles.on_keep(lambda keep, one=one: keep[one], cut["dropout"])
-        part = everything(engine, q[one], k[one], v[one], bias[one], cotangents=[c[one] for c in cotangents], **cut)
+        part_of = {name: a[one] if isinstance(a, np.ndarray) else a for name, a in static.items()}
+        part_of["dropout"] = oracles.on_keep(lambda keep, one=one: keep[one], part_of["dropout"])
+        part = everything(engine, q[one], k[one], v[one], bias[one], cotangents=[c[one] for c in cotangents], **part_of)
         equal(part, [None if a is None else a[one] for a in whole])
 
 
@@ -128,7 +128,7 @@ def test_permuting_keys_permutes_their_gradients(engine, problem, random):
 
 
 @given(attention_problems(**FAIR | SOME, bias=st.just("... H T S"), mask=st.just("heads"), rate=st.just(0.0)))
-def test_one_query_is_its_row(engine, problem):
+def test_one_query_equals_its_row(engine, problem):
     q, k, v, bias, _ = problem.inputs("float64")
     mask, (do, dweights, dlse) = problem.static()["mask"], problem.cotangents("float64")
     whole = everything(engine, q, k, v, bias, cotangents=(do, dweights, dlse), mask=mask)
@@ -167,7 +167,7 @@ def test_a_padded_key_is_a_key_that_is_not_there(engine, problem):
 
 @given(attention_problems(**SOME | IN_ORDER), st.integers(-2, 2))
 def test_the_future_has_no_effect_and_no_gradient(problem, offset):
-    """Causal: the first query that sees key j is j − offset. Exact: its weight is 0, and 0 times a number is 0."""
+    """Causal: the first query that attends key j is j − offset. Exact: its weight is 0, and 0 times a number is 0."""
     q, k, v, *_ = problem.inputs("float64")
     do, *_ = problem.cotangents("float64")
     mask = masks.causal(offset)
@@ -231,7 +231,7 @@ def test_the_gradient_of_the_log_sum_exp_is_the_weights(engine, problem):
 
 
 @given(attention_problems(**FAIR, bias=st.just("... H T S")))
-def test_score_gradients_of_a_row_sum_to_zero_and_vanish_where_masked(engine, problem):
+def test_score_gradients_of_a_row_sum_to_zero(engine, problem):
     _, p, _, _, _, _, dbias, _ = everything(
         engine, *problem.inputs("float64"), cotangents=(*problem.cotangents("float64")[:2], None), **problem.static()
     )
@@ -258,10 +258,10 @@ def test_values_stay_in_their_convex_hull(engine, problem):
     q, k, v, bias, _ = problem.inputs("float64")
     o, cache = attention(q, k, v, bias, mask=problem.static()["mask"], engine=engine)
     v = np.repeat(v, problem.G, axis=-3)
-    seen = np.isfinite(log_sum_exp(cache))[..., None]
+    attends = np.isfinite(log_sum_exp(cache))[..., None]
     ulps = 1e-13 * np.abs(v).max(initial=1)
-    assert (~seen | (o <= v.max(-2, keepdims=True) + ulps)).all()
-    assert (~seen | (o >= v.min(-2, keepdims=True) - ulps)).all()
+    assert (~attends | (o <= v.max(-2, keepdims=True) + ulps)).all()
+    assert (~attends | (o >= v.min(-2, keepdims=True) - ulps)).all()
 
 
 @given(attention_problems(**FAIR | SOME))
@@ -274,7 +274,7 @@ def test_keys_given_twice_count_once(engine, problem):
 
 
 @given(attention_problems(**FAIR | SOME | PLAIN))
-def test_rotating_queries_and_keys_together_rotates_their_gradients(engine, problem):
+def test_rotated_queries_and_keys_have_rotated_gradients(engine, problem):
     q, k, v, *_ = problem.inputs("float64")
     rotation = np.linalg.qr(np.random.default_rng(problem.seed).standard_normal((problem.D, problem.D)))[0]
     cotangents = problem.cotangents("float64")
@@ -352,7 +352,7 @@ def test_a_bias_of_the_keys_has_no_effect_and_no_gradient(engine, problem):
 
 
 @given(mha_problems(**FAIR))
-def test_twice_the_query_weights_and_half_the_key_weights_are_the_same_bit_for_bit(engine, problem):
+def test_twice_the_query_and_half_the_key_weights_are_the_same(engine, problem):
     params, *arrays = problem.inputs("float64")
     y, _ = mha(params, *arrays, **problem.static(), engine=engine)
     for name, factor in (("q_proj", 2.0), ("k_proj", 0.5), ("bias_kv", 0.5)):
@@ -390,7 +390,7 @@ def test_permuting_heads_permutes_their_gradients(engine, problem):
 
 
 @given(mha_problems(**FAIR, batch=st.just((3,)), bias=st.just("none"), mask=st.just("dense"), rate=st.just(0.0)))
-def test_a_batch_of_mha_is_its_samples(engine, problem):
+def test_a_batch_of_mha_equals_its_samples(engine, problem):
     params, query, key, value, _ = problem.inputs("float64")
     mask, zero = problem.static()["mask"], problem.zero_attn
     dy, *_ = problem.cotangents("float64")

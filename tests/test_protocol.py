@@ -41,7 +41,7 @@ SQUARE = MhaProblem(
     K=1, G=2, Ck=17, Cv=17, S=5, mask="intersection", bias="... H 1 S", bias_kv=True, zero_attn=True, rate=0.3
 )
 MODERN = MhaProblem(
-    K=1, G=2, S=5, mask="window", bias="... H T+S-1", qk_norm="layer", turned="half of some", sink=True, softcap=0.5,
+    K=1, G=2, S=5, mask="window", bias="... H T+S-1", qk_norm="layer", rotary="half of some", sink=True, softcap=0.5,
     per_head=True, scale=0.5, rate=0.3, seeded=True,
 )  # fmt: skip
 ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3)
@@ -268,8 +268,8 @@ def test_half_types_are_float32_rounded_once(pair, dtype):
     """T4: from the same numbers, bit for bit what float32 gives, rounded at the end and nowhere else."""
     inputs = pair.inputs(dtype)
     y, cache = pair.f(*inputs, **pair.static)
-    y_wide, cache_wide = pair.f(*cast(inputs, np.float32), **pair.static)
-    got, want = (y, pair.f_vjp(cache, y)), (y_wide, pair.f_vjp(cache_wide, cast(y, np.float32)))
+    y_32, cache_32 = pair.f(*cast(inputs, np.float32), **pair.static)
+    got, want = (y, pair.f_vjp(cache, y)), (y_32, pair.f_vjp(cache_32, cast(y, np.float32)))
     jax.tree.map(np.testing.assert_array_equal, got, cast(want, dtype))
 
 
@@ -288,7 +288,7 @@ def cast(node, dtype):
     ],
 )
 def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
-    """A NumPy scalar would turn float32 into float64, and the rounding at the end would hide it."""
+    """A NumPy scalar would turn float32 into float64, and the rounding at the end would cover it up."""
     rounded = set()
     for path in PACKAGE.rglob("*.py"):
         if "interop" in path.parts or "downcast(" not in path.read_text() or path.name == "_arrays.py":

@@ -44,7 +44,7 @@ def complex_rotation(x, positions, freqs, pairs):
 
 
 def torch_rotation(x, positions, freqs, pairs):
-    """The rotation of tensors as model code writes it, with the pairs cut out and put back by index."""
+    """The rotation of tensors as model code writes it, with the pairs taken and put back by index."""
     n = len(freqs)
     first = torch.arange(n) if pairs == "half" else 2 * torch.arange(n)
     second = first + n if pairs == "half" else first + 1
@@ -82,7 +82,7 @@ def test_rotate_is_complex_multiplication(problem):
 
 
 @given(problems())
-def test_rotate_and_its_gradient_are_torch(problem):
+def test_rotate_and_its_gradient_match_torch(problem):
     x, dy, positions, freqs, pairs = problem
     y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     leaf = oracles.tensor(x)
@@ -105,8 +105,8 @@ def test_float32_is_off_by_three_roundings_of_each_product(pairs, position):
     rng = np.random.default_rng(0)
     positions, freqs = position + np.arange(7), frequencies(22, base=5e5)
     x = rng.standard_normal((5, 7, 23)).astype(np.float32)
-    turn = table(positions, freqs, pairs=pairs)
-    y, cache = rotate(x, rotary=turn)
+    rotary = table(positions, freqs, pairs=pairs)
+    y, cache = rotate(x, rotary=rotary)
     (dx,) = rotate_vjp(cache, y)
     assert y.dtype == dx.dtype == cache.rotary.cos.dtype == np.float32
     size = np.linalg.norm(x, axis=-1, keepdims=True)
@@ -116,12 +116,12 @@ def test_float32_is_off_by_three_roundings_of_each_product(pairs, position):
 
 def test_angles_are_those_of_float64():
     positions, freqs = np.array([0, 1, 4097, 10**6]), frequencies(14)
-    turn = table(positions, freqs)
+    rotary = table(positions, freqs)
     with mpmath.workdps(50):
         for t, position in enumerate(positions):
             for i in range(7):
                 theta = mpmath.mpf(10000) ** (-mpmath.mpf(2 * i) / 14) * int(position)
-                for got, want in ((turn.cos[t, i], mpmath.cos(theta)), (turn.sin[t, i], mpmath.sin(theta))):
+                for got, want in ((rotary.cos[t, i], mpmath.cos(theta)), (rotary.sin[t, i], mpmath.sin(theta))):
                     assert abs(float(got) - want) <= U64 * (4 * theta + 2)
 
 
@@ -136,7 +136,7 @@ def test_the_vjp_undoes_the_rotation(problem):
 
 
 @given(problems())
-def test_negative_positions_turn_as_the_vjp_does(problem):
+def test_negative_positions_rotate_as_the_vjp_does(problem):
     x, dy, positions, freqs, pairs = problem
     _, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
     back, _ = rotate(dy, rotary=table(-positions, freqs, pairs=pairs))
@@ -213,7 +213,7 @@ def test_frequencies_are_their_formula(n, base):
 
 
 @given(st.integers(2, 67), st.sampled_from([1.0, 2.5, 8.0]), st.sampled_from([1e4, 5e5]))
-def test_the_ntk_base_divides_the_last_frequency_and_leaves_the_first(n, factor, base):
+def test_the_ntk_base_divides_the_last_frequency_alone(n, factor, base):
     plain, long = frequencies(2 * n, base=base), frequencies(2 * n, base=ntk_base(2 * n, factor, base=base))
     assert long[0] == plain[0] == 1
     assert long[-1] == pytest.approx(plain[-1] / factor, rel=1e-13)
@@ -242,13 +242,13 @@ def llama3_loop(freqs, factor, context, low, high):
     st.integers(1, 67),
 )
 @example(8.0, 8192, (1.0, 4.0), 64)
-def test_llama3_frequencies_are_those_of_transformers(factor, context, turns, n):
+def test_llama3_frequencies_are_those_of_transformers(factor, context, rotations, n):
     freqs = frequencies(2 * n, base=5e5)
-    got = llama3_frequencies(freqs, factor=factor, context=context, low=turns[0], high=turns[1])
-    np.testing.assert_allclose(got, llama3_loop(freqs, factor, context, *turns), rtol=1e-13)
+    got = llama3_frequencies(freqs, factor=factor, context=context, low=rotations[0], high=rotations[1])
+    np.testing.assert_allclose(got, llama3_loop(freqs, factor, context, *rotations), rtol=1e-13)
 
 
-def test_llama3_frequencies_have_all_three_kinds_and_the_defaults_of_llama_3_1():
+def test_llama3_frequencies_have_the_defaults_of_llama_3_1():
     freqs = frequencies(128, base=5e5)
     got = llama3_frequencies(freqs)
     assert np.array_equal(got, llama3_frequencies(freqs, factor=8, context=8192, low=1, high=4))
@@ -284,24 +284,24 @@ def yarn_loop(width, factor, context, base, fast, slow, truncate):
 @example(32, 32.0, 4096, 150000.0, (32.0, 1.0), False)  # GPT-OSS
 @example(1, 8.0, 4, 1e4, (7.0, 0.5), True)  # low = high = 0
 @example(2, 8.0, 4096, 1e4, (32.0, 1.0), False)  # high = 1.4, beyond the last pair
-def test_yarn_frequencies_are_those_of_transformers(n, factor, context, base, turns, truncate):
-    fast, slow = turns
+def test_yarn_frequencies_are_those_of_transformers(n, factor, context, base, rotations, truncate):
+    fast, slow = rotations
     got = yarn_frequencies(2 * n, factor=factor, context=context, base=base, fast=fast, slow=slow, truncate=truncate)
     np.testing.assert_allclose(got, yarn_loop(2 * n, factor, context, base, fast, slow, truncate), rtol=1e-13)
 
 
-def test_yarn_frequencies_keep_what_turns_fast_and_interpolate_what_turns_slowly():
+def test_yarn_keeps_fast_frequencies_and_interpolates_slow():
     plain = frequencies(64, base=150000.0)
     got = yarn_frequencies(64, factor=32.0, context=4096, base=150000.0)
-    turns = 4096 * plain / (2 * math.pi)
-    assert np.array_equal(got[turns > 40], plain[turns > 40])
-    np.testing.assert_allclose(got[turns < 0.8], plain[turns < 0.8] / 32, rtol=1e-15)
-    between = (turns > 1) & (turns < 32)
+    rotations = 4096 * plain / (2 * math.pi)
+    assert np.array_equal(got[rotations > 40], plain[rotations > 40])
+    np.testing.assert_allclose(got[rotations < 0.8], plain[rotations < 0.8] / 32, rtol=1e-15)
+    between = (rotations > 1) & (rotations < 32)
     assert ((plain[between] / 32 < got[between]) & (got[between] < plain[between])).all()
 
 
 @both
-def test_a_gain_multiplies_what_turns_and_its_gradient(pairs):
+def test_a_gain_multiplies_what_rotates_and_its_gradient(pairs):
     rng = np.random.default_rng(3)
     x, dy, positions, freqs = rng.standard_normal((3, 7, 11)), rng.standard_normal((3, 7, 11)), np.arange(7), F
     y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs, gain=1.25))
@@ -327,8 +327,8 @@ def test_every_array_library_gives_the_same(xp, pairs, placed):
     x, dy = np.random.default_rng(5).standard_normal((2, 2, 3, 5, 13))
     positions, freqs = np.array([[[0, 1, 2, 3, 4]], [[9, 2, 7, 7, 1]]]), frequencies(10)
     y, cache = rotate(x, rotary=table(positions, freqs, pairs=pairs))
-    turn = table(xp.to(positions) if placed == "beside x" else positions, freqs, pairs=pairs)
-    got, cache_got = rotate(xp.to(x), rotary=turn)
+    rotary = table(xp.to(positions) if placed == "beside x" else positions, freqs, pairs=pairs)
+    got, cache_got = rotate(xp.to(x), rotary=rotary)
     (dx,) = rotate_vjp(cache_got, xp.to(dy))
     assert type(got) is type(dx) is type(xp.to(x))
     np.testing.assert_allclose(xp.back(got), y, rtol=0, atol=1e-14)
@@ -338,10 +338,10 @@ def test_every_array_library_gives_the_same(xp, pairs, placed):
 @both
 def test_strided_views_are_arrays_like_others(pairs):
     x = np.random.default_rng(6).standard_normal((14, 5, 3, 2))
-    turn = table(np.arange(5), frequencies(10), pairs=pairs)
+    rotary = table(np.arange(5), frequencies(10), pairs=pairs)
     view = x.transpose(3, 2, 1, 0)[..., ::-1]
-    y, cache = rotate(view, rotary=turn)
-    same, cache_same = rotate(view.copy(), rotary=turn)
+    y, cache = rotate(view, rotary=rotary)
+    same, cache_same = rotate(view.copy(), rotary=rotary)
     assert np.array_equal(y, same)
     assert np.array_equal(rotate_vjp(cache, view)[0], rotate_vjp(cache_same, view.copy())[0])
 
@@ -350,22 +350,22 @@ def test_strided_views_are_arrays_like_others(pairs):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_types_are_float32_rounded_once(pairs, dtype):
     x, dy = np.random.default_rng(7).standard_normal((2, 3, 5, 11)).astype(dtype)
-    turn = table(100 + np.arange(5), frequencies(10), pairs=pairs)
-    y, cache = rotate(x, rotary=turn)
-    wide, cache_wide = rotate(x.astype(np.float32), rotary=turn)
-    (dx,), (dx_wide,) = rotate_vjp(cache, dy), rotate_vjp(cache_wide, dy.astype(np.float32))
+    rotary = table(100 + np.arange(5), frequencies(10), pairs=pairs)
+    y, cache = rotate(x, rotary=rotary)
+    y_32, cache_32 = rotate(x.astype(np.float32), rotary=rotary)
+    (dx,), (dx_wide,) = rotate_vjp(cache, dy), rotate_vjp(cache_32, dy.astype(np.float32))
     assert y.dtype == dx.dtype == dtype
     assert cache.rotary.cos.dtype == np.float32
-    assert np.array_equal(y, wide.astype(dtype))
+    assert np.array_equal(y, y_32.astype(dtype))
     assert np.array_equal(dx, dx_wide.astype(dtype))
 
 
-def test_torch_tensors_turn_too():
+def test_torch_tensors_rotate_too():
     x = np.random.default_rng(8).standard_normal((3, 5, 11))
-    turn = table(np.arange(5), frequencies(10), pairs="interleaved")
-    y, cache = rotate(torch.tensor(x), rotary=turn)
+    rotary = table(np.arange(5), frequencies(10), pairs="interleaved")
+    y, cache = rotate(torch.tensor(x), rotary=rotary)
     assert isinstance(rotate_vjp(cache, y)[0], torch.Tensor)
-    np.testing.assert_allclose(y.numpy(), rotate(x, rotary=turn)[0], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(y.numpy(), rotate(x, rotary=rotary)[0], rtol=0, atol=1e-15)
 
 
 @both
@@ -374,20 +374,20 @@ def test_jax_takes_the_pair_with_the_table_as_an_argument(pairs):
 
     x = np.random.default_rng(9).standard_normal((3, 5, 11))
     with jax.enable_x64(True):
-        turn = table(jax.numpy.arange(5), frequencies(10), pairs=pairs)
-        assert type(jax.tree.map(lambda a: a, turn)) is type(turn)
-        ours = jax.custom_vjp(lambda x, turn: rotate(x, rotary=turn)[0])
-        ours.defvjp(lambda x, turn: rotate(x, rotary=turn), lambda cache, dy: (*rotate_vjp(cache, dy), None))
-        got = jax.jit(jax.grad(lambda x, turn: (ours(x, turn) ** 3).sum()))(x, turn)
-        want = jax.grad(lambda x: (rotate(x, rotary=turn)[0] ** 3).sum())(jax.numpy.asarray(x))
+        rotary = table(jax.numpy.arange(5), frequencies(10), pairs=pairs)
+        assert type(jax.tree.map(lambda a: a, rotary)) is type(rotary)
+        ours = jax.custom_vjp(lambda x, rotary: rotate(x, rotary=rotary)[0])
+        ours.defvjp(lambda x, rotary: rotate(x, rotary=rotary), lambda cache, dy: (*rotate_vjp(cache, dy), None))
+        got = jax.jit(jax.grad(lambda x, rotary: (ours(x, rotary) ** 3).sum()))(x, rotary)
+        want = jax.grad(lambda x: (rotate(x, rotary=rotary)[0] ** 3).sum())(jax.numpy.asarray(x))
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_the_cache_holds_nothing_of_the_size_of_x():
-    turn = table(np.arange(5), frequencies(6))
-    _, cache = rotate(np.ones((3, 5, 7)), rotary=turn)
+    rotary = table(np.arange(5), frequencies(6))
+    _, cache = rotate(np.ones((3, 5, 7)), rotary=rotary)
     assert isinstance(cache, RotateCache)
-    assert cache.rotary.cos is turn.cos
+    assert cache.rotary.cos is rotary.cos
     assert cache.like.shape == (3, 5, 7, 0)
 
 
@@ -399,20 +399,20 @@ def test_the_type_says_the_pairs():
 # ── refusals, before any arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 X, F = np.ones((2, 3, 5, 7)), frequencies(6)
-TURN = table(np.arange(5), F)
+TABLE = table(np.arange(5), F)
 
 
 @pytest.mark.parametrize(
-    ("x", "turn", "error", "message"),
+    ("x", "rotary", "error", "message"),
     [
-        (X.tolist(), TURN, TypeError, "x must be an array, got list"),
-        (X.astype(int), TURN, TypeError, "x must have a dtype of .*, got int64"),
-        (X[0, 0, 0], TURN, ValueError, r"x must be \(..., T, D\), got \(7,\)"),
-        (X, (TURN.cos, TURN.sin), TypeError, "rotary must come from funcmha.rotary, got tuple"),
+        (X.tolist(), TABLE, TypeError, "x must be an array, got list"),
+        (X.astype(int), TABLE, TypeError, "x must have a dtype of .*, got int64"),
+        (X[0, 0, 0], TABLE, ValueError, r"x must be \(..., T, D\), got \(7,\)"),
+        (X, (TABLE.cos, TABLE.sin), TypeError, "rotary must come from funcmha.rotary, got tuple"),
         (X, None, TypeError, "rotary must come from funcmha.rotary, got NoneType"),
         (
             X,
-            HalfPairs(*map(torch.tensor, TURN)),
+            HalfPairs(*map(torch.tensor, TABLE)),
             TypeError,
             "rotary must be of NumPy or of the library of x, got Tensor",
         ),
@@ -429,9 +429,9 @@ TURN = table(np.arange(5), F)
         (X[:1], table(np.zeros((2, 1, 5)), F), ValueError, r"rotary must broadcast to .*, got \(2, 1, 5\)"),
     ],
 )
-def test_rotate_refuses(x, turn, error, message):
+def test_rotate_refuses(x, rotary, error, message):
     with pytest.raises(error, match=message):
-        rotate(x, rotary=turn)
+        rotate(x, rotary=rotary)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_rotate_refuses(x, turn, error, message):
     ],
 )
 def test_rotate_vjp_refuses(dy, error, message):
-    _, cache = rotate(X, rotary=TURN)
+    _, cache = rotate(X, rotary=TABLE)
     with pytest.raises(error, match=message):
         rotate_vjp(cache, dy)
 

@@ -44,7 +44,7 @@ def by_torch(q, k, bias, *, mask, scale, softcap=None):
 
 @given(attention_problems(**MODERN))
 @example(MODERN_SCORES)
-def test_values_and_gradients_are_torch_s(problem):
+def test_scores_match_torch(problem):
     inputs, static = arguments(problem)
     z, cache = scores(*inputs, **static)
     tensors = [oracles.tensor(x) for x in inputs]
@@ -73,7 +73,7 @@ def test_nothing_is_done_that_was_not_asked_for():
     close(scores(q, k)[0], 11**-0.5 * (q @ np.repeat(k, 3, axis=1).mT))
 
 
-def test_a_key_that_nobody_sees_has_no_effect_even_if_it_is_nan():
+def test_an_unattended_key_has_no_effect_even_if_nan():
     (q, k, _), _ = arguments(AttentionProblem())
     poisoned = k.copy()
     poisoned[..., 5:, :] = np.nan
@@ -106,9 +106,9 @@ def test_the_pair_keeps_the_protocol(bias):
 def test_half_types_are_float32_rounded_once(dtype):
     inputs, static = arguments(AttentionProblem(mask="window", bias="... H 1 S", softcap=0.5), dtype)
     z, cache = scores(*inputs, **static)
-    wide, of_wide = scores(*(x.astype(np.float32) for x in inputs), **static)
+    z_32, of_32 = scores(*(x.astype(np.float32) for x in inputs), **static)
     dz = np.random.default_rng(3).standard_normal(z.shape).astype(dtype)
-    got, want = (z, *scores_vjp(cache, dz)), (wide, *scores_vjp(of_wide, dz.astype(np.float32)))
+    got, want = (z, *scores_vjp(cache, dz)), (z_32, *scores_vjp(of_32, dz.astype(np.float32)))
     for a, b in zip(got, want, strict=True):
         assert a.dtype == dtype
         np.testing.assert_array_equal(a, b.astype(dtype))

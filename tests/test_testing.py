@@ -194,7 +194,7 @@ def bad():
             "f_vjp is not the gradient",
         ),
         "a gradient transposed": (affine, dp(lambda g, *_: g | {"w": g["w"].T}), inputs(), "f_vjp is not the gradient"),
-        "a term forgotten": (affine, dp(lambda g, *_: g | {"b": 0 * g["b"]}), inputs(), "f_vjp is not the gradient"),
+        "a term left out": (affine, dp(lambda g, *_: g | {"b": 0 * g["b"]}), inputs(), "f_vjp is not the gradient"),
         "a mean for a sum": (affine, dp(lambda g, *_: g | {"b": g["b"] / 5}), inputs(), "f_vjp is not the gradient"),
         "NaN, in float64 only": (
             affine,
@@ -212,7 +212,7 @@ def test_a_bad_pair_is_told_what_is_wrong(fault):
         check_vjp(f, f_vjp, args)
 
 
-def test_the_gradient_is_checked_in_float64_whatever_the_inputs_are():
+def test_gradients_are_checked_in_float64():
     off = dx(lambda g, *_: g * g.dtype.type(1 + 1e-9))  # which is 1 in float32
     with pytest.raises(AssertionError, match="is not the gradient"):
         check_vjp(affine, off, inputs("float32"))
@@ -377,15 +377,15 @@ WANTED_OF_MHA = WANTED | {
 
 @pytest.mark.parametrize(("problems", "wanted"), [(attention_problems(), WANTED), (mha_problems(), WANTED_OF_MHA)])
 def test_a_thousand_problems_have_everything(problems, wanted):
-    seen = set()
+    drawn = set()
 
     @settings(max_examples=1000, derandomize=True, database=None, deadline=None)
     @given(problems)
     def look(problem):
-        seen.update(facts(problem))
+        drawn.update(facts(problem))
 
     look()
-    assert wanted <= seen, f"never drawn: {sorted(wanted - seen)}"
+    assert wanted <= drawn, f"never drawn: {sorted(wanted - drawn)}"
 
 
 def test_a_field_that_is_given_is_kept():

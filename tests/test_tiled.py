@@ -118,7 +118,7 @@ def test_weights_of_few_queries_sum_to_one_at_large_scores(which, layout):
     np.testing.assert_allclose(got, one, rtol=211 * 2.0**-24)
 
 
-def test_scores_that_the_mask_hides_may_be_far_above_the_others():
+def test_masked_scores_may_be_far_above_the_others():
     """2 to the power of what they are above the maximum of the others would overflow, with a warning."""
     q, k, v = np.ones((3, 1)), np.array([[-2000.0], [0.0], [2000.0]]), np.eye(3)
     o, _ = attention(q, k, v, mask=masks.causal(), engine=IN_TILES)
@@ -185,15 +185,15 @@ def test_scores_of_any_size_are_shifted_as_they_must(few_queries, mask, sign, si
             assert_within(got, ref, getattr(bounds, name), factor=2, name=name)
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("first", [-14.0, 14.0])
-def test_a_guess_from_the_first_keys_may_be_far_off(first, hidden):
+def test_a_guess_from_the_first_keys_may_be_far_off(first, masked):
     """They have the least scores of a row, or the largest, attended by it or not; other rows need no shift."""
     rng = np.random.default_rng(0)
     q, k = np.repeat([14.0, 0.1, -14.0, 0.2, 14.0], 5)[:, None], np.full((101, 1), -first)
     k[:41] = first
     k += 0.1 * rng.random(k.shape)
-    v, do, mask = rng.standard_normal((101, 5)), rng.standard_normal((25, 5)), np.arange(101) >= 41 * hidden
+    v, do, mask = rng.standard_normal((101, 5)), rng.standard_normal((25, 5)), np.arange(101) >= 41 * masked
     arrays = [a.astype("float32") for a in (q, k, v)]
     bounds = attention_bounds(*arrays, None, do.astype("float32"), mask=mask, dtype="float32")
     want_o, want = attention(*(a.astype("float64") for a in arrays), mask=mask, engine=SEQUENTIAL)
@@ -231,7 +231,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
 
 
 @pytest.mark.parametrize("T", [131, 521])
-def test_a_batch_of_tiles_is_its_samples_bit_for_bit(T):
+def test_a_batch_of_tiles_equals_its_samples_bit_for_bit(T):
     (problem, dtype) = large(T, batch=(2,), mask="causal")
     whole, (q, k, v, *_) = both(problem, dtype, TILED), problem.inputs(dtype)
     do, _, dlse = problem.cotangents(dtype)
@@ -284,7 +284,7 @@ def test_a_bad_number_of_threads_is_refused(monkeypatch, given_):
         threads.num_threads()
 
 
-def test_blas_has_its_threads_back_after_a_call_and_after_an_error():
+def test_blas_has_its_threads_back_after_calls_and_errors():
     before = blas_threads()
     with threadpool_limits(2, "blas"):
         problem, dtype = large()
@@ -302,7 +302,7 @@ def held(limit):
         return set(blas_threads())
 
 
-def test_blas_is_held_from_any_thread_while_another_has_set_its_own():
+def test_blas_is_held_from_any_thread():
     """threadpoolctl 3.8 silently ignores all but the first thread that sets a number."""
 
     with threadpool_limits(2, "blas"), ThreadPoolExecutor(1) as other:
@@ -480,7 +480,7 @@ def test_a_sink_does_not_hide_that_all_keys_were_lost():
     np.testing.assert_allclose(o, want, rtol=2e-5)
 
 
-def test_a_hidden_score_far_above_all_others_does_not_count():
+def test_a_masked_score_far_above_all_others_has_no_effect():
     q, k = np.full((1, 17, 1), 15, "f4"), np.full((1, 5, 1), -15, "f4")
     k[:, 2] = 15
     v, mask = np.arange(5, dtype="f4").reshape(1, 5, 1), np.arange(5) != 2
@@ -525,7 +525,7 @@ def test_linear_of_dy_in_parts(widths, rows):
 @pytest.mark.parametrize("head_dim", [5, 53])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_three_gradients_of_one_input_are_added_up(engine, head_dim):
-    """Narrow projections are one product, wide ones come in turn."""
+    """Short projections are one product, long ones come in turn."""
     params = init(0, 11, 5, head_dim=head_dim, dtype="float64")
     x = np.random.default_rng(0).standard_normal((2, 13, 11))
     y, cache = self_attention(params, x, engine=engine)

@@ -165,10 +165,10 @@ MHA = [
         zero_attn=True,
     ),
     MhaProblem(
-        T=64, S=65, D=64, mask="causal", qk_norm="rms", turned="half of all", sink=True, softcap=30.0, bias="T+S-1"
+        T=64, S=65, D=64, mask="causal", qk_norm="rms", rotary="half of all", sink=True, softcap=30.0, bias="T+S-1"
     ),
     MhaProblem(
-        T=33, S=64, D=11, qk_norm="layer", turned="interleaved of some", bias_kv=True, rate=0.3, seeded=True, gain=1e4
+        T=33, S=64, D=11, qk_norm="layer", rotary="interleaved of some", bias_kv=True, rate=0.3, seeded=True, gain=1e4
     ),
     MhaProblem(
         T=65, S=17, D=2, qk_norm="l2", scale=10.0, per_head=True, softcap=0.5, zero_attn=True, sink=True, gain=1e-3
@@ -315,7 +315,7 @@ def test_a_norm_is_within(norm, size, offset):
 
 
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
-def test_turning_is_within(pairs):
+def test_rotation_is_within(pairs):
     rng = np.random.default_rng(3)
     x, dy = rng.standard_normal((2, 2, 3, 33, 64), dtype="f4")
     table = rotary.table(np.arange(33), rotary.frequencies(48), pairs=pairs)
@@ -339,7 +339,7 @@ def test_half_types_are_within_a_unit_in_the_last_place(dtype):
     for gain in (1.0, 1e-6):
         found = attention_results(AttentionProblem(T=17, S=65, mask="dense", bias="S", rate=0.3, gain=gain), dtype)
         found |= mha_results(MhaProblem(T=17, S=65, mask="dense", bias_kv=True), dtype)
-        newer = {"qk_norm": "rms", "turned": "half of some", "sink": True, "softcap": 5.0}
+        newer = {"qk_norm": "rms", "rotary": "half of some", "sink": True, "softcap": 5.0}
         found |= {f"newer {name}": r for name, r in mha_results(MhaProblem(T=17, S=65, **newer), dtype).items()}
         for name, (got, want, bound) in found.items():
             assert_within(got, want, bound, name=name)
@@ -393,7 +393,7 @@ def test_torch_attention_in_float32_is_within(seed):
         assert_within(got, getattr(want, name), getattr(bounds, name), name=name)
 
 
-# ------------------------------------------------------------------------------------------- the float64 reference (T0)
+# ------------------------------------------------------------------------------------------- float64 (T0)
 
 
 def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, scale, softcap):
@@ -432,7 +432,7 @@ def mp_attention(q, k, v, bias, sink, do, dweights, dlse, allowed, keep, rate, s
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "with a cap and a sink"])
-def test_the_float64_reference_equals_mpmath(gain, rate, softcap):
+def test_float64_equals_mpmath(gain, rate, softcap):
     problem = AttentionProblem(
         batch=(), T=5, S=7, K=1, G=2, D=3, E=2, bias="T S", rate=rate, gain=gain, sink=softcap is not None
     )
@@ -509,7 +509,7 @@ def test_the_bounds_of_newer_layers_are_not_far_off():
     assert min(ratios.values()) > 0.02, ratios  # of dsink there are six entries, each a sum of many errors
     for norm in ("rms", "l2", "layer"):  # the biases of keys move whole rows, and nothing but the cap feels it
         found = mha_results(
-            MhaProblem(T=17, S=17, D=11, E=13, qk_norm=norm, turned="half of all", sink=True, softcap=5.0)
+            MhaProblem(T=17, S=17, D=11, E=13, qk_norm=norm, rotary="half of all", sink=True, softcap=5.0)
         )
         ratios = {name: worst_ratio(*r) for name, r in found.items()}
         assert min(ratios.values()) > 0.003, ratios
@@ -558,7 +558,7 @@ def test_a_bias_of_minus_infinity_is_a_mask():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_arguments_may_come_from_any_library_in_any_dtype(dtype):
     problem = MhaProblem(
-        bias="T S", mask="dense", sink=True, qk_norm="layer", turned="half of all", softcap=5.0, per_head=True
+        bias="T S", mask="dense", sink=True, qk_norm="layer", rotary="half of all", softcap=5.0, per_head=True
     )
     inputs, static, cotangents = arguments(problem, dtype)
     want = mha_bounds(*inputs, **static, **cotangents, dtype="float32")

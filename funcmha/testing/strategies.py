@@ -175,7 +175,7 @@ class MhaProblem(AttentionProblem):
     bias_kv: bool = drawn(False, st.booleans())
     zero_attn: bool = drawn(False, st.booleans())
     qk_norm: str = "none"  # one of NORMS
-    turned: str = "none"  # one of ROTARIES
+    rotary: str = "none"  # one of ROTARIES
 
     @property
     def keys(self) -> int:
@@ -194,10 +194,10 @@ class MhaProblem(AttentionProblem):
 
     def _rotary(self) -> Any:
         """Tables of queries and keys that rotate half of the features, or all but an odd one."""
-        if self.turned == "none":
+        if self.rotary == "none":
             return None
-        width = self.D // 2 * 2 if "all" in self.turned else self.D // 4 * 2
-        pairs: Any = "half" if "half" in self.turned else "interleaved"
+        width = self.D // 2 * 2 if "all" in self.rotary else self.D // 4 * 2
+        pairs: Any = "half" if "half" in self.rotary else "interleaved"
         places = (np.arange(n) + start for n, start in ((self.T, 3), (self.S, 0)))
         q, k = (rotary.table(p, rotary.frequencies(width), pairs=pairs) for p in places)
         return q, k
@@ -234,7 +234,7 @@ MODERN: dict[str, Any] = {
     "softcap": st.sampled_from([None, None, 0.5, 30.0]),
     "per_head": st.booleans(),
 }
-MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from([*NORMS]), "turned": st.sampled_from(ROTARIES)}
+MODERN_MHA: dict[str, Any] = {"qk_norm": st.sampled_from([*NORMS]), "rotary": st.sampled_from(ROTARIES)}
 
 
 def attention_problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[AttentionProblem]:
