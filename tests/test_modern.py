@@ -209,8 +209,9 @@ def test_one_head_takes_what_mha_takes(engine, name):
     all_close(dhead, head_params(dparams, 0))
 
 
-def test_learned_keys_are_not_learned_values():
-    compare_with_torch(MhaProblem(D=8, E=8, bias_kv=True))
+@every_engine
+def test_learned_keys_are_not_learned_values(engine):
+    compare_with_torch(engine, MhaProblem(D=8, E=8, bias_kv=True))
 
 
 @every_engine
