@@ -69,7 +69,7 @@ class Mask(ABC):
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         """The keys that any query attends to: the rows of `dense(T, S, like)` joined by or, at the cost of one row.
 
-        An array costs all its rows. An intersection says what each part allows, which may be more than all of them do.
+        Exactly. An array costs all its rows; of an intersection tiles are looked at until each key has a query.
         """
         return self.tile((0, 1), (0, S), like)  # of the masks whose rows are all alike
 
@@ -173,10 +173,25 @@ class Intersection(Mask, NamedTuple("_Intersection", [("parts", tuple[Mask, ...]
         return max(starts), min(stops)
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
-        return reduce(and_, (part.attended_keys(T, S, like) for part in self.parts))
+        if self._needs_device():
+            return _any(self.dense(T, S, like), -2)
+        may = reduce(and_, (part.attended_keys(T, S) for part in self.parts))
+        *outer, _, n = self.shape(T, S)
+        may = np.broadcast_to(may, (*outer, 1, n))
+        found = np.zeros(may.shape, dtype=bool)
+        for stop in range(T, 0, -ROWS):  # the last rows of most masks attend the most keys
+            if np.array_equal(found, may):
+                break
+            rows = max(stop - ROWS, 0), stop
+            cols = self.columns(rows, S)
+            found[..., slice(*cols) if n > 1 else slice(None)] |= self.tile(rows, cols).any(axis=-2, keepdims=True)
+        return from_host(found, like)
+
+    def _needs_device(self) -> bool:
+        return any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
-        if any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts):
+        if self._needs_device():
             return _any(self.dense(T, S, like), -1)
         may = reduce(and_, (part.attending_queries(T, S) for part in self.parts))
         return from_host(self._found(np.broadcast_to(may, (*self.shape(T, S)[:-1], 1)), S), like)
