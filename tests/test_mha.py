@@ -36,6 +36,9 @@ from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
+# A norm's gradient divides by the length of its input: of a gradient of exactly zero, a gain of 1e-8 leaves 1e-8 of
+# rounding, in PyTorch as here.
+NORMED = {"gain": st.sampled_from([1e-3, 1.0, 10.0])}
 
 
 def close_trees(got, want):
@@ -50,7 +53,7 @@ def test_mha_matches_torch(engine, problem):
     compare_with_torch(engine, problem)
 
 
-@given(mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8, 11])))
+@given(mha_problems(**(MODERN | MODERN_MHA | NORMED), D=st.sampled_from([3, 8, 11])))
 @example(
     MhaProblem(qk_norm="rms", rotary="half of all", softcap=30.0, sink=True, bias="... H T+S-1", rate=0.3, seeded=True)
 )
@@ -365,9 +368,7 @@ def test_vjps_refuse_cotangents_that_are_not_of_the_output(engine):
 # ── a gradient for each sample ───────────────────────────────────────────────────────────────────────────────────
 
 
-@given(
-    mha_problems(**(MODERN | MODERN_MHA | MODERATE), D=st.sampled_from([3, 8]), batch=st.sampled_from([(3,), (2, 3)]))
-)
+@given(mha_problems(**(MODERN | MODERN_MHA | NORMED), D=st.sampled_from([3, 8]), batch=st.sampled_from([(3,), (2, 3)])))
 @example(MhaProblem(batch=(2, 3), bias="... H T+S-1", rate=0.3, seeded=True, rotary="half of all", qk_norm="rms"))
 @example(MhaProblem(batch=(3,), bias="... 1 1 S", mask="heads", rate=0.3, bias_kv=True, sink=True, softcap=0.5))
 def test_per_sample_gradients_equal_each_sample_alone(engine, problem):
