@@ -254,7 +254,7 @@ def test_short_sequences_have_all_heads_at_once(T, S, engine):
     assert type(next(heads(cache)).attention) is want
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_vjp"])
+@pytest.mark.parametrize("name", ["attend", "attention_vjp"])
 def test_batched_holds_blas_at_one_thread(monkeypatch, name):
     """Through `mha` with the engine that it picks, and through `attention`, whose vjp knows the cache alone."""
     used, f = [], getattr(ops, name)
