@@ -166,7 +166,7 @@ def log_sum_exp(cache: AttentionCache, /) -> Array:
     rest = cache.rest
     some = rest.row_sum != 0
     fraction, exponent = np.frexp(np.where(some, rest.row_sum, 1.0))  # c is whole, so their sum is exact
-    whole = exponent + rest.row_max if rest.shifted else exponent.astype(fraction.dtype)
+    whole = exponent + rest.row_max  # in float64, where c is 0 everywhere too: a batch rounds as its samples do
     # np.log has the same bits wherever in an array a number stands, np.log2 not
     return np.where(some, np.log(fraction) + LN2 * whole, -np.inf).astype(fraction.dtype)
 
