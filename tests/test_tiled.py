@@ -420,15 +420,20 @@ except KeyboardInterrupt:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_threads_of_its_own():
     code = """
-import os, numpy as np
+import os, threading, numpy as np
 from funcmha import attention
 from funcmha.engines import TILED
 x = np.ones((4, 2, 512, 32), np.float32)
 attention(x, x, x, engine=TILED)
 pid = os.fork()
 attention(x, x, x, engine=TILED)
+other = threading.Thread(target=attention, args=(x, x, x), kwargs={"engine": TILED}, daemon=True)
+other.start()
+other.join(20)
+if other.is_alive():
+    os._exit(1)
 if pid:
-    raise SystemExit(os.waitpid(pid, 0)[1])
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     warn = ["-W", "ignore::DeprecationWarning"]  # of forking with threads, which is what is tried
     assert subprocess.run([sys.executable, *warn, "-c", code], timeout=60, check=False).returncode == 0

@@ -158,22 +158,13 @@ def _set(libraries: list[Any], numbers: Sequence[int]) -> None:
 
 def _after_fork() -> None:
     """A forked child is in none of its parent's calls: it has the BLAS that the user had set."""
-    global _lock, _before
-    _lock = threading.RLock()
+    global _before
+    _lock.release()
     _holders.clear()
     if _before is not None:
         _put_back(_before)
         _before = None
 
 
-def _lock_up() -> None:
-    """Before a fork: no other thread is half-way through setting numbers then."""
-    _lock.acquire()
-
-
-def _unlock() -> None:
-    _lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock_up, after_in_parent=_unlock, after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # the lock is held meanwhile: no other thread is half-way through setting numbers
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)

@@ -184,8 +184,9 @@ def _after_fork() -> None:
     """A forked child has none of its parent's threads. A call that was forked in its middle, by a signal handler, has
     lost the tasks that they had begun.
     """
-    global _lock, _jobs, _workers
-    _lock, _jobs, _workers = threading.RLock(), SimpleQueue(), 0
+    global _jobs, _workers
+    _lock.release()
+    _jobs, _workers = SimpleQueue(), 0
     for helper in list(_running):
         if helper.owner.get("is") == "pool":
             helper.error = RuntimeError("forked in the middle of this call, whose other threads are the parent's")
@@ -193,17 +194,8 @@ def _after_fork() -> None:
     _running.clear()
 
 
-def _lock_up() -> None:
-    """Before a fork: no other thread is half-way through making one then."""
-    _lock.acquire()
-
-
-def _unlock() -> None:
-    _lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock_up, after_in_parent=_unlock, after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # the lock is held meanwhile: no other thread is half-way through starting one
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
