@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import example, given
-from test_ops import portable
+from test_ops import MODERATE, portable
 
 from funcmha import (
     attention,
@@ -40,7 +40,6 @@ from funcmha.testing.strategies import (
     mha_problems,
 )
 
-MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 STEP = 1e-30
 ON_THREADS = TILED._replace(plan=Plan(tile_rows=16, tile_cols=8, thread_flops=0))
 

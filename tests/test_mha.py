@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import example, given
-from test_ops import close, portable
+from test_ops import MODERATE, close, portable
 
 from funcmha import (
     attention_weights,
@@ -35,7 +35,6 @@ from funcmha.norms import LayerNorm
 from funcmha.rotary import frequencies, table
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
-MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is a fair bar
 # A norm's gradient divides by the length of its input: of a gradient of exactly zero, a gain of 1e-8 leaves 1e-8 of
 # rounding, in PyTorch as here.
 NORMED = {"gain": st.sampled_from([1e-3, 1.0, 10.0])}
