@@ -151,6 +151,17 @@ def check_attention(
     )
 
 
+def check_cotangents_of_attention(
+    do: Array, dweights: Array, dlse: Array, q: Array, k: Array, v: Array, batch_axes: int
+) -> None:
+    """The cotangents of `attention`, and how many axes of the batch its gradients keep."""
+    rows = q.shape[:-1]
+    _check.cotangent("do", do, (*rows, v.shape[-1]), q, "... H T E")
+    _check.cotangent("dweights", dweights, (*rows, k.shape[-2]), q, "... H T S", optional=True)
+    _check.cotangent("dlse", dlse, rows, q, "... H T", optional=True)
+    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
+
+
 def name_of(bias: Bias) -> str:
     """What a message calls the numbers of a bias."""
     return "bias" if bias is None else bias.name
@@ -237,6 +248,14 @@ def check_one_input(params: Params, x: Array, bias: Any) -> None:
     _check.one_dtype([*leaves.items(), ("x", x)], optional=[(name_of(bias), values_of(bias))])
     for projection in ("Cq", "Ck", "Cv"):
         axes("x", x, f"... T {projection}")
+
+
+def check_cotangents_of_head(do: Array, dweights: Array, dlse: Array, query: Array, E: int, keys: int) -> None:
+    """The cotangents of `head`, of a query (..., T, Cq) and so many keys."""
+    rows = query.shape[:-1]
+    _check.cotangent("do", do, (*rows, E), query, "... T E")
+    _check.cotangent("dweights", dweights, (*rows, keys), query, "... T S'", optional=True)
+    _check.cotangent("dlse", dlse, rows, query, "... T", optional=True)
 
 
 def check_cotangents_of_mha(dy: Array, dweights: Array, dlse: Array, o: Array, O: int, H: int, keys: int) -> None:

@@ -65,9 +65,7 @@ def head_vjp(
     _check.cache(cache, HeadCache, "head")
     _check.flag("per_sample", per_sample)
     x, k, v = cache.query.x, cache.attention.k, cache.attention.v
-    _check.cotangent("do", do, (*x.shape[:-1], v.shape[-1]), x, "... T E")
-    _check.cotangent("dweights", dweights, (*x.shape[:-1], k.shape[-2]), x, "... T S'", optional=True)
-    _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
+    _arguments.check_cotangents_of_head(do, dweights, dlse, x, v.shape[-1], k.shape[-2])
     dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
     dlse = None if dlse is None else upcast(dlse)[..., None, :]
     *grads, dbias = _head_vjp(cache, upcast(do), dweights, dlse, x.ndim - 2 if per_sample else 0)

@@ -15,7 +15,16 @@ from math import prod
 from typing import Any, NamedTuple, Unpack
 
 from . import _check
-from ._arguments import AttentionOptions, Bias, Options, ScoresOptions, check_attention, check_linear, takes
+from ._arguments import (
+    AttentionOptions,
+    Bias,
+    Options,
+    ScoresOptions,
+    check_attention,
+    check_cotangents_of_attention,
+    check_linear,
+    takes,
+)
 from ._arrays import (
     Array,
     downcast,
@@ -276,11 +285,8 @@ def attention_vjp(
     dsink is (H,), or with batch_axes=n it keeps the first n axes of the batch before it.
     """
     _check.cache(cache, AttentionCache, "attention")
-    q, k, v, bias, sink, slope, p, lse, keep, scale, _, rate = cache
-    _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
-    _check.cotangent("dweights", dweights, p.shape, p, "... H T S", optional=True)
-    _check.cotangent("dlse", dlse, lse.shape, lse, "... H T", optional=True)
-    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
+    q, k, v, bias, sink, slope, p, _, keep, scale, _, rate = cache
+    check_cotangents_of_attention(do, dweights, dlse, q, k, v, batch_axes)
     dtype, xp, g = do.dtype, namespace(q), zero_masked_queries(upcast(do), attended_pairs(cache))
 
     # o = a v   with   a = dropout(p)

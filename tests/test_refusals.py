@@ -16,13 +16,16 @@ from test_ops import close
 from funcmha import (
     attention,
     attention_vjp,
+    attention_weights,
     biases,
     dropout,
+    head,
     head_params,
     head_vjp,
     init,
     linear,
     linear_vjp,
+    log_sum_exp,
     masks,
     mha,
     mha_vjp,
@@ -269,3 +272,29 @@ def test_a_relative_bias_may_be_a_view():
     (o, cache), (want, want_cache) = (attention(Q, K, V, RelativeBias(a)) for a in (values, values.copy()))
     close(o, want)
     close(attention_vjp(cache, o)[3].values, attention_vjp(want_cache, want)[3].values)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("f", "f_vjp", "inputs", "names"),
+    [
+        (attention, attention_vjp, (Q, K, V), ("do", "H, T, E", "H, T, S", "H, T")),
+        (head, head_vjp, (head_params(PARAMS, 0), *INPUTS), ("do", "T, E", "T, S'", "T")),
+        (mha, mha_vjp, (PARAMS, *INPUTS), ("dy", "T, O", "H, T, S'", "H, T")),
+    ],
+    ids=["attention", "head", "mha"],
+)
+def test_cotangents_of_other_shapes(f, f_vjp, inputs, names, engine):
+    """Each is named, with the shape of the output: one that broadcasts would give a plausible gradient."""
+    y, cache = f(*inputs, engine=engine)
+    weights, lse, (out, *axes) = attention_weights(cache), log_sum_exp(cache), names
+    calls = [
+        (out, y, lambda a: f_vjp(cache, a)),
+        ("dweights", weights, lambda a: f_vjp(cache, y, dweights=a)),
+        ("dlse", lse, lambda a: f_vjp(cache, y, dlse=a)),
+    ]
+    for (name, like, call), letters in zip(calls, axes, strict=True):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name} must be (..., {letters}) = {like.shape} as the output")
+        ):
+            call(like[..., :1])

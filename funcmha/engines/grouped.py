@@ -13,7 +13,15 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funcmha import _check, tree
-from funcmha._arguments import Bias, Options, check_cotangents_of_mha, check_head, check_mha, check_one_input
+from funcmha._arguments import (
+    Bias,
+    Options,
+    check_cotangents_of_head,
+    check_cotangents_of_mha,
+    check_head,
+    check_mha,
+    check_one_input,
+)
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
 from funcmha.biases import as_bias
 from funcmha.masks import append_keys
@@ -259,9 +267,7 @@ def head_vjp(
     """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.head_vjp`"""
     _check.flag("per_sample", per_sample)
     (group,), x = cache, cache.group.q.project.x
-    _check.cotangent("do", do, (*x.shape[:-1], group.v.project.w.shape[-2]), x, "... T E")
-    _check.cotangent("dweights", dweights, (*x.shape[:-1], group.rest.num_keys), x, "... T S'", optional=True)
-    _check.cotangent("dlse", dlse, x.shape[:-1], x, "... T", optional=True)
+    check_cotangents_of_head(do, dweights, dlse, x, group.v.project.w.shape[-2], group.rest.num_keys)
     dweights = None if dweights is None else upcast(dweights)[..., None, :, :]
     dlse = None if dlse is None else upcast(dlse)[..., None, :]
     batch_axes, nothing = x.ndim - 2 if per_sample else 0, (None, None, None)

@@ -11,8 +11,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from funcmha import _check
-from funcmha._arguments import AttentionOptions, Bias, Options, check_attention
+from funcmha._arguments import AttentionOptions, Bias, Options, check_attention, check_cotangents_of_attention
 from funcmha._arrays import Array, downcast, own, quiet_underflow, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
@@ -78,10 +77,7 @@ def attention_vjp(
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
     q, k, v, rest = cache
-    _check.cotangent("do", do, (*q.shape[:-1], v.shape[-1]), q, "... H T E")
-    _check.cotangent("dweights", dweights, (*q.shape[:-1], k.shape[-2]), q, "... H T S", optional=True)
-    _check.cotangent("dlse", dlse, q.shape[:-1], q, "... H T", optional=True)
-    _check.batch_axes(batch_axes, max(q.ndim - 3, 0))
+    check_cotangents_of_attention(do, dweights, dlse, q, k, v, batch_axes)
     factor = _factor(do, dweights, dlse)
     cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
 
