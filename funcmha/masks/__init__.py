@@ -1,6 +1,7 @@
 """Structured masks: which query attends to which key, without the T × S array.
 
-    mask = causal() & lengths(np.array([7, 4]))     # True = attend; & keeps what both allow
+    mask = causal() & lengths(np.array([7, 4]))     # True = attend; & is what both allow
+    mask = window(1023, 0) | first(4)               # | what either does, and ~ what a mask forbids
     y, cache = attention(q, k, v, mask=mask)
 
 Axes: T queries, S keys, H heads, and before them the batch `...`. Every mask broadcasts to (..., H, T, S).
@@ -20,13 +21,15 @@ import numpy as np
 from funcmha import _check
 from funcmha._arrays import Array, full, namespace, read_only
 
-from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
-from .mask import Block, Dense, Intersection, Mask, Range, as_mask
+from .kinds import Band, Bands, Chunks, Lengths, Padding, Segments, Spans
+from .mask import Block, Complement, Dense, Intersection, Mask, Range, Union, as_mask, operands
 
 __all__ = [
     "Band",
     "Bands",
     "Block",
+    "Chunks",
+    "Complement",
     "Dense",
     "Intersection",
     "Lengths",
@@ -35,13 +38,18 @@ __all__ = [
     "Range",
     "Segments",
     "Spans",
+    "Union",
     "append_keys",
     "as_mask",
     "causal",
+    "chunks",
     "dense",
+    "first",
     "intersection",
     "lengths",
+    "operands",
     "padding",
+    "prefix",
     "segments",
     "window",
 ]
@@ -77,6 +85,27 @@ def lengths(n: int | np.ndarray) -> Lengths:
     if np.any(n < 0):
         raise ValueError(f"n must be at least 0, got {n.min()}")
     return Lengths(n)
+
+
+def first(n: int) -> Lengths:
+    """j < n     every query attends the first n keys: the sink tokens beside a window (Xiao et al. 2023)"""
+    return lengths(_check.integer("n", n))
+
+
+def prefix(n: int | np.ndarray, offset: int | np.ndarray = 0) -> Mask:
+    """j < n or j ≤ i + offset     a prefix that all attend, and causal after it (prefix LM, Raffel et al. 2020)
+
+    n as in `lengths`, offset as in `causal`.
+    """
+    return lengths(n) | causal(offset)
+
+
+def chunks(n: int, offset: int = 0) -> Chunks:
+    """⌊(i + offset) / n⌋ = ⌊j / n⌋     each query attends the n keys of its own chunk
+
+    Query i stands at key position i + offset. `causal() & chunks(n)` is chunked attention in a decoder.
+    """
+    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, below=None), 0)
 
 
 def padding(keep: np.ndarray) -> Padding:
@@ -136,5 +165,5 @@ def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers
         raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}")
     if x.ndim < symbols.count(","):
         raise ValueError(f"{name} must be {symbols}, got {x.shape}")
-    frozen: np.ndarray = read_only(np.array(x))
+    frozen: np.ndarray = read_only(np.array(x, dtype=bool if kind == "booleans" else np.int64))
     return frozen
