@@ -49,6 +49,7 @@ __all__ = [
     "lengths",
     "operands",
     "padding",
+    "per_head",
     "prefix",
     "segments",
     "window",
@@ -131,6 +132,11 @@ def intersection(*given: Mask | Array | None) -> Mask | None:
     """What all of them allow, where None allows everything     masks and boolean arrays   →   a mask, or None"""
     parts = [as_mask(mask) for mask in given if mask is not None]
     return reduce(and_, parts) if parts else None
+
+
+def per_head(mask: Array) -> Array:
+    """mask (H, T, S)  →  (1, H, T, S): for each head, whatever the batch; all else, and None, as it is"""
+    return mask[None, ...] if getattr(mask, "ndim", 0) == 3 else mask
 
 
 def dense(mask: Any, T: int, S: int, like: Array) -> Array:
