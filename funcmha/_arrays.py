@@ -147,9 +147,85 @@ def heads_last(x: Array) -> Array:
 
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
     """`value` everywhere, in the library, dtype and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.full(shape, value, like.dtype)
     return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)
+
+
+def writes(x: Array) -> bool:
+    """Whether arrays like x may be written to: those of JAX may not, and others take no `out=`"""
+    return isinstance(x, np.ndarray) or type(x).__module__.startswith("cupy")
+
+
+def into(own: Array, f: Any, *args: Any) -> Array:
+    """f(*args), in the memory of `own` where the library can; whoever calls needs `own` no longer"""
+    return f(*args, out=own) if writes(own) else f(*args)
+
+
+def replaced(own: Array, where: Array, value: float) -> Array:
+    """`value` where not `where`, in the memory of `own` where the library can"""
+    if not isinstance(own, np.ndarray):
+        return namespace(own).where(where, own, value)
+    np.copyto(own, value, where=~where)
+    return own
 
 
 def outline(x: Array) -> Array:
     """Of x nothing but its shape, library, dtype and device, for a cache: (*x.shape, 0). None stays None."""
     return None if x is None else full((*x.shape, 0), 0.0, x)
+
+
+# ── a whole, part by part ────────────────────────────────────────────────────────────────────────────────────────
+
+Place = tuple[tuple[int, int], ...]  # start and stop along each of the last axes
+
+
+class Sum:
+    """Σ of arrays, each added at its place in an array of `shape` that is 0 elsewhere"""
+
+    def __init__(self, shape: tuple[int, ...], like: Array) -> None:
+        self.shape, self.like = shape, like
+        self.array = namespace(like).zeros(shape, dtype=like.dtype) if writes(like) else None
+        self.parts: dict[Place, Array] = {}
+
+    def add(self, place: Place, part: Array) -> None:
+        """whole[..., place] += part, where the library can; else the part is kept"""
+        if self.array is not None:
+            self.array[(..., *(slice(*some) for some in place))] += part
+        else:
+            self.parts[place] = self.parts[place] + part if place in self.parts else part
+
+    def total(self) -> Array:
+        """The array"""
+        return joined(self.parts, self.shape, self.like) if self.array is None else self.array
+
+
+def joined(parts: dict[Place, Array], shape: tuple[int, ...], like: Array) -> Array:
+    """Σ of the parts at their places, which may overlap, in an array of `shape`"""
+    if not parts:
+        return full(shape, 0.0, like)
+    if () in parts:
+        return parts[()]
+    rows: dict[tuple[int, int], dict[Place, Array]] = {}
+    for (some, *others), part in parts.items():
+        rows.setdefault(some, {})[tuple(others)] = part
+    axis = len(shape) - len(next(iter(parts)))
+    layers: list[list[Array]] = []  # one after another along the axis, with 0 between
+    ends: list[int] = []
+    for start, stop in sorted(rows):
+        n = next((n for n, end in enumerate(ends) if end <= start), len(ends))
+        if n == len(ends):
+            layers.append([])
+            ends.append(0)
+        own = (*shape[:axis], stop - start, *shape[axis + 1 :])
+        layers[n] += [*_gap(own, axis, start - ends[n], like), joined(rows[start, stop], own, like)]
+        ends[n] = stop
+    for n, end in enumerate(ends):
+        layers[n] += _gap(shape, axis, shape[axis] - end, like)
+    sums = [layer[0] if len(layer) == 1 else namespace(like).concat(layer, axis=axis) for layer in layers]
+    return sum(sums[1:], sums[0])
+
+
+def _gap(shape: tuple[int, ...], axis: int, n: int, like: Array) -> list[Array]:
+    """[0 …] of `shape` with n along the axis, if there are any"""
+    return [full((*shape[:axis], n, *shape[axis + 1 :]), 0.0, like)] if n else []

@@ -21,6 +21,8 @@ import numpy as np
 from . import _check
 from ._arrays import (
     Array,
+    Place,
+    Sum,
     downcast,
     from_host,
     full,
@@ -62,6 +64,20 @@ class Bias(NamedTuple("_Values", [("values", Array)])):
         """Of the heads `h`, where it has a head axis."""
         return type(self)(of_heads(self.values, h, self.rank))
 
+    def part(self, rows: Range, cols: Range, T: int) -> Self:
+        """Of these of the T queries and these keys alone, which are 0, 1, … of it"""
+        return type(self)(self.values[(..., *(slice(*some) for some in self.place(rows, cols, T)))])
+
+    def part_vjp(self, rows: Range, cols: Range, T: int, dpart: Self) -> Self:
+        """The gradient of this bias from that of a part: 0 elsewhere"""
+        whole = Sum(tuple(self.values.shape), dpart.values)
+        whole.add(self.place(rows, cols, T), dpart.values)
+        return type(self)(whole.total())
+
+    def place(self, rows: Range, cols: Range, T: int) -> Place:
+        """Where in the values those of a part are, along the last axes"""
+        raise NotImplementedError
+
     def with_head_axis(self) -> Self:
         """(..., T, S)   →   (..., 1, T, S); without batch axes there is nothing to tell apart"""
         return self if self.values.ndim < self.rank else type(self)(self.values[self._at(None)])
@@ -102,6 +118,12 @@ class ArrayBias(Bias):
         """The gradient from that of the scores (..., H, T, S): Σ dz over every axis that was broadcast"""
         return ArrayBias(unbroadcast(dz, tuple(self.values.shape)))
 
+    def place(self, rows: Range, cols: Range, T: int) -> Place:
+        """Rows and columns, as far as it has them"""
+        n = min(self.values.ndim, 2)
+        sizes = self.values.shape[self.values.ndim - n :]
+        return tuple((0, 1) if size == 1 else some for some, size in zip((rows, cols)[2 - n :], sizes, strict=True))
+
     def append_keys(self, S: int, extra: int) -> "ArrayBias":
         """For S keys and `extra` more, S' = S + extra:   (..., S or 1)   →   (..., S')     columns of 0"""
         if extra == 0:
@@ -139,6 +161,11 @@ class RelativeBias(Bias):
     def dense_vjp(self, dz: Array) -> "RelativeBias":
         """Σ dz along each diagonal, and over the axes that were broadcast"""
         return RelativeBias(unbroadcast(diagonal_sums(dz), tuple(self.values.shape)))
+
+    def place(self, rows: Range, cols: Range, T: int) -> Place:
+        """The diagonals that the part has"""
+        of = diagonals(rows, cols, T)
+        return ((of.start, of.stop),)
 
     def append_keys(self, S: int, extra: int) -> "RelativeBias":
         """Raises ValueError where there are more keys: they have no position."""

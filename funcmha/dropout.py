@@ -69,6 +69,13 @@ class Masked(NamedTuple):
         """Of the heads `h`, where it has a head axis."""
         return Masked(of_heads(self.keep, h), self.rate)
 
+    def part(self, rows: Range, cols: Range) -> "Masked":
+        """Of these queries and keys alone."""
+        n = min(self.keep.ndim, 2)
+        sizes = self.keep.shape[self.keep.ndim - n :]
+        own = (slice(1) if size == 1 else slice(*some) for some, size in zip((rows, cols)[2 - n :], sizes, strict=True))
+        return Masked(self.keep[(..., *own)], self.rate)
+
 
 def masked(keep: Array, rate: float) -> Masked:
     """a = p ⊙ keep / (1 − rate)        keep booleans, True = keep   rate 0 ≤ … < 1   →   `Masked`
@@ -128,6 +135,10 @@ class Seeded(NamedTuple):
     def heads(self, h: slice) -> "Seeded":
         """Of the heads `h`: the same from its first head on."""
         return self._replace(first_head=self.first_head + (h.start or 0))
+
+    def part(self, rows: Range, cols: Range) -> "Seeded":
+        """Of these queries and keys alone: the same from the first of them on."""
+        return self._replace(first_query=self.first_query + rows[0], first_key=self.first_key + cols[0])
 
     def sample(self, n: int) -> "Seeded":
         """The same from sample `n` on."""

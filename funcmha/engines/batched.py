@@ -1,7 +1,8 @@
-"""Attention of all heads of all samples at once, for arrays of any library: the engine for short sequences.
+"""Attention of all heads of all samples at once, for arrays of any library: in one block where the scores fit.
 
-The mathematics is that of `funcmha.ops`, in as many products as there are heads, each so small that OpenBLAS takes
-longer to wake its threads than to do it alone: with NumPy arrays BLAS is held at one thread.
+Where they do not, `blocks` takes some queries and keys at a time. In one block the mathematics is that of
+`funcmha.ops`, in as many products as there are heads, each so small that OpenBLAS takes longer to wake its threads than
+to do it alone: with NumPy arrays BLAS is held at one thread.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
@@ -12,8 +13,9 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import Bias, Options, check_attention
-from funcmha._arrays import Array, downcast, of_heads, upcast
+from funcmha._arrays import Array, downcast, of_heads, own, upcast
 
+from . import blocks
 from .plan import Plan
 from .tiled.threads import with_single_threaded_blas
 
@@ -70,22 +72,25 @@ class AttentionCache(NamedTuple):
 
 @with_single_threaded_blas
 def attend(
-    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan | None
-) -> tuple[Array, AttentionCache]:
-    """`attention`, of arguments that are checked and upcast"""
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
+) -> tuple[Array, AttentionCache | blocks.AttentionCache]:
+    """`attention`, of arguments that are checked and upcast; o may be the cache's own"""
+    if blocks.block_sizes(q, k, plan) != (q.shape[-2], k.shape[-2]):
+        return blocks.attend(q, k, v, bias, sink, x, plan)
     o, cache = ops.attend(q, k, v, bias, sink, x)
     rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
     return o, rest.beside(cache.q, cache.k, cache.v)
 
 
 def attention(
-    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan | None, **options: Any
-) -> tuple[Array, AttentionCache]:
+    q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /, *, plan: Plan, **options: Any
+) -> tuple[Array, AttentionCache | blocks.AttentionCache]:
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
     bias, x = check_attention(q, k, v, bias, sink, options)
     bias = None if bias is None else bias.map(upcast)
     o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
-    return downcast(o, q.dtype), cache
+    o_own = cache.rest.o if isinstance(cache, blocks.AttentionCache) else None
+    return own(downcast(o, q.dtype), o_own), cache
 
 
 @with_single_threaded_blas

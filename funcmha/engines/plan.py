@@ -6,8 +6,11 @@ an engine with another one.
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width, C input width.
 """
 
-from math import prod
+from math import isqrt, prod
 from typing import NamedTuple
+
+
+MAY_BE_ZERO = ("score_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows", "thread_flops")
 
 
 class Plan(NamedTuple):
@@ -17,6 +20,9 @@ class Plan(NamedTuple):
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
+    # ── attention in blocks ──
+    score_bytes: int = 2**24  # of the scores of all heads and samples that are held at once
+    block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
     wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
     copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
@@ -35,7 +41,7 @@ class Plan(NamedTuple):
         for name, n in self._asdict().items():
             least = (
                 0
-                if name in ("kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows", "thread_flops")
+                if name in MAY_BE_ZERO
                 else 1
             )
             if not n >= least:
@@ -44,6 +50,13 @@ class Plan(NamedTuple):
     def columns(self, T: int) -> int:
         """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
         return max(self.tile_cols, self.tile_rows * self.tile_cols // max(T, 1))
+
+    def block(self, bytes: int, T: int, S: int) -> tuple[int, int]:
+        """Queries and keys of a block of scores, of `bytes` each in all heads and samples: T and S where all fit"""
+        area = self.score_bytes // max(bytes, 1)
+        rows = min(T, max(isqrt(area), self.block_side))
+        cols = min(S, max(area // max(rows, 1), self.block_side))
+        return min(T, max(rows, area // max(cols, 1))), cols
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back

@@ -6,7 +6,7 @@ from typing import Any
 from funcmha import ops
 from funcmha._arrays import Array, own, read_only
 
-from . import batched, tiled
+from . import batched, blocks, tiled
 
 attention_vjp = ops.attention_vjp  # which is that of the specification for its own cache
 
@@ -34,12 +34,15 @@ def log_sum_exp(cache: Any, /) -> Array:
 
 
 attention_vjp.register(batched.AttentionCache, batched.attention_vjp)
+attention_vjp.register(blocks.AttentionCache, blocks.attention_vjp)
 attention_vjp.register(tiled.AttentionCache, tiled.attention_vjp)
 
 attention_weights.register(ops.AttentionCache, lambda cache: read_only(cache.p))
 attention_weights.register(batched.AttentionCache, lambda cache: read_only(cache.rest.p))
+attention_weights.register(blocks.AttentionCache, blocks.attention_weights)
 attention_weights.register(tiled.AttentionCache, tiled.attention_weights)
 
 log_sum_exp.register(ops.AttentionCache, lambda cache: own(cache.lse, cache.lse))
 log_sum_exp.register(batched.AttentionCache, lambda cache: own(cache.rest.lse, cache.rest.lse))
+log_sum_exp.register(blocks.AttentionCache, blocks.log_sum_exp)
 log_sum_exp.register(tiled.AttentionCache, tiled.log_sum_exp)

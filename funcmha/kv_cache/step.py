@@ -240,17 +240,16 @@ def _differences(bias: Bias, T: int, held: int) -> Bias:
     P, even = divmod(shape[-1] + 1 if shape else 0, 2)
     if even or held > P:
         raise ValueError(f"bias.values must be (..., H or 1, 2P − 1) of P={held} positions or more, got {shape}")
-    return RelativeBias(bias.values[..., P - held : P + T - 1])
+    return bias.part((P - T, P), (P - held, P), P)
 
 
 def _differences_vjp(bias: Bias, T: int, dbias: Bias) -> Bias:
     """The gradient of all values: 0 for those that the step had no part of"""
     if not isinstance(bias, RelativeBias):
         return dbias
-    d, P = dbias.values, (bias.values.shape[-1] + 1) // 2
-    held = d.shape[-1] - T + 1
-    before, after = (full((*d.shape[:-1], n), 0.0, d) for n in (P - held, P - T))
-    return RelativeBias(namespace(d).concat([before, d, after], axis=-1))
+    P = (bias.values.shape[-1] + 1) // 2
+    held = dbias.values.shape[-1] - T + 1
+    return bias.part_vjp((P - T, P), (P - held, P), P, dbias)
 
 
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -276,8 +275,7 @@ def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> t
         options.get("dropout"),
     )
     if isinstance(dropout, Seeded):
-        first = position + T - held  # of the keys held
-        dropout = dropout._replace(first_query=dropout.first_query + position, first_key=dropout.first_key + first)
+        dropout = dropout.part((position, position + T), (position + T - held, position + T))
     rest = {name: value for name, value in options.items() if name != "left"}
     mask = _rows_of_mask(options.get("mask"), position, T, held)
     own, o = check_options(axes, leaves, own, rest | {"rotary": (table, None), "dropout": dropout, "mask": mask})

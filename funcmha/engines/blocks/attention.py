@@ -1,0 +1,225 @@
+"""Attention by blocks: `funcmha.ops.attention` and its vjp in linear memory.
+
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
+block; `...` is batch.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcmha._arguments import Bias, Options, check_cotangents_of_attention
+from funcmha._arrays import Array, Sum, downcast, full, into, namespace, quiet_underflow, sum_over_batch, upcast
+from funcmha.engines.plan import Plan
+from funcmha.masks import Mask, Range
+from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.ops import round_bias
+
+from .cache import AttentionCache, begun
+from .cut import INF, Block, Rows, Whole, centred, exp_less, place, sum_over_rows, times_keys, times_rows
+
+# ── forward ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@quiet_underflow
+def attend(
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
+) -> tuple[Array, AttentionCache]:
+    """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
+    q, k, v = zeroed(q, k, v, x.mask)
+    rest = begun(q, k, bias, sink, x, plan)
+    whole, rows = Whole.of(rest.beside(q, k, v)), tuple(q.shape[:-1])
+    o, row_sum, row_max = sums = Sum((*rows, v.shape[-1]), q), Sum((*rows, 1), q), Sum((*rows, 1), q)
+    for some in whole.all_rows():
+        for total, part in zip(sums, _forward(whole, some), strict=True):
+            total.add(place(some, part), part)
+    rest = rest._replace(o=o.total(), row_sum=row_sum.total()[..., 0], row_max=row_max.total()[..., 0])
+    return rest.o, rest.beside(q, k, v)
+
+
+def _forward(whole: Whole, rows: Range) -> tuple[Array, Array, Array]:
+    """o (..., H, R, E), row_sum and row_max (..., H, R, 1) of some rows"""
+    q, xp, sink = whole.queries(rows), namespace(whole.q), whole.rest.sink
+    top, row_sum, o = (full((*q.shape[:-1], n), x, q) for n, x in ((1, -INF), (1, 0.0), (whole.v.shape[-1], 0.0)))
+    for block in whole.blocks(rows):
+        z, _ = whole.scores(q, block)
+        top, shift, fade = _raised(top, xp.max(z, axis=-1, keepdims=True))
+        e = exp_less(z, shift)
+        row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
+        o = into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v))
+    if sink is None:
+        return o / xp.where(row_sum == 0, 1.0, row_sum), row_sum, xp.where(top == -INF, 0.0, top)
+    top, shift, fade = _raised(top, sink[..., None, None])
+    row_sum = row_sum * fade
+    total = row_sum + xp.exp(sink[..., None, None] - shift)
+    return o * fade / xp.where(total == 0, 1.0, total), row_sum, shift
+
+
+def _raised(top: Array, other: Array) -> tuple[Array, Array, Array]:
+    """The larger of two maxima; what is subtracted from scores then; and the factor of what was summed before"""
+    xp = namespace(top)
+    new = xp.maximum(top, other)
+    shift = xp.where(new == -INF, 0.0, new)
+    return new, shift, xp.exp(top - shift)
+
+
+def zeroed(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
+    """q with 0 at fully masked queries, k and v at unattended keys"""
+    if mask is None:
+        return q, k, v
+    T, S = q.shape[-2], k.shape[-2]
+    attended = mask.attended_keys(T, S, q)
+    q = zero_masked_queries(q, mask.attending_queries(T, S, q))
+    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
+
+
+# ── the vjp ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Gradients(NamedTuple):
+    """Sums over blocks."""
+
+    q: Sum  # (..., H, T, D)
+    k: Sum  # (..., K, S, D)
+    v: Sum  # (..., K, S, E)
+    bias: Sum | None
+    sink: Sum | None  # (..., H, T)
+
+    @staticmethod
+    def of(cache: AttentionCache) -> "Gradients":
+        """Those of the inputs of a cache, 0 at first"""
+        (q, k, v, rest), lead = cache, cache.q
+        bias = None if rest.bias is None else Sum(tuple(rest.bias.values.shape), lead)
+        sink = None if rest.sink is None else Sum(tuple(q.shape[:-1]), lead)
+        return Gradients(*(Sum(tuple(a.shape), lead) for a in (q, k, v)), bias, sink)
+
+    def results(self, rest: Any, dtype: Any, batch_axes: int) -> tuple[Any, ...]:
+        """dq, dk, dv, dbias, dsink, rounded"""
+        dq, dk, dv, dbias, rows = (None if a is None else a.total() for a in self)
+        dbias = None if dbias is None else round_bias(rest.bias._replace(values=dbias), dtype)
+        dsink = None
+        if rows is not None:
+            dsink = sum_over_batch(namespace(rows).sum(rows, axis=-1), rest.sink.ndim, batch_axes)
+        return downcast(dq, dtype), downcast(dk, dtype), downcast(dv, dtype), dbias, downcast(dsink, dtype)
+
+
+@quiet_underflow
+def attention_vjp(
+    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
+) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias, dsink: every block once more, from the last rows to the first
+    from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
+    """
+    check_cotangents_of_attention(do, dweights, dlse, *cache[:3], batch_axes)
+    rest, whole, grads = cache.rest, Whole.of(cache), Gradients.of(cache)
+    g = zero_masked_queries(upcast(do), (rest.row_sum != 0)[..., None])
+    for rows in reversed(whole.all_rows()):
+        x = whole.found(rows)
+        _rows_vjp(whole, x, Cotangents.of(x, g, upcast(dweights), upcast(dlse)), grads)
+    return grads.results(rest, do.dtype, batch_axes)
+
+
+def _rows_vjp(whole: Whole, x: Rows, y: "Cotangents", grads: Gradients) -> None:
+    """`_forward` from the bottom up"""
+    xp, (q, k, v, rest, *_), dq = namespace(x.q), whole, None
+    m, r = row_gradient(whole, x, y, grads)
+    for block in whole.blocks(x.rows):
+        # o = dropout(e) v / row_sum
+        e, t = whole.exponentials(x, block)
+        grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v))
+        dp = y.of_weights(whole, e, block)
+        # e = exp(z − row_max)
+        dp = dp if m is None else into(dp, xp.subtract, dp, m)
+        dz = into(dp, xp.multiply, into(dp, xp.add, dp, r), e)
+        # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
+        if grads.bias is not None:
+            grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
+        du = dz if t is None else (1 - t * t) * dz
+        part = times_rows(du, block.k)
+        dq = part if dq is None else into(dq, xp.add, dq, part)
+        grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k))
+    if dq is not None:
+        grads.q.add(place(x.rows, q), rest.scale * dq)
+
+
+class Cotangents(NamedTuple):
+    """Those of some rows, divided by the row sums: so exponentials need not be."""
+
+    do: Array  # (..., H, R, E), divided
+    whole_do: Array  # (..., H, R, E), as it is
+    dweights: Array  # (..., H, R, S), divided, or None
+    dlse: Array  # (..., H, R, 1), as it is, 0 where no key is attended; or 0
+
+    @staticmethod
+    def of(x: Rows, do: Array, dweights: Array, dlse: Array) -> "Cotangents":
+        """Those of all rows, cut"""
+        i = slice(*x.rows)
+        do = do[..., i, :]
+        return Cotangents(
+            do / x.total,
+            do,
+            None if dweights is None else dweights[..., i, :] / x.total,
+            0.0 if dlse is None else dlse[..., i, None],
+        )
+
+    def of_weights(self, whole: Whole, e: Array, block: Block) -> Array:
+        """dp (..., H, R, N), divided by the row sums"""
+        dp = whole.drop(times_keys(self.do, block.v), block)
+        if self.dweights is None:
+            return dp
+        return dp + namespace(e).where(e == 0, 0.0, self.dweights[..., slice(*block.cols)])  # whatever it is there
+
+
+def row_gradient(whole: Whole, x: Rows, y: Cotangents, grads: Gradients) -> tuple[Array, Array]:
+    """m, the dp of the largest weight, and r = m + dlse − δ: dz = e ((dp − m) + r), all divided by the row sums
+
+    And dsink = p_sink (dlse − δ), added to the gradients. m is None for 0.
+    """
+    xp = namespace(x.q)
+    m, mean = _mean_cotangent(whole, x, y)
+    r = y.dlse - mean
+    if x.sink is not None:
+        r = r if m is None else r + m * x.sink
+        of_sink = x.sink * (r / x.total if m is None else r / x.total - m)
+        grads.sink.add((x.rows,), of_sink[..., 0])  # type: ignore[union-attr]  # there is a sink
+    return m, xp.where(x.attending, r / x.total, 0.0)
+
+
+def _mean_cotangent(whole: Whole, x: Rows, y: Cotangents) -> tuple[Array, Array]:
+    """m as above, and Σ p dp less it     (..., H, R, 1) each"""
+    xp, delta = namespace(x.q), None
+    if isinstance(x.q, np.ndarray) and y.dweights is None:
+        # No weight is over 1/2, so that nothing cancels: Σ p dp = Σ do o, without the products of a pass of its own.
+        spread = x.total >= 2
+        delta = np.sum(y.whole_do * whole.rest.o[..., slice(*x.rows), :], axis=-1, keepdims=True)
+        if spread.all():
+            return None, delta
+    pairs = ((e, y.of_weights(whole, e, block)) for block, e in _exponentials(whole, x))
+    m, mean = centred(pairs, xp.zeros_like(x.top))
+    return (m, mean) if delta is None else (np.where(spread, 0.0, m), np.where(spread, delta, mean))
+
+
+def _exponentials(whole: Whole, x: Rows) -> Any:
+    return ((block, whole.exponentials(x, block)[0]) for block in whole.blocks(x.rows))
+
+
+# ── what the cache can tell ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def log_sum_exp(cache: AttentionCache, /) -> Array:
+    """lse (..., H, T)"""
+    row_max, row_sum, sink, xp = cache.rest.row_max, cache.rest.row_sum, cache.rest.sink, namespace(cache.q)
+    total = row_sum if sink is None else row_sum + xp.exp(sink[..., None] - row_max)
+    return xp.where(total == 0, -INF, row_max + xp.log(xp.where(total == 0, 1.0, total)))
+
+
+@quiet_underflow
+def attention_weights(cache: AttentionCache, /) -> Array:
+    """p (..., H, T, S), the weights before dropout"""
+    whole = Whole.of(cache)
+    p = Sum((*cache.q.shape[:-1], cache.k.shape[-2]), cache.q)
+    for rows in whole.all_rows():
+        x = whole.found(rows)
+        for block, e in _exponentials(whole, x):
+            p.add((rows, block.cols), e / x.total)
+    return p.total()
