@@ -75,19 +75,20 @@ def xp(request: pytest.FixtureRequest) -> Library:
 SMALL = engines.Plan(
     tile_rows=4, tile_cols=3, few_queries=2, few_block=3, kept_numbers=0, group_numbers=0, linear_rows=5, weight_block=4
 )
-EACH = (engines.SEQUENTIAL, engines.BATCHED._replace(plan=SMALL), engines.TILED._replace(plan=SMALL))
+BLOCKS = engines.BATCHED._replace(name="blocks", plan=SMALL._replace(score_bytes=0, block_side=3))
+EACH = (engines.SEQUENTIAL, engines.BATCHED._replace(plan=SMALL), BLOCKS, engines.TILED._replace(plan=SMALL))
 each = pytest.fixture(scope="module", params=EACH, ids=lambda engine: engine.name)
 
 
 @each
 def engine(request: pytest.FixtureRequest) -> engines.Engine:
-    """The three engines, each of which is tested of NumPy arrays, two with a plan of small tiles and groups."""
+    """The three engines, each tested with NumPy arrays; with small tiles and groups, and batched also by blocks."""
     return request.param
 
 
 @each
 def each_engine(request: pytest.FixtureRequest) -> Any:
-    """The three engines as the default, while the fixture lasts: for adapters, which take no engine."""
+    """The same as the default, while the fixture lasts: for adapters, which take no engine."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("engines", "kv_cache.step"):
             patch.setattr(importlib.import_module(f"funcmha.{module}"), "pick", _always(request.param))

@@ -11,7 +11,7 @@ from funcmha import _check
 from funcmha._arguments import Cotangents, Tangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, downcast, full, namespace, quiet_underflow, unbroadcast, upcast
 from funcmha._check import shape_of
-from funcmha.engines import batched, tiled
+from funcmha.engines import batched, blocks, tiled
 from funcmha.engines.tiled import forward_mode, second_order
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import (
@@ -87,7 +87,7 @@ def attention_jvp(
     """ȯ = ȧ v + a v̇     l̇se = Σ p ż + p_sink ṡink     where  ż = slope · scale (q̇ kᵀ + q k̇ᵀ) + ḃias,  ṗ = p (ż − l̇se)
     q̇ (..., H, T, D)   k̇ (..., K, S, D)   v̇ (..., K, S, E)   →   ȯ (..., H, T, E)   l̇se (..., H, T)
 
-    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED. A fully masked
+    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or of BATCHED by blocks. A fully masked
     row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no effect.
     """
     return jvp_of(cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
@@ -114,6 +114,7 @@ def _(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
 
 
 jvp_of.register(batched.AttentionCache, lambda cache, dots: jvp_of(cache.of_ops, dots))
+jvp_of.register(blocks.AttentionCache, blocks.attention_jvp)
 jvp_of.register(tiled.AttentionCache, forward_mode.attention_jvp)
 
 
@@ -175,7 +176,7 @@ def attention_vjp_jvp(
         ḋz = dz (ż − l̇se) + p (ḋp − Σ p ḋp − Σ dz (ż − l̇se) − dsink (ṡink − l̇se) + ḋlse)
         ḋu = slope · ḋz + slope˙ · dz     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap
 
-    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED. All else is the
+    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or of BATCHED by blocks. All else is the
     rule of a product. Fully masked queries and unattended keys have 0.
     """
     return vjp_jvp_of(cache, Cotangents(do, do_dot, dlse, dlse_dot), (q_dot, k_dot, v_dot, bias_dot, sink_dot))
@@ -218,6 +219,7 @@ def _(cache: AttentionCache, cotangents: Cotangents, dots: tuple[Any, ...]) -> t
 
 
 vjp_jvp_of.register(batched.AttentionCache, lambda cache, *args: vjp_jvp_of(cache.of_ops, *args))
+vjp_jvp_of.register(blocks.AttentionCache, blocks.attention_vjp_jvp)
 vjp_jvp_of.register(tiled.AttentionCache, second_order.attention_vjp_jvp)
 
 

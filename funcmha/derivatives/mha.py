@@ -11,7 +11,7 @@ from funcmha import _check, ops, tree
 from funcmha._arguments import Bias, check_bias_tangent, check_params_tangent, name_of, values_of
 from funcmha._arrays import Array, downcast, namespace, upcast
 from funcmha.biases import as_bias
-from funcmha.engines import batched, check_cache, heads, outputs, tiled
+from funcmha.engines import batched, blocks, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.mha import HeadCache, PositionCache, append_rows, append_rows_vjp, round_gradients
@@ -155,6 +155,13 @@ def _(cache: ops.AttentionCache) -> tuple[Array, Array]:
 @attended_of.register
 def _(cache: batched.AttentionCache) -> tuple[Array, Array]:
     return attended_of(cache.of_ops)
+
+
+@attended_of.register
+def _(cache: blocks.AttentionCache) -> tuple[Array, Array]:
+    (q, k, _, rest), mask = cache, cache.rest.whole_mask
+    attended = None if mask is None else mask.attended_keys(q.shape[-2], k.shape[-2], q)
+    return attended, (rest.row_sum != 0)[..., None]
 
 
 @attended_of.register

@@ -12,11 +12,14 @@ Nothing here depends on what an array of q's library holds: to look is to wait f
 from .attention import attend, attention_vjp, attention_weights, log_sum_exp
 from .cache import AttentionCache
 from .cut import block_sizes
+from .derivatives import attention_jvp, attention_vjp_jvp
 
 __all__ = [
     "AttentionCache",
     "attend",
+    "attention_jvp",
     "attention_vjp",
+    "attention_vjp_jvp",
     "attention_weights",
     "block_sizes",
     "log_sum_exp",

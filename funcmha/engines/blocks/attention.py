@@ -115,22 +115,21 @@ def attention_vjp(
     g = zero_masked_queries(upcast(do), (rest.row_sum != 0)[..., None])
     for rows in reversed(whole.all_rows()):
         x = whole.found(rows)
-        _rows_vjp(whole, x, Cotangents.of(x, g, upcast(dweights), upcast(dlse)), grads)
+        _rows_vjp(whole, x, Cotangents.of(whole, x, g, upcast(dweights), upcast(dlse)), grads)
     return grads.results(rest, do.dtype, batch_axes)
 
 
 def _rows_vjp(whole: Whole, x: Rows, y: "Cotangents", grads: Gradients) -> None:
     """`_forward` from the bottom up"""
     xp, (q, k, v, rest, *_), dq = namespace(x.q), whole, None
-    m, r = row_gradient(whole, x, y, grads)
+    m, r, dsink = row_gradient(whole, x, y)
     for block in whole.blocks(x.rows):
         # o = dropout(e) v / row_sum
         e, t = whole.exponentials(x, block)
         grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v))
         dp = y.of_weights(whole, e, block)
         # e = exp(z − row_max)
-        dp = dp if m is None else into(dp, xp.subtract, dp, m)
-        dz = into(dp, xp.multiply, into(dp, xp.add, dp, r), e)
+        dz = into(dp, xp.multiply, shifted(dp, m, r), e)
         # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
         if grads.bias is not None:
             grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
@@ -140,63 +139,69 @@ def _rows_vjp(whole: Whole, x: Rows, y: "Cotangents", grads: Gradients) -> None:
         grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k))
     if dq is not None:
         grads.q.add(place(x.rows, q), rest.scale * dq)
+    if grads.sink is not None:
+        grads.sink.add((x.rows,), dsink[..., 0])
 
 
 class Cotangents(NamedTuple):
     """Those of some rows, divided by the row sums: so exponentials need not be."""
 
-    do: Array  # (..., H, R, E), divided
-    whole_do: Array  # (..., H, R, E), as it is
-    dweights: Array  # (..., H, R, S), divided, or None
-    dlse: Array  # (..., H, R, 1), as it is, 0 where no key is attended; or 0
+    do: Array  # (..., H, R, E)
+    products: tuple[tuple[Array, Array], ...]  # Σ do vᵀ is dp: do (..., H, R, E), v (..., K, S, E)
+    dweights: Array  # (..., H, R, S), or None
+    dlse: Array  # (..., H, R, 1), not divided; 0 for none
+    delta: Array  # (..., H, R, 1), Σ do o, not divided; None where that is not Σ p dp
 
     @staticmethod
-    def of(x: Rows, do: Array, dweights: Array, dlse: Array) -> "Cotangents":
+    def of(whole: Whole, x: Rows, do: Array, dweights: Array, dlse: Array) -> "Cotangents":
         """Those of all rows, cut"""
-        i = slice(*x.rows)
+        i, delta = slice(*x.rows), None
         do = do[..., i, :]
-        return Cotangents(
-            do / x.total,
-            do,
-            None if dweights is None else dweights[..., i, :] / x.total,
-            0.0 if dlse is None else dlse[..., i, None],
-        )
+        if isinstance(do, np.ndarray) and dweights is None:
+            delta = np.sum(do * whole.rest.o[..., i, :], axis=-1, keepdims=True)
+        do = do / x.total
+        dweights = None if dweights is None else dweights[..., i, :] / x.total
+        return Cotangents(do, ((do, whole.v),), dweights, 0.0 if dlse is None else dlse[..., i, None], delta)
 
     def of_weights(self, whole: Whole, e: Array, block: Block) -> Array:
-        """dp (..., H, R, N), divided by the row sums"""
-        dp = whole.drop(times_keys(self.do, block.v), block)
+        """dp (..., H, R, N)"""
+        j, xp = slice(*block.cols), namespace(e)
+        first, *others = (times_keys(do, v[..., j, :]) for do, v in self.products)
+        dp = whole.drop(sum(others, first), block)
         if self.dweights is None:
             return dp
-        return dp + namespace(e).where(e == 0, 0.0, self.dweights[..., slice(*block.cols)])  # whatever it is there
+        return into(dp, xp.add, dp, xp.where(e == 0, 0.0, self.dweights[..., j]))  # whatever it is there
 
 
-def row_gradient(whole: Whole, x: Rows, y: Cotangents, grads: Gradients) -> tuple[Array, Array]:
-    """m, the dp of the largest weight, and r = m + dlse − δ: dz = e ((dp − m) + r), all divided by the row sums
+def row_gradient(whole: Whole, x: Rows, y: Cotangents) -> tuple[Array, Array, Array]:
+    """m, the dp of the largest weight, or None for 0; r = m + dlse − δ; and dsink = p_sink (dlse − δ), or None
 
-    And dsink = p_sink (dlse − δ), added to the gradients. m is None for 0.
+    All (..., H, R, 1), m and r divided by the row sums: dz = e ((dp − m) + r).
     """
     xp = namespace(x.q)
     m, mean = _mean_cotangent(whole, x, y)
-    r = y.dlse - mean
+    r, dsink = y.dlse - mean, None
     if x.sink is not None:
         r = r if m is None else r + m * x.sink
-        of_sink = x.sink * (r / x.total if m is None else r / x.total - m)
-        grads.sink.add((x.rows,), of_sink[..., 0])  # type: ignore[union-attr]  # there is a sink
-    return m, xp.where(x.attending, r / x.total, 0.0)
+        dsink = x.sink * (r / x.total if m is None else r / x.total - m)
+    return m, xp.where(x.attending, r / x.total, 0.0), dsink
 
 
 def _mean_cotangent(whole: Whole, x: Rows, y: Cotangents) -> tuple[Array, Array]:
-    """m as above, and Σ p dp less it     (..., H, R, 1) each"""
-    xp, delta = namespace(x.q), None
-    if isinstance(x.q, np.ndarray) and y.dweights is None:
-        # No weight is over 1/2, so that nothing cancels: Σ p dp = Σ do o, without the products of a pass of its own.
-        spread = x.total >= 2
-        delta = np.sum(y.whole_do * whole.rest.o[..., slice(*x.rows), :], axis=-1, keepdims=True)
-        if spread.all():
-            return None, delta
+    """m as above, and Σ p dp less its share, Σ p (dp − m)     (..., H, R, 1) each"""
+    spread = None if y.delta is None else x.total >= 2  # no weight is over 1/2, and so nothing cancels without m
+    if spread is not None and spread.all():
+        return None, y.delta
     pairs = ((e, y.of_weights(whole, e, block)) for block, e in _exponentials(whole, x))
-    m, mean = centred(pairs, xp.zeros_like(x.top))
-    return (m, mean) if delta is None else (np.where(spread, 0.0, m), np.where(spread, delta, mean))
+    m, mean = centred(pairs, namespace(x.q).zeros_like(x.top))
+    return (m, mean) if spread is None else (np.where(spread, 0.0, m), np.where(spread, y.delta, mean))
+
+
+def shifted(dp: Array, m: Array, r: Array) -> Array:
+    """(dp − m) + r, in the memory of dp: 0 + r at the largest weight, which has no digits of dp to lose"""
+    xp = namespace(dp)
+    dp = dp if m is None else into(dp, xp.subtract, dp, m)
+    return into(dp, xp.add, dp, r)
 
 
 def _exponentials(whole: Whole, x: Rows) -> Any:
