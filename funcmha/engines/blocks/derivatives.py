@@ -18,7 +18,7 @@ from funcmha._arguments import Tangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, Sum, downcast, full, namespace, quiet_underflow
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 
-from .attention import Cotangents, Gradients, row_gradient
+from .attention import Cotangents, Gradients, row_gradient, shifted
 from .cache import AttentionCache
 from .cut import Block, Rows, Whole, centred, place, sum_over_rows, times_keys, times_rows
 
