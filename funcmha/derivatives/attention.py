@@ -87,8 +87,8 @@ def attention_jvp(
     """ȯ = ȧ v + a v̇     l̇se = Σ p ż + p_sink ṡink     where  ż = slope · scale (q̇ kᵀ + q k̇ᵀ) + ḃias,  ṗ = p (ż − l̇se)
     q̇ (..., H, T, D)   k̇ (..., K, S, D)   v̇ (..., K, S, E)   →   ȯ (..., H, T, E)   l̇se (..., H, T)
 
-    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or of BATCHED by blocks. A fully masked
-    row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no effect.
+    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or, by
+    blocks, BATCHED. A fully masked row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no effect.
     """
     return jvp_of(cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
 
@@ -176,8 +176,8 @@ def attention_vjp_jvp(
         ḋz = dz (ż − l̇se) + p (ḋp − Σ p ḋp − Σ dz (ż − l̇se) − dsink (ṡink − l̇se) + ḋlse)
         ḋu = slope · ḋz + slope˙ · dz     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap
 
-    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or of BATCHED by blocks. All else is the
-    rule of a product. Fully masked queries and unattended keys have 0.
+    From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or, by
+    blocks, BATCHED. All else is the rule of a product. Fully masked queries and unattended keys have 0.
     """
     return vjp_jvp_of(cache, Cotangents(do, do_dot, dlse, dlse_dot), (q_dot, k_dot, v_dot, bias_dot, sink_dot))
 

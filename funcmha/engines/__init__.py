@@ -19,7 +19,7 @@ from funcmha._arguments import AttentionOptions, HeadOptions, check_names, takes
 from funcmha._arrays import Array, is_array, namespace
 from funcmha.params import Params
 
-from . import batched, blocks, grouped, sequential, tiled
+from . import batched, grouped, sequential, tiled
 from .grouped import Method
 from .plan import SHORT, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp

@@ -10,9 +10,6 @@ from math import isqrt, prod
 from typing import NamedTuple
 
 
-MAY_BE_ZERO = ("score_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows", "thread_flops")
-
-
 class Plan(NamedTuple):
     # ── attention in tiles ──
     tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
@@ -21,7 +18,8 @@ class Plan(NamedTuple):
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
     # ── attention in blocks ──
-    score_bytes: int = 2**24  # of the scores of all heads and samples that are held at once
+    score_bytes: int = 2**24  # of scores of all heads and samples held at once, and of a block where there are more
+    numpy_bytes: int = 2**21  # the same of NumPy's arrays, as fits a processor's cache (docs/decisions/0035)
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
     wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
@@ -39,11 +37,7 @@ class Plan(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for a size that is no size: a negative block would leave out a part of the result."""
         for name, n in self._asdict().items():
-            least = (
-                0
-                if name in MAY_BE_ZERO
-                else 1
-            )
+            least = 0 if name in MAY_BE_ZERO else 1
             if not n >= least:
                 raise ValueError(f"plan.{name} must be at least {least}, got {n!r}")
 
@@ -51,12 +45,18 @@ class Plan(NamedTuple):
         """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
         return max(self.tile_cols, self.tile_rows * self.tile_cols // max(T, 1))
 
-    def block(self, bytes: int, T: int, S: int) -> tuple[int, int]:
-        """Queries and keys of a block of scores, of `bytes` each in all heads and samples: T and S where all fit"""
-        area = self.score_bytes // max(bytes, 1)
-        rows = min(T, max(isqrt(area), self.block_side))
-        cols = min(S, max(area // max(rows, 1), self.block_side))
-        return min(T, max(rows, area // max(cols, 1))), cols
+    def block(self, number: int, T: int, S: int, numpy: bool) -> tuple[int, int]:
+        """Queries and keys of a block of scores, of `number` bytes each in all heads and samples: T and S where all fit
+
+        Four times as many keys as queries: then a causal mask empties more, and sums of rows are scaled less often.
+        """
+        held = self.numpy_bytes if numpy else self.score_bytes
+        if number * T * S <= held or max(T, S) <= self.block_side:
+            return T, S
+        area = held // number
+        rows = min(T, max(isqrt(area // 4), self.block_side))
+        cols = min(S, max(area // rows, self.block_side))
+        return min(T, max(rows, area // cols)), cols
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
@@ -88,3 +88,7 @@ class Plan(NamedTuple):
 
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
+MAY_BE_ZERO = (
+    *("score_bytes", "numpy_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows"),
+    "thread_flops",
+)

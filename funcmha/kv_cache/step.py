@@ -20,7 +20,7 @@ import numpy as np
 
 from funcmha import _check, tree
 from funcmha._arguments import AttentionOptions, Bias, Options, check_names, check_options, name_of, takes, values_of
-from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, or_zeros, upcast
+from funcmha._arrays import Array, downcast, heads_first, heads_last, namespace, or_zeros, upcast
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias, Options, check_cotangents_of_attention
-from funcmha._arrays import Array, Sum, downcast, full, into, namespace, quiet_underflow, sum_over_batch, upcast
+from funcmha._arrays import (
+    Array,
+    Sum,
+    downcast,
+    full,
+    into,
+    namespace,
+    quiet_underflow,
+    row_maxima,
+    sum_over_batch,
+    upcast,
+)
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
@@ -43,7 +54,7 @@ def _forward(whole: Whole, rows: Range) -> tuple[Array, Array, Array]:
     top, row_sum, o = (full((*q.shape[:-1], n), x, q) for n, x in ((1, -INF), (1, 0.0), (whole.v.shape[-1], 0.0)))
     for block in whole.blocks(rows):
         z, _ = whole.scores(q, block)
-        top, shift, fade = _raised(top, xp.max(z, axis=-1, keepdims=True))
+        top, shift, fade = _raised(top, row_maxima(z))
         e = exp_less(z, shift)
         row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
         o = into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v))
@@ -91,7 +102,8 @@ class Gradients(NamedTuple):
         (q, k, v, rest), lead = cache, cache.q
         bias = None if rest.bias is None else Sum(tuple(rest.bias.values.shape), lead)
         sink = None if rest.sink is None else Sum(tuple(q.shape[:-1]), lead)
-        return Gradients(*(Sum(tuple(a.shape), lead) for a in (q, k, v)), bias, sink)
+        dq, dk, dv = (Sum(tuple(a.shape), lead) for a in (q, k, v))
+        return Gradients(dq, dk, dv, bias, sink)
 
     def results(self, rest: Any, dtype: Any, batch_axes: int) -> tuple[Any, ...]:
         """dq, dk, dv, dbias, dsink, rounded"""

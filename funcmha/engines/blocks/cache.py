@@ -31,7 +31,7 @@ class Rest(NamedTuple):
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T), Σ exp(z − row_max), 0 where no key is attended
     row_max: Array  # (..., H, T), the largest score or the sink, 0 where that is −∞
-    mask: Dense | None  # the rest of the mask: an array outside NumPy
+    mask: Mask | None  # the rest of the mask: an array outside NumPy
     keep: Masked | None
     scale: Array | float  # of every head, or (H, 1, 1)
     softcap: Array | float | None  # of every head, or (H, 1, 1)
@@ -69,9 +69,11 @@ class Rest(NamedTuple):
 
     def heads(self, h: slice) -> "Rest":
         """Of the query heads h, as views"""
-        mask, dropout, *others = self.known
-        mask = None if mask is None else mask.heads(h.start, h.stop)
-        known = Host(mask, None if dropout is None else dropout.heads(h), *others)
+        known = self.known
+        known = known._replace(
+            mask=None if known.mask is None else known.mask.heads(h.start, h.stop),
+            dropout=None if known.dropout is None else known.dropout.heads(h),
+        )
         scale, softcap = (a if a is None or isinstance(a, float) else a[h, ...] for a in (self.scale, self.softcap))
         return Rest(
             bias=None if self.bias is None else self.bias.heads(h),

@@ -129,7 +129,7 @@ def exp_less(z: Array, top: Array) -> Array:
 def block_sizes(q: Array, k: Array, plan: Plan) -> tuple[int, int]:
     """Rows and columns of a block; T and S where all scores are held at once"""
     numbers = prod(q.shape[:-2]) * np.dtype(dtype_name(q)).itemsize
-    return plan.block(numbers, q.shape[-2], k.shape[-2])
+    return plan.block(numbers, q.shape[-2], k.shape[-2], isinstance(q, np.ndarray))
 
 
 def ranges(some: Range, size: int) -> list[Range]:

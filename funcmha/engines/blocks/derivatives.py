@@ -1,4 +1,4 @@
-"""Forward mode and second order by blocks: `funcmha.derivatives.attention_jvp` and `attention_vjp_jvp` in linear memory.
+"""Forward mode and second order by blocks: `attention_jvp` and `attention_vjp_jvp` in linear memory.
 
 A row needs its sums before its tangents: every block is made twice for the one, up to five times for the other.
 
@@ -10,7 +10,6 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 block; `...` is batch.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from funcmha._arguments import Cotangents as Given
