@@ -88,7 +88,8 @@ def attention_jvp(
     q̇ (..., H, T, D)   k̇ (..., K, S, D)   v̇ (..., K, S, E)   →   ȯ (..., H, T, E)   l̇se (..., H, T)
 
     From the cache of any attention, by the engine that it is from: in linear memory from that of TILED or, by
-    blocks, BATCHED. A fully masked row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no effect.
+    blocks, BATCHED. A fully masked row has ȯ = 0 and l̇se = 0. A tangent of −∞ or NaN where the mask forbids has no
+    effect.
     """
     return jvp_of(cache, (q_dot, k_dot, v_dot, bias_dot, sink_dot))
 

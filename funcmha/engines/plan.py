@@ -54,9 +54,9 @@ class Plan(NamedTuple):
         if number * T * S <= held or max(T, S) <= self.block_side:
             return T, S
         area = held // number
-        rows = min(T, max(isqrt(area // 4), self.block_side))
-        cols = min(S, max(area // rows, self.block_side))
-        return min(T, max(rows, area // cols)), cols
+        rows = min(T, max(_round(isqrt(area // 4)), self.block_side))
+        cols = min(S, max(_round(area // rows), self.block_side))
+        return min(T, max(rows, _round(area // cols))), cols
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
@@ -88,6 +88,13 @@ class Plan(NamedTuple):
 
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
+
+
+def _round(n: int) -> int:
+    """A multiple of 64 below n, if there is one: products of such sizes have no rest"""
+    return max(n - n % 64, min(n, 64))
+
+
 MAY_BE_ZERO = (
     *("score_bytes", "numpy_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows"),
     "thread_flops",

@@ -22,6 +22,7 @@ from funcmha._arrays import (
     upcast,
 )
 from funcmha.engines.plan import Plan
+from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.masks import Mask, Range
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 from funcmha.ops import round_bias
@@ -32,6 +33,7 @@ from .cut import INF, Block, Rows, Whole, centred, exp_less, place, sum_over_row
 # ── forward ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@with_single_threaded_blas
 @quiet_underflow
 def attend(
     q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
@@ -115,6 +117,7 @@ class Gradients(NamedTuple):
         return downcast(dq, dtype), downcast(dk, dtype), downcast(dv, dtype), dbias, downcast(dsink, dtype)
 
 
+@with_single_threaded_blas
 @quiet_underflow
 def attention_vjp(
     cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
@@ -230,6 +233,7 @@ def log_sum_exp(cache: AttentionCache, /) -> Array:
     return xp.where(total == 0, -INF, row_max + xp.log(xp.where(total == 0, 1.0, total)))
 
 
+@with_single_threaded_blas
 @quiet_underflow
 def attention_weights(cache: AttentionCache, /) -> Array:
     """p (..., H, T, S), the weights before dropout"""

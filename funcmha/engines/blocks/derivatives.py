@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from funcmha._arguments import Cotangents as Given
 from funcmha._arguments import Tangents, check_cotangents, check_tangents
 from funcmha._arrays import Array, Sum, downcast, full, namespace, quiet_underflow
+from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 
 from .attention import Cotangents, Gradients, row_gradient, shifted
@@ -24,6 +25,7 @@ from .cut import Block, Rows, Whole, centred, place, sum_over_rows, times_keys, 
 # ── forward mode ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@with_single_threaded_blas
 @quiet_underflow
 def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, Array]:
     """ȯ = Σ dropout(ṗ) v + Σ dropout(p) v̇     l̇se = Σ p ż + p_sink ṡink     as `funcmha.derivatives.attention_jvp`"""
@@ -101,6 +103,7 @@ class RowDots(NamedTuple):
 # ── second order ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@with_single_threaded_blas
 @quiet_underflow
 def attention_vjp_jvp(cache: AttentionCache, cotangents: Given, dots: tuple[Any, ...]) -> tuple[Any, ...]:
     """ḋq, ḋk, ḋv, ḋbias, ḋsink     as `funcmha.derivatives.attention_vjp_jvp`"""
