@@ -32,6 +32,7 @@ from planting import ROOT, Fault, everywhere, scope, sites, table
 WORKERS = 2
 SECONDS = 600  # for the tests of one fault
 PLANTED = table(ROOT / "tests/faults.txt")
+ELSE = ["test_protocol.py", "test_mha.py", "test_properties.py"]  # of what has no tests of its name
 MORE = {  # tests beside those of the same name, of all files whose path begins so
     "ops.py": ["test_modern.py", "test_garbage.py", "test_scores.py"],
     "mha.py": ["test_modern.py"],
@@ -39,6 +40,10 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "biases.py": ["test_bias.py"],
     "norms.py": ["test_norm_derivatives.py"],
     "masks/kinds.py": ["test_packing.py"],
+    "_arrays.py": ["test_blocks.py", *ELSE],
+    "dropout.py": ["test_blocks.py"],
+    "engines/blocks/": ["test_blocks.py", "test_ops.py", "test_garbage.py"],
+    "engines/blocks/derivatives.py": ["test_derivatives_forward.py", "test_derivatives_second.py"],
     "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py"],
     "engines/tiled/forward_mode.py": ["test_derivatives_forward.py"],
     "engines/tiled/second_order.py": ["test_derivatives_second.py"],
@@ -52,7 +57,6 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "testing/rounding": ["test_tolerance.py"],
     "testing/tolerance.py": ["test_tolerance.py"],
 }
-ELSE = ["test_protocol.py", "test_mha.py", "test_properties.py"]  # of what has no tests of its name
 
 
 def catching(path: Path) -> list[str]:

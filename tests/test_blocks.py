@@ -291,7 +291,8 @@ def test_jax_compiles_once_for_a_shape_and_leaks_nothing(mask):
 
 def test_a_cache_outside_numpy_has_arrays_and_rates_as_leaves():
     """What a `jit` must not trace, masks and seeds and the plan, is in the structure."""
-    arrays, *_ = inputs(PROBLEM, jnp.asarray, "float32")
+    problem = AttentionProblem(**vars(PROBLEM) | {"T": 5, "S": 4})
+    arrays, *_ = inputs(problem, jnp.asarray, "float32")
     _, cache = attention(*arrays, **PROBLEM.static(), engine=BLOCKS)
     leaves, structure = jax.tree.flatten(cache)
     assert all(isinstance(leaf, jax.Array | float) for leaf in leaves)

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from conftest import BLOCKS
 from hypothesis import example, given
 
 from funcmha import (
@@ -29,6 +30,7 @@ MODERATE = {"gain": st.sampled_from([1e-8, 1e-3, 1.0, 10.0])}  # where 1e-11 is 
 PATHS = {
     "sequential": SEQUENTIAL,
     "batched": BATCHED,
+    "blocks": BLOCKS,
     "few queries": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3)),
     "tiles": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, few_queries=0)),
 }

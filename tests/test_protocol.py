@@ -16,7 +16,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import EACH
+from conftest import BLOCKS, EACH
 from pytrees import PYTREES
 
 import funcmha
@@ -169,7 +169,13 @@ def test_the_vjp_is_the_next_function_in_the_file(path):
 def test_every_part_with_gradients_is_among_those_files():
     assert {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES} >= {
         *("ops", "mha", "merge", "packing", "rotary", "norms", "biases"),
-        *("engines/grouped", "engines/projections", "engines/batched", "engines/tiled/attention"),
+        *(
+            "engines/grouped",
+            "engines/projections",
+            "engines/batched",
+            "engines/blocks/attention",
+            "engines/tiled/attention",
+        ),
         *("engines/tiled/linear", "kv_cache/append", "kv_cache/step"),
     }
 
@@ -340,7 +346,7 @@ def test_the_core_imports_numpy_and_threadpoolctl_alone():
     assert out.stdout.strip() == "['funcmha', 'numpy', 'threadpoolctl']"
 
 
-@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@pytest.mark.parametrize("engine", ["sequential", "batched", BLOCKS])
 def test_torch_tensors_are_arrays_like_others(engine):
     problem = AttentionProblem(mask="intersection", rate=0.3)
     arrays, static = problem.inputs("float64"), problem.static()
