@@ -1,5 +1,6 @@
 """The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
 
+from collections.abc import Callable
 from functools import cache
 from math import isqrt
 from types import ModuleType
@@ -87,10 +88,7 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     """The NumPy array `a` in the library and on the device of `like`; as it is for None."""
     if like is None or isinstance(like, np.ndarray):
         return a
-    xp = namespace(like)
-    if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none
-        return xp.asarray(a)
-    return xp.asarray(a, device=like.device)
+    return _on_device(like, namespace(like).asarray, a)
 
 
 def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:
@@ -146,8 +144,23 @@ def heads_last(x: Array) -> Array:
 
 
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
-    """`value` everywhere, in the library, dtype and on the device of `like`."""
-    return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)
+    """`value` everywhere, in the library, dtype and on the device of `like`, where it is made."""
+    return _on_device(like, namespace(like).full, shape, value, dtype=like.dtype)
+
+
+def arange(n: int, like: Array) -> Array:
+    """0, 1, … n − 1 in the library and on the device of `like`, where it is made."""
+    return _on_device(like, namespace(like).arange, n)
+
+
+def _on_device(like: Array, make: Callable[..., Array], *args: Any, **options: Any) -> Array:
+    """make(*args, **options), on the device of `like`"""
+    if isinstance(like, np.ndarray) or not hasattr(like, "device"):  # a tracer of JAX has none
+        return make(*args, **options)
+    if namespace(like).__name__ == "cupy":  # whose functions take no device, and work on the current one
+        with like.device:
+            return make(*args, **options)
+    return make(*args, **options, device=like.device)
 
 
 def outline(x: Array) -> Array:

@@ -21,6 +21,7 @@ import numpy as np
 from . import _check
 from ._arrays import (
     Array,
+    arange,
     downcast,
     from_host,
     full,
@@ -202,9 +203,8 @@ def toeplitz(values: Array, rows: Range, cols: Range, T: int) -> Array:
         first = part[..., R - 1 :]  # entry (0, 0), from which rows go down and columns up
         strides = (*batch, -step, step)
         return np.lib.stride_tricks.as_strided(first, (*part.shape[:-1], R, N), strides, writeable=False)
-    index = np.arange(N) - np.arange(R)[:, None] + (R - 1)
-    xp = namespace(part)
-    return xp.reshape(xp.take(part, from_host(index.ravel(), part), axis=-1), (*part.shape[:-1], R, N))
+    xp, index = namespace(part), arange(N, part) - arange(R, part)[:, None] + (R - 1)
+    return xp.reshape(xp.take(part, xp.reshape(index, (-1,)), axis=-1), (*part.shape[:-1], R, N))
 
 
 def diagonals(rows: Range, cols: Range, T: int) -> slice:

@@ -1,0 +1,190 @@
+"""What a CuPy user gets, on the stand-in: no function waits for the device, and no gradient sends anything to it.
+
+Results are compared in the tests of each function, among whose libraries, the fixture `xp`, is the stand-in.
+"""
+
+import inspect
+import re
+
+import fake_cupy
+import jax
+import numpy as np
+import oracles
+import pytest
+import test_protocol
+from test_derivatives_forward import other
+
+import funcmha
+from funcmha import attention, derivatives, kv_cache, mha, norms, packing, rotary, surgery
+from funcmha.merge import merge
+from funcmha.testing.strategies import AttentionProblem, MhaProblem
+
+cp = fake_cupy.MODULE
+A = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    with fake_cupy.installed():
+        yield
+
+
+def moved(node):
+    """A tree with its NumPy arrays on the device."""
+    return jax.tree.map(lambda a: cp.asarray(a) if isinstance(a, np.ndarray) else a, node)
+
+
+def options(static):
+    """The mask and the tables as they are; the booleans of dropout on the device."""
+    return static | {"dropout": oracles.on_keep(cp.asarray, static["dropout"])} if static.get("dropout") else static
+
+
+def quiet(call):
+    """call(), which neither waits nor sends."""
+    with fake_cupy.traffic() as seen:
+        result = call()
+    assert (seen.waits, seen.sent) == ([], 0), inspect.getsource(call)
+    return result
+
+
+# ── no public function waits, and no gradient sends ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@test_protocol.portable_pairs
+def test_no_op_waits_and_no_gradient_sends(pair, dtype):
+    if pair.f is merge and dtype == "float16":
+        pytest.skip("its log-sum-exps are float32 then")
+    with fake_cupy.traffic() as seen:
+        y, cache = pair.f(*moved(pair.inputs(dtype)), **options(pair.static))
+    assert seen.waits == []
+    grads = quiet(lambda: pair.f_vjp(cache, y))
+    assert {(type(a), a.dtype.name) for a in jax.tree.leaves((y, grads))} == {(cp.ndarray, dtype)}
+
+
+ATTENTION = AttentionProblem(mask="intersection", bias="... H 1 S", rate=0.3, sink=True, softcap=0.5, per_head=True)
+MHA = MhaProblem(
+    mask="window", bias="... H T+S-1", qk_norm="layer", rotary="half of some", sink=True, softcap=0.5, rate=0.3
+)
+
+
+def of_attention(engine):
+    do, dweights, dlse = moved(ATTENTION.cotangents("float32"))
+    _, cache = attention(*moved(ATTENTION.inputs("float32")), **options(ATTENTION.static()), engine=engine)
+    dots = moved(other(ATTENTION).inputs("float32"))
+    yield lambda: derivatives.attention_jvp(cache, *dots)
+    yield lambda: derivatives.attention_jvp(cache, dots[0])
+    yield lambda: derivatives.attention_vjp_jvp(cache, do, do, *dots, dlse=dlse, dlse_dot=dlse)
+    yield lambda: derivatives.attention_vjp_jvp(cache, do)
+    yield lambda: funcmha.attention_vjp(cache, do, dweights=dweights, dlse=dlse, batch_axes=1)
+    yield lambda: (funcmha.attention_weights(cache), funcmha.log_sum_exp(cache))
+
+
+def of_mha(engine):
+    dy, dweights, dlse = moved(MHA.cotangents("float32"))
+    _, cache = mha(*moved(MHA.inputs("float32")), **options(MHA.static()), engine=engine)
+    dots = moved(other(MHA).inputs("float32"))
+    yield lambda: derivatives.mha_jvp(cache, *dots)
+    yield lambda: derivatives.mha_vjp_jvp(cache, dy, dy, *dots, dlse=dlse, dlse_dot=dlse)
+    yield lambda: derivatives.mha_vjp_jvp(cache, dy)
+    yield lambda: funcmha.mha_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=True)
+    yield lambda: (funcmha.attention_weights(cache), funcmha.log_sum_exp(cache), surgery.max_logit(cache))
+
+
+def of_a_head(engine):
+    *inputs, _ = moved(test_protocol.one_head_inputs("float32"))
+    y, cache = quiet(lambda: funcmha.head(*inputs, zero_attn=True, engine=engine))
+    yield lambda: derivatives.head_jvp(cache, *inputs)
+    yield lambda: funcmha.head_vjp(cache, y, per_sample=True)
+
+
+def of_norms(engine):
+    x, w = moved((A, A[0, 0, 0]))
+    for norm in (norms.RMSNorm(), norms.L2Norm(), norms.LayerNorm()):
+        params = dict.fromkeys(norm.leaves, w)
+        y, cache = quiet(lambda norm=norm, params=params: norm.apply(x, params))
+        yield lambda norm=norm, cache=cache, params=params: norm.apply_jvp(cache, x, params)
+        yield lambda norm=norm, cache=cache, params=params, y=y: norm.apply_vjp_jvp(cache, y, y, x, params)
+        yield lambda norm=norm, cache=cache, y=y: norm.apply_vjp(cache, y, batch_axes=1)
+
+
+def of_linear(engine):
+    x, w, b = moved((A, A[0, 0], A[0, 0, :, 0]))
+    y, cache = quiet(lambda: funcmha.linear(x, w, b))
+    yield lambda: derivatives.linear_jvp(cache, x, w, b)
+    yield lambda: derivatives.linear_vjp_jvp(cache, y, y, x, w, b)
+    yield lambda: derivatives.linear_vjp_jvp(cache, y)
+    yield lambda: funcmha.linear_vjp(cache, y, batch_axes=2)
+
+
+def of_packed_sequences(engine):
+    cu = packing.cumulative([2, 0, 3])
+    x, padded = moved((A, A[:1, :, :3].repeat(3, 0)))
+    xs, of_unpack = quiet(lambda: packing.unpack(x, cu_seqlens=cu))
+    yield lambda: packing.unpack_vjp(of_unpack, xs)
+    whole, of_pack = quiet(lambda: packing.pack(*xs))
+    yield lambda: packing.pack_vjp(of_pack, whole)
+    made, of_pad = packing.pad(x, cu_seqlens=cu)  # where the rows go is sent
+    yield lambda: packing.pad_vjp(of_pad, made)
+    rows, of_unpad = packing.unpad(padded, cu_seqlens=cu)
+    yield lambda: packing.unpad_vjp(of_unpad, rows)
+
+
+def of_a_key_value_cache(engine):
+    x = cp.asarray(A)
+    kv = quiet(lambda: kv_cache.empty(x, x, capacity=8))
+    for left in (None, 3):
+        kv, cache = quiet(lambda kv=kv, left=left: kv_cache.append(kv, x, x, left=left))
+        yield lambda cache=cache, kv=kv: kv_cache.append_vjp(cache, kv[:2])
+
+
+def of_steps(engine):
+    params = moved(funcmha.init(0, 8, 4, num_kv_heads=2, sink=True, qk_norm=True))
+    x, kv = cp.asarray(A[:, 0, :, :].repeat(2, -1)), None
+    for left in (None, None, 7):
+        with fake_cupy.traffic() as seen:  # which sends the mask
+            (y, kv), cache = kv_cache.step(params, x, kv, left=left, qk_norm=norms.RMSNorm(), engine=engine)
+        assert seen.waits == []
+        yield lambda cache=cache, y=y, kv=kv: kv_cache.step_vjp(cache, (y, kv))
+        yield lambda cache=cache, kv=kv: kv_cache.step_vjp(cache, (None, kv))
+
+
+def of_parameters(engine):
+    params = moved(funcmha.init(0, 8, 4, num_kv_heads=2, sink=True))
+    yield lambda: (funcmha.head_params(params, 1), funcmha.sizes(params))
+    yield lambda: surgery.head_norms(params)
+    yield lambda: surgery.prune_heads(params, keep=[0, 1])
+    yield lambda: surgery.merge_kv_heads(params, 1)
+
+
+GROUPS = (of_attention, of_mha, of_a_head, of_norms, of_linear, of_packed_sequences, of_a_key_value_cache, of_steps,
+          of_parameters)  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@pytest.mark.parametrize("calls", GROUPS, ids=lambda calls: calls.__name__)
+def test_no_derivative_waits_or_sends(calls, engine):
+    for call in calls(engine):
+        quiet(call)
+
+
+def test_every_derivative_is_among_those():
+    """Every public function whose name ends in _vjp or _jvp is a pair of test_protocol.py, or called above."""
+    modules = [node for node in map(vars(funcmha).get, funcmha.__all__) if inspect.ismodule(node)]
+    public = {
+        name for module in (funcmha, *modules) for name in vars(module) if re.fullmatch(r"[a-z].*_(vjp|jvp)", name)
+    }
+    public -= {"softmax_with_sink_vjp"}  # a formula that ops and derivatives share
+    called = {pair.f_vjp.__name__ for pair in test_protocol.PAIRS.values()}
+    called |= {f.__name__ for norm in (norms.RMSNorm, norms.L2Norm, norms.LayerNorm) for f in norm.functions}
+    called |= {name for calls in GROUPS for name in re.findall(r"\w+_jvp|\w+_vjp", inspect.getsource(calls))}
+    assert public <= called
+
+
+def test_tables_of_positions_on_the_device_are_made_there():
+    positions, x = moved((np.arange(5), A))
+    with fake_cupy.traffic() as seen:
+        table = rotary.table(positions, rotary.frequencies(4))
+    assert (seen.waits, seen.sent) == ([], 16)  # two frequencies
+    y, cache = quiet(lambda: rotary.rotate(x, rotary=table))
+    quiet(lambda: rotary.rotate_vjp(cache, y))
