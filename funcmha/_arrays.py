@@ -43,6 +43,17 @@ def is_array(x: Any) -> bool:
     return known and not isinstance(x, NO_ARRAYS)
 
 
+def holds_numbers(x: Any) -> bool:
+    """Whether `x` is an array of some library, and has a place: no shape and dtype alone, as JAX and PyTorch have."""
+    if not is_array(x) or str(getattr(x, "device", "")) == "meta":
+        return False
+    try:
+        namespace(x)
+    except (TypeError, ImportError):  # of no library, as jax.ShapeDtypeStruct
+        return False
+    return True
+
+
 def dtype_name(x: Array) -> str:
     """'float32' for numpy.float32, torch.float32, array_api_strict.float32, …"""
     kind: Any = type(x.dtype)
