@@ -508,15 +508,13 @@ def _of_an_array(name: str, signature: inspect.Signature) -> Callable[..., Any]:
         if not isinstance(args[0], ndarray):
             raise TypeError(f"Unsupported type {type(args[0])}")
         if name in VIEWS:
-            return _viewed(args[0], f(*map(_host, args), **kwargs), name)
+            return _viewed(args[0], f(*map(_host, args), **kwargs))
         return _special[name](*args, **kwargs) if name in _special else _call(f, *args, **kwargs)
 
     return function
 
 
-def _viewed(x: ndarray, a: np.ndarray, name: str) -> ndarray:
-    if name == "broadcast_to" and a.shape == x.shape:
-        return x
+def _viewed(x: ndarray, a: np.ndarray) -> ndarray:
     if a.size and not np.shares_memory(a, x._a):  # a reshape that copies
         _on_current(x)
     return _view(x, a)
