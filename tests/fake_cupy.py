@@ -132,6 +132,7 @@ class Traffic:
 
 
 _watching: list[Traffic] = []
+_waits = 0  # so far, by whomever
 
 
 @contextmanager
@@ -146,6 +147,8 @@ def traffic() -> Iterator[Traffic]:
 
 
 def _wait(what: str) -> None:
+    global _waits
+    _waits += 1
     frame = sys._getframe(1) if _watching else None
     while frame is not None and not _is_of_funcmha(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -228,16 +231,20 @@ class Device:
 
 
 class Event:
-    """A clock, for the benchmark."""
+    """A clock, for the benchmark; what came before it is done as soon as anyone has waited."""
 
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
-        self._at = 0.0
+        self._at, self._waits = 0.0, 0
 
     def record(self, stream: Any = None) -> None:
-        self._at = time.perf_counter()
+        self._at, self._waits = time.perf_counter(), _waits
 
     def synchronize(self) -> None:
         _wait("Event.synchronize")
+
+    @property
+    def done(self) -> bool:
+        return _waits > self._waits
 
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
@@ -650,6 +657,7 @@ def _module() -> ModuleType:
     properties = {"name": b"no device: a stand-in", "multiProcessorCount": 0}
     runtime = SimpleNamespace(getDeviceCount=lambda: DEVICES, getDeviceProperties=lambda device: properties)
     cuda = {"Device": Device, "Event": Event, "get_elapsed_time": get_elapsed_time, "runtime": runtime}
+    cuda["get_current_stream"] = lambda: SimpleNamespace(ptr=0)
     parts["cuda"] = SimpleNamespace(**cuda, is_available=lambda: True)
     parts["get_default_memory_pool"] = lambda: _pool
     for name, part in parts.items():

@@ -63,7 +63,7 @@ def test_other_names_are_there():
     pool = cupy.get_default_memory_pool()
     assert all(hasattr(pool, name) for name in ("used_bytes", "total_bytes", "free_all_blocks"))
     assert all(hasattr(cupy.cuda.Device, name) for name in ("__enter__", "__exit__", "__eq__", "id", "synchronize"))
-    assert {"record", "synchronize"} <= {*dir(cupy.cuda.Event)}
+    assert {"done", "record", "synchronize"} <= {*dir(cupy.cuda.Event)}
     assert cupy.finfo(np.float32).eps == np.finfo(np.float32).eps
 
 
