@@ -33,6 +33,23 @@ def namespace(x: Array) -> ModuleType:
     return xp
 
 
+NAMES = {"numpy": "a NumPy array", "cupy": "a CuPy array", "torch": "a PyTorch tensor", "jax": "a JAX array"}
+
+
+def library(x: Array) -> str:
+    """The library of `x` as its user imports it: 'numpy', 'torch', 'jax.numpy', …"""
+    try:
+        return namespace(x).__name__.removeprefix("array_api_compat.")
+    except (TypeError, ImportError):  # of no library of arrays, as a pandas.Series is
+        return type(x).__module__.partition(".")[0]
+
+
+def described(x: Array) -> str:
+    """'a NumPy array', 'a PyTorch tensor', 'an array of dask', …"""
+    root = library(x).partition(".")[0]
+    return NAMES.get(root, f"an array of {root}")
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of some library: a NumPy scalar, a list and a number are not.
 
@@ -52,6 +69,11 @@ def dtype_name(x: Array) -> str:
 def _name(kind: Any, dtype: Any) -> str:
     """Remembered, as the string of a NumPy dtype takes 3 µs; by type first, as libraries may not compare theirs."""
     return str(dtype).rpartition(".")[2]
+
+
+def native(a: np.ndarray) -> np.ndarray:
+    """The numbers in the byte order of this machine."""
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def upcast(x: Array) -> Array:
@@ -87,10 +109,15 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     """The NumPy array `a` in the library and on the device of `like`; as it is for None."""
     if like is None or isinstance(like, np.ndarray):
         return a
-    xp = namespace(like)
+    xp, a = namespace(like), np.array(a)  # PyTorch would share its memory, and takes none that is reversed or read-only
     if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none
         return xp.asarray(a)
     return xp.asarray(a, device=like.device)
+
+
+def beside(a: Array, like: Array) -> Array:
+    """A static array, of NumPy or of the library of `like`, in that library"""
+    return from_host(a, like) if isinstance(a, np.ndarray) else a
 
 
 def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, full, namespace, read_only
+from funcmha._arrays import Array, full, namespace, native, read_only
 
 from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
-from .mask import Block, Dense, Intersection, Mask, Range, as_mask
+from .mask import Block, Dense, Intersection, Mask, Range, arrays_of, as_mask
 
 __all__ = [
     "Band",
@@ -36,6 +36,7 @@ __all__ = [
     "Segments",
     "Spans",
     "append_keys",
+    "arrays_of",
     "as_mask",
     "causal",
     "dense",
@@ -129,12 +130,13 @@ def append_keys(mask: Mask | None, T: int, S: int, extra: int, like: Array) -> M
 def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:
     """A read-only copy of `x`: what becomes of the caller's array does not change a mask."""
     if not isinstance(x, np.ndarray):
-        got = f"{type(x).__module__}.{type(x).__name__}"
-        raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}")
+        got, instead = f"{type(x).__module__}.{type(x).__name__}", f"np.asarray({name})"
+        raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}: write {instead}")
     # not uint64: np.isin compares it with int64 by rounding both to float64
     if x.dtype.kind not in ("b" if kind == "booleans" else "iu") or x.dtype == np.uint64:
-        raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}")
+        instead = f"{name} != 0" if kind == "booleans" else f"{name}.astype(np.int64)"
+        raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}: write {instead}")
     if x.ndim < symbols.count(","):
         raise ValueError(f"{name} must be {symbols}, got {x.shape}")
-    frozen: np.ndarray = read_only(np.array(x))
+    frozen: np.ndarray = read_only(native(np.array(x)))
     return frozen
