@@ -35,6 +35,9 @@ from funcmha import (
     surgery,
     tree,
 )
+from funcmha.interop import cudnn, flash_attn, onnx
+from funcmha.interop.jax import dot_product_attention
+from funcmha.interop.torch import scaled_dot_product_attention
 from funcmha.kv_cache import KVCache, append, append_vjp, empty, step, step_vjp
 from funcmha.merge import merge
 from funcmha.testing.strategies import MhaProblem
@@ -205,6 +208,47 @@ def test_static_arrays_of_numpy_go_beside_any_library(to, engine):
     np.testing.assert_allclose(np.asarray(got), want, rtol=1e-12)
     where = X.cumsum(-1) > 2
     np.testing.assert_allclose(np.asarray(softmax(to(X), where=where)[0]), softmax(X, where=where)[0], rtol=1e-15)
+
+
+F, EACH_HEAD = np.ones((2, 1, 5, 7)), np.ones(6)
+TOKENS = np.ones((2, 5, 6, 4)), np.ones((2, 7, 3, 4)), np.ones((2, 7, 3, 4))
+ADAPTERS = {
+    "PyTorch's attn_mask": (lambda to: scaled_dot_product_attention(Q, Q, Q, to(F[..., :5])), "attn_mask", "query"),
+    "JAX's bias": (lambda to: dot_product_attention(*TOKENS, to(F)), "bias", "query"),
+    "slopes": (lambda to: flash_attn.flash_attn_func(*TOKENS, to(EACH_HEAD)), "alibi_slopes", "q"),
+    "a sink": (lambda to: flash_attn.flash_attn_func(*TOKENS, None, to(EACH_HEAD)), "learnable_sink", "q"),
+    "parts": (lambda to: flash_attn.flash_attn_combine(np.ones((3, 2, 5, 6, 4)), to(np.ones((3, 2, 5, 6)))),
+              "lse_partial", "out_partial"),
+    "ONNX's attn_mask": (lambda to: onnx.attention(Q, K, V, to(F)), "attn_mask", "Q"),
+    "ONNX's past": (lambda to: onnx.attention(Q, K, K, None, to(K), to(K)), "past_key", "Q"),
+    "cuDNN's bias": (lambda to: cudnn.sdpa(Q, K, V, to(F)), "bias", "q"),
+    "cuDNN's sink": (lambda to: cudnn.sdpa(Q, K, V, None, to(EACH_HEAD[None, :, None, None])), "sink_token", "q"),
+}  # fmt: skip
+every_adapter = pytest.mark.parametrize(("call", "name", "owner"), ADAPTERS.values(), ids=ADAPTERS)
+
+
+@pytest.mark.parametrize(("library", "to"), LIBRARIES.items(), ids=LIBRARIES)
+@every_adapter
+def test_adapters_name_their_own_arguments(call, name, owner, library, to):
+    with pytest.raises(
+        TypeError, match=f"^{name} must be a NumPy array as {owner} is, got {library}: write np.asarray"
+    ):
+        call(to)
+
+
+@every_adapter
+def test_adapters_name_the_byte_order(call, name, owner):
+    call(lambda a: a)
+    with pytest.raises(TypeError, match=f"^{name} must be in native byte order, got "):
+        call(swapped)
+
+
+@pytest.mark.parametrize("to", LIBRARIES.values(), ids=LIBRARIES)
+def test_integers_of_another_library_are_led_to_numpy(to):
+    with pytest.raises(
+        TypeError, match=r"cu_seqlens must be a NumPy array of integers, got an? .*: write np.asarray\(cu"
+    ):
+        packing.pad(X, cu_seqlens=to(CU))
 
 
 # ── byte order ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,9 +9,11 @@ import tracemalloc
 import zipfile
 from unittest import mock
 
+import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -324,6 +326,13 @@ def test_like_takes_arrays_of_any_byte_order_or_entries(path):
     swapped = tree.map(lambda x: x.astype(x.dtype.newbyteorder(">")), params())
     for like in params(), swapped, tree.unflatten(npz.entries(path)):
         assert bits(npz.load(path, like=like)) == bits(params())
+
+
+def test_like_takes_arrays_of_any_library(path):
+    saved = {"q_proj": params()["q_proj"]}
+    npz.save(path, saved)
+    for to in (torch.tensor, array_api_strict.asarray):
+        assert bits(npz.load(path, like=tree.map(to, saved))) == bits(saved)
 
 
 def test_like_names_every_leaf_that_is_missing_or_too_many(path):

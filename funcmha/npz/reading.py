@@ -9,6 +9,7 @@ from zipfile import ZIP_STORED, BadZipFile
 import numpy as np
 
 from funcmha import tree
+from funcmha._arrays import dtype_name
 
 from . import archive, npy
 from .files import File, read
@@ -163,7 +164,7 @@ def _alike(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> dict[str,
         more = f", and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
     for key, leaf in want.items():
-        dtype, shape = np.dtype(leaf.dtype).newbyteorder("="), tuple(leaf.shape)
+        dtype, shape = np.dtype(dtype_name(leaf)).newbyteorder("="), tuple(leaf.shape)
         got = _entry(leaves[key][1])
         if (got.dtype, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
