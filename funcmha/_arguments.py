@@ -16,7 +16,8 @@ from . import _check, tree
 from ._arrays import Array, described, is_array, upcast
 from .biases import ArrayBias, RelativeBias, as_bias
 from .dropout import Masked, Seeded
-from .masks import Dense, Mask, arrays_of, as_mask
+from .masks import Dense, Mask, as_mask
+from .masks.mask import arrays_of
 from .norms import L2Norm, LayerNorm, RMSNorm
 from .params import HEAD_SPEC, SPEC, Params, check
 from .rotary import Rotary, check_table

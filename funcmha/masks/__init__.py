@@ -21,7 +21,7 @@ from funcmha import _check
 from funcmha._arrays import Array, full, namespace, native, read_only
 
 from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
-from .mask import Block, Dense, Intersection, Mask, Range, arrays_of, as_mask
+from .mask import Block, Dense, Intersection, Mask, Range, as_mask
 
 __all__ = [
     "Band",
@@ -36,7 +36,6 @@ __all__ = [
     "Segments",
     "Spans",
     "append_keys",
-    "arrays_of",
     "as_mask",
     "causal",
     "dense",
