@@ -16,8 +16,7 @@ from . import _check, tree
 from ._arrays import Array, described, is_array, upcast
 from .biases import ArrayBias, RelativeBias, as_bias
 from .dropout import Masked, Seeded
-from .masks import Dense, Mask, as_mask
-from .masks.mask import arrays_of
+from .masks import Dense, Mask, as_mask, operands
 from .norms import L2Norm, LayerNorm, RMSNorm
 from .params import HEAD_SPEC, SPEC, Params, check
 from .rotary import Rotary, check_table
@@ -207,10 +206,23 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
         _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
         axes.broadcast("mask", mask.shape, scores)
     checked = as_mask(mask)
-    for array in arrays_of(checked):
-        axes.static("mask", array)
+    for part in operands(checked):
+        if isinstance(part, Dense):
+            axes.static("mask", part.array)
     axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
+    if scores == "... H T S" and axes.shape("...") == (axes["H"],) != (1,):
+        _check_which_axis(checked, axes["H"])
     return checked
+
+
+def _check_which_axis(mask: Mask, H: int) -> None:
+    """Of as many samples as heads, (H, T, S) is per head by broadcasting, and (B, T, S) a mask per sample elsewhere."""
+    for leaf in operands(mask):
+        if isinstance(leaf, Dense) and leaf.array.ndim == 3 and leaf.array.shape[0] == H:
+            raise ValueError(
+                f"mask must have 2 or 4 axes where B=H={H}, got {tuple(leaf.array.shape)}, which may mean either: write"
+                " mask[:, None] for a mask per sample, mask[None] for one per head"
+            )
 
 
 def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seeded | None:

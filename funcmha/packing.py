@@ -61,7 +61,7 @@ def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Spans:
     return window(None, None, cu_q, cu_k)
 
 
-def causal(cu_q: np.ndarray, cu_k: np.ndarray | None = None, offset: int | np.ndarray | None = None) -> Spans:
+def causal(cu_q: np.ndarray, cu_k: np.ndarray | None = None, offset: int | np.ndarray = 0) -> Spans:
     """b(i) = b(j) and t(j) ≤ t(i) + offset[b]      `window` without a bound on the left"""
     return window(None, 0, cu_q, cu_k, offset)
 
@@ -71,14 +71,13 @@ def window(
     right: int | None,
     cu_q: np.ndarray,
     cu_k: np.ndarray | None = None,
-    offset: int | np.ndarray | None = None,
+    offset: int | np.ndarray = 0,
 ) -> Spans:
     """b(i) = b(j) and t(i) + offset[b] − left ≤ t(j) ≤ t(i) + offset[b] + right
 
-    t counts the tokens of a sequence from 0. offset is an int or (B,); by default S_b − T_b, which aligns the last
-    query of each sequence with its last key, as flash-attention does: for equal lengths 0. It differs between
-    sequences, so no single `masks.window(left, right, offset)` joined with `mask` can express it for cu_q ≠ cu_k.
-    Inclusive: left = 3 attends the query's own position and three before. None is no bound.
+    t counts the tokens of a sequence from 0. offset is an int or (B,): 0 aligns the first query of each sequence with
+    its first key, as in `masks.window`, and np.diff(cu_k) − np.diff(cu_q) the last with the last, as flash-attention
+    does. Inclusive: left = 3 attends the query's own position and three before. None is no bound.
     """
     cu_q = check_cumulative("cu_q", cu_q)
     cu_k = cu_q if cu_k is None else check_cumulative("cu_k", cu_k)
@@ -86,7 +85,7 @@ def window(
         raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
     band = masks.window(left, right)  # which checks them
     n = np.diff(cu_q)
-    at = positions(cu_q, np.diff(cu_k) - n if offset is None else offset) + np.repeat(cu_k[:-1], n)  # of the key axis
+    at = positions(cu_q, offset) + np.repeat(cu_k[:-1], n)  # of the key axis
     low, high = np.repeat(cu_k[:-1], n), np.repeat(cu_k[1:], n)
     start = low if band.left is None else np.clip(at - band.left, low, high)
     stop = high if band.right is None else np.clip(at + band.right + 1, low, high)

@@ -39,6 +39,7 @@ from funcmha.interop import cudnn, flash_attn, onnx
 from funcmha.interop.jax import dot_product_attention
 from funcmha.interop.torch import scaled_dot_product_attention
 from funcmha.kv_cache import KVCache, append, append_vjp, empty, step, step_vjp
+from funcmha.masks import as_mask
 from funcmha.merge import merge
 from funcmha.testing.strategies import MhaProblem
 
@@ -127,6 +128,8 @@ MESSAGES = {
                "mask must be a NumPy array as q is, got a PyTorch tensor: write np.asarray(mask)"),
     "a mask in a mask": (lambda: mha(PARAMS, *INPUTS, mask=masks.causal() & jnp.asarray(MASK)),
                          "mask must be a NumPy array as q_proj.w is, got a JAX array: write np.asarray(mask)"),
+    "a mask in a complement": (lambda: mha(PARAMS, *INPUTS, mask=~(masks.causal() | ~as_mask(jnp.asarray(MASK)))),
+                               "mask must be a NumPy array as q_proj.w is, got a JAX array: write np.asarray(mask)"),
     "a mask of a third library": (lambda: attention(*map(torch.tensor, (Q, K, V)), mask=jnp.asarray(MASK)),
                                   "mask must be a PyTorch tensor as q is, or a NumPy array, got a JAX array: write "
                                   "torch.asarray(mask)"),

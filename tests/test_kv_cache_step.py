@@ -84,22 +84,40 @@ def back(caches, dys):
     return total, np.concatenate(dxs[::-1], axis=-2), dkv, dbias
 
 
+IDS = np.array([0, 0, 0, 1, 1, 0, 2, 2, 2, 2, 3, 3, 3])
+HANDED_ON = {  # masks of the whole context that a model may have been trained with
+    "none": None,
+    "causal": masks.causal(),
+    "window": masks.window(3, 0),
+    "lengths": masks.causal() & masks.lengths(4),
+    "segments": masks.causal() & masks.segments(IDS, IDS),
+    "chunks": masks.chunks(4),
+    "sinks": masks.causal() & (masks.window(2, 0) | masks.first(1)),
+    "array": masks.causal() & (np.arange(P * P).reshape(P, P) % 3 > 0),
+    "padding": ~masks.padding(IDS == 1),
+}
+
 # ── steps are self-attention of all tokens ───────────────────────────────────────────────────────────────────────
 
 
-@given(problems(), steps(), lefts)
-@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2)
-@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None)
-@example(MhaProblem(**SQUARE, qk_norm="rms", D=8, rotary="half of some", K=1, G=3), [3, 0, 2, 1], 0)
-def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left):
-    """Output and every gradient, to 1e-11, whatever the chunks; of tables and biases that are longer than needed."""
+@given(problems(), steps(), lefts, st.sampled_from([*HANDED_ON]))
+@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="half of all", bias="... H T+S-1"), [4, 1, 3, 1], 2, "none")
+@example(MhaProblem(**SQUARE, **FULL, D=8, rotary="interleaved of some", bias="1 T+S-1"), [1, 1, 1, 4, 2], None, "none")
+@example(MhaProblem(**SQUARE, qk_norm="rms", D=8, rotary="half of some", K=1, G=3), [3, 0, 2, 1], 0, "none")
+@example(MhaProblem(**SQUARE), [4, 1, 3, 1], 2, "segments")
+@example(MhaProblem(**SQUARE), [1, 2, 2], None, "causal")
+def test_steps_equal_self_attention_of_all_tokens(engine, problem, steps, left, mask):
+    """Output and every gradient, to 1e-11, whatever the chunks; of tables, biases and masks of a longer context."""
     n = sum(steps)
     params, x, bias, static, dy = drawn(problem, n)
     middle = None if bias is None else RelativeBias(bias.values[..., P - n : P + n - 1])
-    causal = {"mask": masks.window(left, 0), "rotary": tables(problem, 0, n)}
+    mask = HANDED_ON[mask]
+    allowed = None if mask is None else mask.dense(P, P)[..., :n]
+    allowed = allowed if mask is None or len(allowed) == 1 else allowed[:n]
+    causal = {"mask": masks.intersection(masks.window(left, 0), allowed), "rotary": tables(problem, 0, n)}
     static["engine"] = engine
     want, cache = self_attention(params, x, middle, **causal, **static)
-    y, kv, caches = chain(params, x, bias, steps, left=left, rotary=tables(problem, 0, P), **static)
+    y, kv, caches = chain(params, x, bias, steps, left=left, rotary=tables(problem, 0, P), mask=mask, **static)
     close(y, want)
     assert kv.position == n
 
@@ -151,13 +169,17 @@ def test_one_step_matches_torch(engine, problem, N, left, data):
         rng.standard_normal((*group, rows, width)) for rows in (N, held) for width in (problem.D, problem.E)
     )
     position = N if left is not None and left > N else N + 2  # and two are dropped
-    kv = KVCache(keys, values, position)
+    kv, mask = KVCache(keys, values, position), static.pop("mask")
+    if isinstance(mask, masks.Padding):  # of the whole context
+        before = rng.random((*mask.keep.shape[:-1], position + T - held)) < 0.5
+        mask = masks.padding(np.concatenate([before, mask.keep], axis=-1))
     (y, after), cache = step(
-        params, x, kv, bias, left=left, rotary=tables(problem, 0, position + T + 1), engine=engine, **static
+        params, x, kv, bias, left=left, rotary=tables(problem, 0, position + T + 1), engine=engine, mask=mask, **static
     )
     leaves = [oracles.tensors(params), *(oracles.tensor(a) for a in (x, keys, values, bias))]
-    mask = static.pop("mask")
-    static["mask"] = None if mask is None else np.array(masks.dense(mask, T, held, np.zeros(0)))
+    if isinstance(mask, masks.Padding):
+        mask = mask.dense(1, position + T)[..., position + T - held :]
+    static["mask"] = None if mask is None else np.array(mask)
     outputs = torch_step(*leaves, left=left, rotary=tables(problem, position, T), **static)
     got = (y, attention_weights(cache), log_sum_exp(cache), after.keys, after.values)
     for a, b in zip(got, outputs, strict=True):
@@ -374,6 +396,8 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST), {"rotary": (None, None)}, TypeError, "rotary must come from funcmha.rotary, got tuple"),
         ((PARAMS, X, PAST), {"rotary": table(np.arange(9), frequencies(10))}, ValueError, "rotary must rotate D=8"),
         ((PARAMS, X, PAST), {"mask": np.ones((3, 5), bool)}, ValueError, r"mask must .* = \(2, 4, 3, 7\), got"),
+        ((PARAMS, X, PAST), {"mask": masks.padding(np.ones(7, bool))}, ValueError,
+         r"mask.keep must be \(..., S\) with S=8 or more, got \(7,\)"),
         ((PARAMS, X, PAST, np.ones((3, 8))), {}, ValueError, r"bias must broadcast .* = \(2, 4, 3, 7\), got \(3, 8\)"),
         ((PARAMS, X, PAST, RelativeBias(BIAS[..., :9])), {}, ValueError, r"bias.values must be .* of P=7 positions"),
         ((PARAMS, X, PAST, RelativeBias(BIAS[..., 1:])), {}, ValueError, r"bias.values must be \(..., H or 1, 2P − 1"),

@@ -83,7 +83,7 @@ def loop(lengths_q, lengths_k, left, right, offset):
 
 @st.composite
 def windows(draw):
-    """lengths of queries and keys, left, right, offset of each sequence (None: of the last key)"""
+    """lengths of queries and keys, left, right, offset of each sequence (None: not given)"""
     pairs = draw(PAIRS)
     reach = st.none() | st.integers(0, 12)
     offset = draw(st.none() | st.lists(st.integers(-6, 6), min_size=len(pairs), max_size=len(pairs)))
@@ -93,10 +93,9 @@ def windows(draw):
 def built(problem):
     """The mask of the problem, and its booleans by the loop."""
     nq, nk, left, right, offset = problem
-    given = None if offset is None else np.array(offset)
-    mask = packing.window(left, right, cumulative(nq), cumulative(nk), given)
-    ends = [k - q for q, k in zip(nq, nk, strict=True)] if offset is None else offset
-    return mask, loop(nq, nk, left, right, ends)
+    given = {} if offset is None else {"offset": np.array(offset)}
+    mask = packing.window(left, right, cumulative(nq), cumulative(nk), **given)
+    return mask, loop(nq, nk, left, right, [0] * len(nq) if offset is None else offset)
 
 
 @given(windows())
@@ -143,8 +142,12 @@ def test_the_mask_equals_the_window_without_bounds(pairs):
     np.testing.assert_array_equal(packing.window(None, None, cu_q, cu_k).dense(T, S), want)
 
 
-def test_causal_is_aligned_at_the_end_of_each_sequence():
-    mask = packing.causal(cumulative([2, 3]), cumulative([4, 2]))
+def test_causal_is_aligned_as_masks_causal_is():
+    """At the start of each sequence, and with the difference of lengths as an offset at its end"""
+    cu_q, cu_k = cumulative([2, 3]), cumulative([4, 2])
+    rows = ["".join("x" if attended else "." for attended in row) for row in packing.causal(cu_q, cu_k).dense(5, 6)]
+    assert rows == ["x.....", "xx....", "....x.", "....xx", "....xx"]
+    mask = packing.causal(cu_q, cu_k, np.diff(cu_k) - np.diff(cu_q))
     rows = ["".join("x" if attended else "." for attended in row) for row in mask.dense(5, 6)]
     assert rows == ["xxx...", "xxxx..", "......", "....x.", "....xx"]
     with_past = packing.causal(cumulative([1, 2]), cumulative([4, 2]), offset=np.array([3, 0]))
@@ -236,8 +239,8 @@ def test_packed_equals_padded_equals_one_after_another(engine, pairs, is_causal)
     parts = [unpack(x, cu_seqlens=cu)[0] for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k), (do, cu_q))]
     dlses = unpack(dlse[..., None], cu_seqlens=cu_q)[0]
     runs = [
-        run(engine, *some, dl[..., 0], masks.causal(m - n) if is_causal else None)
-        for *some, dl, (n, m) in zip(*parts, dlses, pairs, strict=True)
+        run(engine, *some, dl[..., 0], masks.causal() if is_causal else None)
+        for *some, dl in zip(*parts, dlses, strict=True)
     ]
     for got, parts_of in zip(packed, zip(*runs, strict=True), strict=True):
         lse = got.ndim == 2
@@ -245,8 +248,6 @@ def test_packed_equals_padded_equals_one_after_another(engine, pairs, is_causal)
         close(got, want[..., 0] if lse else want)
 
     # padded; the queries and keys of the padding are NaN or anything, and what they get is thrown away
-    if is_causal and any(n != m for n, m in pairs):
-        return  # no structured mask says it of a padded batch
     lengths = masks.lengths(np.diff(cu_k))
     padded = [pad(x, cu_seqlens=cu)[0] for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k), (do, cu_q))]
     in_rows = run(

@@ -233,7 +233,7 @@ def _mask_and_bias(attn_mask: Array, mask: Mask | None, S: int, opset: int) -> t
         attn_mask = namespace(attn_mask).concat([attn_mask, rest], axis=-1)
         mask = masks.intersection(mask, masks.lengths(n))
     if attn_mask is not None and dtype_name(attn_mask) == "bool":
-        return masks.intersection(mask, attn_mask), None
+        return masks.intersection(mask, masks.per_head(attn_mask)), None
     return mask, attn_mask
 
 

@@ -28,7 +28,7 @@ from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
 from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from funcmha.engines.table import attention_vjp
-from funcmha.masks import intersection, window
+from funcmha.masks import Band, Bands, Mask, intersection, operands, window
 from funcmha.norms import Norm
 from funcmha.ops import round_bias
 from funcmha.params import PROJECTIONS, SPEC, Params, check, in_order_of, leaf
@@ -90,7 +90,9 @@ def step(
     kv       a `KVCache`, or None for no past; it stays as it is. `empty(…, capacity=…)` reserves its room
     left     each token attends itself and so many before, as in `masks.window`, and kv' drops what no other will
              attend; None is all that is held
-    mask     what is forbidden beside that; broadcasts to (..., H, T, N'), so (B, 1, 1, N') for padding
+    mask     what is forbidden beside that. A structured mask is that of a whole context, of which the step takes the
+             rows of its tokens and the columns of its keys; an array is that of the step, and broadcasts to
+             (..., H, T, N'), so (B, 1, 1, N') for padding. No token attends a later one, whatever the mask allows
     bias     broadcasts to (..., H, T, N'), differentiable. A `RelativeBias` is that of a whole context, 2P − 1 values
              of which the step takes those for its N' keys
     rotary   the table of a whole context, positions 0 … P − 1, of which the step takes the rows from kv.position on;
@@ -217,6 +219,18 @@ def _rows_from(rotary: Any, position: Any, T: int) -> Any:
     return rotary._replace(cos=rotary.cos[..., at, :], sin=rotary.sin[..., at, :])
 
 
+def _rows_of_mask(mask: Any, position: Any, T: int, held: int) -> Any:
+    """Queries position … position + T of a structured mask, and the keys held, the last of which are theirs."""
+    if not isinstance(mask, Mask):
+        return mask
+    if not isinstance(position, Integral):  # JAX traces integers, and a band depends on no position
+        if not all(isinstance(leaf, Band | Bands) for leaf in operands(mask)):
+            raise TypeError("kv.position must be an int for a mask that is no causal mask or window, got a traced one")
+        position = held - T
+    start, stop = int(position), int(position) + T
+    return mask.part((start, stop), (stop - held, stop))
+
+
 def _differences(bias: Bias, T: int, held: int) -> Bias:
     """T + N' − 1 of the 2P − 1 values of a `RelativeBias`: query i stands at key i + N' − T. An array is as it is"""
     if not isinstance(bias, RelativeBias):
@@ -264,7 +278,8 @@ def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> t
         first = position + T - held  # of the keys held
         dropout = dropout._replace(first_query=dropout.first_query + position, first_key=dropout.first_key + first)
     rest = {name: value for name, value in options.items() if name != "left"}
-    own, o = check_options(axes, leaves, own, rest | {"rotary": (table, None), "dropout": dropout})
+    mask = _rows_of_mask(options.get("mask"), position, T, held)
+    own, o = check_options(axes, leaves, own, rest | {"rotary": (table, None), "dropout": dropout, "mask": mask})
     return left, held, own, o._replace(mask=intersection(window(left, 0, held - T), o.mask), rotary=(table, table))
 
 

@@ -1,6 +1,7 @@
 """Structured masks: which query attends to which key, without the T × S array.
 
-    mask = causal() & lengths(np.array([7, 4]))     # True = attend; & keeps what both allow
+    mask = causal() & lengths(np.array([7, 4]))     # True = attend; & is what both allow
+    mask = window(1023, 0) | first(4)               # | what either does, and ~ what a mask forbids
     y, cache = attention(q, k, v, mask=mask)
 
 Axes: T queries, S keys, H heads, and before them the batch `...`. Every mask broadcasts to (..., H, T, S).
@@ -18,15 +19,17 @@ from typing import Any, Literal
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, full, namespace, native, read_only
+from funcmha._arrays import Array, full, namespace, read_only
 
-from .kinds import Band, Bands, Lengths, Padding, Segments, Spans
-from .mask import Block, Dense, Intersection, Mask, Range, as_mask
+from .kinds import Band, Bands, Chunks, Lengths, Padding, Segments, Spans
+from .mask import Block, Complement, Dense, Intersection, Mask, Range, Union, as_mask, operands
 
 __all__ = [
     "Band",
     "Bands",
     "Block",
+    "Chunks",
+    "Complement",
     "Dense",
     "Intersection",
     "Lengths",
@@ -35,13 +38,19 @@ __all__ = [
     "Range",
     "Segments",
     "Spans",
+    "Union",
     "append_keys",
     "as_mask",
     "causal",
+    "chunks",
     "dense",
+    "first",
     "intersection",
     "lengths",
+    "operands",
     "padding",
+    "per_head",
+    "prefix",
     "segments",
     "window",
 ]
@@ -79,6 +88,27 @@ def lengths(n: int | np.ndarray) -> Lengths:
     return Lengths(n)
 
 
+def first(n: int) -> Lengths:
+    """j < n     every query attends the first n keys: the sink tokens beside a window (Xiao et al. 2023)"""
+    return lengths(_check.integer("n", n))
+
+
+def prefix(n: int | np.ndarray, offset: int | np.ndarray = 0) -> Mask:
+    """j < n or j ≤ i + offset     a prefix that all attend, and causal after it (prefix LM, Raffel et al. 2020)
+
+    n as in `lengths`, offset as in `causal`.
+    """
+    return lengths(n) | causal(offset)
+
+
+def chunks(n: int, offset: int = 0) -> Chunks:
+    """⌊(i + offset) / n⌋ = ⌊j / n⌋     each query attends the n keys of its own chunk
+
+    Query i stands at key position i + offset. `causal() & chunks(n)` is chunked attention in a decoder.
+    """
+    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, below=None), 0)
+
+
 def padding(keep: np.ndarray) -> Padding:
     """keep[j]     keep a NumPy array (..., S) of booleans, True = attend"""
     return Padding(_frozen("keep", keep, "(..., S)", "booleans"))
@@ -102,6 +132,11 @@ def intersection(*given: Mask | Array | None) -> Mask | None:
     """What all of them allow, where None allows everything     masks and boolean arrays   →   a mask, or None"""
     parts = [as_mask(mask) for mask in given if mask is not None]
     return reduce(and_, parts) if parts else None
+
+
+def per_head(mask: Array) -> Array:
+    """mask (H, T, S)  →  (1, H, T, S): for each head, whatever the batch; all else, and None, as it is"""
+    return mask[None, ...] if getattr(mask, "ndim", 0) == 3 else mask
 
 
 def dense(mask: Any, T: int, S: int, like: Array) -> Array:
@@ -137,5 +172,5 @@ def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers
         raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}: write {instead}")
     if x.ndim < symbols.count(","):
         raise ValueError(f"{name} must be {symbols}, got {x.shape}")
-    frozen: np.ndarray = read_only(native(np.array(x)))
+    frozen: np.ndarray = read_only(np.array(x, dtype=bool if kind == "booleans" else np.int64))
     return frozen

@@ -1,17 +1,38 @@
 """The kinds of structured masks. They neither check nor copy what they hold: the functions that make them do."""
 
 from collections.abc import Iterator
+from functools import reduce
 from math import inf
-from typing import NamedTuple
+from operator import or_
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcmha._arrays import Array, from_host, of_sample
 
-from .mask import Block, Mask, Range, summary
+from .mask import Block, Complement, Mask, Range, summary
 
 
-class Band(Mask, NamedTuple("_Band", [("left", int | None), ("right", int | None), ("offset", int)])):
+class _Diagonal(Mask):
+    """i + offset − left ≤ j ≤ i + offset + right: what it forbids lies on either side, and is a band again"""
+
+    __slots__ = ()
+    left: int | None
+    right: int | None
+    offset: Any
+
+    def __invert__(self) -> Mask:
+        kind: Any = type(self)
+        below = [] if self.left is None else [kind(None, -self.left - 1, self.offset)]
+        above = [] if self.right is None else [kind(-self.right - 1, None, self.offset)]
+        return reduce(or_, below + above) if below or above else Complement(self)
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        kind: Any = type(self)
+        return kind(self.left, self.right, self.offset + (rows[0] - cols[0]))  # type: ignore[no-any-return]
+
+
+class Band(_Diagonal, NamedTuple("_Band", [("left", int | None), ("right", int | None), ("offset", int)])):
     """i + offset − left ≤ j ≤ i + offset + right, where None is no bound. Blocks and columns cost O(1)."""
 
     __slots__ = ()
@@ -54,7 +75,7 @@ class Band(Mask, NamedTuple("_Band", [("left", int | None), ("right", int | None
         return from_host(((i >= -greatest) & (i < S - least) & (S > 0))[:, None], like)
 
 
-class Bands(Mask, NamedTuple("_Bands", [("left", int | None), ("right", int | None), ("offset", np.ndarray)])):
+class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int | None), ("offset", np.ndarray)])):
     """i + offset[b] − left ≤ j ≤ i + offset[b] + right     offset (...) integers. Blocks and columns cost O(batch)."""
 
     __slots__ = ()
@@ -113,6 +134,9 @@ class Lengths(Mask, NamedTuple("_Lengths", [("n", np.ndarray)])):
     def at(self, index: tuple[int, ...]) -> Mask:
         return Lengths(of_sample(self.n, index, 0))
 
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return Lengths(np.maximum(self.n - cols[0], 0))
+
 
 class Padding(Mask, NamedTuple("_Padding", [("keep", np.ndarray)])):
     """keep[j]     keep (..., S) booleans. Blocks cost O(batch · columns), columns cost O(batch · S)."""
@@ -134,6 +158,9 @@ class Padding(Mask, NamedTuple("_Padding", [("keep", np.ndarray)])):
 
     def at(self, index: tuple[int, ...]) -> Mask:
         return Padding(of_sample(self.keep, index, 1))
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return Padding(_slice("keep", self.keep, "S", cols))
 
 
 class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", np.ndarray)])):
@@ -172,6 +199,9 @@ class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", n
 
     def at(self, index: tuple[int, ...]) -> Mask:
         return Segments(of_sample(self.q_ids, index, 1), of_sample(self.k_ids, index, 1))
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return Segments(_slice("q_ids", self.q_ids, "T", rows), _slice("k_ids", self.k_ids, "S", cols))
 
     def _samples(self, rows: Range, cols: Range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of these rows and of these columns, for one element of the batch after another."""
@@ -214,6 +244,52 @@ class Spans(Mask, NamedTuple("_Spans", [("start", np.ndarray), ("stop", np.ndarr
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         return from_host((self.start < self.stop)[:, None], like)
 
+    def part(self, rows: Range, cols: Range) -> Mask:
+        start, stop = (_slice(name, getattr(self, name), "T", rows) for name in ("start", "stop"))
+        if cols[1] > self.keys:
+            raise ValueError(f"mask must have {cols[1]} keys or more, got {self.keys}")
+        return Spans(np.clip(start, *cols) - cols[0], np.clip(stop, *cols) - cols[0], cols[1] - cols[0])
+
+
+class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), ("first_key", int)])):
+    """⌊(i + first_query) / size⌋ = ⌊(j + first_key) / size⌋. Blocks and columns cost O(1)."""
+
+    __slots__ = ()
+
+    def shape(self, T: int, S: int) -> tuple[int, ...]:
+        return T, S
+
+    def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
+        i, j = np.arange(*rows)[:, None] + self.first_query, np.arange(*cols) + self.first_key
+        return from_host(i // self.size == j // self.size, like)
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        (a, b), (c, d) = self._chunks(rows, self.first_query), self._chunks(cols, self.first_key)
+        if b < c or d < a:
+            return "empty"
+        return "full" if a == b == c == d else "mixed"
+
+    def _chunks(self, some: Range, first: int) -> Range:
+        """The first and the last chunk that rows or columns are in."""
+        return (some[0] + first) // self.size, (some[1] - 1 + first) // self.size
+
+    def _columns(self, rows: Range, S: int) -> Range:
+        first, last = self._chunks(rows, self.first_query)
+        return max(0, first * self.size - self.first_key), min(S, (last + 1) * self.size - self.first_key)
+
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+        start, stop = self.columns((0, T), S)
+        keys = np.arange(S)
+        return from_host(((start <= keys) & (keys < stop))[None], like)
+
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+        first, last = self._chunks((0, S), self.first_key)
+        own = (np.arange(T) + self.first_query) // self.size
+        return from_host(((first <= own) & (own <= last) & (S > 0))[:, None], like)
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return Chunks(self.size, self.first_query + rows[0], self.first_key + cols[0])
+
 
 def _full_shape(batch: tuple[int, ...], T: int, S: int) -> tuple[int, ...]:
     return (*batch, 1, T, S) if batch else (T, S)
@@ -243,6 +319,12 @@ def _span(some: np.ndarray) -> Range:
     """From the first True to the last."""
     found = np.flatnonzero(some)
     return (int(found[0]), int(found[-1]) + 1) if found.size else (0, 0)
+
+
+def _slice(name: str, x: np.ndarray, letter: str, some: Range) -> np.ndarray:
+    if x.shape[-1] < some[1]:
+        raise ValueError(f"mask.{name} must be (..., {letter}) with {letter}={some[1]} or more, got {x.shape}")
+    return x[..., slice(*some)]
 
 
 def _check_size(name: str, x: np.ndarray, letter: str, size: int, owner: str) -> None:

@@ -1,9 +1,9 @@
-"""What a mask is: the questions that it answers; an array as one; and what several allow."""
+"""What a mask is: the questions that it answers; an array as one; and masks joined with &, | and ~."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
-from operator import and_
+from operator import and_, or_
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
@@ -11,17 +11,18 @@ import numpy as np
 from funcmha import _check
 from funcmha._arrays import Array, beside, described, dtype_name, from_host, is_array, namespace, of_sample
 
+from .search import any_along, found_keys, found_queries
+
 Range = tuple[int, int]  # start, stop within 0 … T or 0 … S
 Block = Literal["empty", "full", "mixed"]
-
-ROWS, COLS = 256, 32  # of the tiles in which an intersection looks for a key of each query: most find one in the first
 
 
 class Mask(ABC):
     """A boolean (..., H, T, S), True = attend, that can be asked about its blocks.
 
-    `mask & other` and `other & mask` are what both allow; `other` is a mask or a boolean array. (Libraries that refuse
-    foreign operands, such as array-api-strict, want the mask on the left.)
+    `mask & other` is what both allow, `mask | other` what either does, `~mask` what it forbids; `other` is a mask or a
+    boolean array, on either side. (Libraries that refuse foreign operands, such as array-api-strict, want it on the
+    right.)
 
     Each kind is also a `NamedTuple` of what it holds, so that a cache with a mask is a plain pytree. Two masks are
     equal only if they are one: their arrays are not compared.
@@ -32,6 +33,11 @@ class Mask(ABC):
     __eq__ = object.__eq__
     __ne__ = object.__ne__
     __hash__ = object.__hash__
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it can be looked at: no array of it is outside NumPy, where a look would wait for a device."""
+        return all(isinstance(leaf.array, np.ndarray) for leaf in operands(self) if isinstance(leaf, Dense))
 
     @abstractmethod
     def shape(self, T: int, S: int) -> tuple[int, ...]:
@@ -53,16 +59,16 @@ class Mask(ABC):
     def block(self, rows: Range, cols: Range) -> Block:
         """Whether the block is "empty" (no True), "full" (no False) or "mixed", in all of the batch and heads at once.
 
-        A block without rows or columns is empty. The answer is exact, but for two kinds of mask for which "mixed" means
-        "perhaps": an intersection, whose parts may exclude each other, and an array outside NumPy, where a look would
-        wait for the device.
+        A block without rows or columns is empty. The answer is exact; only of arrays outside NumPy, where a look would
+        wait for the device, "mixed" means "perhaps". Where two or more joined masks are mixed, it costs their tiles.
         """
         return "empty" if rows[0] >= rows[1] or cols[0] >= cols[1] else self._block(rows, cols)
 
     def columns(self, rows: Range, S: int) -> Range:
         """The columns outside which these rows attend to nothing; (0, 0) if there are none.
 
-        The least such range, but for arrays (always all of S) and intersections (all that is common to their parts).
+        The least such range, but for arrays and complements (always all of S) and intersections (all that is common to
+        their parts).
         """
         start, stop = self._columns(rows, S) if rows[0] < rows[1] else (0, 0)
         return (start, stop) if start < stop else (0, 0)
@@ -70,15 +76,16 @@ class Mask(ABC):
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         """The keys that any query attends to: the rows of `dense(T, S, like)` joined by or, at the cost of one row.
 
-        Exactly. An array costs all its rows; of an intersection tiles are looked at until each key has a query.
+        Exactly. An array costs all its rows; of intersections and complements tiles are looked at until each key has a
+        query, or none is left.
         """
         return self.tile((0, 1), (0, S), like)  # of the masks whose rows are all alike
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         """The queries that attend to any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
 
-        Without the T × S array: of an intersection tiles are looked at until each query has a key, or none is left. An
-        array costs all its columns, and an intersection with one outside NumPy is made whole.
+        Without the T × S array: of intersections and complements tiles are looked at until each query has a key, or
+        none is left. An array costs all its columns, and what is joined with one outside NumPy is made whole.
         """
         return from_host(self.tile((0, 1), (0, S)).any(axis=-1, keepdims=True), like)  # of the same
 
@@ -93,13 +100,26 @@ class Mask(ABC):
         """The mask of heads start … stop, where it has a head axis."""
         return self
 
-    def __and__(self, other: Any) -> "Intersection":
-        return Intersection(_parts(self) + _parts(as_mask(other, "an operand of &")))
+    @abstractmethod
+    def part(self, rows: Range, cols: Range) -> "Mask":
+        """The mask of these queries and keys alone, which are 0, 1, … of it; ValueError if it has none of them.
 
-    __rand__ = __and__
+        Rows of a mask that was built for more: a step of a decoder takes those of its tokens.
+        """
+
+    def __and__(self, other: Any) -> "Mask":
+        return Intersection(_parts(self, Intersection) + _parts(as_mask(other, "an operand of &"), Intersection))
+
+    def __or__(self, other: Any) -> "Mask":
+        return Union(_parts(self, Union) + _parts(as_mask(other, "an operand of |"), Union))
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> "Mask":
+        return Complement(self)
 
     def __bool__(self) -> NoReturn:
-        raise TypeError("a mask is neither true nor false: join masks with &, and test for absence with `is None`")
+        raise TypeError("a mask is neither true nor false: join masks with &, | and ~, and test absence with `is None`")
 
     @abstractmethod
     def _block(self, rows: Range, cols: Range) -> Block: ...  # has a row and a column
@@ -131,13 +151,13 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
         return beside(tile, like)
 
     def _block(self, rows: Range, cols: Range) -> Block:
-        return summary(self.tile(rows, cols)) if isinstance(self.array, np.ndarray) else "mixed"
+        return summary(self.tile(rows, cols)) if self.on_host else "mixed"
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
-        return _any(self.dense(T, S, like), -2)
+        return any_along(self.dense(T, S, like), -2)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
-        return _any(self.dense(T, S, like), -1)
+        return any_along(self.dense(T, S, like), -1)
 
     def at(self, index: tuple[int, ...]) -> Mask:
         return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
@@ -145,11 +165,23 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     def heads(self, start: int, stop: int) -> Mask:
         return Dense(self.array[..., start:stop, :, :]) if self.array.ndim > 2 and self.array.shape[-3] > 1 else self
 
+    def part(self, rows: Range, cols: Range) -> Mask:
+        T, S = self.array.shape[-2:]
+        if (T != 1 and rows[1] > T) or (S != 1 and cols[1] > S):
+            raise ValueError(
+                f"mask must have {rows[1]} queries and {cols[1]} keys, or 1, got {tuple(self.array.shape)}"
+            )
+        return Dense(self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)])
 
-class Intersection(Mask, NamedTuple("_Intersection", [("parts", tuple[Mask, ...])])):
-    """What every part allows: two or more, none of them an intersection."""
+
+class _Joined(Mask):
+    """What two operators have in common: `_join` joins booleans, and one answer of a part decides a block."""
 
     __slots__ = ()
+    parts: tuple[Mask, ...]  # two or more, none of them of this class
+    _join: Callable[[Any, Any], Any]
+    _decides: Block
+    _leaves: Block  # to the other parts
 
     def shape(self, T: int, S: int) -> tuple[int, ...]:
         shapes = [part.shape(T, S) for part in self.parts]
@@ -159,59 +191,95 @@ class Intersection(Mask, NamedTuple("_Intersection", [("parts", tuple[Mask, ...]
             raise ValueError(f"mask must have parts that broadcast to one (..., H, T, S), got {shapes}") from None
 
     def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
-        return reduce(and_, (part.tile(rows, cols, like) for part in self.parts))
+        return reduce(self._join, (part.tile(rows, cols, like) for part in self.parts))
 
     def _block(self, rows: Range, cols: Range) -> Block:
-        answers = {part.block(rows, cols) for part in self.parts}
-        if "empty" in answers:
-            return "empty"
-        return "mixed" if "mixed" in answers else "full"
+        answers = [part.block(rows, cols) for part in self.parts]
+        if self._decides in answers:
+            return self._decides
+        mixed = [part for part, answer in zip(self.parts, answers, strict=True) if answer == "mixed"]
+        if len(mixed) < 2 or not self.on_host:
+            return "mixed" if mixed else self._leaves
+        return summary(reduce(self._join, (part.tile(rows, cols) for part in mixed)))
+
+    def at(self, index: tuple[int, ...]) -> Mask:
+        return type(self)(tuple(part.at(index) for part in self.parts))  # type: ignore[call-arg]
+
+    def heads(self, start: int, stop: int) -> Mask:
+        return type(self)(tuple(part.heads(start, stop) for part in self.parts))  # type: ignore[call-arg]
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return type(self)(tuple(part.part(rows, cols) for part in self.parts))  # type: ignore[call-arg]
+
+
+class Intersection(_Joined, NamedTuple("_Intersection", [("parts", tuple[Mask, ...])])):
+    """What every part allows: two or more, none of them an intersection."""
+
+    __slots__ = ()
+    _join, _decides, _leaves = staticmethod(and_), "empty", "full"
 
     def _columns(self, rows: Range, S: int) -> Range:
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
-        if self._needs_device():
-            return _any(self.dense(T, S, like), -2)
-        may = reduce(and_, (part.attended_keys(T, S) for part in self.parts))
-        *outer, _, n = self.shape(T, S)
-        may = np.broadcast_to(may, (*outer, 1, n))
-        found = np.zeros(may.shape, dtype=bool)
-        for stop in range(T, 0, -ROWS):  # the last rows of most masks attend the most keys
-            if np.array_equal(found, may):
-                break
-            rows = max(stop - ROWS, 0), stop
-            cols = self.columns(rows, S)
-            found[..., slice(*cols) if n > 1 else slice(None)] |= self.tile(rows, cols).any(axis=-2, keepdims=True)
-        return from_host(found, like)
-
-    def _needs_device(self) -> bool:
-        return any(isinstance(part, Dense) and not isinstance(part.array, np.ndarray) for part in self.parts)
+        may = [part.attended_keys(T, S) for part in self.parts] if self.on_host else []
+        return found_keys(self, may, T, S, like)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
-        if self._needs_device():
-            return _any(self.dense(T, S, like), -1)
-        may = reduce(and_, (part.attending_queries(T, S) for part in self.parts))
-        return from_host(self._found(np.broadcast_to(may, (*self.shape(T, S)[:-1], 1)), S), like)
+        may = [part.attending_queries(T, S) for part in self.parts] if self.on_host else []
+        return found_queries(self, may, T, S, like)
 
-    def _found(self, may: np.ndarray, S: int) -> np.ndarray:
-        """Of the queries for which each part has a key, those that attend to one     (..., H, T or 1, 1)"""
-        found = np.zeros(may.shape, dtype=bool)
-        for start in range(0, may.shape[-2], ROWS):
-            rows = start, min(start + ROWS, may.shape[-2])
-            wanted, some = may[..., slice(*rows), :], found[..., slice(*rows), :]  # a view, written to
-            for cols in _wider_each_time(self.columns(rows, S)):
-                if np.array_equal(some, wanted):
-                    break
-                some |= self.tile(rows, cols).any(axis=-1, keepdims=True)
-        return found
+
+class Union(_Joined, NamedTuple("_Union", [("parts", tuple[Mask, ...])])):
+    """What any part allows: two or more, none of them a union."""
+
+    __slots__ = ()
+    _join, _decides, _leaves = staticmethod(or_), "full", "empty"
+
+    def _columns(self, rows: Range, S: int) -> Range:
+        some = [cols for cols in (part.columns(rows, S) for part in self.parts) if cols != (0, 0)]
+        return min((start for start, _ in some), default=0), max((stop for _, stop in some), default=0)
+
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+        return reduce(or_, (part.attended_keys(T, S, like) for part in self.parts))
+
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+        return reduce(or_, (part.attending_queries(T, S, like) for part in self.parts))
+
+
+class Complement(Mask, NamedTuple("_Complement", [("mask", Mask)])):
+    """What `mask` forbids."""
+
+    __slots__ = ()
+
+    def __invert__(self) -> Mask:
+        return self.mask
+
+    def shape(self, T: int, S: int) -> tuple[int, ...]:
+        return self.mask.shape(T, S)
+
+    def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
+        return ~self.mask.tile(rows, cols, like)
+
+    def _block(self, rows: Range, cols: Range) -> Block:
+        opposite: dict[Block, Block] = {"empty": "full", "full": "empty", "mixed": "mixed"}
+        return opposite[self.mask.block(rows, cols)]
+
+    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+        return found_keys(self, [], T, S, like)
+
+    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+        return found_queries(self, [], T, S, like)
 
     def at(self, index: tuple[int, ...]) -> Mask:
-        return Intersection(tuple(part.at(index) for part in self.parts))
+        return Complement(self.mask.at(index))
 
     def heads(self, start: int, stop: int) -> Mask:
-        return Intersection(tuple(part.heads(start, stop) for part in self.parts))
+        return Complement(self.mask.heads(start, stop))
+
+    def part(self, rows: Range, cols: Range) -> Mask:
+        return Complement(self.mask.part(rows, cols))
 
 
 def as_mask(mask: Any, name: str = "mask") -> Mask:
@@ -225,27 +293,20 @@ def as_mask(mask: Any, name: str = "mask") -> Mask:
     return Dense(mask if mask.ndim >= 2 else namespace(mask).reshape(mask, (1, -1)))
 
 
-def arrays_of(mask: Mask) -> list[Array]:
-    """The arrays, of any library, that are a part of the mask."""
-    if isinstance(mask, Dense):
-        return [mask.array]
-    return [array for part in getattr(mask, "parts", ()) for array in arrays_of(part)]
+def operands(mask: Mask) -> Iterator[Mask]:
+    """The masks that were joined into this one, or itself."""
+    match mask:
+        case Intersection(parts) | Union(parts):
+            for part in parts:
+                yield from operands(part)
+        case Complement(forbidden):
+            yield from operands(forbidden)
+        case _:
+            yield mask
 
 
-def _parts(mask: Mask) -> tuple[Mask, ...]:
-    return mask.parts if isinstance(mask, Intersection) else (mask,)
-
-
-def _any(allowed: Array, axis: int) -> Array:
-    return namespace(allowed).any(allowed, axis=axis, keepdims=True)
-
-
-def _wider_each_time(cols: Range) -> Iterator[Range]:
-    """Columns from left to right, few at first, then twice as many each time."""
-    (start, stop), width = cols, COLS
-    while start < stop:
-        yield start, min(start + width, stop)
-        start, width = start + width, 2 * width
+def _parts(mask: Mask, kind: type[_Joined]) -> tuple[Mask, ...]:
+    return mask.parts if isinstance(mask, kind) else (mask,)
 
 
 def summary(allowed: np.ndarray) -> Block:

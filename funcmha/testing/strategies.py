@@ -24,7 +24,10 @@ from hypothesis import strategies as st
 from funcmha import biases, dropout, masks, norms, params, rotary, tree
 from funcmha._arrays import Array, read_only
 
-MASKS = ("none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection")
+MASKS = (
+    "none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection",
+    "prefix", "chunks", "complement",
+)  # fmt: skip
 BIASES = (
     "none", "... H T S", "... 1 T S", "... H 1 S", "... H T 1", "... 1 1 S", "H T S", "1 T S", "T S", "1 S", "T 1", "S",
 )  # fmt: skip
@@ -151,6 +154,9 @@ class AttentionProblem:
             "heads": read_only(rng.random((*batch, self.H, T, S)) < 0.7),
             "empty rows": read_only(rng.random((T, 1)) < 0.5),
             "intersection": masks.causal(S - T) & lengths,
+            "prefix": masks.prefix(rng.integers(0, S + 1, batch), S - T),
+            "chunks": masks.causal(S - T) & masks.chunks(3, S - T),
+            "complement": ~masks.segments(*ids),
         }[self.mask]
 
     def _inputs(self, dtype: Any, **axes: str) -> list[Array]:

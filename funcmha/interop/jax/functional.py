@@ -171,7 +171,7 @@ def _allowed(mask: Array, is_causal: bool, key_lengths: Array, window: Any, B: i
     """The mask, causality, the lengths of the keys and the window together; None for everything."""
     _check.flag("is_causal", is_causal)
     return masks.intersection(
-        mask,
+        masks.per_head(mask),
         masks.causal() if is_causal else None,
         None if window is None else masks.window(*_window(window)),
         None if key_lengths is None else masks.lengths(_lengths("key_value", key_lengths, B)),

@@ -29,7 +29,7 @@ from funcmha._arrays import (
 )
 from funcmha.dropout import Masked, Seeded, masked
 from funcmha.engines import attention, attention_vjp, log_sum_exp
-from funcmha.masks import Mask, causal
+from funcmha.masks import Mask, causal, per_head
 from funcmha.ops import per_key_head, per_query_head
 
 
@@ -102,7 +102,7 @@ def _mask_and_bias(attn_mask: Array, is_causal: bool, q: Array) -> tuple[Array |
     if is_causal:
         return causal(), None
     if attn_mask is None or dtype_name(attn_mask) == "bool":
-        return attn_mask, None
+        return per_head(attn_mask) if q.ndim > 3 else attn_mask, None
     return None, downcast(attn_mask, q.dtype)
 
 
