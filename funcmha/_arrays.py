@@ -34,6 +34,23 @@ def namespace(x: Array) -> ModuleType:
     return xp
 
 
+NAMES = {"numpy": "a NumPy array", "cupy": "a CuPy array", "torch": "a PyTorch tensor", "jax": "a JAX array"}
+
+
+def library(x: Array) -> str:
+    """The library of `x` as its user imports it: 'numpy', 'torch', 'jax.numpy', …"""
+    try:
+        return namespace(x).__name__.removeprefix("array_api_compat.")
+    except (TypeError, ImportError):  # of no library of arrays, as a pandas.Series is
+        return type(x).__module__.partition(".")[0]
+
+
+def described(x: Array) -> str:
+    """'a NumPy array', 'a PyTorch tensor', 'an array of dask', …"""
+    root = library(x).partition(".")[0]
+    return NAMES.get(root, f"an array of {root}")
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of some library: a NumPy scalar, a list and a number are not.
 
@@ -64,6 +81,11 @@ def dtype_name(x: Array) -> str:
 def _name(kind: Any, dtype: Any) -> str:
     """Remembered, as the string of a NumPy dtype takes 3 µs; by type first, as libraries may not compare theirs."""
     return str(dtype).rpartition(".")[2]
+
+
+def native(a: np.ndarray) -> np.ndarray:
+    """The numbers in the byte order of this machine."""
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def upcast(x: Array) -> Array:
@@ -99,7 +121,13 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     """The NumPy array `a` in the library and on the device of `like`; as it is for None."""
     if like is None or isinstance(like, np.ndarray):
         return a
-    return _on_device(like, namespace(like).asarray, a)
+    # Copied, as PyTorch would share its memory, and takes none that is reversed or read-only.
+    return _on_device(like, namespace(like).asarray, np.array(a))
+
+
+def beside(a: Array, like: Array) -> Array:
+    """A static array, of NumPy or of the library of `like`, in that library"""
+    return from_host(a, like) if isinstance(a, np.ndarray) else a
 
 
 def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:

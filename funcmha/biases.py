@@ -33,7 +33,7 @@ from ._arrays import (
     unbroadcast,
     upcast,
 )
-from .masks import Range
+from .masks import Mask, Range
 
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
 
@@ -163,7 +163,8 @@ def as_bias(x: Any) -> ArrayBias | RelativeBias | None:
     if x is None or isinstance(x, ArrayBias | RelativeBias):
         return x
     if not is_array(x):
-        raise TypeError(f"bias must be an array, got {type(x).__name__}")
+        instead = ": write mask=" if isinstance(x, Mask) else ""
+        raise TypeError(f"bias must be an array, got {type(x).__name__}{instead}")
     return ArrayBias(x)
 
 

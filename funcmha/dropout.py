@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import Array, from_host, of_heads
+from ._arrays import Array, beside, from_host, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -62,8 +62,8 @@ class Masked(NamedTuple):
     rate: float
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
-        """The booleans as they are, in the library they are of: they broadcast to `shape`."""
-        return self.keep
+        """The booleans, which broadcast to `shape`: of NumPy in the library of `like`, others as they are."""
+        return beside(self.keep, like)
 
     def heads(self, h: slice) -> "Masked":
         """Of the heads `h`, where it has a head axis."""

@@ -706,7 +706,7 @@ def test_an_array_outside_numpy_is_not_looked_at():
 @pytest.mark.parametrize("like", [None, LIKES["numpy"], LIKES["strict"]], ids=["none", "numpy", "strict"])
 def test_an_array_of_another_library_is_refused(like):
     mask = causal() & jnp.ones((5, 7), dtype=bool)
-    with pytest.raises(TypeError, match=r"^mask must be an array of \S+ as q is, or of numpy, got jax\.numpy$"):
+    with pytest.raises(TypeError, match=r"^mask must be an? .*NumPy array, got a JAX array$"):
         mask.dense(5, 7, like)
 
 
@@ -786,11 +786,11 @@ def test_a_mask_can_be_sent_to_another_process():
         (None, "NoneType"),
         (1, "int"),
         (True, "bool"),
-        ([[True]], "list"),
+        ([[True]], r"list: write np.array\(it\)"),
         (np.int64(3), "int64"),
-        (np.ones((7, 7), dtype=np.int8), "dtype int8"),
-        (np.ones((7, 7)), "dtype float64"),
-        (jnp.ones((7, 7)), "dtype float32"),
+        (np.ones((7, 7), dtype=np.int8), "dtype int8: write it != 0"),
+        (np.ones((7, 7)), "dtype float64: pass it as the bias .*"),
+        (jnp.ones((7, 7)), "dtype float32: pass it as the bias .*"),
     ],
 )
 def test_operators_refuse_what_is_no_mask(operand, got):

@@ -196,7 +196,6 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     """The arguments of `append`: `left` as a Python int or None."""
     check_kv(kv)
     _check.one_dtype([("kv.keys", kv.keys), ("kv.values", kv.values), ("k", k), ("v", v)])
-    check_library(kv, ("k", k), ("v", v))
     axes, head = _check.Axes(), _head(kv.keys)
     axes("kv.keys", kv.keys, head + "N D")
     axes("kv.values", kv.values, head + "N E")
@@ -204,14 +203,6 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     axes("v", v, head + "T E")
     check_position(kv, axes["N"])
     return masks.window(left, 0).left  # which checks it
-
-
-def check_library(kv: KVCache, *arrays: tuple[str, Array]) -> None:
-    """A buffer would take an array of another library and turn it into its own kind."""
-    for name, x in (("kv.values", kv.values), *arrays):
-        if namespace(x) is not namespace(kv.keys):
-            wanted, got = namespace(kv.keys).__name__, namespace(x).__name__
-            raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
 
 
 def check_position(kv: KVCache, N: int) -> None:

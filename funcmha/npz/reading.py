@@ -166,24 +166,13 @@ def _alike(name: str, leaves: Mapping[str, _Leaf], want: Mapping[str, Any]) -> d
         more = f", and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
     for key, leaf in want.items():
-        dtype, shape = _dtype(leaf).newbyteorder("="), tuple(leaf.shape)
+        dtype, shape = np.dtype(dtype_name(leaf)).newbyteorder("="), tuple(leaf.shape)
         got = _entry(leaves[key][1])
         if (got.dtype, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
     return {key: leaves[key] for key in want}
 
 
-def _dtype(leaf: Any) -> np.dtype[Any]:
-    """Of an array of any library, or of anything with a `dtype`"""
-    try:
-        dtype: np.dtype[Any] = np.dtype(leaf.dtype)
-        return dtype
-    except TypeError:  # as PyTorch and array-api-strict have their own
-        return np.dtype(dtype_name(leaf))
-
-
 def _beside(a: np.ndarray, like: Any) -> Any:
     """The leaf in the library and on the device of `like`"""
-    if not holds_numbers(like) or isinstance(like, np.ndarray):
-        return a
-    return from_host(a if a.flags.writeable else a.copy(), like)  # of a mapped one, which PyTorch would write to
+    return from_host(a, like) if holds_numbers(like) else a
