@@ -187,6 +187,11 @@ def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
     return _on_device(like, namespace(like).full, shape, value, dtype=like.dtype)
 
 
+def unset(shape: tuple[int, ...], like: Array) -> Array:
+    """Any numbers, in the library, dtype and on the device of `like`, where there is room for them."""
+    return _on_device(like, namespace(like).empty, shape, dtype=like.dtype)
+
+
 def arange(n: int, like: Array) -> Array:
     """0, 1, … n − 1 in the library and on the device of `like`, where it is made."""
     return _on_device(like, namespace(like).arange, n)

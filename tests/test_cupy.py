@@ -15,7 +15,8 @@ import test_protocol
 from test_derivatives_forward import other
 
 import funcmha
-from funcmha import attention, derivatives, kv_cache, mha, norms, packing, rotary, surgery
+from funcmha import attention, derivatives, dropout, kv_cache, masks, mha, norms, packing, rotary, surgery, tree
+from funcmha._arrays import arange, full, outline
 from funcmha.merge import merge
 from funcmha.testing.strategies import AttentionProblem, MhaProblem
 
@@ -188,3 +189,84 @@ def test_tables_of_positions_on_the_device_are_made_there():
     assert (seen.waits, seen.sent) == ([], 16)  # two frequencies
     y, cache = quiet(lambda: rotary.rotate(x, rotary=table))
     quiet(lambda: rotary.rotate_vjp(cache, y))
+
+
+# ── two libraries, two devices ───────────────────────────────────────────────────────────────────────────────────
+
+
+def elsewhere(node):
+    """A tree with its NumPy arrays on the other device."""
+    with cp.cuda.Device(1):
+        return moved(node)
+
+
+@pytest.mark.parametrize("where", [lambda node: node, elsewhere], ids=["NumPy", "device 1"])
+@test_protocol.portable_pairs
+def test_an_input_from_elsewhere_is_named(pair, where):
+    """By funcmha, with what it is beside: CuPy's own message names neither argument."""
+    inputs = pair.inputs("float64")
+    for i, x in enumerate(inputs):
+        if x is not None and len(inputs) > 1:
+            mixed = [where(y) if i == j else moved(y) for j, y in enumerate(inputs)]
+            with pytest.raises(TypeError, match=r"must be (a CuPy|a NumPy|on <CUDA).* as .+ is, got"):
+                pair.f(*mixed, **options(pair.static))
+
+
+@pytest.mark.parametrize("where", [lambda node: node, elsewhere], ids=["NumPy", "device 1"])
+@test_protocol.portable_pairs
+def test_a_cotangent_from_elsewhere_is_named(pair, where):
+    y, cache = pair.f(*moved(pair.inputs("float64")), **options(pair.static))
+    dy = jax.tree.map(lambda a: where(a.get()), y)
+    with pytest.raises(TypeError, match=r"d\S* must be (a CuPy array|on <CUDA Device 0>).* as .+ is, got"):
+        pair.f_vjp(cache, dy)
+
+
+@test_protocol.portable_pairs
+def test_all_is_on_the_device_of_the_inputs(pair):
+    with cp.cuda.Device(1):
+        y, cache = pair.f(*moved(pair.inputs("float64")), **options(pair.static))
+        grads = pair.f_vjp(cache, y)
+    arrays = [a for a in jax.tree.leaves((y, cache, grads)) if isinstance(a, cp.ndarray)]
+    assert {a.device.id for a in arrays} == {1}
+
+
+def test_what_is_made_for_an_array_is_on_its_device():
+    """Whatever device is the current one: zeros, masks, dropout, tables."""
+    x = elsewhere(A)
+    made = [
+        full((2, 3), 0.5, x),
+        arange(3, x),
+        outline(x),
+        masks.causal().dense(3, 3, x),
+        masks.lengths(np.array([1, 2])).attended_keys(3, 3, x),
+        dropout.seeded(0, 0.5).dense((2, 3), x),
+        *kv_cache.empty(x, x)[:2],
+    ]
+    assert {a.device.id for a in made} == {1}
+    assert cp.cuda.Device().id == 0
+
+
+# ── from init to a saved file and back ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_is_moved_trained_saved_and_loaded(tmp_path):
+    """The lines of the README, on the second device; all results against NumPy's."""
+    x, host = A[:, 0].repeat(2, -1), funcmha.init(0, 8, 4, num_kv_heads=2, sink=True)
+    with cp.cuda.Device(1):
+        params = tree.map(cp.asarray, host)
+        with fake_cupy.traffic() as seen:
+            y, cache = funcmha.self_attention(params, cp.asarray(x))
+            grads, _, _ = funcmha.self_attention_vjp(cache, y)
+            params = tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+        assert (seen.waits, seen.sent) == ([], x.nbytes)
+    with fake_cupy.traffic() as seen:
+        funcmha.save(tmp_path / "model.npz", params)
+    assert [wait.partition(" in ")[0] for wait in seen.waits] == ["get"] * len(tree.flatten(params))
+
+    again = funcmha.load(tmp_path / "model.npz", like=params)
+    y, cache = funcmha.self_attention(host, x)
+    host = tree.map(lambda p, g: p - 1e-3 * g, host, funcmha.self_attention_vjp(cache, y)[0])
+    for name, w in tree.flatten(again).items():
+        assert (type(w), w.device.id, w.dtype) == (cp.ndarray, 1, np.float32)
+        np.testing.assert_array_equal(w.get(), tree.flatten(params)[name].get())
+        np.testing.assert_allclose(w.get(), tree.flatten(host)[name], rtol=0, atol=1e-6)

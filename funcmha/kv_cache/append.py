@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own
+from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own, unset
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,7 +141,7 @@ def _joined(x: Array, new: Array, kept: int, left: int | None) -> Array:
         return namespace(x).concat([x[..., N - kept :, :], new], axis=-2)
     room = _taken(x, T)
     if room is None:
-        buffer, stop = namespace(x).empty(_sized(x, _capacity(kept + T, left)), dtype=x.dtype), kept
+        buffer, stop = unset(_sized(x, _capacity(kept + T, left)), x), kept
         buffer[..., :kept, :] = x[..., N - kept :, :]
     else:
         buffer, stop = room.buffer, room.start
@@ -171,7 +171,7 @@ def _shown(buffer: Array, start: int, stop: int) -> Array:
 
 
 def _reserved(x: Array, capacity: int) -> Array:
-    return _shown(namespace(x).empty(_sized(x, capacity), dtype=x.dtype), 0, 0)
+    return _shown(unset(_sized(x, capacity), x), 0, 0)
 
 
 def _capacity(needed: int, left: int | None) -> int:
