@@ -182,6 +182,17 @@ def test_every_derivative_is_among_those():
     assert public <= called
 
 
+@pytest.mark.parametrize("mask", [masks.causal(2), masks.window(2, 1), masks.causal() & masks.window(3, None, -1)])
+def test_bands_are_made_on_the_device(mask):
+    x = cp.asarray(A)
+    with fake_cupy.traffic() as seen:
+        tile = mask.tile((1, 4), (2, 5), x)
+        whole = mask.dense(5, 7, x)
+    assert (seen.waits, seen.sent) == ([], 0)
+    np.testing.assert_array_equal(tile.get(), mask.tile((1, 4), (2, 5)))
+    np.testing.assert_array_equal(whole.get(), mask.dense(5, 7))
+
+
 def test_tables_of_positions_on_the_device_are_made_there():
     positions, x = moved((np.arange(5), A))
     with fake_cupy.traffic() as seen:
@@ -237,8 +248,7 @@ def test_what_is_made_for_an_array_is_on_its_device():
         full((2, 3), 0.5, x),
         arange(3, x),
         outline(x),
-        masks.causal().dense(3, 3, x),
-        masks.lengths(np.array([1, 2])).attended_keys(3, 3, x),
+        masks.lengths(np.array([1, 2])).dense(3, 3, x),
         dropout.seeded(0, 0.5).dense((2, 3), x),
         *kv_cache.empty(x, x)[:2],
     ]
