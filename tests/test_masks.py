@@ -7,6 +7,7 @@ from functools import partial, reduce
 from operator import and_, or_
 
 import array_api_strict
+import fake_cupy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -644,6 +645,7 @@ LIKES = {
     "strict": array_api_strict.zeros(2),
     "strict device1": array_api_strict.zeros(2, device=array_api_strict.Device("device1")),
     "jax": jnp.zeros(2),
+    "cupy": fake_cupy.MODULE.zeros(2),
 }
 PARTS = {
     "Band": causal(3),
@@ -665,7 +667,13 @@ EVERY = PARTS | {
 def host(x):
     if isinstance(x, type(LIKES["strict"])):
         x = x.to_device(array_api_strict.Device("CPU_DEVICE"))
-    return np.asarray(x)
+    return fake_cupy.MODULE.asnumpy(x)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cupy():
+    with fake_cupy.installed():
+        yield
 
 
 @pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
