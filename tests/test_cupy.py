@@ -12,13 +12,22 @@ import numpy as np
 import oracles
 import pytest
 import test_protocol
+from hypothesis import example, given
 from test_derivatives_forward import other
+from test_ops import MODERATE, close
 
 import funcmha
 from funcmha import attention, derivatives, dropout, kv_cache, masks, mha, norms, packing, rotary, surgery, tree
 from funcmha._arrays import arange, full, outline
 from funcmha.merge import merge
-from funcmha.testing.strategies import AttentionProblem, MhaProblem
+from funcmha.testing.strategies import (
+    MODERN,
+    MODERN_MHA,
+    AttentionProblem,
+    MhaProblem,
+    attention_problems,
+    mha_problems,
+)
 
 cp = fake_cupy.MODULE
 A = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
@@ -191,6 +200,35 @@ def test_bands_are_made_on_the_device(mask):
     assert (seen.waits, seen.sent) == ([], 0)
     np.testing.assert_array_equal(tile.get(), mask.tile((1, 4), (2, 5)))
     np.testing.assert_array_equal(whole.get(), mask.dense(5, 7))
+
+
+def same_as_numpy(f, f_vjp, problem, engine):
+    """The output and the gradients of a problem, on the stand-in, without waiting, and of NumPy."""
+    inputs, static, cotangents = problem.inputs("float64"), problem.static(), problem.cotangents("float64")
+    found = []
+    for to, own in ((moved, options(static)), (lambda x: x, static)):
+        dy, dweights, dlse = to(cotangents)
+        with fake_cupy.traffic() as seen:
+            y, cache = f(*to(inputs), **own, engine=engine)
+            grads = f_vjp(cache, dy, dweights=dweights, dlse=dlse)
+            found.append((y, funcmha.attention_weights(cache), funcmha.log_sum_exp(cache), *grads))
+        assert seen.waits == []
+    jax.tree.map(lambda got, want: close(got.get(), want), *found)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@given(attention_problems(**(MODERN | MODERATE)))
+@example(AttentionProblem(S=0, sink=True))
+@example(AttentionProblem(T=0))
+@example(AttentionProblem(batch=(0,)))
+def test_no_attention_waits_whatever_its_sizes(engine, problem):
+    same_as_numpy(attention, funcmha.attention_vjp, problem, engine)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+@given(mha_problems(**(MODERN | MODERN_MHA | MODERATE)))
+def test_no_heads_wait_whatever_their_sizes(engine, problem):
+    same_as_numpy(mha, funcmha.mha_vjp, problem, engine)
 
 
 def test_tables_of_positions_on_the_device_are_made_there():

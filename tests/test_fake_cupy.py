@@ -162,6 +162,16 @@ def test_the_pool_has_what_lives(cupy):
     assert pool.total_bytes() == before
 
 
+@pytest.mark.parametrize(("transposed", "copies"), [(False, 0), (True, 1)])
+def test_a_product_copies_what_is_not_contiguous(cupy, transposed, copies):
+    x, pool = cupy.ones((7, 5, 5)), cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    y = x @ (x.mT if transposed else x)
+    assert pool.total_bytes() - before == y.nbytes + copies * x.nbytes
+    assert (y.get() == 5).all()
+
+
 def test_half_types_are_summed_in_float32(cupy):
     ones = cupy.full((1, 4096), 1.0, dtype=cupy.float16)
     assert float(cupy.sum(ones)) == float((ones @ ones.mT)[0, 0]) == 4096
