@@ -22,6 +22,7 @@ from funcmha.dropout import Seeded
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 
+from .dominant import Dominant
 from .products import product
 from .threads import scratch
 
@@ -279,11 +280,12 @@ class Rows(NamedTuple):
 
 
 def tile_backward(
-    head: Head, tile: Tile, x: Rows, v1: Array, dweights: Array, dq: Array, dk: Array, dv: Array
+    head: Head, tile: Tile, x: Rows, v1: Array, dweights: Array, dominant: Dominant, dq: Array, dk: Array, dv: Array
 ) -> Array:
     """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
 
-    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
+    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None. At dominant keys
+    dz is left out.
     """
     (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
     slope = None if head.softcap is None else scratch("slope", tile.shape, dtype)
@@ -296,6 +298,7 @@ def tile_backward(
     if dweights is not None:
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
+    dominant.leave_out(tile.rows, tile.cols, e, (dz,), (slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
     dq += np.multiply(t, head.scale, out=t)
