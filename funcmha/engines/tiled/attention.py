@@ -36,8 +36,10 @@ def attend(
     q, k, v = zeroed(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
-    row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
-    rest = Rest(bias, sink, o, row_sum, row_max, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
+    row_sum, row_max, saturated = (np.zeros(q.shape[:-1], dtype) for dtype in (q.dtype, q.dtype, bool))
+    rest = Rest(
+        bias, sink, o, row_sum, row_max, saturated, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan
+    )
     with threads.single_threaded_blas():
         shifted = forward(Views.of(rest.beside(q, k, v)))
     if not shifted:

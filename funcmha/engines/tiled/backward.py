@@ -25,7 +25,7 @@ class _Prepared(NamedTuple):
     v1: Array  # (S, E + 1), [v, 1]
     r: Array  # (T), dlse − δ
     sum: Array  # (T), Σ dz: dlse less what the sink has of it
-    dominant: Dominant  # Σ dz of the other keys, and the slope of the soft cap
+    dominant: Dominant | None  # Σ dz of the other keys, and the slope of the soft cap
 
 
 class Backward(NamedTuple):
@@ -106,7 +106,8 @@ class Backward(NamedTuple):
         (S, E) = head.v.shape
         v1 = np.ones((S, E + 1), head.v.dtype)
         v1[:, :E] = head.v
-        return _Prepared(np.ascontiguousarray(head.k), v1, r, total, Dominant.of(self.inverse[at][:, 0], 1, 1))
+        dominant = Dominant.of(self.x.saturated[at], self.inverse[at][:, 0], 1, 1)
+        return _Prepared(np.ascontiguousarray(head.k), v1, r, total, dominant)
 
     def rows(self, at: tuple[Any, ...], head: Head, r: Array, rows: Range) -> Rows:
         """What a tile needs to know of some rows"""
@@ -136,9 +137,9 @@ class Backward(NamedTuple):
 
     def dominant_keys(self, b: Any, h: int, p: _Prepared) -> None:
         """Add what was left out: dz = Σ dz − Σ dz of the other keys"""
-        i, at, head = p.dominant.found(), (*b, h), self.x.head(b, h)
-        if not len(i):
+        if p.dominant is None:
             return
+        at, head, i = (*b, h), self.x.head(b, h), p.dominant.found()
         j, (rest,), (slope,) = p.dominant.key[i], p.dominant.rest, p.dominant.beside
         dz = p.sum[i] - rest[i]
         du = (dz * slope[i] * head.scale)[:, None]

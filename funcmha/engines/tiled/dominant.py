@@ -1,13 +1,13 @@
-"""Keys with more than half of the weight of their row: what they take is what the others leave.
+"""Keys with more than half of the weight of their row: what they get is what the others leave.
 
-A row of dz sums to something known, 0 if there is neither sink nor dlse. Where one weight is nearly 1, its dz is as small
-as the sum of the others, and p (dp − δ) would be the rounding of two large numbers. So dz is left out there while the
-tiles are added up, and set at the end: a row is in many tiles, but a weight over 1/2 is seen in its own.
+A row of dz sums to something known, 0 if there is neither sink nor dlse. Where one weight is nearly 1, its dz is as
+small as the sum of the others, and p (dp − δ) would be the rounding of two large numbers. So dz is left out there while
+the tiles are added up, and set at the end: a row is in many tiles, but a weight over 1/2 is known in its own.
 
 Axes: T queries, S keys, D width; R rows and N columns of a tile.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -16,43 +16,40 @@ from funcmha.masks import Range
 
 
 class Dominant(NamedTuple):
-    key: Array  # (T), the key with more than half of the weight, −1 where none has
+    saturated: Array  # booleans (T), where a weight may exceed 1/2
+    inverse: Array  # (T), of the sums of exponentials
+    key: Array  # (T), the key whose weight exceeds 1/2, −1 where none does
     rest: tuple[Array, ...]  # (T), what is left out, summed over the other keys
     beside: tuple[Array, ...]  # (T), other numbers of the key
-    inverse: Array  # (T), of the sums of exponentials
-    half: float  # exponentials up to this are no such weight in any row
 
     @staticmethod
-    def of(inverse: Array, sums: int, others: int) -> "Dominant":
-        """None yet, from the inverses of the sums of exponentials"""
-        largest = float(inverse.max(initial=0.0))
-        return Dominant(
-            np.full(inverse.shape, -1),
-            tuple(np.zeros_like(inverse) for _ in range(sums)),
-            tuple(np.ones_like(inverse) for _ in range(others)),
-            inverse,
-            0.5 / largest if largest else np.inf,
-        )
+    def of(saturated: Array, inverse: Array, sums: int, others: int) -> Optional["Dominant"]:
+        """None where no row may be saturated"""
+        if not saturated.any():
+            return None
+        rest, beside = [np.zeros_like(inverse) for _ in range(sums)], [np.ones_like(inverse) for _ in range(others)]
+        return Dominant(saturated, inverse, np.full(inverse.shape, -1), tuple(rest), tuple(beside))
 
     def leave_out(
         self, rows: Range, cols: Range, e: Array, arrays: tuple[Array, ...], beside: tuple[Array | None, ...]
     ) -> None:
         """Make the arrays (R, N) 0 at weights over 1/2, and add up the rest; None beside is 1 everywhere"""
         i = slice(*rows)
-        if not e.max() <= self.half:  # NaN too: other rows may have one
-            at = heaviest(e, self.inverse[i])
-            self.key[i][at[0]] = cols[0] + at[1]
-            for a in arrays:
-                a[at] -= a[at]  # NaN stays
-            for number, a in zip(self.beside, beside, strict=True):
-                if a is not None:
-                    number[i][at[0]] = a[at]
+        if not self.saturated[i].any():
+            return
+        at = heaviest(e, self.inverse[i])
+        self.key[i][at[0]] = cols[0] + at[1]
+        for a in arrays:
+            a[at] -= a[at]  # NaN stays
+        for number, other in zip(self.beside, beside, strict=True):
+            if other is not None:
+                number[i][at[0]] = other[at]
         ones = np.ones(e.shape[1], e.dtype)
         for number, a in zip(self.rest, arrays, strict=True):
             number[i] += a @ ones
 
     def found(self) -> Array:
-        """Those that have one"""
+        """The rows that have one"""
         return np.flatnonzero(self.key >= 0)
 
 
@@ -65,6 +62,7 @@ def heaviest(e: Array, inverse: Array) -> tuple[Array, Array]:
 
 def add_to_keys(total: Array, keys: Array, a: Array) -> None:
     """total[keys] += a, where keys repeat       total (S, D)   keys (R)   a (R, D)"""
-    order = np.argsort(keys, kind="stable")
-    some, first = np.unique(keys[order], return_index=True)
-    total[some] += np.add.reduceat(a[order], first, axis=0)
+    if len(keys):
+        order = np.argsort(keys, kind="stable")
+        some, first = np.unique(keys[order], return_index=True)
+        total[some] += np.add.reduceat(a[order], first, axis=0)

@@ -15,8 +15,10 @@ from funcmha._arrays import Array
 from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
 
-def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
-    """o (G, T, E); the sums of exponentials, the sink's included, and the row maxima, rounded up, both (G, T)"""
+def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
+    """o (G, T, E); the sums of exponentials, the sink's included, the row maxima, rounded up, and which rows may be
+    saturated (G, T)
+    """
     T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
     start, stop = (0, S) if mask is None else mask.columns((0, T), S)
     tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
@@ -38,7 +40,9 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
         row_sum += np.stack([of_sink(head, c) for head, c in zip(heads, row_max, strict=True)])
     a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
     o = _with_values(a.reshape(len(heads) * T, len(k)), v, block).reshape(len(heads), T, v.shape[-1])
-    return o / np.where(row_sum == 0, 1.0, row_sum)[..., None], row_sum, row_max
+    o /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
+    saturated = ~(2.1 * np.exp2(top - row_max) <= row_sum)  # the tiles of the gradient round otherwise
+    return o, row_sum, row_max, saturated
 
 
 def _with_keys(q: Array, k: Array, block: int) -> Array:

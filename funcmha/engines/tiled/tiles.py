@@ -178,25 +178,30 @@ def _halves(a: Range) -> tuple[Range, Range]:
     return (a[0], middle), (middle, a[1])
 
 
-def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
-    """o (R, E), the sums of exponentials, the sink's included (R), and the c of the rows (R) or None"""
+def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
+    """o (R, E), the sums of exponentials, the sink's included, the c of the rows or None, and which may be saturated (R)
+
+    They may be where the largest exponential of a tile exceeds half of their sum: one pass over the tile as it lies,
+    where the maximum of each row would take several.
+    """
     q = head.score_scale * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
     if head.softcap is not None or head.bias is not None:
         m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
     row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
-        row_sum, acc = _sums(head, q, rows, all_tiles, row_max)
+        row_sum, top, acc = _sums(head, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
-        sum_again, acc_again = _sums(head, q, rows, some, row_max)
-        row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[:, None], acc_again, acc)
+        sum_again, top_again, acc_again = _sums(head, q, rows, some, row_max)
+        row_sum, top = np.where(wrong, sum_again, row_sum), np.where(wrong, top_again, top)
+        acc = np.where(wrong[:, None], acc_again, acc)
         row_max = row_max if row_max.any() else None
     if head.sink is not None:
         row_sum += of_sink(head, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, ~(2 * top <= row_sum)
 
 
 def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
@@ -220,16 +225,17 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array]:
-    """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, Array]:
+    """Σ 2^(s − c) (rows), no less than the largest of them (rows), and Σ dropout(2^(s − c)) v (rows, E), of some tiles"""
     E = head.v.shape[-1]
-    row_sum, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
+    row_sum, top, acc = np.zeros(len(q), q.dtype), np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
     for tile in some:
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
         row_sum[i] += e @ np.ones(len(e.T), e.dtype)
+        np.maximum(top[i], e.max(), out=top[i])
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
-    return row_sum, acc
+    return row_sum, top, acc
 
 
 def sums(head: Head, row_max: Array) -> Array:
@@ -280,7 +286,15 @@ class Rows(NamedTuple):
 
 
 def tile_backward(
-    head: Head, tile: Tile, x: Rows, v1: Array, dweights: Array, dominant: Dominant, dq: Array, dk: Array, dv: Array
+    head: Head,
+    tile: Tile,
+    x: Rows,
+    v1: Array,
+    dweights: Array,
+    dominant: Dominant | None,
+    dq: Array,
+    dk: Array,
+    dv: Array,
 ) -> Array:
     """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
 
@@ -298,7 +312,8 @@ def tile_backward(
     if dweights is not None:
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
-    dominant.leave_out(tile.rows, tile.cols, e, (dz,), (slope,))
+    if dominant is not None:
+        dominant.leave_out(tile.rows, tile.cols, e, (dz,), (slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
     dq += np.multiply(t, head.scale, out=t)
