@@ -84,8 +84,10 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     return weights(apart(e_error), common), recomputed, Rounded(lse[..., 0], lse_error[..., 0])
 
 
-def softmax_vjp(fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe) -> tuple[Rounded, Maybe]:
-    """`ops.softmax_with_sink_vjp`"""
+def softmax_vjp(
+    fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe, centred: bool = True
+) -> tuple[Rounded, Maybe]:
+    """`ops.softmax_with_sink_vjp`, or p (dp − δ + dlse) as it stands"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
     size = np.abs(dp.value) + np.abs(delta.value)
@@ -96,12 +98,39 @@ def softmax_vjp(fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_
         common = common + np.abs(np.take_along_axis(dp.value, largest, axis=-1)) * p_sink.error
     error = (p.value + p.error) * (dp.error + common + 2 * fl.rounding(size)) + p.error * np.abs(g)
     error += fl.rounding(np.abs(p.value * g))
-    dz = Rounded(p.value * g, error, (p.value * common,))
-    if p_sink is None:
-        return dz, None
-    along = dlse - delta.value
-    delta = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)))
-    return dz, fl.multiply(p_sink, delta)
+    dz, drows = Rounded(p.value * g, error, (p.value * common,)), None
+    if p_sink is not None:
+        along = dlse - delta.value
+        along = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)), (common,))
+        drows = fl.multiply(along, p_sink)
+    own = dp.error + 2 * fl.rounding(size)
+    return (left_by_others(fl, p, own, common, g, dlse, dz, drows) if centred else dz), drows
+
+
+def left_by_others(
+    fl: Arithmetic,
+    p: Rounded,
+    own: Array,
+    common: Array,
+    g: Array,
+    dlse: Array | float,
+    dz: Rounded,
+    drows: Maybe,
+) -> Rounded:
+    """dz, where that of a weight over 1/2 is dlse less that of the sink and of the other keys: g = dz / p
+
+    Its own dp is what the others are compared with. So an error there is shared by all of them, as that of δ is.
+    """
+    heavy = p.value > 0.5
+    light = np.where(heavy, 0.0, p.value + p.error)
+    of_sink = Rounded(np.zeros(()), np.zeros(()), (np.zeros(()),)) if drows is None else drows
+    size = total(light * np.abs(g - dlse)) + np.abs(of_sink.value) + 3 * np.abs(dlse)  # also in p (dp − δ) and p_sink
+    error = total(light) * (common + total(heavy * own)) + np.sqrt(total((light * own) ** 2))
+    error += total(p.error * np.abs(g)) + of_sink.error + fl.rounding(size, g.shape[-1])
+    rest = total(np.where(heavy, 0.0, dz.rows[0])) + of_sink.rows[0]
+    return Rounded(
+        dz.value, np.where(heavy, np.minimum(error, dz.error), dz.error), (np.where(heavy, -rest, dz.rows[0]),)
+    )
 
 
 def attention(
@@ -134,7 +163,7 @@ def attention(
     dv = fl.matmul(a, do)._replace(cols=(np.sqrt(a.value**2 @ tie(do).error ** 2),))  # shared by a column of dv
     dp = fl.times(fl.matmul(do, transpose(vh)), kept)
     dp = dp if dweights is None else fl.add(dp, exact(dweights))
-    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink)
+    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink, not recomputed)
     du = dz if slope is None else fl.multiply(dz, slope)
     dk = fl.matmul(transpose(alike(du)), qs)
     dq = fl.matmul(du, kh)

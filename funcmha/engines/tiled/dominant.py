@@ -27,13 +27,13 @@ class Dominant(NamedTuple):
         """None where no row may be saturated"""
         if not saturated.any():
             return None
-        rest, beside = [np.zeros_like(inverse) for _ in range(sums)], [np.ones_like(inverse) for _ in range(others)]
-        return Dominant(saturated, inverse, np.full(inverse.shape, -1), tuple(rest), tuple(beside))
+        zeros = [np.zeros_like(inverse) for _ in range(sums + others)]
+        return Dominant(saturated, inverse, np.full(inverse.shape, -1), tuple(zeros[:sums]), tuple(zeros[sums:]))
 
     def leave_out(
-        self, rows: Range, cols: Range, e: Array, arrays: tuple[Array, ...], beside: tuple[Array | None, ...]
+        self, rows: Range, cols: Range, e: Array, arrays: tuple[Array, ...], beside: tuple[Array | float, ...]
     ) -> None:
-        """Make the arrays (R, N) 0 at weights over 1/2, and add up the rest; None beside is 1 everywhere"""
+        """Make the arrays (R, N) 0 at weights over 1/2, and add up the rest; keep what is beside there"""
         i = slice(*rows)
         if not self.saturated[i].any():
             return
@@ -42,8 +42,7 @@ class Dominant(NamedTuple):
         for a in arrays:
             a[at] -= a[at]  # NaN stays
         for number, other in zip(self.beside, beside, strict=True):
-            if other is not None:
-                number[i][at[0]] = other[at]
+            number[i][at[0]] = np.broadcast_to(other, e.shape)[at]
         ones = np.ones(e.shape[1], e.dtype)
         for number, a in zip(self.rest, arrays, strict=True):
             number[i] += a @ ones

@@ -179,7 +179,7 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 
 def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
-    """o (R, E), the sums of exponentials, the sink's included, the c of the rows or None, and which may be saturated (R)
+    """o (R, E); the sums of exponentials, the sink's included; c or None; which rows may be saturated; each (R)
 
     They may be where the largest exponential of a tile exceeds half of their sum: one pass over the tile as it lies,
     where the maximum of each row would take several.
@@ -226,7 +226,7 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
 
 
 def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, Array]:
-    """Σ 2^(s − c) (rows), no less than the largest of them (rows), and Σ dropout(2^(s − c)) v (rows, E), of some tiles"""
+    """Σ 2^(s − c), a bound on each of them (rows), and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
     E = head.v.shape[-1]
     row_sum, top, acc = np.zeros(len(q), q.dtype), np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
     for tile in some:
@@ -313,7 +313,7 @@ def tile_backward(
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
     if dominant is not None:
-        dominant.leave_out(tile.rows, tile.cols, e, (dz,), (slope,))
+        dominant.leave_out(tile.rows, tile.cols, e, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
     dq += np.multiply(t, head.scale, out=t)
