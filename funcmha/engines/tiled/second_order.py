@@ -5,8 +5,8 @@ more, in the order of the backward. In a tile, with r = dlse − δ,
 
     dz = p (dp + r)     ḋz = dz (ż − l̇se) + p (ḋp + ṙ)     ṗ = p (ż − l̇se)
 
-A row of each sums to something known. At a key with more than half of its weight all three are left out, and set to what
-the others leave of that at the end.
+A row of each sums to something known. At a key with more than half of its weight all three are left out, and set to
+what the others leave of that at the end.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
 tile; `...` is batch.
