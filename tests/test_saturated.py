@@ -238,7 +238,7 @@ def drawn(softcap, rate, seed):
 @pytest.mark.parametrize("engine", [SEQUENTIAL, BATCHED, SMALL], ids=["sequential", "batched", "tiled"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("softcap", "rate"), [(1e3, 0.0), (200.0, 0.25)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 2, 5])
 def test_every_derivative_equals_300_digits(engine, dtype, softcap, rate, seed):
     """Relative to each row: an ulp of a score costs the weights a score's own size, and values are 10 from 0."""
     arrays, dots, keep, want, score = drawn(softcap, rate, seed)

@@ -5,8 +5,8 @@ With the weights of the forward, p = 2^(s − c) / row_sum, the outputs change b
     l̇se = Σ p ż + p_sink ṡink        ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o
 
 so that one pass over the tiles of a row sums all that it needs. Rows share nothing: a block of them is a task. Where
-one key has more than half of the weight, its ż is first subtracted from all and from ṡink: that leaves ȯ as it is, which
-would else be the difference of two large numbers. To find these keys takes a product more.
+one key has more than half of the weight, its ż is first subtracted from all and from ṡink. That leaves ȯ as it is, and
+spares it a difference of two large numbers. To find these keys takes a product more.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
 tile; `...` is batch.
