@@ -106,7 +106,7 @@ class Backward(NamedTuple):
         (S, E) = head.v.shape
         v1 = np.ones((S, E + 1), head.v.dtype)
         v1[:, :E] = head.v
-        dominant = Dominant.of(self.x.saturated[at], self.inverse[at][:, 0], 1, 1)
+        dominant = Dominant.of(self.x.dominant[at], head.v.dtype, 1, 1)
         return _Prepared(np.ascontiguousarray(head.k), v1, r, total, dominant)
 
     def rows(self, at: tuple[Any, ...], head: Head, r: Array, rows: Range) -> Rows:

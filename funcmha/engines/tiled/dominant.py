@@ -1,13 +1,13 @@
 """Keys with more than half of the weight of their row: what they get is what the others leave.
 
 A row of dz sums to something known, 0 if there is neither sink nor dlse. Where one weight is nearly 1, its dz is as
-small as the sum of the others, and p (dp − δ) would be the rounding of two large numbers. So dz is left out there while
-the tiles are added up, and set at the end: a row is in many tiles, but a weight over 1/2 is known in its own.
+small as the sum of the others, and p (dp − δ) would be the difference of two large numbers. So dz is left out there
+while the tiles are added up, and set at the end. The forward says which keys these are.
 
 Axes: T queries, S keys, D width; R rows and N columns of a tile.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -16,34 +16,29 @@ from funcmha.masks import Range
 
 
 class Dominant(NamedTuple):
-    saturated: Array  # booleans (T), where a weight may exceed 1/2
-    inverse: Array  # (T), of the sums of exponentials
-    key: Array  # (T), the key whose weight exceeds 1/2, −1 where none does
+    key: Array  # (T), −1 where no key has more than half of the weight
     rest: tuple[Array, ...]  # (T), what is left out, summed over the other keys
     beside: tuple[Array, ...]  # (T), other numbers of the key
 
     @staticmethod
-    def of(saturated: Array, inverse: Array, sums: int, others: int) -> Optional["Dominant"]:
-        """None where no row may be saturated"""
-        if not saturated.any():
+    def of(key: Array, dtype: Any, sums: int, others: int) -> Optional["Dominant"]:
+        """None where no row has such a key"""
+        if not key.max(initial=-1) >= 0:
             return None
-        zeros = [np.zeros_like(inverse) for _ in range(sums + others)]
-        return Dominant(saturated, inverse, np.full(inverse.shape, -1), tuple(zeros[:sums]), tuple(zeros[sums:]))
+        zeros = [np.zeros(key.shape, dtype) for _ in range(sums + others)]
+        return Dominant(key, tuple(zeros[:sums]), tuple(zeros[sums:]))
 
-    def leave_out(
-        self, rows: Range, cols: Range, e: Array, arrays: tuple[Array, ...], beside: tuple[Array | float, ...]
-    ) -> None:
-        """Make the arrays (R, N) 0 at weights over 1/2, and add up the rest; keep what is beside there"""
+    def leave_out(self, rows: Range, cols: Range, arrays: tuple[Array, ...], beside: tuple[Array | float, ...]) -> None:
+        """Make the arrays (R, N) 0 at the keys, and add up the rest; keep what is beside there"""
         i = slice(*rows)
-        if not self.saturated[i].any():
+        if not self.key[i].max() >= 0:
             return
-        at = heaviest(e, self.inverse[i])
-        self.key[i][at[0]] = cols[0] + at[1]
+        at = inside(self.key[i], cols)
         for a in arrays:
             a[at] -= a[at]  # NaN stays
         for number, other in zip(self.beside, beside, strict=True):
-            number[i][at[0]] = np.broadcast_to(other, e.shape)[at]
-        ones = np.ones(e.shape[1], e.dtype)
+            number[i][at[0]] = np.broadcast_to(other, arrays[0].shape)[at]
+        ones = np.ones(cols[1] - cols[0], arrays[0].dtype)
         for number, a in zip(self.rest, arrays, strict=True):
             number[i] += a @ ones
 
@@ -52,16 +47,14 @@ class Dominant(NamedTuple):
         return np.flatnonzero(self.key >= 0)
 
 
-def heaviest(e: Array, inverse: Array) -> tuple[Array, Array]:
-    """Rows and columns of the weights over 1/2, of which a row has one at most"""
-    cols = e.argmax(axis=-1)
-    rows = np.flatnonzero(e[np.arange(len(e)), cols] * inverse > 0.5)
-    return rows, cols[rows]
+def inside(key: Array, cols: Range) -> tuple[Array, Array]:
+    """Rows and columns of a tile where its keys are"""
+    rows = np.flatnonzero((key >= cols[0]) & (key < cols[1]))
+    return rows, key[rows] - cols[0]
 
 
 def add_to_keys(total: Array, keys: Array, a: Array) -> None:
     """total[keys] += a, where keys repeat       total (S, D)   keys (R)   a (R, D)"""
-    if len(keys):
-        order = np.argsort(keys, kind="stable")
-        some, first = np.unique(keys[order], return_index=True)
-        total[some] += np.add.reduceat(a[order], first, axis=0)
+    order = np.argsort(keys, kind="stable")
+    some, first = np.unique(keys[order], return_index=True)
+    total[some] += np.add.reduceat(a[order], first, axis=0)

@@ -6,7 +6,7 @@ With the weights of the forward, p = 2^(s − c) / row_sum, the outputs change b
 
 so that one pass over the tiles of a row sums all that it needs. Rows share nothing: a block of them is a task. Where
 one key has more than half of the weight, its ż is first subtracted from all and from ṡink. That leaves ȯ as it is, and
-spares it a difference of two large numbers. To find these keys takes a product more.
+spares it a difference of two large numbers.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
 tile; `...` is batch.
@@ -24,7 +24,7 @@ from funcmha.masks import Range
 from . import threads
 from .attention import zeroed
 from .cache import AttentionCache, Views, with_head_axis
-from .dominant import heaviest
+from .dominant import inside
 from .forward import recomputed
 from .threads import scratch
 from .tiles import Head, Tile, blocks, of_sink
@@ -74,8 +74,9 @@ class _Forward(NamedTuple):
         row_max = None if x.row_max is None else x.row_max[at]
         inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
         key, z_dot = None, np.zeros_like(inverse)
-        if x.saturated[at].any():
-            key, z_dot = self.dominant(head, head_dot, rows, row_max, inverse)
+        if x.dominant[at].max(initial=-1) >= 0:
+            key = x.dominant[at]
+            z_dot = self.of_keys(head, head_dot, rows, key)
         acc, mean = self.sums(head, head_dot, rows, row_max, key, z_dot)
         if head.sink is not None:
             mean += of_sink(head, row_max) * ((head_dot.sink or 0.0) - z_dot)
@@ -83,20 +84,16 @@ class _Forward(NamedTuple):
         self.lse_dot[at] = z_dot + mean
         self.o_dot[at] = acc * inverse[:, None] - mean[:, None] * x.o[at]
 
-    def dominant(self, head: Head, head_dot: Head, rows: Range, row_max: Array, inverse: Array) -> tuple[Array, Array]:
-        """The keys with more than half of the weight of these rows, −1 where there is none, and their ż, or 0"""
-        q, (left, right) = head.score_scale * head.q[slice(*rows)], self.factors(head, head_dot, rows)
-        key, z_dot = np.full(len(q), -1), np.zeros_like(inverse)
-        for tile in head.all_tiles(rows):
-            i = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0])
-            slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
-            e = head.exponentials(q[i], tile, None if row_max is None else row_max[i], slope)
-            at = heaviest(e, inverse[i])
-            t, j = i.start + at[0], tile.cols[0] + at[1]
-            u_dot = np.einsum("nd,nd->n", left[t], right[j])
-            z = u_dot if slope is None else slope[at] * u_dot
-            key[t], z_dot[t] = j, z if head_dot.bias is None else z + head_dot.bias_of(tile)[at]
-        return key, z_dot
+    def of_keys(self, head: Head, head_dot: Head, rows: Range, key: Array) -> Array:
+        """ż of these rows at a key each, 0 where that is −1"""
+        i, (left, right) = np.flatnonzero(key >= 0), self.factors(head, head_dot, rows)
+        t, j, z_dot = rows[0] + i, key[i], np.zeros(len(key), left.dtype)
+        z_dot[i] = np.einsum("nd,nd->n", left[i], right[j])
+        if head.softcap is not None:
+            z_dot[i] *= 1 - np.tanh(head.score_scale * np.einsum("nd,nd->n", head.q[t], head.k[j])) ** 2
+        if head_dot.bias is not None:
+            z_dot[i] += head_dot.bias[t, j] if head_dot.bias.ndim == 2 else head_dot.bias[j - t + len(head.q) - 1]
+        return z_dot
 
     def sums(
         self, head: Head, head_dot: Head, rows: Range, row_max: Array, key: Array, z_dot: Array
@@ -114,8 +111,7 @@ class _Forward(NamedTuple):
             ez = self.scores(head_dot, tile, left[i], right[j], slope)
             if key is not None:
                 ez -= z_dot[i, None]
-                own = np.flatnonzero((key[i] >= tile.cols[0]) & (key[i] < tile.cols[1]))
-                ez[own, key[i][own] - tile.cols[0]] = 0.0
+                ez[inside(key[i], tile.cols)] = 0.0
             ez *= e
             mean[i] += ez @ np.ones(len(ez.T), ez.dtype)
             if head.keep is not None:

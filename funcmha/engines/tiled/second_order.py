@@ -116,7 +116,7 @@ class _Second(NamedTuple):
         dz = p * (dp + rows.r)
         dz_dot = dz * change + p * (dp_dot + rows.r_dot)
         if dominant is not None:
-            dominant.leave_out(tile.rows, tile.cols, e, (dz, dz_dot, p_dot, a_dot), (slope, bend, p, a))
+            dominant.leave_out(tile.rows, tile.cols, (dz, dz_dot, p_dot, a_dot), (slope, bend, p, a))
         self.dv[of_key] += a_dot.T @ rows.do + a.T @ rows.do_dot
         if self.dbias is not None:
             self.dbias.add((*b, h), tile, dz_dot)
@@ -131,7 +131,7 @@ class _Second(NamedTuple):
         i, head, head_dot = dominant.found(), self.x.head(b, h), self.x_dot.head(b, h)
         j, at, of_key = dominant.key[i], (*b, h), self.key_head(b, h)
         slope, bend, p, a = (x[i] for x in dominant.beside)
-        totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.inverse)
+        totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.rest[0])
         parts = zip(totals, self.of_sink(b, h), dominant.rest[:3], strict=True)
         dz, dz_dot, p_dot = ((total - of_sink - rest)[i] for total, of_sink, rest in parts)
         du, du_dot = (head.scale * x[:, None] for x in (dz * slope, dz_dot * slope + dz * bend))
@@ -197,7 +197,7 @@ def _run(y: _Second) -> None:
     schedule = [step for group in together for step in wavefronts(y.x.head, group, T, S)]
     flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)
     for h in range(H):
-        dominant = {b: Dominant.of(y.x.saturated[(*b, h)], y.of_rows.inverse[(*b, h)], 4, 4) for b in samples}
+        dominant = {b: Dominant.of(y.x.dominant[(*b, h)], y.x.q.dtype, 4, 4) for b in samples}
         for step in schedule:
             threads.run(partial(_add, y, h, dominant), step, flops / len(schedule), plan=y.x.plan)
             if y.dbias is not None:

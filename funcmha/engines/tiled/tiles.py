@@ -179,10 +179,8 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 
 def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
-    """o (R, E); the sums of exponentials, the sink's included; c or None; which rows may be saturated; each (R)
-
-    They may be where the largest exponential of a tile exceeds half of their sum: one pass over the tile as it lies,
-    where the maximum of each row would take several.
+    """o (R, E); the sums of exponentials, the sink's included; c or None; the keys with more than half of the weight,
+    −1 for none; all (R)
     """
     q = head.score_scale * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
@@ -190,18 +188,18 @@ def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array,
         m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
     row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
-        row_sum, top, acc = _sums(head, q, rows, all_tiles, row_max)
+        row_sum, top, key, acc = _sums(head, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
-        sum_again, top_again, acc_again = _sums(head, q, rows, some, row_max)
-        row_sum, top = np.where(wrong, sum_again, row_sum), np.where(wrong, top_again, top)
+        *again, acc_again = _sums(head, q, rows, some, row_max)
+        row_sum, top, key = (np.where(wrong, a, b) for a, b in zip(again, (row_sum, top, key), strict=True))
         acc = np.where(wrong[:, None], acc_again, acc)
         row_max = row_max if row_max.any() else None
     if head.sink is not None:
         row_sum += of_sink(head, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, ~(2 * top <= row_sum)
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, np.where(2 * top > row_sum, key, -1)
 
 
 def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
@@ -225,17 +223,28 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, Array]:
-    """Σ 2^(s − c), a bound on each of them (rows), and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, Array, Array]:
+    """Σ 2^(s − c), the largest if it is over half of that, and its key (rows); Σ dropout(2^(s − c)) v (rows, E)"""
     E = head.v.shape[-1]
-    row_sum, top, acc = np.zeros(len(q), q.dtype), np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
+    row_sum, top, key = np.zeros(len(q), q.dtype), np.zeros(len(q), q.dtype), np.full(len(q), -1, np.int32)
+    acc = np.zeros((len(q), E), q.dtype)
     for tile in some:
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
         row_sum[i] += e @ np.ones(len(e.T), e.dtype)
-        np.maximum(top[i], e.max(), out=top[i])
+        _note_largest(e, tile, row_sum[i], top[i], key[i])
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
-    return row_sum, top, acc
+    return row_sum, top, key, acc
+
+
+def _note_largest(e: Array, tile: Tile, row_sum: Array, top: Array, key: Array) -> None:
+    """The largest of each row so far and its key, unless none is over half of its sum: one pass tells that mostly"""
+    if 2 * e.max() <= row_sum.min():
+        return
+    cols = e.argmax(axis=-1)
+    largest = e[np.arange(len(e)), cols]
+    larger = largest > top
+    top[larger], key[larger] = largest[larger], tile.cols[0] + cols[larger]
 
 
 def sums(head: Head, row_max: Array) -> Array:
@@ -313,7 +322,7 @@ def tile_backward(
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
     if dominant is not None:
-        dominant.leave_out(tile.rows, tile.cols, e, (dz,), (1.0 if slope is None else slope,))
+        dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
     dq += np.multiply(t, head.scale, out=t)
