@@ -36,7 +36,8 @@ def attend(
     q, k, v = zeroed(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
-    row_sum, row_max, dominant = (np.zeros(q.shape[:-1], dtype) for dtype in (q.dtype, q.dtype, np.int32))
+    row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
+    dominant = np.full(q.shape[:-1], -1, np.int32)
     rest = Rest(
         bias, sink, o, row_sum, row_max, dominant, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan
     )

@@ -4,7 +4,7 @@ A row of dz sums to something known, 0 if there is neither sink nor dlse. Where 
 small as the sum of the others, and p (dp − δ) would be the difference of two large numbers. So dz is left out there
 while the tiles are added up, and set at the end. The forward says which keys these are.
 
-Axes: T queries, S keys, D width; R rows and N columns of a tile.
+Axes: T queries, S keys, D width; R rows and N columns of a tile or of a block of them.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -13,6 +13,35 @@ import numpy as np
 
 from funcmha._arrays import Array
 from funcmha.masks import Range
+
+
+class Heavy(NamedTuple):
+    rows: Array
+    keys: Array
+    e: Array  # exponentials, of which each was over half of the sum of its row, as far as that had come
+
+    def of(self, some: Array) -> "Heavy":
+        """Those of some rows, by booleans for all"""
+        return Heavy(*(a[some[self.rows]] for a in self))
+
+
+def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy:
+    """Of a tile that begins at this row and column"""
+    cols = e.argmax(axis=-1)
+    largest = e[np.arange(len(e)), cols]
+    rows = np.flatnonzero(2 * largest > row_sum)
+    return Heavy(row + rows, col + cols[rows], largest[rows])
+
+
+def dominant_keys(heavy: list[Heavy], row_sum: Array) -> Array:
+    """The keys with more than half of the weight (R), −1 where none has; None where none has in any row"""
+    if not any(len(x.rows) for x in heavy):
+        return None
+    key = np.full(len(row_sum), -1)
+    for x in heavy:
+        over = 2 * x.e > row_sum[x.rows]
+        key[x.rows[over]] = x.keys[over]
+    return key
 
 
 class Dominant(NamedTuple):

@@ -16,8 +16,8 @@ from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
 
 def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
-    """o (G, T, E); the sums of exponentials, the sink's included, the row maxima, rounded up, and the keys with more than
-    half of the weight, −1 for none, all (G, T)
+    """o (G, T, E); the sums of exponentials, the sink's included; the row maxima, rounded up; the keys with more than
+    half of the weight, −1 for none; these (G, T)
     """
     T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
     start, stop = (0, S) if mask is None else mask.columns((0, T), S)
@@ -38,9 +38,10 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
     row_sum = e.sum(axis=-1)
     if heads[0].sink is not None:
         row_sum += np.stack([of_sink(head, c) for head, c in zip(heads, row_max, strict=True)])
-    key = e.argmax(axis=-1) if len(k) else np.zeros(e.shape[:-1], int)
-    largest = np.take_along_axis(e, key[..., None], axis=-1)[..., 0] if len(k) else 0.0
-    key = np.where(2 * largest > row_sum, start + key, -1)
+    key = np.full(row_sum.shape, -1)
+    if len(k):
+        largest = e.argmax(axis=-1)
+        key = np.where(2 * np.take_along_axis(e, largest[..., None], axis=-1)[..., 0] > row_sum, start + largest, -1)
     a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
     o = _with_values(a.reshape(len(heads) * T, len(k)), v, block).reshape(len(heads), T, v.shape[-1])
     o /= np.where(row_sum == 0, 1.0, row_sum)[..., None]

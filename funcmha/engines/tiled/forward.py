@@ -60,7 +60,9 @@ def _in_tiles(x: Views) -> bool:
     def work(task: tuple[int, Range, Any]) -> None:
         h, rows, b = task
         at = (*b, h, slice(*rows))
-        x.o[at], x.row_sum[at], row_max, x.dominant[at] = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        x.o[at], x.row_sum[at], row_max, key = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        if key is not None:
+            x.dominant[at] = key
         if row_max is not None:
             x.row_max[at] = row_max
             shifted.append(task)

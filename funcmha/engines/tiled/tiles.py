@@ -22,7 +22,7 @@ from funcmha.dropout import Seeded
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 
-from .dominant import Dominant
+from .dominant import Dominant, Heavy, dominant_keys, heaviest
 from .products import product
 from .threads import scratch
 
@@ -179,27 +179,25 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 
 def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
-    """o (R, E); the sums of exponentials, the sink's included; c or None; the keys with more than half of the weight,
-    −1 for none; all (R)
-    """
+    """o (R, E); the sums of exponentials, the sink's included (R); c or None; `dominant_keys` (R) or None"""
     q = head.score_scale * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
     if head.softcap is not None or head.bias is not None:
         m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
     row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
-        row_sum, top, key, acc = _sums(head, q, rows, all_tiles, row_max)
+        row_sum, acc, heavy = _sums(head, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
-        *again, acc_again = _sums(head, q, rows, some, row_max)
-        row_sum, top, key = (np.where(wrong, a, b) for a, b in zip(again, (row_sum, top, key), strict=True))
-        acc = np.where(wrong[:, None], acc_again, acc)
+        sum_again, acc_again, heavy_again = _sums(head, q, rows, some, row_max)
+        row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[:, None], acc_again, acc)
+        heavy = [x.of(~wrong) for x in heavy] + [x.of(wrong) for x in heavy_again]
         row_max = row_max if row_max.any() else None
     if head.sink is not None:
         row_sum += of_sink(head, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, np.where(2 * top > row_sum, key, -1)
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, dominant_keys(heavy, row_sum)
 
 
 def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
@@ -223,28 +221,18 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, Array, Array]:
-    """Σ 2^(s − c), the largest if it is over half of that, and its key (rows); Σ dropout(2^(s − c)) v (rows, E)"""
-    E = head.v.shape[-1]
-    row_sum, top, key = np.zeros(len(q), q.dtype), np.zeros(len(q), q.dtype), np.full(len(q), -1, np.int32)
-    acc = np.zeros((len(q), E), q.dtype)
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
+    """Σ 2^(s − c) (rows), Σ dropout(2^(s − c)) v (rows, E), and what may be over half of a sum, over some tiles"""
+    E, heavy = head.v.shape[-1], list[Heavy]()
+    row_sum, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
     for tile in some:
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
         row_sum[i] += e @ np.ones(len(e.T), e.dtype)
-        _note_largest(e, tile, row_sum[i], top[i], key[i])
+        if not 2 * e.max() <= row_sum[i].min():  # which one pass mostly tells; NaN too: other rows may have one
+            heavy.append(heaviest(e, row_sum[i], i.start, tile.cols[0]))
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
-    return row_sum, top, key, acc
-
-
-def _note_largest(e: Array, tile: Tile, row_sum: Array, top: Array, key: Array) -> None:
-    """The largest of each row so far and its key, unless none is over half of its sum: one pass tells that mostly"""
-    if 2 * e.max() <= row_sum.min():
-        return
-    cols = e.argmax(axis=-1)
-    largest = e[np.arange(len(e)), cols]
-    larger = largest > top
-    top[larger], key[larger] = largest[larger], tile.cols[0] + cols[larger]
+    return row_sum, acc, heavy
 
 
 def sums(head: Head, row_max: Array) -> Array:
