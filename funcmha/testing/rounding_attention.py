@@ -3,6 +3,8 @@
   * Softmax turns an absolute error of a score into a relative error of its weight. Adding a constant to a row changes
     nothing, so a weight over 1/2 serves as the reference of its row and has no error itself: a saturated row is exact.
     (After Blanchard, Higham and Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with errors in the scores.)
+  * The gradient of such a score is what the others leave of a known sum: its error is theirs, and as small as they are.
+    A backward that computes p (dp − δ) there, the difference of two large numbers, is outside.
   * A sink is one more key, with an exact score and value 0, that all queries attend. Where dp is centred at m, that of
     the largest weight, the error of the sink's weight enters δ times m.
   * tanh has slopes up to 1, which grow towards 0: an error of a score moves its soft cap by at most itself times the
