@@ -74,6 +74,19 @@ def test_gradients_in_float32_are_within(engine, gain, options, cotangents):
     assert max(ratios.values()) <= 1, ratios
 
 
+FOUND = [  # by random search: other weights of 1e-35, which a sum of exponentials far below 1 lost; slopes of 1e-8
+    AttentionProblem((), 41, 56, 1, 1, 43, 17, mask="window", softcap=300.0, gain=48.626121506364214, seed=259),
+    AttentionProblem((), 48, 70, 2, 2, 46, 14, "window", "... H T S", 0.3, softcap=30.0, gain=1915.0, family="ties"),
+]
+
+
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "small tiles"])
+@pytest.mark.parametrize("found", FOUND, ids=range(len(FOUND)))
+def test_what_was_found_is_within(engine, found):
+    _, ratios = within(found, "float32", engine, ("dweights",))
+    assert max(ratios.values()) <= 1, ratios
+
+
 @pytest.mark.parametrize("gain", [10.0, 30.0])
 @pytest.mark.parametrize("family", ["normal", "offset values"])
 def test_a_backward_that_takes_the_difference_is_outside(monkeypatch, gain, family):

@@ -92,12 +92,13 @@ def softmax_vjp(
     """`ops.softmax_with_sink_vjp`, or p (dp − δ + dlse) as it stands"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
-    size = np.abs(dp.value) + np.abs(delta.value)
-    g, common = dp.value - delta.value + dlse, delta.error
-    if p_sink is not None and p.value.shape[-1]:
-        # dp is centred at m, that of the largest weight, and so δ − m = Σ p (dp − m) − m p_sink
+    size, common, m = np.abs(dp.value) + np.abs(delta.value), delta.error, np.zeros(())
+    if p.value.shape[-1]:
         largest = np.argmax(p.value, axis=-1, keepdims=True)
-        common = common + np.abs(np.take_along_axis(dp.value, largest, axis=-1)) * p_sink.error
+        m = np.take_along_axis(dp.value, largest, axis=-1)  # dp is centred there: g of a saturated row has its digits
+    g = dp.value - m + dlse - total(p.value * (dp.value - m))
+    if p_sink is not None:
+        g, common = g + m * p_sink.value, common + np.abs(m) * p_sink.error
     error = (p.value + p.error) * (dp.error + common + 2 * fl.rounding(size)) + p.error * np.abs(g)
     error += fl.rounding(np.abs(p.value * g))
     dz, drows = Rounded(p.value * g, error, (p.value * common,)), None

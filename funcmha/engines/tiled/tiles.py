@@ -188,6 +188,8 @@ def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array,
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
         row_sum, acc, heavy = _sums(head, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
+    if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
+        wrong |= (key >= 0) & (row_sum < 0.5)
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
