@@ -475,7 +475,7 @@ ONE_ROW = as_mask(np.array([[0, 0, 1, 1, 0, 1, 0]], dtype=bool))
 @pytest.mark.parametrize(
     "mask", [*EVERY_ANSWER.values(), ONE_ROW], ids=[*(k.__name__ for k in EVERY_ANSWER), "one row"]
 )
-def test_every_tile_columns_and_sample_of_a_small_mask(mask):
+def test_every_tile_part_and_sample_of_a_small_mask(mask):
     """All of them, where the properties above draw some: a tile that begins in the middle is not drawn often."""
     T, S = 5, 7
     allowed = np.broadcast_to(mask.dense(T, S), (2, 2, T, S))
@@ -486,6 +486,8 @@ def test_every_tile_columns_and_sample_of_a_small_mask(mask):
         for cols in [(c0, c1) for c1 in range(S + 1) for c0 in range(c1)]:
             expected = allowed[..., slice(*rows), slice(*cols)]
             np.testing.assert_array_equal(np.broadcast_to(mask.tile(rows, cols), expected.shape), expected)
+            part = mask.part(rows, cols).dense(rows[1] - rows[0], cols[1] - cols[0])
+            np.testing.assert_array_equal(np.broadcast_to(part, expected.shape), expected)
     for b in range(2):
         np.testing.assert_array_equal(np.broadcast_to(mask.at((b,)).dense(T, S), (2, T, S)), allowed[b])
 
