@@ -182,6 +182,11 @@ def heads_last(x: Array) -> Array:
     return namespace(x).moveaxis(x, -3, -2)
 
 
+def has_words(like: Array) -> bool:
+    """Whether the library of `like`, another than NumPy, computes with 64 bits: JAX may not, and PyTorch does not"""
+    return like is not None and not isinstance(like, np.ndarray) and namespace(like).__name__ == "cupy"
+
+
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
     """`value` everywhere, in the library, dtype and on the device of `like`, where it is made."""
     return _on_device(like, namespace(like).full, shape, value, dtype=like.dtype)

@@ -238,6 +238,26 @@ def test_no_heads_wait_whatever_their_sizes(engine, problem):
     same_as_numpy(mha, funcmha.mha_vjp, problem, engine)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 11), (3, 5, 4), (5, 7), (2, 0, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)], ids=str)
+@pytest.mark.parametrize("at_once", [dropout.AT_ONCE, 40])
+def test_seeded_dropout_is_drawn_on_the_device(monkeypatch, shape, at_once):
+    """The bits of NumPy, of parts too, some queries after others where all would be too many numbers at once."""
+    monkeypatch.setattr(dropout, "AT_ONCE", at_once)
+    first = {"first_sample": 1, "first_head": 2, "first_query": 3, "first_key": 2**33 - 1}
+    x, drop = cp.asarray(A), dropout.seeded(2**40 + 7, 0.4, **first)
+    dense = quiet(lambda: drop.dense(shape, x))
+    np.testing.assert_array_equal(dense.get(), drop.dense(shape))
+    tile = quiet(lambda: drop.tile(1, 2, (3, 5), (2, 9), x))
+    np.testing.assert_array_equal(tile.get(), drop.tile(1, 2, (3, 5), (2, 9)))
+
+
+def test_places_beyond_a_counter_are_refused_on_the_device():
+    drop = dropout.seeded(0, 0.5, first_head=2**32 - 1)
+    for draw in (lambda like: drop.dense((2, 1, 1), like), lambda like: drop.tile(0, 1, (0, 1), (0, 1), like)):
+        with pytest.raises(ValueError, match="head must be within 0 … 1, got"):
+            draw(cp.asarray(A))
+
+
 def test_tables_of_positions_on_the_device_are_made_there():
     positions, x = moved((np.arange(5), A))
     with fake_cupy.traffic() as seen:
@@ -294,7 +314,6 @@ def test_what_is_made_for_an_array_is_on_its_device():
         arange(3, x),
         outline(x),
         masks.lengths(np.array([1, 2])).dense(3, 3, x),
-        dropout.seeded(0, 0.5).dense((2, 3), x),
         *kv_cache.empty(x, x)[:2],
     ]
     assert {a.device.id for a in made} == {1}
