@@ -659,7 +659,6 @@ def _module() -> ModuleType:
     properties = {"name": b"no device: a stand-in", "multiProcessorCount": 0}
     runtime = SimpleNamespace(getDeviceCount=lambda: DEVICES, getDeviceProperties=lambda device: properties)
     cuda = {"Device": Device, "Event": Event, "get_elapsed_time": get_elapsed_time, "runtime": runtime}
-    cuda["get_current_stream"] = lambda: SimpleNamespace(ptr=0)
     parts["cuda"] = SimpleNamespace(**cuda, is_available=lambda: True)
     parts["get_default_memory_pool"] = lambda: _pool
     for name, part in parts.items():
