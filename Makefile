@@ -27,6 +27,10 @@ kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside
 	TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PYTHONPATH=.kernels/flash_attn-$(FLASH):.kernels \
 		$(BIN)/python -m pytest tests/test_flash_attn_*.py
 
+contract: .contract/ready ## compare the stand-in for CuPy with CuPy itself, for CUDA 12 and 13; no GPU; fetches 0.2 GB
+	PYTHONPATH=.contract/cuda12 $(BIN)/python -m pytest tests/test_cupy_contract.py
+	PYTHONPATH=.contract/cuda13 $(BIN)/python -m pytest tests/test_cupy_contract.py
+
 .venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -43,7 +47,16 @@ kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside
 	tar -xzf .kernels/flash_attn-$(FLASH).tar.gz -C .kernels
 	@touch $@
 
-clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .hypothesis .pytest_cache .mypy_cache .ruff_cache
+# The newest of both. Beside .venv, where tests ask whether there is a CuPy; without CUDA, which only kernels need.
+.contract/ready: .venv/ready
+	rm -rf .contract
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .contract/cuda12 \
+		cupy-cuda12x cuda-pathfinder
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .contract/cuda13 \
+		cupy-cuda13x cuda-pathfinder
+	@touch $@
 
-.PHONY: help verify test check bench mutants kernels clean
+clean: ## remove the environment and every cache
+	rm -rf .venv .kernels .contract .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help verify test check bench mutants kernels contract clean

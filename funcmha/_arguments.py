@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from . import _check, tree
-from ._arrays import Array, upcast
+from ._arrays import Array, described, is_array, upcast
 from .biases import ArrayBias, RelativeBias, as_bias
 from .dropout import Masked, Seeded
 from .masks import Dense, Mask, as_mask, operands
@@ -180,6 +180,8 @@ def check_scale(axes: _check.Axes, scale: Any) -> Any:
 
 def check_per_head(axes: _check.Axes, name: str, x: Any, positive: bool = False) -> Any:
     """A number as a float, one number for each head as a NumPy array (H,), or None."""
+    if is_array(x) and not isinstance(x, np.ndarray):
+        raise TypeError(f"{name} must be a number, or (H,) of NumPy or a list, got {described(x)}")
     if not isinstance(x, tuple | list | np.ndarray):
         value = None if x is None else _check.number(name, x)
         if positive and value is not None and value <= 0:
@@ -204,6 +206,9 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
         _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
         axes.broadcast("mask", mask.shape, scores)
     checked = as_mask(mask)
+    for part in operands(checked):
+        if isinstance(part, Dense):
+            axes.static("mask", part.array)
     axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
     if scores == "... H T S" and axes.shape("...") == (axes["H"],) != (1,):
         _check_which_axis(checked, axes["H"])
@@ -230,6 +235,7 @@ def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seed
     _check.number("dropout.rate", dropout.rate, 0.0, 1.0)
     if isinstance(dropout, Masked):
         _check.boolean("dropout.keep", dropout.keep, "True = keep")
+        axes.static("dropout.keep", dropout.keep)
         axes.broadcast("dropout.keep", _check.shape_of(dropout.keep), scores)
     return dropout
 
@@ -358,6 +364,7 @@ def _check_table(axes: _check.Axes, table: Any, letter: str, name: str) -> None:
     if not isinstance(table, Rotary):
         raise TypeError(f"rotary must be a table of funcmha.rotary, or two, got {type(table).__name__}")
     check_table(table)
+    axes.static("rotary", table.cos)
     *batch, n, pairs = table.cos.shape
     if n != axes[letter]:
         raise ValueError(f"rotary must have {letter}={axes[letter]} positions for the {name}, got {n}")

@@ -1,5 +1,6 @@
 """The one file that knows array libraries: whose array this is, and in which precision to compute with it."""
 
+from collections.abc import Callable
 from functools import cache
 from math import isqrt
 from types import ModuleType
@@ -33,6 +34,23 @@ def namespace(x: Array) -> ModuleType:
     return xp
 
 
+NAMES = {"numpy": "a NumPy array", "cupy": "a CuPy array", "torch": "a PyTorch tensor", "jax": "a JAX array"}
+
+
+def library(x: Array) -> str:
+    """The library of `x` as its user imports it: 'numpy', 'torch', 'jax.numpy', …"""
+    try:
+        return namespace(x).__name__.removeprefix("array_api_compat.")
+    except (TypeError, ImportError):  # of no library of arrays, as a pandas.Series is
+        return type(x).__module__.partition(".")[0]
+
+
+def described(x: Array) -> str:
+    """'a NumPy array', 'a PyTorch tensor', 'an array of dask', …"""
+    root = library(x).partition(".")[0]
+    return NAMES.get(root, f"an array of {root}")
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of some library: a NumPy scalar, a list and a number are not.
 
@@ -40,6 +58,17 @@ def is_array(x: Any) -> bool:
     """
     known = hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")
     return known and not isinstance(x, NO_ARRAYS)
+
+
+def holds_numbers(x: Any) -> bool:
+    """Whether `x` is an array of some library, and has a place: no shape and dtype alone, as JAX and PyTorch have."""
+    if not is_array(x) or str(getattr(x, "device", "")) == "meta":
+        return False
+    try:
+        namespace(x)
+    except (TypeError, ImportError):  # of no library, as jax.ShapeDtypeStruct
+        return False
+    return True
 
 
 def dtype_name(x: Array) -> str:
@@ -52,6 +81,11 @@ def dtype_name(x: Array) -> str:
 def _name(kind: Any, dtype: Any) -> str:
     """Remembered, as the string of a NumPy dtype takes 3 µs; by type first, as libraries may not compare theirs."""
     return str(dtype).rpartition(".")[2]
+
+
+def native(a: np.ndarray) -> np.ndarray:
+    """The numbers in the byte order of this machine."""
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def upcast(x: Array) -> Array:
@@ -87,10 +121,13 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     """The NumPy array `a` in the library and on the device of `like`; as it is for None."""
     if like is None or isinstance(like, np.ndarray):
         return a
-    xp = namespace(like)
-    if xp.__name__ == "cupy" or not hasattr(like, "device"):  # cupy.asarray takes no device; a tracer of JAX has none
-        return xp.asarray(a)
-    return xp.asarray(a, device=like.device)
+    # Copied, as PyTorch would share its memory, and takes none that is reversed or read-only.
+    return _on_device(like, namespace(like).asarray, np.array(a))
+
+
+def beside(a: Array, like: Array) -> Array:
+    """A static array, of NumPy or of the library of `like`, in that library"""
+    return from_host(a, like) if isinstance(a, np.ndarray) else a
 
 
 def or_zeros(x: Array, shape: tuple[int, ...], like: Array) -> Array:
@@ -145,11 +182,34 @@ def heads_last(x: Array) -> Array:
     return namespace(x).moveaxis(x, -3, -2)
 
 
+def has_words(like: Array) -> bool:
+    """Whether the library of `like`, another than NumPy, computes with 64 bits: JAX may not, and PyTorch does not"""
+    return like is not None and not isinstance(like, np.ndarray) and namespace(like).__name__ == "cupy"
+
+
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
-    """`value` everywhere, in the library, dtype and on the device of `like`."""
-    if isinstance(like, np.ndarray):
-        return np.full(shape, value, like.dtype)
-    return namespace(like).astype(from_host(np.full(shape, value), like), like.dtype)
+    """`value` everywhere, in the library, dtype and on the device of `like`, where it is made."""
+    return _on_device(like, namespace(like).full, shape, value, dtype=like.dtype)
+
+
+def unset(shape: tuple[int, ...], like: Array) -> Array:
+    """Any numbers, in the library, dtype and on the device of `like`, where there is room for them."""
+    return _on_device(like, namespace(like).empty, shape, dtype=like.dtype)
+
+
+def arange(n: int, like: Array) -> Array:
+    """0, 1, … n − 1 in the library and on the device of `like`, where it is made."""
+    return _on_device(like, namespace(like).arange, n)
+
+
+def _on_device(like: Array, make: Callable[..., Array], *args: Any, **options: Any) -> Array:
+    """make(*args, **options), on the device of `like`"""
+    if isinstance(like, np.ndarray) or not hasattr(like, "device"):  # a tracer of JAX has none
+        return make(*args, **options)
+    if namespace(like).__name__ == "cupy":  # whose functions take no device, and work on the current one
+        with like.device:
+            return make(*args, **options)
+    return make(*args, **options, device=like.device)
 
 
 def writes(x: Array) -> bool:
@@ -193,7 +253,7 @@ class Sum:
 
     def __init__(self, shape: tuple[int, ...], like: Array) -> None:
         self.shape, self.like = shape, like
-        self.array = namespace(like).zeros(shape, dtype=like.dtype) if writes(like) else None
+        self.array = full(shape, 0.0, like) if writes(like) else None
         self.parts: dict[Place, Array] = {}
 
     def add(self, place: Place, part: Array) -> None:

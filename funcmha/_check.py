@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import HALF, Array, dtype_name, is_array
+from ._arrays import HALF, Array, described, dtype_name, is_array, library
 
 # complex128 is there for complex-step checks of a gradient: every op is holomorphic, and conjugates nothing.
 Cache = TypeVar("Cache")
@@ -20,16 +20,55 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
 def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
-    """Raise TypeError unless all are arrays of one dtype out of DTYPES; None may stand for an optional one."""
+    """Raise TypeError unless all are arrays of one library, of one dtype out of DTYPES; an optional one may be None."""
     first: Any = None
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
         if not is_array(x):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if dtype_name(x) not in DTYPES:
-            raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}")
+            native_order(name, x)
+            instead = ": write mask=" if name == "bias" and dtype_name(x) == "bool" else ""
+            raise TypeError(f"{name} must have a dtype of {', '.join(DTYPES)}, got {x.dtype}{instead}")
         owner, like = first = first or (name, x)
+        one_library(name, x, owner, like)
         if x.dtype != like.dtype:
             raise TypeError(f"{name} must have dtype {like.dtype} as {owner} has, got {x.dtype}: cast one of them")
+
+
+def one_library(name: str, x: Array, owner: str, like: Array, *, static: bool = False) -> None:
+    """Raise TypeError unless `x` is of the library of `like` and on its device. What is `static` may be NumPy's too."""
+    kind = type(x)
+    if kind is type(like) is np.ndarray or (static and isinstance(x, np.ndarray)):
+        return
+    if kind is not type(like) and library(x) != library(like):
+        raise _two_libraries(name, x, owner, like, static)
+    here, there = getattr(x, "device", None), getattr(like, "device", None)  # which a tracer of JAX has not
+    if here != there and library(x) != "jax.numpy":  # JAX says itself which devices go together
+        raise TypeError(f"{name} must be on {there} as {owner} is, got it on {here}: move one of them")
+
+
+def _two_libraries(name: str, x: Array, owner: str, like: Array, static: bool) -> TypeError:
+    devices = [str(getattr(a, "device", "")) for a in (like, x)]
+    told = all(devices) and not all("cpu" in device.lower() for device in devices)
+    there, here = (f" on {device}" if told else "" for device in devices)
+    or_numpy = ", or a NumPy array" if static and not isinstance(like, np.ndarray) else ""
+    instead = _converted(name, x, like) + ("" if static or " " in owner else f" or {_converted(owner, like, x)}")
+    wanted, got = f"{described(like)}{there} as {owner} is{or_numpy}", f"{described(x)}{here}"
+    return TypeError(f"{name} must be {wanted}, got {got}: write {instead}")
+
+
+def _converted(name: str, x: Array, like: Array) -> str:
+    """What to write for the array of this name in the library of `like`."""
+    if isinstance(like, np.ndarray):
+        return f"{name}.get()" if library(x) == "cupy" else f"np.asarray({name})"
+    return f"{library(like)}.asarray({name})"
+
+
+def native_order(name: str, x: Array) -> None:
+    """Raise TypeError for numbers in the byte order of another machine: no product takes them as they are."""
+    if isinstance(x, np.ndarray) and not x.dtype.isnative and x.dtype.name in DTYPES:
+        got = f"{'big' if x.dtype.byteorder == '>' else 'little'}-endian {x.dtype}"
+        raise TypeError(f"{name} must be in native byte order, got {got}: write {name}.astype({x.dtype.name!r})")
 
 
 def arrays(*given: tuple[str, Array, str], optional: Iterable[tuple[str, Array, str]] = ()) -> "Axes":
@@ -47,9 +86,22 @@ def boolean(name: str, x: Any, meaning: str) -> None:
     if x is None:
         return
     if not is_array(x):
-        raise TypeError(f"{name} must be a boolean array, {meaning}, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a boolean array, {meaning}, got {type(x).__name__}{no_booleans(name, x)}")
     if dtype_name(x) != "bool":
-        raise TypeError(f"{name} must be boolean, {meaning}, got dtype {x.dtype}")
+        raise TypeError(f"{name} must be boolean, {meaning}, got dtype {x.dtype}{no_booleans(name, x)}")
+
+
+def no_booleans(name: str, x: Any) -> str:
+    """The end of a message that refuses `x` as booleans: what to write instead, where that is known."""
+    this = "it" if " " in name else name
+    kind = dtype_name(x) if is_array(x) else type(x).__name__
+    if kind in ("list", "tuple"):
+        return f": write np.array({this})"
+    if is_array(x) and (kind.startswith(("int", "uint")) or "keep" in name or "where" in name):
+        return f": write {this} != 0"
+    if kind.startswith(("float", "bfloat", "RelativeBias")):
+        return f": pass it as the bias to add it to the scores, or write {this} != 0 if it is 0 and 1"
+    return ""
 
 
 def number(name: str, x: Any, low: float = -float("inf"), below: float = float("inf")) -> float:
@@ -81,7 +133,9 @@ def integer(name: str, x: Any, low: int | None = None, below: int | None = 2**63
 def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> NDArray[np.int64]:
     """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a NumPy array of integers, got {getattr(x, 'dtype', type(x).__name__)}")
+        other = is_array(x) and not isinstance(x, np.ndarray)
+        got = f"{described(x)}: write np.asarray({name})" if other else getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} must be a NumPy array of integers, got {got}")
     if x.size and (x.max() > most or (low is not None and x.min() < low)):
         least = f"at least {low}" if x.max() <= most else "below 2**63"
         bounds = least if most == 2**63 - 1 else f"within {low} … {most}"
@@ -160,7 +214,9 @@ def _alike(name: str, x: Array, shape: tuple[int, ...], computed: Array, symbols
     if tuple(x.shape) != tuple(shape):
         spelt = f"({', '.join(symbols.split())}) = " if symbols else ""
         raise ValueError(f"{name} must be {spelt}{tuple(shape)} as {of} is, got {tuple(x.shape)}")
+    one_library(name, x, of, computed)
     if x.dtype != computed.dtype and not (dtype_name(x) in HALF and dtype_name(computed) == "float32"):
+        native_order(name, x)
         raise TypeError(f"{name} must have dtype {computed.dtype} as {of} has, got {x.dtype}")
 
 
@@ -175,12 +231,13 @@ def shape_of(x: Array) -> tuple[int, ...] | None:
 
 
 class Axes:
-    """The sizes of the axis letters, each fixed by the first array that shows it.
+    """The sizes of the axis letters, each fixed by the first array that shows it, and the library, by the first of all.
 
     `axes("q", q, "... H T D")` checks `q` against what is known and learns the rest; `axes["D"]` reads a size.
     """
 
     def __init__(self) -> None:
+        self.first: tuple[str, Array] | None = None
         self.size: dict[str, Any] = {}
         self.owner: dict[str, str] = {}
 
@@ -189,6 +246,7 @@ class Axes:
 
     def __call__(self, name: str, x: Array, symbols: str) -> None:
         """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
+        self.first = self.first or (name, x)
         letters, shape = symbols.split(), tuple(x.shape)
         batched = letters[:1] == ["..."]
         lead = len(shape) - len(letters) + batched  # the number of batch axes
@@ -201,6 +259,11 @@ class Axes:
         for letter, n in zip(letters, found, strict=True):
             self.size.setdefault(letter, n)
             self.owner.setdefault(letter, name)
+
+    def static(self, name: str, x: Array) -> None:
+        """Check that a static array is of NumPy, or of the library of the arrays."""
+        if self.first is not None:
+            one_library(name, x, *self.first, static=True)
 
     def broadcast(self, name: str, got: tuple[int, ...] | None, symbols: str) -> None:
         """Check that an array of shape `got` (or None, for none) broadcasts to the known sizes of `symbols`."""

@@ -23,6 +23,7 @@ from ._arrays import (
     Array,
     Place,
     Sum,
+    arange,
     downcast,
     from_host,
     full,
@@ -34,7 +35,7 @@ from ._arrays import (
     unbroadcast,
     upcast,
 )
-from .masks import Range
+from .masks import Mask, Range
 
 ROWS = 128  # of a tile, summed up at once: measured, 26 µs for 256 × 256 of float32 and 69 µs for 512 × 512
 
@@ -189,7 +190,8 @@ def as_bias(x: Any) -> ArrayBias | RelativeBias | None:
     if x is None or isinstance(x, ArrayBias | RelativeBias):
         return x
     if not is_array(x):
-        raise TypeError(f"bias must be an array, got {type(x).__name__}")
+        instead = ": write mask=" if isinstance(x, Mask) else ""
+        raise TypeError(f"bias must be an array, got {type(x).__name__}{instead}")
     return ArrayBias(x)
 
 
@@ -229,9 +231,8 @@ def toeplitz(values: Array, rows: Range, cols: Range, T: int) -> Array:
         first = part[..., R - 1 :]  # entry (0, 0), from which rows go down and columns up
         strides = (*batch, -step, step)
         return np.lib.stride_tricks.as_strided(first, (*part.shape[:-1], R, N), strides, writeable=False)
-    index = np.arange(N) - np.arange(R)[:, None] + (R - 1)
-    xp = namespace(part)
-    return xp.reshape(xp.take(part, from_host(index.ravel(), part), axis=-1), (*part.shape[:-1], R, N))
+    xp, index = namespace(part), arange(N, part) - arange(R, part)[:, None] + (R - 1)
+    return xp.reshape(xp.take(part, xp.reshape(index, (-1,)), axis=-1), (*part.shape[:-1], R, N))
 
 
 def diagonals(rows: Range, cols: Range, T: int) -> slice:

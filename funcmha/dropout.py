@@ -21,12 +21,13 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import Array, from_host, of_heads
+from ._arrays import Array, arange, beside, from_host, has_words, namespace, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # the golden ratio and √3 − 1, in 32 bits
+AT_ONCE = 2**22  # booleans drawn at a time on a device, from 60 MiB of words
 COUNTERS = 4096  # at a time: 32 KiB a word, which the cache holds (256 × 256: 0.54 ms so, 0.62 ms all at once)
 
 
@@ -62,8 +63,8 @@ class Masked(NamedTuple):
     rate: float
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
-        """The booleans as they are, in the library they are of: they broadcast to `shape`."""
-        return self.keep
+        """The booleans, which broadcast to `shape`: of NumPy in the library of `like`, others as they are."""
+        return beside(self.keep, like)
 
     def heads(self, h: slice) -> "Masked":
         """Of the heads `h`, where it has a head axis."""
@@ -117,7 +118,9 @@ class Seeded(NamedTuple):
         b, _ = _place("sample", self.first_sample, (sample, sample + 1), 2**32)
         h, _ = _place("head", self.first_head, (head, head + 1), 2**32)
         i, j = _place("rows", self.first_query, rows, 2**32), _place("cols", self.first_key, cols, 2**34)
-        return from_host(_draw(self.seed, int(self.rate * 2.0**32), b, h, i, j), like)
+        if has_words(like):
+            return _draw_there(self, b, h, i, j, like)
+        return from_host(_draw(self.seed, _threshold(self.rate), b, h, i, j), like)
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
         """All of it: shape (..., H, T, S), or (T, S) for one head   →   booleans of this shape, True = keep"""
@@ -127,6 +130,8 @@ class Seeded(NamedTuple):
             raise ValueError(f"shape must be (..., H, T, S) or (T, S), got {shape}")
         *outer, T, S = shape
         heads = outer[-1] if outer else 1
+        if has_words(like) and min(shape) > 0:
+            return _draw_all_there(self, (prod(outer) // heads, heads, T, S), shape, like)
         keep = np.empty((prod(outer), T, S), bool)
         for n in range(keep.shape[0]):
             keep[n] = self.tile(n // heads, n % heads, (0, T), (0, S))
@@ -178,3 +183,34 @@ def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: 
             np.greater_equal(word, threshold, out=keep[some, :, n])
     begin = cols[0] % 4
     return keep.reshape(queries.size, 4 * blocks.size)[:, begin : begin + cols[1] - cols[0]]
+
+
+# ── on a device ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _draw_there(drop: Seeded, sample: Array | int, head: Array | int, rows: Range, cols: Range, like: Array) -> Array:
+    """`_draw` by the library of `like`: nothing is sent. Several samples and heads are (n, 1, 1)"""
+    xp, first, n = namespace(like), cols[0] // 4, -(-cols[1] // 4) - cols[0] // 4
+    blocks = xp.astype(arange(n, like) + first, xp.uint64)
+    queries = xp.astype(arange(rows[1] - rows[0], like) + rows[0], xp.uint64)[:, None]
+    words = philox((blocks, queries, head, sample), (drop.seed & LOW, drop.seed >> 32))
+    keep = xp.stack([word >= _threshold(drop.rate) for word in words], axis=-1)
+    begin = cols[0] % 4
+    return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols[1] - cols[0]]
+
+
+def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...], like: Array) -> Array:
+    """All samples and heads at once, and as many queries as that leaves numbers for"""
+    xp, (B, H, T, S) = namespace(like), sizes
+    b, _ = _place("sample", drop.first_sample, (0, B), 2**32)
+    h, _ = _place("head", drop.first_head, (0, H), 2**32)
+    n, step = arange(B * H, like)[:, None, None], max(AT_ONCE // (B * H * S), 1)
+    samples, heads = xp.astype(n // H + b, xp.uint64), xp.astype(n % H + h, xp.uint64)
+    cols = _place("cols", drop.first_key, (0, S), 2**34)
+    some = (_place("rows", drop.first_query, (i, min(i + step, T)), 2**32) for i in range(0, T, step))
+    return xp.reshape(xp.concat([_draw_there(drop, samples, heads, rows, cols, like) for rows in some], axis=-2), shape)
+
+
+def _threshold(rate: float) -> int:
+    """⌊2³² rate⌋"""
+    return int(rate * 2.0**32)

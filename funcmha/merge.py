@@ -84,6 +84,7 @@ def check_merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> None:
     """The arguments of `merge`."""
     axes = _check.arrays(("o1", o1, "... T E"), ("o2", o2, "... T E"))
     _check.one_dtype([("lse1", lse1), ("lse2", lse2)])
+    _check.one_library("lse1", lse1, "o1", o1)
     computed = "float32" if dtype_name(o1) in HALF else dtype_name(o1)
     if dtype_name(lse1) != computed:
         raise TypeError(f"lse1 must have dtype {computed}, in which o1 of {o1.dtype} is computed, got {lse1.dtype}")

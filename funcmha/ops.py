@@ -27,6 +27,7 @@ from ._arguments import (
 )
 from ._arrays import (
     Array,
+    beside,
     downcast,
     from_host,
     full,
@@ -104,8 +105,10 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     axes = _check.arrays(("x", x, "... S"))
     _check.boolean("where", where, "True = allowed")
     axes.broadcast("where", _check.shape_of(where), "... S")
+    if where is not None:
+        axes.static("where", where)
 
-    p, *_ = softmax_with_sink(upcast(x), where)
+    p, *_ = softmax_with_sink(upcast(x), beside(where, x))
     return own(downcast(p, x.dtype), p), SoftmaxCache(p)
 
 

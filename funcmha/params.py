@@ -184,7 +184,8 @@ def init(
     """A tree of `SPEC` from the distributions of `torch.nn.MultiheadAttention`; a seed gives the same bits everywhere.
 
     H = num_heads, K = num_kv_heads or H, D = head_dim or embed_dim / H, E = value_dim or D, Cq = embed_dim,
-    Ck = kdim or Cq, Cv = vdim or Cq, O = out_dim or embed_dim. All sizes are at least 1. NumPy arrays of `dtype`.
+    Ck = kdim or Cq, Cv = vdim or Cq, O = out_dim or embed_dim. All sizes are at least 1. NumPy arrays of `dtype`, in
+    native byte order.
 
     Input projections: U(±√(6 / (fan_in + fan_out))) (Glorot and Bengio 2010, eq. 16). PyTorch stores the three as one
     matrix when their inputs have one width, and its fan_out then counts the rows of all three; so does this.
@@ -200,6 +201,7 @@ def init(
     dtype = np.dtype(dtype)
     if dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    dtype = dtype.newbyteorder("=")
     wanted = list(REQUIRED) + ["q_proj.b", "k_proj.b", "v_proj.b", "out_proj.b"] * bias
     wanted += ["bias_kv.k", "bias_kv.v"] * bias_kv + ["sink.w"] * sink + ["q_norm.w", "k_norm.w"] * qk_norm
     wanted.sort(key=list(SPEC).index)

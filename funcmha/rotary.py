@@ -17,7 +17,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import HALF, Array, downcast, dtype_name, from_host, is_array, namespace, outline, quiet_underflow, upcast
+from ._arrays import (
+    HALF,
+    Array,
+    beside,
+    downcast,
+    dtype_name,
+    from_host,
+    is_array,
+    namespace,
+    native,
+    outline,
+    quiet_underflow,
+    upcast,
+)
 
 
 class HalfPairs(NamedTuple):
@@ -60,12 +73,13 @@ def table(
     """
     if not is_array(positions):
         raise TypeError(f"positions must be an array, got {type(positions).__name__}")
+    positions = native(positions) if isinstance(positions, np.ndarray) else positions
     name = dtype_name(positions)
     if name in HALF or not name.startswith(("int", "uint", "float")):
         raise TypeError(f"positions must be integers, float32 or float64, got dtype {positions.dtype}")
     if positions.ndim == 0:
         raise ValueError("positions must be (..., T), got ()")
-    _check_frequencies(frequencies)
+    frequencies = _check_frequencies(frequencies)
     if not isinstance(pairs, str) or pairs not in PAIRS:
         raise ValueError(f"pairs must be {' or '.join(map(repr, PAIRS))}, got {pairs!r}")
 
@@ -105,7 +119,7 @@ def llama3_frequencies(
     interpolated, and s interpolates between the two. Llama 3.1: `apply_scaling` in its reference code, "llama3" in
     `transformers`.
     """
-    _check_frequencies(frequencies)
+    frequencies = _check_frequencies(frequencies)
     factor, context = _check.number("factor", factor, 1.0), _check.number("context", context, 1.0)
     low, high = _check.number("low", low, 0.0), _check.number("high", high, 0.0)
     if not low < high:
@@ -188,8 +202,7 @@ def _rotated(x: Array, rotary: Rotary) -> Array:
 
 def _beside(table: Array, x: Array) -> Array:
     """The table in the library, on the device and in the dtype of x."""
-    table = from_host(table, x) if isinstance(table, np.ndarray) else table
-    return namespace(x).astype(table, x.dtype, copy=False)
+    return namespace(x).astype(beside(table, x), x.dtype, copy=False)
 
 
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -207,21 +220,22 @@ def check_table(rotary: Any) -> None:
         raise ValueError(f"rotary must have cos and sin of one shape (..., T, N), got {cos} and {sin}")
 
 
-def _check_frequencies(frequencies: Any) -> None:
-    if not isinstance(frequencies, np.ndarray) or frequencies.dtype != np.float64:
+def _check_frequencies(frequencies: Any) -> np.ndarray:
+    """Them in native byte order."""
+    if not isinstance(frequencies, np.ndarray) or frequencies.dtype.type != np.float64:
         got = getattr(frequencies, "dtype", type(frequencies).__name__)
         raise TypeError(f"frequencies must be a NumPy array of float64, got {got}")
     if frequencies.ndim != 1:
         raise ValueError(f"frequencies must be (N,), got {frequencies.shape}")
     if not np.isfinite(frequencies).all():
         raise ValueError(f"frequencies must be finite, got {frequencies}")
+    return native(frequencies)
 
 
 def _check_rotate(x: Array, rotary: Any) -> None:
     axes = _check.arrays(("x", x, "... T D"))
     check_table(rotary)
-    if not isinstance(rotary.cos, np.ndarray) and namespace(rotary.cos) is not namespace(x):
-        raise TypeError(f"rotary must be of NumPy or of the library of x, got {type(rotary.cos).__name__}")
+    axes.static("rotary", rotary.cos)
     *batch, T, N = rotary.cos.shape
     if axes["T"] != T:  # a single position would broadcast, and is a mistake
         raise ValueError(f"rotary must have T={axes['T']} positions as x has, got {T}")

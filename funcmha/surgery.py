@@ -53,6 +53,7 @@ def _allowed(cache: Any, mask: Any, q: Array, k: Array) -> Mask | None:
     """The mask, which must broadcast to the scores"""
     params = getattr(cache, "mha", cache).params
     axes, H = _check.Axes(), params["q_proj"]["w"].shape[0]
+    axes.first = "params", q
     axes.size |= {"...": tuple(q.shape[:-2]), "H": H, "T": q.shape[-2], "S": k.shape[-2]}
     return check_mask(axes, mask, "... H T S")
 

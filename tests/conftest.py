@@ -4,6 +4,7 @@ import importlib
 from typing import Any, NamedTuple
 
 import array_api_strict
+import fake_cupy
 import hypothesis
 import numpy as np
 import pytest
@@ -63,12 +64,19 @@ _LIBRARIES = {
     "strict": lambda: _strict("CPU_DEVICE"),
     "strict-device1": lambda: _strict("device1"),
     "cupy": _cupy,
+    "cupy-stand-in": lambda: Library("cupy", fake_cupy.MODULE.asarray, fake_cupy.MODULE.asnumpy),
 }
 
 
 @pytest.fixture(params=[pytest.param(n, marks=pytest.mark.gpu if n == "cupy" else ()) for n in _LIBRARIES])
-def xp(request: pytest.FixtureRequest) -> Library:
-    return _LIBRARIES[request.param]()
+def xp(request: pytest.FixtureRequest) -> Any:
+    """Each library in turn. Of what a test calls with arrays of the stand-in, nothing may wait for a device."""
+    if request.param != "cupy-stand-in":
+        yield _LIBRARIES[request.param]()
+        return
+    with fake_cupy.installed(), fake_cupy.traffic() as seen:
+        yield _LIBRARIES[request.param]()
+    assert seen.waits == []
 
 
 # Tiles so small that it takes many of them, heads one by one, and projections that the gradient makes again.

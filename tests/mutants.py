@@ -44,9 +44,11 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "dropout.py": ["test_blocks.py"],
     "engines/blocks/": ["test_blocks.py", "test_ops.py", "test_garbage.py"],
     "engines/blocks/derivatives.py": ["test_derivatives_forward.py", "test_derivatives_second.py"],
-    "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py"],
-    "engines/tiled/forward_mode.py": ["test_derivatives_forward.py"],
-    "engines/tiled/second_order.py": ["test_derivatives_second.py"],
+    "engines/tiled/dominant.py": ["test_saturated.py"],
+    "engines/tiled/backward.py": ["test_saturated.py"],
+    "engines/tiled/forward_mode.py": ["test_derivatives_forward.py", "test_saturated.py"],
+    "engines/tiled/second_order.py": ["test_derivatives_second.py", "test_saturated.py"],
+    "engines/": ["test_mha.py", "test_modern.py", "test_tiled.py", "test_saturated.py"],
     "derivatives/": ["test_derivatives_forward.py", "test_derivatives_second.py"],
     "engines/tiled/threads.py": ["test_threads.py"],
     "engines/tiled/blas.py": ["test_threads.py"],
@@ -54,7 +56,7 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "npz/atomic.py": ["test_atomic.py"],
     "npz/": ["test_npz_refused.py", "test_npz_files.py", "test_npz_mmap.py"],
     "testing/": ["test_testing.py", "test_gradcheck.py"],
-    "testing/rounding": ["test_tolerance.py"],
+    "testing/rounding": ["test_tolerance.py", "test_saturated.py"],
     "testing/tolerance.py": ["test_tolerance.py"],
 }
 

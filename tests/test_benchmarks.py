@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_cupy
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are in the repository, not in the package
 
-from benchmarks import cases, peers  # noqa: E402
+from benchmarks import cases, gpu, peers  # noqa: E402
 from benchmarks.peers.funcmha import HAS_ENGINES  # noqa: E402
 
 TAKES_A_MINUTE = "PyTorch compiled"  # and is the eager peer but for one line
@@ -83,3 +84,25 @@ def test_the_command_line(tmp_path):
     assert 0 < ours[0]["median"] < ours[1]["median"]
     gradients = 4 * 512 * (256 + 256)  # of the two inputs, in bytes
     assert gradients < ours[2]["bytes"] < 100 * gradients
+
+
+def test_the_script_for_a_gpu_runs_up_to_the_kernels(capsys):
+    """On the stand-in: all its rows are there, and nothing is wrong and nothing waits."""
+    with fake_cupy.installed():
+        gpu.main(["--small"])
+    out = capsys.readouterr().out
+    assert out.startswith("card   no device: a stand-in\n")
+    assert "WRONG" not in out
+    assert "missing" not in out
+    rows = [line.split() for line in out.splitlines()]
+    told = [row[-1] for row in rows if row[-2:-1] in (["sequential"], ["batched"]) and row[-1] in ("yes", "no")]
+    assert told == ["no"] * 12
+    assert len([row for row in rows if row[-1:] == ["there"]]) == len(gpu.SMALL) * len(gpu.DTYPES)
+
+
+@pytest.mark.parametrize("reason", ["CuPy is not installed", "CuPy finds no CUDA device"])
+def test_the_script_for_a_gpu_says_that_there_is_none(monkeypatch, reason):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.MODULE if "device" in reason else None)
+    monkeypatch.setattr(fake_cupy.MODULE, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=f"No GPU: {reason}. Nothing was measured."):
+        gpu.main([])

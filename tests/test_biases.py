@@ -558,7 +558,11 @@ ALIBI, LOOKUP = alibi(X[0], T=3, S=5)[1], lookup(X, index=INDEX)[1]
         (lambda: lookup(X, index=INDEX.tolist()), TypeError, "index must be a NumPy array of integers, got list"),
         (lambda: lookup(X, index=INDEX / 1), TypeError, "index must be a NumPy array of integers, got float64"),
         (lambda: lookup(X, index=INDEX > 2), TypeError, "index must be a NumPy array of integers, got bool"),
-        (lambda: lookup(X, index=torch.tensor(INDEX)), TypeError, "index must be a NumPy array of integers, got torch"),
+        (
+            lambda: lookup(X, index=torch.tensor(INDEX)),
+            TypeError,
+            "index must be a NumPy array of integers, got a PyTorch tensor",
+        ),
         (lambda: lookup(X, index=INDEX[None]), ValueError, r"index must be \(T \+ S − 1,\), got \(1, 7\)"),
         (lambda: lookup(X, index=INDEX + 2), ValueError, "index must be within the B=6 rows of table, got 2 … 6"),
         (lambda: lookup(X, index=INDEX - 1), ValueError, "index must be within the B=6 rows of table, got -1 … 3"),

@@ -583,7 +583,7 @@ def test_append_refuses(kv, k, v, error, message):
 def test_append_refuses_a_mixture_of_libraries():
     import jax
 
-    with jax.enable_x64(True), pytest.raises(TypeError, match=r"k must be an array of numpy as kv\.keys is, got jax"):
+    with jax.enable_x64(True), pytest.raises(TypeError, match=r"k must be a NumPy array as kv\.keys is, got a JAX"):
         append(HELD, jax.numpy.asarray(K_NEW), V_NEW)
 
 

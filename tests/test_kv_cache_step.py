@@ -387,7 +387,7 @@ EXTRA = PARAMS | {"bias_kv": {"k": np.ones((2, 8)), "v": np.ones((2, 13))}}
         ((PARAMS, X, PAST._replace(values=VALUES[:, :, 1:])), {}, ValueError, "kv.values must be .* N=5 as in kv.keys"),
         ((PARAMS, X, PAST._replace(keys=KEYS.astype("f4"))), {}, TypeError, "kv.keys must have dtype float64 as x has"),
         ((PARAMS, X, PAST._replace(keys=KEYS.tolist())), {}, TypeError, "kv.keys must be an array, got list"),
-        ((PARAMS, jax.numpy.ones((2, 3, 17)), PAST), {}, TypeError, "x must have dtype float64 as q_proj.w has"),
+        ((PARAMS, jax.numpy.ones((2, 3, 17)), PAST), {}, TypeError, "x must be a NumPy array as q_proj.w is, got a"),
         ((PARAMS, X, PAST._replace(position=9)), {"left": 6}, ValueError,
          "left must be at most N=5 as in kv.keys, as 4 tokens are dropped, got 6"),
         ((PARAMS, X, PAST), {"left": -1}, ValueError, "left must be at least 0, or None for no bound, got -1"),

@@ -9,9 +9,11 @@ import tracemalloc
 import zipfile
 from unittest import mock
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -324,6 +326,36 @@ def test_like_takes_arrays_of_any_byte_order_or_entries(path):
     swapped = tree.map(lambda x: x.astype(x.dtype.newbyteorder(">")), params())
     for like in params(), swapped, tree.unflatten(npz.entries(path)):
         assert bits(npz.load(path, like=like)) == bits(params())
+
+
+def test_like_says_in_which_library_and_where(path, xp):
+    given = {"q": {"w": normal((2, 3)), "b": normal(3, "float64")}}
+    npz.save(path, given)
+    like = xp.tree(tree.map(np.zeros_like, given))
+    for key, x in tree.flatten(npz.load(path, like=like)).items():
+        zeros = tree.flatten(like)[key]
+        assert (type(x), x.dtype, getattr(x, "device", None)) == (
+            type(zeros),
+            zeros.dtype,
+            getattr(zeros, "device", None),
+        )
+        np.testing.assert_array_equal(xp.back(x), tree.flatten(given)[key])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_like_may_be_of_torch_or_jax_or_tell_of_shapes_alone(path, mmap):
+    npz.save(path, {"w": normal((2, 3))})
+    for kind, like in (
+        (torch.Tensor, torch.zeros(2, 3)),
+        (jax.Array, jax.numpy.zeros((2, 3))),
+        (np.ndarray, torch.zeros(2, 3, device="meta")),
+        (np.ndarray, jax.ShapeDtypeStruct((2, 3), np.float32)),
+    ):
+        w = npz.load(path, like={"w": like}, mmap=mmap)["w"]
+        assert isinstance(w, kind)
+        np.testing.assert_array_equal(np.asarray(w), normal((2, 3)))
+        with pytest.raises(ValueError, match=r"w must be float32 \(3, 2\) as in like, got float32 \(2, 3\)"):
+            npz.load(path, like={"w": like.T if kind is not np.ndarray else np.zeros((3, 2), np.float32)})
 
 
 def test_like_names_every_leaf_that_is_missing_or_too_many(path):

@@ -35,9 +35,21 @@ def npy(descr="'<f4'", shape="(3, 5)", order="False", data=bytes(60), version=(1
     )
 
 
-def zipped(*members, method=zipfile.ZIP_STORED, wide=False, extra=b""):
+class Pipe(io.BytesIO):
+    """Takes what is written, and cannot be gone back in."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *where):
+        raise io.UnsupportedOperation("seek")
+
+    tell = seek
+
+
+def zipped(*members, method=zipfile.ZIP_STORED, wide=False, extra=b"", to=io.BytesIO):
     """What zipfile makes of (name, data) pairs, whatever the names; with zip64 records wherever it can if `wide`."""
-    buffer = io.BytesIO()
+    buffer = to()
     with (
         mock.patch.object(zipfile, "ZIP64_LIMIT", 0 if wide else 2**31),
         zipfile.ZipFile(buffer, "w", method) as archive,
@@ -80,9 +92,9 @@ def deflated(data):
     return packer.compress(data) + packer.flush()
 
 
-def from_numpy(save, *args, **arrays):
+def from_numpy(save, *args, to=io.BytesIO, **arrays):
     """The file that np.save, np.savez or np.savez_compressed writes."""
-    buffer = io.BytesIO()
+    buffer = to()
     save(buffer, *args, **arrays)
     return buffer.getvalue()
 
@@ -92,6 +104,24 @@ TWO = zipped(("v.npy", npy()), ("w.npy", npy()))
 WIDE = zipped(("w.npy", npy()), wide=True)
 PACKED = zipped(("w.npy", npy()), method=zipfile.ZIP_DEFLATED)
 AT = ONE.index(b"PK\1\2")  # where its directory begins
+
+
+PIPED = zipped(("w.npy", npy()), to=Pipe)  # whose sizes and checksum follow the data, in a descriptor
+AFTER = PIPED.index(b"PK\7\x08")
+
+
+BEFORE = {"crc": zlib.crc32(npy()), "stored": len(npy()), "size": len(npy())}
+
+
+def followed(descriptor, piped=PIPED):
+    """`piped` with another descriptor of its one member."""
+    at, end = piped.index(b"PK\7\x08"), piped.index(b"PK\1\2")
+    return patched(piped[:at] + descriptor + piped[end:], end={"start": at + len(descriptor)})
+
+
+def described(signature=b"PK\7\x08", numbers="2L", **others):
+    """A descriptor: right, but for what is given."""
+    return signature + struct.pack(f"<L{numbers}", *(BEFORE | others).values())
 
 
 def stream(packed):
@@ -147,7 +177,44 @@ STRUCTURE = {
     "zip64 end record differs": (patched(WIDE, end={"count": 2, "here": 2}), "both end records must agree"),
     "zip64 alone": (WIDE[-42:], "the file must have 56 bytes at byte -56"),
     "encrypted": (patched(ONE, both={"flags": 1}), "w.npy must not be encrypted"),
-    "sizes after the data": (patched(ONE, both={"flags": 8}), "to a file, not to a pipe"),
+    "sizes after the data, which are not there": (patched(ONE, both={"flags": 8}), "be followed by its descriptor, of"),
+    "sizes after the data, of the local header alone": (patched(ONE, local={"flags": 8}), "must be alike"),
+    "sizes after the data, of the directory alone": (patched(ONE, central={"flags": 8}), "must be alike"),
+    "sizes after the data, without the flag": (patched(PIPED, both={"flags": 0}), "must be alike"),
+    "a descriptor without the flag": (
+        patched(patched(PIPED, local=BEFORE), both={"flags": 0}),
+        f"the directory must begin at byte {AFTER}, where the last member ends, got {AFTER + 16}",
+    ),
+    "a descriptor with another checksum": (followed(described(crc=9)), "followed by its descriptor, of CRC"),
+    "a descriptor with another size": (followed(described(size=9)), "followed by its descriptor, of CRC"),
+    "a descriptor with another size stored": (followed(described(stored=9)), "followed by its descriptor, of CRC"),
+    "a descriptor with another signature": (followed(described(b"PK\7\7")), "followed by its descriptor, of CRC"),
+    "a descriptor of a signature alone": (followed(b"PK\7\x08"), "followed by its descriptor, of CRC"),
+    "a descriptor that breaks off": (followed(described()[:-1]), "followed by its descriptor, of CRC"),
+    "a descriptor of no bytes": (followed(b""), "followed by its descriptor, of CRC"),
+    "a descriptor twice": (followed(2 * described()), "the directory must begin at byte"),
+    "a descriptor and a rest": (followed(described() + b"\0"), "the directory must begin at byte"),
+    "a wide descriptor with a rest": (followed(described(numbers="2Q") + bytes(4)), "the directory must begin at byte"),
+    "another checksum before than after": (
+        patched(PIPED, local={"crc": 9}),
+        "must be alike in its local header and in",
+    ),
+    "another size before than after": (patched(PIPED, local={"size": 9}), "must be alike in its local header and in"),
+    "another size stored before than after": (patched(PIPED, local={"stored": 9}), "must be alike in its local header"),
+    "a size of the directory alone": (patched(PIPED, central={"size": 9}), "is stored, so it must take its own size 9"),
+    "sizes of the directory alone": (
+        patched(PIPED, central={"size": 9, "stored": 9}),
+        "followed by its descriptor, of",
+    ),
+    "a checksum of the directory alone": (
+        patched(PIPED, central={"crc": 9}),
+        "its descriptor, of CRC 00000009, 130 and 130 b",
+    ),
+    "4 GiB of zeros in a pipe": (
+        patched(zipped(("w.npy", npy()), method=zipfile.ZIP_DEFLATED, to=Pipe), central={"size": 2**32 - 2}),
+        "w.npy must unpack to at most 1032 times its own",
+    ),
+    "patched data": (patched(ONE, both={"flags": 0x20}), "must have flags of 0x080e at most, got 0x0020"),
     "bzip2": (zipped(("w.npy", npy()), method=zipfile.ZIP_BZIP2), "stored or deflated .*, got method 12"),
     "local name differs": (patched(ONE, local={"name": ord("v")}), "must be alike in its local header"),
     "local size differs": (patched(ONE, local={"size": 9}), "must be alike in its local header"),
@@ -298,6 +365,13 @@ def noted(method, wide):
 
 
 OWNER = b"ux\x0b\0\1\4user\4grou"
+STREAMED = [
+    from_numpy(np.savez, **tree.flatten(NUMBERS), to=Pipe),
+    from_numpy(np.savez_compressed, **tree.flatten(NUMBERS), to=Pipe),
+    *(zipped(*((f"{key}.npy", from_numpy(np.save, x)) for key, x in tree.flatten(NUMBERS).items()), method=m, to=Pipe)
+      for m in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)),
+]  # fmt: skip
+GOOD += STREAMED
 NOTED = [noted(method, wide) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for wide in (False, True)]
 GOOD += NOTED
 
@@ -344,6 +418,48 @@ def test_it_matters_to_no_file_where_its_pieces_end(path, chunk):
         for bad, reason in STRUCTURE.values():
             with pytest.raises(npz.ParameterFileError, match=reason):
                 npz.load(written(path, bad))
+
+
+@pytest.mark.parametrize("data", STREAMED, ids=["savez", "savez_compressed", "stored", "deflated"])
+def test_a_file_that_was_written_to_a_pipe_is_read(path, data):
+    """By NumPy and by other programs: a descriptor with numbers of 8 bytes, or of 4, after each member."""
+    assert data.count(b"PK\7\x08") == len(tree.flatten(NUMBERS))
+    assert bits(npz.load(written(path, data))) == bits(NUMBERS)
+    assert npz.entries(path).keys() == tree.flatten(NUMBERS).keys()
+    with np.load(path) as theirs:
+        assert bits(npz.load(path)) == bits(tree.unflatten(dict(theirs)))
+
+
+@pytest.mark.parametrize("signature", [b"PK\7\x08", b""], ids=["signed", "bare"])
+@pytest.mark.parametrize("numbers", ["2L", "2Q"])
+@pytest.mark.parametrize("local", [{}, {"size": len(npy())}, BEFORE], ids=len)
+def test_every_form_of_a_descriptor_is_read(path, signature, numbers, local):
+    """With what the writer knew before: nothing, as Go and Java; or sizes, as Info-ZIP."""
+    data = followed(described(signature, numbers=numbers), patched(PIPED, local=local))
+    assert (npz.load(written(path, data))["w"] == np.zeros((3, 5))).all()
+    assert (npz.load(path, mmap=True)["w"] == np.zeros((3, 5))).all()
+
+
+@given(st.sampled_from(STREAMED), st.data())
+def test_no_byte_of_a_descriptor_may_be_another(scratch, good, data):
+    starts = [i for i in range(len(good)) if good.startswith(b"PK\7\x08", i)]
+    at = data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 15))
+    other = data.draw(st.integers(1, 255))
+    written(scratch, good[:at] + bytes([good[at] ^ other]) + good[at + 1 :])
+    with pytest.raises(npz.ParameterFileError, match="must be followed by its descriptor, of CRC"):
+        npz.load(scratch)
+
+
+@pytest.mark.skipif(not which("zip"), reason="Info-ZIP's zip is not installed")
+@pytest.mark.parametrize("options", [(), ("-0",), ("-X",), ("-fd",)], ids=lambda o: "".join(o) or "plain")
+def test_what_info_zip_writes_to_a_pipe_is_read(tmp_path, options):
+    with zipfile.ZipFile(io.BytesIO(GOOD[0])) as archive:
+        archive.extractall(tmp_path)
+        names = archive.namelist()
+    packed = subprocess.run(
+        ["zip", "-q", *options, "-", *names], cwd=tmp_path, check=True, timeout=60, stdout=-1
+    ).stdout
+    assert list(bits(npz.load(io.BytesIO(packed))).items()) == list(bits(NUMBERS).items())
 
 
 @pytest.mark.parametrize("data", NOTED)

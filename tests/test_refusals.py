@@ -71,7 +71,7 @@ ARRAYS = {
     "a masked mask": (lambda: attention(Q, K, V, mask=masked(KEEP)), TypeError, "mask must be a boolean array, True ="),
     "a matrix": (lambda: softmax(X[0].view(np.matrix)), TypeError, "x must be an array, got matrix"),
     "long doubles": (lambda: linear(X.astype("g"), ones((3, 8), "g")), TypeError, "x must have a dtype of float16, "),
-    "the other endianness": (lambda: linear(X.astype(">f8"), ones((3, 8))), TypeError, "x must have a dtype of"),
+    "the other endianness": (lambda: linear(X.astype(">f8"), ones((3, 8))), TypeError, "x must be in native byte ord"),
     "numbers of Python": (lambda: attention(Q, K, V, 0.0), TypeError, "bias must be an array, got float"),
     "complex beside real": (lambda: mha(PARAMS, INPUTS[0] + 0j, *INPUTS[1:]), TypeError,
                             "query must have dtype float64 as q_proj.w has, got complex128: cast one of them"),

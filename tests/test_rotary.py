@@ -414,7 +414,7 @@ TABLE = table(np.arange(5), F)
             X,
             HalfPairs(*map(torch.tensor, TABLE)),
             TypeError,
-            "rotary must be of NumPy or of the library of x, got Tensor",
+            "rotary must be a NumPy array as x is, got a PyTorch tensor",
         ),
         (X, table(np.arange(4), F), ValueError, "rotary must have T=5 positions as x has, got 4"),
         (X, table(np.arange(1), F), ValueError, "rotary must have T=5 positions as x has, got 1"),

@@ -378,13 +378,22 @@ def test_the_last_task_is_done_by_whoever_took_it(monkeypatch):
     assert done == ["last"]
 
 
-def test_memory_is_linear():
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda T: masks.causal(),
+        lambda T: masks.causal() & (masks.window(200, 0) | masks.first(4)),
+        lambda T: ~masks.segments(np.arange(T) // 100, np.arange(T) // 100),
+    ],
+    ids=["causal", "sinks beside a window", "other segments"],
+)
+def test_memory_is_linear(mask):
     """Four times the tokens take four times the memory, and the scores of one head alone would take sixteen times."""
     peaks = []
     for T in (1024, 4096):
         x = np.random.default_rng(0).standard_normal((1, 2, T, 16), dtype=np.float32)
         tracemalloc.start()
-        o, cache = attention(x, x, x, mask=masks.causal(), engine=TILED)
+        o, cache = attention(x, x, x, mask=mask(T), engine=TILED)
         attention_vjp(cache, o)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -316,6 +316,8 @@ def check_attn_mask(axes: _check.Axes, attn_mask: Any, q: Array, opset: int) -> 
         return
     if not is_array(attn_mask):
         raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
+    _check.native_order("attn_mask", attn_mask)
+    _check.one_library("attn_mask", attn_mask, "Q", q, static=dtype_name(attn_mask) == "bool")
     if dtype_name(attn_mask) != "bool" and attn_mask.dtype != q.dtype:
         wanted = f"boolean, True = attend, or of dtype {q.dtype} as Q has, added to the scores"
         raise TypeError(f"attn_mask must be {wanted}, got dtype {attn_mask.dtype}")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own
+from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own, unset
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,7 +141,7 @@ def _joined(x: Array, new: Array, kept: int, left: int | None) -> Array:
         return namespace(x).concat([x[..., N - kept :, :], new], axis=-2)
     room = _taken(x, T)
     if room is None:
-        buffer, stop = namespace(x).empty(_sized(x, _capacity(kept + T, left)), dtype=x.dtype), kept
+        buffer, stop = unset(_sized(x, _capacity(kept + T, left)), x), kept
         buffer[..., :kept, :] = x[..., N - kept :, :]
     else:
         buffer, stop = room.buffer, room.start
@@ -171,7 +171,7 @@ def _shown(buffer: Array, start: int, stop: int) -> Array:
 
 
 def _reserved(x: Array, capacity: int) -> Array:
-    return _shown(namespace(x).empty(_sized(x, capacity), dtype=x.dtype), 0, 0)
+    return _shown(unset(_sized(x, capacity), x), 0, 0)
 
 
 def _capacity(needed: int, left: int | None) -> int:
@@ -196,7 +196,6 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     """The arguments of `append`: `left` as a Python int or None."""
     check_kv(kv)
     _check.one_dtype([("kv.keys", kv.keys), ("kv.values", kv.values), ("k", k), ("v", v)])
-    check_library(kv, ("k", k), ("v", v))
     axes, head = _check.Axes(), _head(kv.keys)
     axes("kv.keys", kv.keys, head + "N D")
     axes("kv.values", kv.values, head + "N E")
@@ -204,14 +203,6 @@ def check_append(kv: Any, k: Array, v: Array, left: int | None) -> int | None:
     axes("v", v, head + "T E")
     check_position(kv, axes["N"])
     return masks.window(left, 0).left  # which checks it
-
-
-def check_library(kv: KVCache, *arrays: tuple[str, Array]) -> None:
-    """A buffer would take an array of another library and turn it into its own kind."""
-    for name, x in (("kv.values", kv.values), *arrays):
-        if namespace(x) is not namespace(kv.keys):
-            wanted, got = namespace(kv.keys).__name__, namespace(x).__name__
-            raise TypeError(f"{name} must be an array of {wanted} as kv.keys is, got {got}")
 
 
 def check_position(kv: KVCache, N: int) -> None:

@@ -40,7 +40,6 @@ from .append import (
     append,
     append_vjp,
     check_kv,
-    check_library,
     check_position,
     empty,
     two_cotangents,
@@ -288,7 +287,6 @@ def _check_past(axes: _check.Axes, x: Array, kv: Any, left: int | None) -> tuple
         return 0, 0
     check_kv(kv)
     _check.one_dtype([("x", x), ("kv.keys", kv.keys), ("kv.values", kv.values)])
-    check_library(kv, ("x", x))
     axes("kv.keys", kv.keys, "... K N D")
     axes("kv.values", kv.values, "... K N E")
     check_position(kv, N := axes["N"])

@@ -164,11 +164,12 @@ def append_keys(mask: Mask | None, T: int, S: int, extra: int, like: Array) -> M
 def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:
     """A read-only copy of `x`: what becomes of the caller's array does not change a mask."""
     if not isinstance(x, np.ndarray):
-        got = f"{type(x).__module__}.{type(x).__name__}"
-        raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}")
+        got, instead = f"{type(x).__module__}.{type(x).__name__}", f"np.asarray({name})"
+        raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}: write {instead}")
     # not uint64: np.isin compares it with int64 by rounding both to float64
     if x.dtype.kind not in ("b" if kind == "booleans" else "iu") or x.dtype == np.uint64:
-        raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}")
+        instead = f"{name} != 0" if kind == "booleans" else f"{name}.astype(np.int64)"
+        raise TypeError(f"{name} must be {symbols} of {kind}, got dtype {x.dtype}: write {instead}")
     if x.ndim < symbols.count(","):
         raise ValueError(f"{name} must be {symbols}, got {x.shape}")
     frozen: np.ndarray = read_only(np.array(x, dtype=bool if kind == "booleans" else np.int64))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcmha._arrays import Array, from_host, of_sample
+from funcmha._arrays import Array, arange, from_host, of_sample
 
 from .mask import Block, Complement, Mask, Range, summary
 
@@ -49,10 +49,13 @@ class Band(_Diagonal, NamedTuple("_Band", [("left", int | None), ("right", int |
     def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
         n, m = rows[1] - rows[0], cols[1] - cols[0]
         least, greatest = (int(min(max(d + rows[0] - cols[0], -n), m)) for d in self.diagonals)  # of this tile
-        allowed = np.tri(n, m, greatest, dtype=bool)
+        if like is not None and not isinstance(like, np.ndarray):  # made there: nothing is sent
+            ahead = arange(m, like) - arange(n, like)[:, None]
+            return (least <= ahead) & (ahead <= greatest)
+        allowed: np.ndarray = np.tri(n, m, greatest, dtype=bool)
         if least > -n:
             allowed &= ~np.tri(n, m, least - 1, dtype=bool)
-        return from_host(allowed, like)
+        return allowed
 
     def _block(self, rows: Range, cols: Range) -> Block:
         least, greatest = self.diagonals

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from funcmha._arrays import Array, dtype_name, from_host, is_array, namespace, of_sample
+from funcmha import _check
+from funcmha._arrays import Array, beside, described, dtype_name, from_host, is_array, namespace, of_sample
 
 from .search import any_along, found_keys, found_queries
 
@@ -144,12 +145,10 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
         T, S = self.array.shape[-2:]
         tile = self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)]
-        if isinstance(tile, np.ndarray):
-            return from_host(tile, like)
-        if like is None or namespace(like) is not namespace(tile):
-            wanted = "numpy" if like is None else namespace(like).__name__
-            raise TypeError(f"mask must be an array of {wanted} as q is, or of numpy, got {namespace(tile).__name__}")
-        return tile
+        if not isinstance(tile, np.ndarray) and (like is None or namespace(like) is not namespace(tile)):
+            wanted = "a NumPy array" if like is None else f"{described(like)} as q is, or a NumPy array"
+            raise TypeError(f"mask must be {wanted}, got {described(tile)}")
+        return beside(tile, like)
 
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if self.on_host else "mixed"
@@ -289,7 +288,8 @@ def as_mask(mask: Any, name: str = "mask") -> Mask:
         return mask
     if not is_array(mask) or dtype_name(mask) != "bool":
         got = f"dtype {mask.dtype}" if is_array(mask) else type(mask).__name__
-        raise TypeError(f"{name} must be a boolean array, True = attend, or a structured mask, got {got}")
+        wanted = "a boolean array, True = attend, or a structured mask"
+        raise TypeError(f"{name} must be {wanted}, got {got}{_check.no_booleans(name, mask)}")
     return Dense(mask if mask.ndim >= 2 else namespace(mask).reshape(mask, (1, -1)))
 
 

@@ -3,8 +3,9 @@ r"""Zip archives, read strictly, as every byte belongs to one record and all rec
     local header, data │ local header, data │ … │ central directory │ end record
 
 `zipfile` finds what it can in a damaged file. Parameters are whole or refused, so this reader takes the archives that
-`numpy.savez`, `numpy.savez_compressed` and `funcmha.npz.save` write to a file, and no looser ones: members stored or
-deflated, back to back in the order of the directory; no comment, no encryption, no sizes that follow the data. `zip` of
+`numpy.savez`, `numpy.savez_compressed` and `funcmha.npz.save` write, and no looser ones: members stored or deflated,
+back to back in the order of the directory; no comment, no encryption. Written to a pipe, a member's sizes and checksum
+follow its data, in a descriptor: then the directory is believed, and what stands elsewhere must say the same. `zip` of
 Info-ZIP makes such archives too, and notes times and owners in extra fields: these mean nothing here, and zip64's is
 the only other one. Layout: PKWARE APPNOTE.TXT 6.3, section 4.3. Whatever is wrong raises `zipfile.BadZipFile`.
 
@@ -26,7 +27,8 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR = struct.Struct("<4sLQL")
 
 WIDE = 0xFFFFFFFF  # stands for a number that does not fit, and is in the zip64 extra field
-HARMLESS = 0x0806  # flags that say how hard deflate tried, and that the name is UTF-8
+FOLLOWED = 0x0008  # the flag of a member that a descriptor follows: of what it says, the local header may have 0
+HARMLESS = 0x0806 | FOLLOWED  # flags that say how hard deflate tried, and that the name is UTF-8
 RATIO = 1032  # the most that deflate can: 258 bytes in two bits, as of zeros
 NOTES = {  # extra fields of times and owners, and their lengths: proginfo/extrafld.txt of Info-ZIP
     0x5455: (5, 9, 13),  # UT: one to three times
@@ -79,11 +81,16 @@ def members(source: Source) -> list[Member]:
         if listed.start != at:
             raise BadZipFile(f"{name} must begin at byte {at}, where the one before it ends, got {listed.start}")
         member = _local(source, at)
+        if listed.flags & FOLLOWED:
+            known = {field: getattr(member, field) or getattr(listed, field) for field in ("crc", "stored", "size")}
+            member = member._replace(**known)
         if member[:-1] != listed[:-1]:
             got = f"{member[:-1]} and {listed[:-1]}"
             raise BadZipFile(f"{name} must be alike in its local header and in the directory, got {got}")
         _check(member)
         at = member.start + member.stored
+        if member.flags & FOLLOWED:
+            at += _descriptor(source, at, member)
         if at > start:
             raise BadZipFile(f"{name} must end before the directory at byte {start}, got {at}")
         found.append(member)
@@ -182,6 +189,24 @@ def _local(source: Source, at: int) -> Member:
     return Member(name, flags, method, crc, stored, size, at + LOCAL.size + n + e)
 
 
+def _descriptor(source: Source, at: int, member: Member) -> int:
+    """How long the descriptor at `at` is, with its signature or without, its sizes of 8 bytes or of 4.
+
+    It must be one of these four to the byte, and none begins as another does, as no size of a .npy file is 0.
+    """
+    numbers = member.crc, member.stored, member.size
+    got = source.read(at, 24)  # which the directory and the end record are longer than, so that there are as many
+    for sizes in ("<L2Q", "<L2L"):
+        if sizes == "<L2Q" or max(numbers) <= WIDE:
+            for signature in (b"PK\7\x08", b""):
+                if got.startswith(record := signature + struct.pack(sizes, *numbers)):
+                    return len(record)
+    wanted = f"CRC {member.crc:08x}, {member.stored} and {member.size} bytes"
+    raise BadZipFile(
+        f"{member.name} must be followed by its descriptor, of {wanted} as the directory says, got {got!r}"
+    )
+
+
 def _with_zip64(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
     """The numbers, where WIDE stands for the next one of the zip64 extra field, which must have just those."""
     n = numbers.count(WIDE)
@@ -202,10 +227,9 @@ def _with_zip64(name: str, extra: bytes, *numbers: int) -> tuple[int, ...]:
 
 def _check(member: Member) -> None:
     name, flags, method, _, stored, size, _ = member
-    to_a_file = f"must be written to a file, not to a pipe (flags at most {HARMLESS:#06x}), got {flags:#06x}"
     for good, law in (
         (not flags & 1, "must not be encrypted"),
-        (not flags & ~HARMLESS, to_a_file),
+        (not flags & ~HARMLESS, f"must have flags of {HARMLESS:#06x} at most, got {flags:#06x}"),
         (method in (ZIP_STORED, ZIP_DEFLATED), f"must be stored or deflated (method 0 or 8), got method {method}"),
         (method or stored == size, f"is stored, so it must take its own size {size} in the archive, got {stored}"),
         (size <= RATIO * stored, f"must unpack to at most {RATIO} times its own {stored} bytes, got {size}"),

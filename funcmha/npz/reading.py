@@ -9,6 +9,7 @@ from zipfile import ZIP_STORED, BadZipFile
 import numpy as np
 
 from funcmha import tree
+from funcmha._arrays import dtype_name, from_host, holds_numbers
 
 from . import archive, npy
 from .files import File, read
@@ -53,7 +54,8 @@ def load(
     `path` may be a binary file object too, one with `seek`, which is read from its position to its end.
 
     like: a tree of arrays (or of anything with `shape` and `dtype`) with the names, shapes and dtypes that must come,
-        in its order.
+        in its order. Where one is an array of CuPy, PyTorch, JAX or another library, its leaf comes as an array of that
+        library, on that device.
     max_bytes: the most that the file may unpack to. Of a deflated file that may be 1032 times its own length, as of
         zeros: give less where a stranger's file may not cost as much. Each member is unpacked twice, the first time
         to see that it holds what its header says, byte for byte, and to keep nothing.
@@ -69,19 +71,21 @@ def load(
     OSError where the file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of
     safetensors, CVE-2019-6446, numpy #20033.
     """
-    flat: dict[str, np.ndarray] = {}
+    flat: dict[str, Any] = {}
+    wanted = {} if like is None else tree.flatten(like)
     if mmap and not isinstance(path, str | os.PathLike):
         raise ValueError(f"mmap needs a path, got {type(path).__name__}")
     with read(path) as (name, source):
         leaves = _leaves(source, name, None if mmap else max_bytes)
         whole = np.memmap(source.file, np.uint8, "r") if mmap else None
         if like is not None:
-            leaves = _alike(name, leaves, like)
+            leaves = _alike(name, leaves, wanted)
         for key, leaf in leaves.items():
             with _refusing(f"{name}: "):
                 flat[key] = _array(source, *leaf) if whole is None else _mapped(whole, *leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
+            flat[key] = _beside(flat[key], wanted.get(key))
     return tree.unflatten(flat)
 
 
@@ -155,16 +159,20 @@ def _check_finite(key: str, a: np.ndarray) -> None:
         raise ValueError(f"{key} must be finite, got {a[first]} at {first} and {bad.sum() - 1} more")
 
 
-def _alike(name: str, leaves: Mapping[str, _Leaf], like: tree.Tree) -> dict[str, _Leaf]:
+def _alike(name: str, leaves: Mapping[str, _Leaf], want: Mapping[str, Any]) -> dict[str, _Leaf]:
     """The leaves in the order of `like`; raises unless they have its names, shapes and dtypes."""
-    want = tree.flatten(like)
     odd = [f"misses {key}" for key in want if key not in leaves] + [f"has {key}" for key in leaves if key not in want]
     if odd:
         more = f", and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
     for key, leaf in want.items():
-        dtype, shape = np.dtype(leaf.dtype).newbyteorder("="), tuple(leaf.shape)
+        dtype, shape = np.dtype(dtype_name(leaf)).newbyteorder("="), tuple(leaf.shape)
         got = _entry(leaves[key][1])
         if (got.dtype, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
     return {key: leaves[key] for key in want}
+
+
+def _beside(a: np.ndarray, like: Any) -> Any:
+    """The leaf in the library and on the device of `like`"""
+    return from_host(a, like) if holds_numbers(like) else a

@@ -3,6 +3,8 @@
   * Softmax turns an absolute error of a score into a relative error of its weight. Adding a constant to a row changes
     nothing, so a weight over 1/2 serves as the reference of its row and has no error itself: a saturated row is exact.
     (After Blanchard, Higham and Higham, IMA J. Numer. Anal. 41(4), 2021, Theorem 4.3, with errors in the scores.)
+  * The gradient of such a score is what the others leave of a known sum: its error is theirs, and as small as they are.
+    A backward that computes p (dp − δ) there, the difference of two large numbers, is outside.
   * A sink is one more key, with an exact score and value 0, that all queries attend. Where dp is centred at m, that of
     the largest weight, the error of the sink's weight enters δ times m.
   * tanh has slopes up to 1, which grow towards 0: an error of a score moves its soft cap by at most itself times the
@@ -84,24 +86,54 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     return weights(apart(e_error), common), recomputed, Rounded(lse[..., 0], lse_error[..., 0])
 
 
-def softmax_vjp(fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe) -> tuple[Rounded, Maybe]:
-    """`ops.softmax_with_sink_vjp`"""
+def softmax_vjp(
+    fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe, centred: bool = True
+) -> tuple[Rounded, Maybe]:
+    """`ops.softmax_with_sink_vjp`, or p (dp − δ + dlse) as it stands"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
-    size = np.abs(dp.value) + np.abs(delta.value)
-    g, common = dp.value - delta.value + dlse, delta.error
-    if p_sink is not None and p.value.shape[-1]:
-        # dp is centred at m, that of the largest weight, and so δ − m = Σ p (dp − m) − m p_sink
+    size, common, m = np.abs(dp.value) + np.abs(delta.value), delta.error, np.zeros(())
+    if p.value.shape[-1]:
         largest = np.argmax(p.value, axis=-1, keepdims=True)
-        common = common + np.abs(np.take_along_axis(dp.value, largest, axis=-1)) * p_sink.error
+        m = np.take_along_axis(dp.value, largest, axis=-1)  # dp is centred there: g of a saturated row has its digits
+    g = dp.value - m + dlse - total(p.value * (dp.value - m))
+    if p_sink is not None:
+        g, common = g + m * p_sink.value, common + np.abs(m) * p_sink.error
     error = (p.value + p.error) * (dp.error + common + 2 * fl.rounding(size)) + p.error * np.abs(g)
     error += fl.rounding(np.abs(p.value * g))
-    dz = Rounded(p.value * g, error, (p.value * common,))
-    if p_sink is None:
-        return dz, None
-    along = dlse - delta.value
-    delta = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)))
-    return dz, fl.multiply(p_sink, delta)
+    dz, drows = Rounded(p.value * g, error, (p.value * common,)), None
+    if p_sink is not None:
+        along = dlse - delta.value
+        along = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)), (common,))
+        drows = fl.multiply(along, p_sink)
+    own = dp.error + 2 * fl.rounding(size)
+    return (left_by_others(fl, p, own, common, g, dlse, dz, drows) if centred else dz), drows
+
+
+def left_by_others(
+    fl: Arithmetic,
+    p: Rounded,
+    own: Array,
+    common: Array,
+    g: Array,
+    dlse: Array | float,
+    dz: Rounded,
+    drows: Maybe,
+) -> Rounded:
+    """dz, where that of a weight over 1/2 is dlse less that of the sink and of the other keys: g = dz / p
+
+    Its own dp is what the others are compared with. So an error there is shared by all of them, as that of δ is.
+    """
+    heavy = p.value > 0.5
+    light = np.where(heavy, 0.0, p.value + p.error)
+    of_sink = Rounded(np.zeros(()), np.zeros(()), (np.zeros(()),)) if drows is None else drows
+    size = total(light * np.abs(g - dlse)) + np.abs(of_sink.value) + 3 * np.abs(dlse)  # also in p (dp − δ) and p_sink
+    error = total(light) * (common + total(heavy * own)) + np.sqrt(total((light * own) ** 2))
+    error += total(p.error * np.abs(g)) + of_sink.error + fl.rounding(size, g.shape[-1])
+    rest = total(np.where(heavy, 0.0, dz.rows[0])) + of_sink.rows[0]
+    return Rounded(
+        dz.value, np.where(heavy, np.minimum(error, dz.error), dz.error), (np.where(heavy, -rest, dz.rows[0]),)
+    )
 
 
 def attention(
@@ -134,7 +166,7 @@ def attention(
     dv = fl.matmul(a, do)._replace(cols=(np.sqrt(a.value**2 @ tie(do).error ** 2),))  # shared by a column of dv
     dp = fl.times(fl.matmul(do, transpose(vh)), kept)
     dp = dp if dweights is None else fl.add(dp, exact(dweights))
-    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink)
+    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink, not recomputed)
     du = dz if slope is None else fl.multiply(dz, slope)
     dk = fl.matmul(transpose(alike(du)), qs)
     dq = fl.matmul(du, kh)

@@ -128,7 +128,8 @@ def attention_bounds(
 ) -> AttentionBounds:
     """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`.
 
-    recomputed  for implementations that keep no weights, and recompute them from the scores and lse: exp(score − lse)
+    recomputed  for implementations that keep no weights, and recompute them from the scores and lse: exp(score − lse);
+                and whose gradient is p (dp − δ) as it stands, so that a row with one heavy key loses its digits
     """
     check_names(options, AttentionOptions)
     fl, given = Arithmetic.of(dtype), {**options, "dweights": dweights, "dlse": dlse, "recomputed": recomputed}

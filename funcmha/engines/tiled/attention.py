@@ -37,7 +37,10 @@ def attend(
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
-    rest = Rest(bias, sink, o, row_sum, row_max, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan)
+    dominant = np.full(q.shape[:-1], -1, np.int32)
+    rest = Rest(
+        bias, sink, o, row_sum, row_max, dominant, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan
+    )
     with threads.single_threaded_blas():
         shifted = forward(Views.of(rest.beside(q, k, v)))
     if not shifted:

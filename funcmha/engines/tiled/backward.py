@@ -13,6 +13,7 @@ from funcmha.masks import Range
 
 from . import threads
 from .cache import Views
+from .dominant import Dominant, add_to_keys
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
 from .tiles import Head, Rows, Tile, blocks, mean_cotangent, of_sink, tile_backward
 
@@ -23,6 +24,8 @@ class _Prepared(NamedTuple):
     k: Array  # (S, D), row after row
     v1: Array  # (S, E + 1), [v, 1]
     r: Array  # (T), dlse − δ
+    sum: Array  # (T), Σ dz: dlse less what the sink has of it
+    dominant: Dominant | None  # Σ dz of the other keys, and the slope of the soft cap
 
 
 class Backward(NamedTuple):
@@ -64,6 +67,7 @@ class Backward(NamedTuple):
             for front in schedule:
                 for _, block in front:
                     self.tiles(b, h, p, block)
+            self.dominant_keys(b, h, p)
 
     def all_samples(self, h: int, samples: list[Any], schedule: list[Any], flops: float) -> None:
         """One head of all samples, front after front on all threads"""
@@ -82,6 +86,8 @@ class Backward(NamedTuple):
             )
             if self.dbias is not None:
                 self.dbias.flush()
+        for b in samples:
+            self.dominant_keys(b, h, prepared[b])
 
     def prepare(self, b: Any, h: int) -> _Prepared:
         """δ = Σ p dp = Σ do o + Σ p dweights"""
@@ -91,14 +97,17 @@ class Backward(NamedTuple):
             for tile in head.all_tiles(rows):
                 i, j = slice(*tile.rows), slice(*tile.cols)
                 delta[i] += mean_cotangent(head, tile, self.rows(at, head, delta, tile.rows), self.dweights[at][i, j])
-        r = -delta if self.dlse is None else np.where(self.x.row_sum[at] == 0, 0.0, self.dlse[at]) - delta
+        total = np.zeros_like(delta) if self.dlse is None else np.where(self.x.row_sum[at] == 0, 0.0, self.dlse[at])
+        r = -delta if self.dlse is None else total - delta
         if head.sink is not None:
             p_sink = of_sink(head, None if self.x.row_max is None else self.x.row_max[at]) * self.inverse[at][:, 0]
             self.dsink[at] = np.sum(p_sink * r)
+            total = total - p_sink * r
         (S, E) = head.v.shape
         v1 = np.ones((S, E + 1), head.v.dtype)
         v1[:, :E] = head.v
-        return _Prepared(np.ascontiguousarray(head.k), v1, r)
+        dominant = Dominant.of(self.x.dominant[at], head.v.dtype, 1, 1)
+        return _Prepared(np.ascontiguousarray(head.k), v1, r, total, dominant)
 
     def rows(self, at: tuple[Any, ...], head: Head, r: Array, rows: Range) -> Rows:
         """What a tile needs to know of some rows"""
@@ -117,13 +126,31 @@ class Backward(NamedTuple):
     def tile(self, b: Any, h: int, p: _Prepared, tile: Tile) -> None:
         """Add the share of one tile"""
         at, i, j = (*b, h), slice(*tile.rows), slice(*tile.cols)
-        of_key = (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
+        of_key = self.key_head(b, h)
         cotangent = None if self.dweights is None else self.dweights[at][i, j]
         grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
         head = self.x.head(b, h)._replace(k=p.k)
-        dz = tile_backward(head, tile, self.rows(at, head, p.r, tile.rows), p.v1[j], cotangent, *grads)
+        x = self.rows(at, head, p.r, tile.rows)
+        dz = tile_backward(head, tile, x, p.v1[j], cotangent, p.dominant, *grads)
         if self.dbias is not None:
             self.dbias.add(at, tile, dz)
+
+    def dominant_keys(self, b: Any, h: int, p: _Prepared) -> None:
+        """Add what was left out: dz = Σ dz − Σ dz of the other keys"""
+        if p.dominant is None:
+            return
+        at, head, i = (*b, h), self.x.head(b, h), p.dominant.found()
+        j, (rest,), (slope,) = p.dominant.key[i], p.dominant.rest, p.dominant.beside
+        dz = p.sum[i] - rest[i]
+        du = (dz * slope[i] * head.scale)[:, None]
+        self.dq[at][i] += du * p.k[j]
+        add_to_keys(self.dk[self.key_head(b, h)], j, du * head.q[i])
+        if self.dbias is not None:
+            self.dbias.add_at(at, i, j, dz)
+
+    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
+        """Where the key/value head that head h reads is"""
+        return (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
 
 
 def _busy(tasks: int) -> bool:

@@ -25,6 +25,7 @@ class Rest(NamedTuple):
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T), Σ 2^(s − c) and the sink's share, 0 where no key is attended and there is no sink
     row_max: Array  # (..., H, T), c
+    dominant: Array  # (..., H, T), the key with more than half of the weight, −1 where none has
     shifted: bool  # whether c is not 0 everywhere
     mask: Mask | None
     dropout: Masked | Seeded | None
@@ -50,6 +51,7 @@ class Rest(NamedTuple):
             o=self.o[..., h, :, :],
             row_sum=self.row_sum[..., h, :],
             row_max=self.row_max[..., h, :],
+            dominant=self.dominant[..., h, :],
             mask=None if self.mask is None else self.mask.heads(h.start, h.stop),
             dropout=None if self.dropout is None else self.dropout.heads(h),
             scale=self.scale[h] if isinstance(self.scale, np.ndarray) else self.scale,
@@ -75,6 +77,7 @@ class Views(NamedTuple):
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T)
     row_max: Array  # (..., H, T), or None where it is 0 everywhere
+    dominant: Array  # (..., H, T)
     mask: Mask | None
     keep: Array | Seeded  # (..., H, T, S) or None
     rate: float
@@ -100,7 +103,10 @@ class Views(NamedTuple):
             None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)
         )
         row_sum, row_max = with_head_axis(rest.row_sum, 1), with_head_axis(rest.row_max, 1) if rest.shifted else None
-        return Views(q, k, v, bias, sink, o, row_sum, row_max, rest.mask, keep, rate, scale, softcap, rest.plan)
+        dominant = with_head_axis(rest.dominant, 1)
+        return Views(
+            q, k, v, bias, sink, o, row_sum, row_max, dominant, rest.mask, keep, rate, scale, softcap, rest.plan
+        )
 
     @property
     def has_few_queries(self) -> bool:

@@ -15,8 +15,10 @@ from funcmha._arrays import Array
 from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
 
-def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
-    """o (G, T, E); the sums of exponentials, the sink's included, and the row maxima, rounded up, both (G, T)"""
+def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
+    """o (G, T, E); the sums of exponentials, the sink's included; the row maxima, rounded up; the keys with more than
+    half of the weight, −1 for none; these (G, T)
+    """
     T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
     start, stop = (0, S) if mask is None else mask.columns((0, T), S)
     tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
@@ -36,9 +38,14 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array]:
     row_sum = e.sum(axis=-1)
     if heads[0].sink is not None:
         row_sum += np.stack([of_sink(head, c) for head, c in zip(heads, row_max, strict=True)])
+    key = np.full(row_sum.shape, -1)
+    if len(k):
+        largest = e.argmax(axis=-1)
+        key = np.where(2 * np.take_along_axis(e, largest[..., None], axis=-1)[..., 0] > row_sum, start + largest, -1)
     a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
     o = _with_values(a.reshape(len(heads) * T, len(k)), v, block).reshape(len(heads), T, v.shape[-1])
-    return o / np.where(row_sum == 0, 1.0, row_sum)[..., None], row_sum, row_max
+    o /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
+    return o, row_sum, row_max, key
 
 
 def _with_keys(q: Array, k: Array, block: int) -> Array:

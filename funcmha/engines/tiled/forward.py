@@ -16,7 +16,7 @@ from .tiles import blocks, rows_forward, sums
 
 
 def forward(x: Views) -> bool:
-    """Write o, row_sum and row_max; return whether anything was subtracted from a score, be it 0"""
+    """Write o, row_sum, row_max and dominant; return whether anything was subtracted from a score, be it 0"""
     return _few_queries(x) if x.has_few_queries else _in_tiles(x)
 
 
@@ -41,7 +41,7 @@ def _few_queries(x: Views) -> bool:
         b, kv = task
         h = range(kv * (H // K), (kv + 1) * (H // K))
         at = (*b, slice(h.start, h.stop))
-        x.o[at], x.row_sum[at], x.row_max[at] = few.forward([x.head(b, i) for i in h])
+        x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward([x.head(b, i) for i in h])
 
     tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
@@ -60,7 +60,9 @@ def _in_tiles(x: Views) -> bool:
     def work(task: tuple[int, Range, Any]) -> None:
         h, rows, b = task
         at = (*b, h, slice(*rows))
-        x.o[at], x.row_sum[at], row_max = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        x.o[at], x.row_sum[at], row_max, key = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        if key is not None:
+            x.dominant[at] = key
         if row_max is not None:
             x.row_max[at] = row_max
             shifted.append(task)

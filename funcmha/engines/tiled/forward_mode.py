@@ -4,7 +4,9 @@ With the weights of the forward, p = 2^(s − c) / row_sum, the outputs change b
 
     l̇se = Σ p ż + p_sink ṡink        ȯ = Σ dropout(p ż) v + Σ dropout(p) v̇ − l̇se o
 
-so that one pass over the tiles of a row sums all that it needs. Rows share nothing: a block of them is a task.
+so that one pass over the tiles of a row sums all that it needs. Rows share nothing: a block of them is a task. Where
+one key has more than half of the weight, its ż is first subtracted from all and from ṡink. That leaves ȯ as it is, and
+spares it a difference of two large numbers.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
 tile; `...` is batch.
@@ -22,6 +24,7 @@ from funcmha.masks import Range
 from . import threads
 from .attention import zeroed
 from .cache import AttentionCache, Views, with_head_axis
+from .dominant import inside
 from .forward import recomputed
 from .threads import scratch
 from .tiles import Head, Tile, blocks, of_sink
@@ -69,15 +72,36 @@ class _Forward(NamedTuple):
         at, x = (*b, h, slice(*rows)), self.x
         head, head_dot = x.head(b, h), self.x_dot.head(b, h)
         row_max = None if x.row_max is None else x.row_max[at]
-        acc, mean = self.sums(head, head_dot, rows, row_max)
-        if head.sink is not None and head_dot.sink is not None:
-            mean += of_sink(head, row_max) * head_dot.sink
         inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
-        self.lse_dot[at] = np.where(inverse == 0, 0.0, mean * inverse)
-        self.o_dot[at] = acc * inverse[:, None] - self.lse_dot[at][:, None] * x.o[at]
+        key, z_dot = None, np.zeros_like(inverse)
+        if x.dominant[at].max(initial=-1) >= 0:
+            key = x.dominant[at]
+            z_dot = self.of_keys(head, head_dot, rows, key)
+        acc, mean = self.sums(head, head_dot, rows, row_max, key, z_dot)
+        if head.sink is not None:
+            mean += of_sink(head, row_max) * ((head_dot.sink or 0.0) - z_dot)
+        mean = np.where(inverse == 0, 0.0, mean * inverse)
+        self.lse_dot[at] = z_dot + mean
+        self.o_dot[at] = acc * inverse[:, None] - mean[:, None] * x.o[at]
 
-    def sums(self, head: Head, head_dot: Head, rows: Range, row_max: Array) -> tuple[Array, Array]:
-        """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)"""
+    def of_keys(self, head: Head, head_dot: Head, rows: Range, key: Array) -> Array:
+        """ż of these rows at a key each, 0 where that is −1"""
+        i, (left, right) = np.flatnonzero(key >= 0), self.factors(head, head_dot, rows)
+        t, j, z_dot = rows[0] + i, key[i], np.zeros(len(key), left.dtype)
+        z_dot[i] = np.einsum("nd,nd->n", left[i], right[j])
+        if head.softcap is not None:
+            z_dot[i] *= 1 - np.tanh(head.score_scale * np.einsum("nd,nd->n", head.q[t], head.k[j])) ** 2
+        if head_dot.bias is not None:
+            z_dot[i] += head_dot.bias[t, j] if head_dot.bias.ndim == 2 else head_dot.bias[j - t + len(head.q) - 1]
+        return z_dot
+
+    def sums(
+        self, head: Head, head_dot: Head, rows: Range, row_max: Array, key: Array, z_dot: Array
+    ) -> tuple[Array, Array]:
+        """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)
+
+        of ż less z_dot (rows), which is that of the keys, if there are any.
+        """
         q, (left, right) = head.score_scale * head.q[slice(*rows)], self.factors(head, head_dot, rows)
         acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
         for tile in head.all_tiles(rows):
@@ -85,6 +109,9 @@ class _Forward(NamedTuple):
             slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
             e = head.exponentials(q[i], tile, None if row_max is None else row_max[i], slope)
             ez = self.scores(head_dot, tile, left[i], right[j], slope)
+            if key is not None:
+                ez -= z_dot[i, None]
+                ez[inside(key[i], tile.cols)] = 0.0
             ez *= e
             mean[i] += ez @ np.ones(len(ez.T), ez.dtype)
             if head.keep is not None:

@@ -44,12 +44,19 @@ class RelativeBiasGradient:
 
     def flush(self) -> None:
         """Add what was given, in the order of the tiles."""
-        whole = self.sum.reshape((1,) * max(2 - self.sum.ndim, 0) + self.sum.shape)
         for (index, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
-            outer = index[len(index) - (whole.ndim - 1) :]
-            place = tuple(i if n > 1 else 0 for i, n in zip(outer, whole.shape[:-1], strict=True))
-            whole[place][diagonals(rows, cols, self.T)] += sums
+            self.place(index)[diagonals(rows, cols, self.T)] += sums
         self.given.clear()
+
+    def add_at(self, index: tuple[int, ...], rows: Array, cols: Array, dz: Array) -> None:
+        """Add some numbers of one sample and head, on one thread."""
+        np.add.at(self.place(index), cols - rows + self.T - 1, dz)
+
+    def place(self, index: tuple[int, ...]) -> Array:
+        """The values (T + S − 1) of one sample and head"""
+        whole = self.sum.reshape((1,) * max(2 - self.sum.ndim, 0) + self.sum.shape)
+        outer = index[len(index) - (whole.ndim - 1) :]
+        return whole[tuple(i if n > 1 else 0 for i, n in zip(outer, whole.shape[:-1], strict=True))]
 
     def total(self) -> Array:
         """The gradient of the values"""
@@ -77,8 +84,15 @@ class BiasGradient:
             dz, rows = dz.sum(axis=0, keepdims=True), slice(0, 1)
         if self.sums_cols:
             dz, cols = dz.sum(axis=1, keepdims=True), slice(0, 1)
-        place = tuple(i if n > 1 else 0 for i, n in zip(index, self.sum.shape[:-2], strict=True))
-        self.sum[place][rows, cols] += dz
+        self.place(index)[rows, cols] += dz
+
+    def add_at(self, index: tuple[int, ...], rows: Array, cols: Array, dz: Array) -> None:
+        """Add some numbers of one sample and head, on one thread."""
+        np.add.at(self.place(index), (0 if self.sums_rows else rows, 0 if self.sums_cols else cols), dz)
+
+    def place(self, index: tuple[int, ...]) -> Array:
+        """The matrix of one sample and head"""
+        return self.sum[tuple(i if n > 1 else 0 for i, n in zip(index, self.sum.shape[:-2], strict=True))]
 
     def flush(self) -> None:
         """All is added already."""

@@ -5,6 +5,9 @@ more, in the order of the backward. In a tile, with r = dlse − δ,
 
     dz = p (dp + r)     ḋz = dz (ż − l̇se) + p (ḋp + ṙ)     ṗ = p (ż − l̇se)
 
+A row of each sums to something known. At a key with more than half of its weight all three are left out, and set to
+what the others leave of that at the end.
+
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
 tile; `...` is batch.
 """
@@ -24,6 +27,7 @@ from funcmha.ops import round_bias
 from . import threads
 from .attention import total_of_sink
 from .cache import AttentionCache, Views, with_head_axis
+from .dominant import Dominant, add_to_keys
 from .forward import recomputed
 from .forward_mode import attention_jvp, tangent_views
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
@@ -62,6 +66,8 @@ class _Rows(NamedTuple):
     do_dot: Array  # (..., H, T, E)
     inverse: Array  # (..., H, T), of the row sums, 0 where no key is attended
     lse_dot: Array  # (..., H, T)
+    dlse: Array  # (..., H, T)
+    dlse_dot: Array  # (..., H, T)
     r: Array  # (..., H, T), dlse − δ
     r_dot: Array  # (..., H, T)
 
@@ -72,11 +78,11 @@ class _Rows(NamedTuple):
         some = row_sum != 0
         inverse = np.where(some, 1 / np.where(some, row_sum, 1.0), 0.0)
         do_dot = np.zeros_like(y.do) if y.do_dot is None else y.do_dot
+        dlse, dlse_dot = (inverse.dtype.type(0) if d is None else d for d in (y.dlse, y.dlse_dot))
+        dlse, dlse_dot = np.where(some, dlse, 0.0), np.where(some, dlse_dot, 0.0)
         r = -np.einsum("...e,...e->...", y.do, o)
         r_dot = -np.einsum("...e,...e->...", do_dot, o) - np.einsum("...e,...e->...", y.do, o_dot)
-        r = r if y.dlse is None else r + np.where(some, y.dlse, 0.0)
-        r_dot = r_dot if y.dlse_dot is None else r_dot + np.where(some, y.dlse_dot, 0.0)
-        per_row = (with_head_axis(a, 1) for a in (inverse, lse_dot, r, r_dot))
+        per_row = (with_head_axis(a, 1) for a in (inverse, lse_dot, dlse, dlse_dot, r + dlse, r_dot + dlse_dot))
         return _Rows(with_head_axis(y.do), with_head_axis(do_dot), *per_row)
 
     def at(self, at: tuple[Any, ...]) -> "_Rows":
@@ -93,10 +99,10 @@ class _Second(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
 
-    def tile(self, b: Any, h: int, tile: Tile) -> None:
+    def tile(self, b: Any, h: int, tile: Tile, dominant: Dominant | None) -> None:
         """Add the share of one tile."""
         head, head_dot, i, j = self.x.head(b, h), self.x_dot.head(b, h), slice(*tile.rows), slice(*tile.cols)
-        at, of_key = (*b, h, i), (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]), j)
+        at, of_key = (*b, h, i), (*self.key_head(b, h), j)
         rows = self.of_rows.at(at)
         q, k, v = head.q[i], head.k[j], head.v[j]
         q_dot, k_dot, v_dot = head_dot.q[i], head_dot.k[j], head_dot.v[j]
@@ -105,15 +111,48 @@ class _Second(NamedTuple):
         slope, bend = _soft_cap(head, q, k, u_dot)
         change = _change(head_dot, tile, u_dot, slope) - rows.lse_dot
         dp, dp_dot = (rows.do @ v.T, rows.do_dot @ v.T + rows.do @ v_dot.T)
-        a, a_dot, dp, dp_dot = _dropped(head, tile, p, p * change, dp, dp_dot)
-        self.dv[of_key] += a_dot.T @ rows.do + a.T @ rows.do_dot
+        p_dot = p * change
+        a, a_dot, dp, dp_dot = _dropped(head, tile, p, p_dot, dp, dp_dot)
         dz = p * (dp + rows.r)
         dz_dot = dz * change + p * (dp_dot + rows.r_dot)
+        if dominant is not None:
+            dominant.leave_out(tile.rows, tile.cols, (dz, dz_dot, p_dot, a_dot), (slope, bend, p, a))
+        self.dv[of_key] += a_dot.T @ rows.do + a.T @ rows.do_dot
         if self.dbias is not None:
             self.dbias.add((*b, h), tile, dz_dot)
         du, du_dot = dz * slope, dz_dot * slope + dz * bend
         self.dq[at] += head.scale * (du_dot @ k + du @ k_dot)
         self.dk[of_key] += head.scale * (du_dot.T @ q + du.T @ q_dot)
+
+    def dominant_keys(self, b: Any, h: int, dominant: Dominant | None) -> None:
+        """Add what was left out: each is the sum of its row less that of the other keys"""
+        if dominant is None:
+            return
+        i, head, head_dot = dominant.found(), self.x.head(b, h), self.x_dot.head(b, h)
+        j, at, of_key = dominant.key[i], (*b, h), self.key_head(b, h)
+        slope, bend, p, a = (x[i] for x in dominant.beside)
+        totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.rest[0])
+        parts = zip(totals, self.of_sink(b, h), dominant.rest[:3], strict=True)
+        dz, dz_dot, p_dot = ((total - of_sink - rest)[i] for total, of_sink, rest in parts)
+        du, du_dot = (head.scale * x[:, None] for x in (dz * slope, dz_dot * slope + dz * bend))
+        self.dq[at][i] += du_dot * head.k[j] + du * head_dot.k[j]
+        add_to_keys(self.dk[of_key], j, du_dot * head.q[i] + du * head_dot.q[i])
+        add_to_keys(self.dv[of_key], j, (p_dot * (a / p))[:, None] * self.of_rows.do[at][i])
+        if self.dbias is not None:
+            self.dbias.add_at(at, i, j, dz_dot)
+
+    def of_sink(self, b: Any, h: int) -> tuple[Array, Array, Array]:
+        """dz, ḋz and ṗ of the sink (T): p_sink (dlse − δ), p_sink ((dlse − δ) (ṡink − l̇se) + ṙ), p_sink (ṡink − l̇se)"""
+        at, head, sink_dot = (*b, h), self.x.head(b, h), self.x_dot.head(b, h).sink
+        r, r_dot, change = self.of_rows.r[at], self.of_rows.r_dot[at], (sink_dot or 0.0) - self.of_rows.lse_dot[at]
+        if head.sink is None:
+            return np.zeros_like(r), np.zeros_like(r), np.zeros_like(r)
+        p_sink = of_sink(head, None if self.x.row_max is None else self.x.row_max[at]) * self.of_rows.inverse[at]
+        return p_sink * r, p_sink * (r * change + r_dot), p_sink * change
+
+    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
+        """Where the key/value head that head h reads is"""
+        return (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
 
 
 def _soft_cap(head: Head, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
@@ -141,13 +180,11 @@ def _dropped(head: Head, tile: Tile, *arrays: Array) -> Any:
 
 
 def _of_sink(y: _Second) -> Array:
-    """ḋsink (..., H) = Σ p_sink ((dlse − δ) (ṡink − l̇se) + ṙ)"""
-    x, rows = y.x, y.of_rows
-    out = np.zeros(x.q.shape[:-2], x.q.dtype)
+    """ḋsink (..., H)"""
+    out = np.zeros(y.x.q.shape[:-2], y.x.q.dtype)
     for *b, h in np.ndindex(*out.shape):
-        at, head, sink_dot = (*b, h), x.head(tuple(b), h), y.x_dot.head(tuple(b), h).sink
-        p_sink = of_sink(head, None if x.row_max is None else x.row_max[at]) * rows.inverse[at]
-        out[at] = np.sum(p_sink * (rows.r[at] * ((sink_dot or 0.0) - rows.lse_dot[at]) + rows.r_dot[at]))
+        _, dz_dot, _ = y.of_sink(tuple(b), h)
+        out[(*b, h)] = np.sum(dz_dot)
     return out
 
 
@@ -160,14 +197,17 @@ def _run(y: _Second) -> None:
     schedule = [step for group in together for step in wavefronts(y.x.head, group, T, S)]
     flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)
     for h in range(H):
+        dominant = {b: Dominant.of(y.x.dominant[(*b, h)], y.x.q.dtype, 4, 4) for b in samples}
         for step in schedule:
-            threads.run(partial(_add, y, h), step, flops / len(schedule), plan=y.x.plan)
+            threads.run(partial(_add, y, h, dominant), step, flops / len(schedule), plan=y.x.plan)
             if y.dbias is not None:
                 y.dbias.flush()
+        for b in samples:
+            y.dominant_keys(b, h, dominant[b])
 
 
-def _add(y: _Second, h: int, task: tuple[Any, list[Tile]]) -> None:
+def _add(y: _Second, h: int, dominant: dict[Any, Dominant | None], task: tuple[Any, list[Tile]]) -> None:
     """Add the share of a block of tiles, which may share rows and columns."""
     b, block = task
     for tile in block:
-        y.tile(b, h, tile)
+        y.tile(b, h, tile, dominant[b])

@@ -22,6 +22,7 @@ from funcmha.dropout import Seeded
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 
+from .dominant import Dominant, Heavy, dominant_keys, heaviest
 from .products import product
 from .threads import scratch
 
@@ -177,25 +178,28 @@ def _halves(a: Range) -> tuple[Range, Range]:
     return (a[0], middle), (middle, a[1])
 
 
-def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array]:
-    """o (R, E), the sums of exponentials, the sink's included (R), and the c of the rows (R) or None"""
+def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
+    """o (R, E); the sums of exponentials, the sink's included (R); c or None; `dominant_keys` (R) or None"""
     q = head.score_scale * head.q[slice(*rows)]
     m = longest * np.sqrt(np.einsum("td,td->t", q, q))
     if head.softcap is not None or head.bias is not None:
         m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
     row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
-        row_sum, acc = _sums(head, q, rows, all_tiles, row_max)
+        row_sum, acc, heavy = _sums(head, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
+    if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
+        wrong |= (key >= 0) & (row_sum < 0.5)
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
-        sum_again, acc_again = _sums(head, q, rows, some, row_max)
+        sum_again, acc_again, heavy_again = _sums(head, q, rows, some, row_max)
         row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[:, None], acc_again, acc)
+        heavy = [x.of(~wrong) for x in heavy] + [x.of(wrong) for x in heavy_again]
         row_max = row_max if row_max.any() else None
     if head.sink is not None:
         row_sum += of_sink(head, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, dominant_keys(heavy, row_sum)
 
 
 def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
@@ -219,16 +223,18 @@ def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array]:
-    """Σ 2^(s − c) (rows) and Σ dropout(2^(s − c)) v (rows, E), over some tiles"""
-    E = head.v.shape[-1]
+def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
+    """Σ 2^(s − c) (rows), Σ dropout(2^(s − c)) v (rows, E), and what may be over half of a sum, over some tiles"""
+    E, heavy = head.v.shape[-1], list[Heavy]()
     row_sum, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
     for tile in some:
         i = _within(rows, tile)
         e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
         row_sum[i] += e @ np.ones(len(e.T), e.dtype)
+        if not 2 * e.max() <= row_sum[i].min():  # which one pass mostly tells; NaN too: other rows may have one
+            heavy.append(heaviest(e, row_sum[i], i.start, tile.cols[0]))
         product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
-    return row_sum, acc
+    return row_sum, acc, heavy
 
 
 def sums(head: Head, row_max: Array) -> Array:
@@ -279,11 +285,20 @@ class Rows(NamedTuple):
 
 
 def tile_backward(
-    head: Head, tile: Tile, x: Rows, v1: Array, dweights: Array, dq: Array, dk: Array, dv: Array
+    head: Head,
+    tile: Tile,
+    x: Rows,
+    v1: Array,
+    dweights: Array,
+    dominant: Dominant | None,
+    dq: Array,
+    dk: Array,
+    dv: Array,
 ) -> Array:
     """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
 
-    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None.
+    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None. At dominant keys
+    dz is left out.
     """
     (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
     slope = None if head.softcap is None else scratch("slope", tile.shape, dtype)
@@ -296,6 +311,8 @@ def tile_backward(
     if dweights is not None:
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
+    if dominant is not None:
+        dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
     dq += np.multiply(t, head.scale, out=t)

@@ -194,6 +194,7 @@ def _check_inputs(q: Array, k: Array, v: Array, bias: Array, sink_token: Array) 
         _check_scores(axes, "bias", bias)
     if sink_token is not None:
         _check.one_dtype([("sink_token", sink_token)])
+        _check.one_library("sink_token", sink_token, "q", q)
         if sink_token.dtype != q.dtype and not (dtype_name(q) in HALF and dtype_name(sink_token) == "float32"):
             raise TypeError(
                 f"sink_token must have dtype {q.dtype} as q has, or be float32 with 16-bit q, got {sink_token.dtype}"

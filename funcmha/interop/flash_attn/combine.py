@@ -57,6 +57,7 @@ def flash_attn_combine_vjp(cache: FlashAttnCombineCache, dy: tuple[Array, Array]
 def _check_parts(out_partial: Array, lse_partial: Array) -> None:
     _check.one_dtype([("out_partial", out_partial)])
     _check.one_dtype([("lse_partial", lse_partial)])
+    _check.one_library("lse_partial", lse_partial, "out_partial", out_partial)
     axes, tokens = _check.Axes(), "N" if out_partial.ndim == 4 else "B T"
     axes("out_partial", out_partial, f"Z {tokens} H E")
     axes("lse_partial", lse_partial, f"Z {tokens} H")

@@ -231,6 +231,7 @@ def check_per_head(axes: _check.Axes, q: Array, alibi_slopes: Any, learnable_sin
         if x is None:
             continue
         _check.one_dtype([(name, x)])
+        _check.one_library(name, x, "q", q)
         axes(name, x, symbols)
         wanted = upcast(outline(q)).dtype
         if upcast(x).dtype != wanted:

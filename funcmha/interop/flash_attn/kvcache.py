@@ -213,6 +213,7 @@ def _tables(
     if not _is_rotated(k, cos, sin, first):
         return None
     _check.one_dtype([("rotary_cos", cos), ("rotary_sin", sin)])
+    axes.static("rotary_cos", cos)
     axes("rotary_cos", cos, "W F")
     axes("rotary_sin", sin, "W F")
     if 2 * axes["F"] > axes["D"]:

@@ -169,6 +169,8 @@ def _check_attn_mask(attn_mask: Any, is_causal: bool, query: Array, scores: tupl
         raise ValueError("attn_mask must be None with is_causal=True, which is a mask itself, got both: leave out one")
     if not is_array(attn_mask):
         raise TypeError(f"attn_mask must be an array, got {type(attn_mask).__name__}")
+    _check.native_order("attn_mask", attn_mask)
+    _check.one_library("attn_mask", attn_mask, "query", query, static=dtype_name(attn_mask) == "bool")
     if dtype_name(attn_mask) not in ("bool", "float32", dtype_name(query)):
         wanted = f"of dtype {query.dtype} as query has{'' if dtype_name(query) == 'float32' else ', or float32'}"
         raise TypeError(
