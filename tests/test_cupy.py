@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import test_protocol
+from conftest import BLOCKS
 from hypothesis import example, given
 from test_derivatives_forward import other
 from test_ops import MODERATE, close
@@ -32,6 +33,9 @@ from funcmha.testing.strategies import (
 
 cp = fake_cupy.MODULE
 portable_engines = pytest.mark.parametrize("engine", [e.name for e in ENGINES.values() if not e.numpy_only])
+with_blocks = pytest.mark.parametrize(
+    "engine", ["sequential", "batched", BLOCKS], ids=["sequential", "batched", "blocks"]
+)
 A = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
 
 
@@ -178,6 +182,15 @@ GROUPS = (of_attention, of_mha, of_a_head, of_norms, of_linear, of_packed_sequen
           of_parameters)  # fmt: skip
 
 
+@pytest.mark.parametrize("calls", [of_attention, of_mha], ids=lambda calls: calls.__name__)
+def test_no_derivative_by_blocks_waits(calls):
+    """Masks and numbers per head are made again, block by block, and sent where they are not made on the device."""
+    for call in calls(BLOCKS):
+        with fake_cupy.traffic() as seen:
+            call()
+        assert seen.waits == []
+
+
 @portable_engines
 @pytest.mark.parametrize("calls", GROUPS, ids=lambda calls: calls.__name__)
 def test_no_derivative_waits_or_sends(calls, engine):
@@ -223,7 +236,7 @@ def same_as_numpy(f, f_vjp, problem, engine):
     jax.tree.map(lambda got, want: close(got.get(), want), *found)
 
 
-@portable_engines
+@with_blocks
 @given(attention_problems(**(MODERN | MODERATE)))
 @example(AttentionProblem(S=0, sink=True))
 @example(AttentionProblem(T=0))
@@ -232,7 +245,7 @@ def test_no_attention_waits_whatever_its_sizes(engine, problem):
     same_as_numpy(attention, funcmha.attention_vjp, problem, engine)
 
 
-@portable_engines
+@with_blocks
 @given(mha_problems(**(MODERN | MODERN_MHA | MODERATE)))
 def test_no_heads_wait_whatever_their_sizes(engine, problem):
     same_as_numpy(mha, funcmha.mha_vjp, problem, engine)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import mpmath as mp
 import numpy as np
 import pytest
+from conftest import BLOCKS
 
 from funcmha import attention, attention_vjp, attention_weights, masks, ops
 from funcmha._arguments import values_of
@@ -20,7 +21,7 @@ from funcmha.testing.strategies import AttentionProblem
 from funcmha.testing.tolerance import assert_within, attention_bounds, worst_ratio
 
 SMALL = TILED._replace(plan=Plan(tile_rows=16, tile_cols=16, few_queries=0, thread_flops=0))
-EVERY = [*ENGINES, SMALL]
+EVERY = [*ENGINES, BLOCKS, SMALL]
 NAMES = ("dq", "dk", "dv", "dbias", "dsink")
 OPTIONS = {
     "plain": {},
@@ -64,7 +65,7 @@ def within(problem, dtype, engine, cotangents):
     }
 
 
-@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "small tiles"])
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "blocks", "small tiles"])
 @pytest.mark.parametrize("gain", [5.0, 10.0, 30.0])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cotangents", [(), ("dlse", "dweights")], ids=["o", "o, lse and weights"])
@@ -80,7 +81,7 @@ FOUND = [  # by random search: other weights of 1e-35, which a sum of exponentia
 ]
 
 
-@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "small tiles"])
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "blocks", "small tiles"])
 @pytest.mark.parametrize("found", FOUND, ids=range(len(FOUND)))
 def test_what_was_found_is_within(engine, found):
     _, ratios = within(found, "float32", engine, ("dweights",))
@@ -112,7 +113,7 @@ def test_a_specification_that_is_not_centred_is_outside(monkeypatch):
     assert_within(got[0], want[0], for_kernels.dq)
 
 
-@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "small tiles"])
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "blocks", "small tiles"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_single_key_leaves_nothing(engine, dtype):
     """Values far from 0: the difference of two numbers of 1000 each is not 0."""
@@ -126,7 +127,7 @@ def test_a_single_key_leaves_nothing(engine, dtype):
     assert not o_dot.any()
 
 
-@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "small tiles"])
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "blocks", "small tiles"])
 def test_a_nan_of_the_cotangent_stays(engine):
     """Of a single key, whose gradient is 0 whatever else the cotangent is."""
     q, do, (k, v) = np.ones((5, 3)), np.ones((5, 3)), np.ones((2, 1, 3))
@@ -250,7 +251,9 @@ def drawn(softcap, rate, seed):
     return arrays, dots, keep, want, np.abs(arrays[0] @ arrays[1].T).max() * D**-0.5
 
 
-@pytest.mark.parametrize("engine", [SEQUENTIAL, BATCHED, SMALL], ids=["sequential", "batched", "tiled"])
+@pytest.mark.parametrize(
+    "engine", [SEQUENTIAL, BATCHED, BLOCKS, SMALL], ids=["sequential", "batched", "blocks", "tiled"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("softcap", "rate"), [(1e3, 0.0), (200.0, 0.25)])
 @pytest.mark.parametrize("seed", [0, 2, 5])
