@@ -5,5 +5,6 @@ peers/        the competitors, one file per library; each declares what it canno
 worker.py     one peer in one process      processes.py  the other end of its pipe
 timing.py     how fast?                    memory.py     how large?
 accuracy.py   how far from float64?        scaling.py    how do time and memory grow with the length?
+blocks.py     batched attention in one block and in many, by length: `python -m benchmarks.blocks`
 table.py      plain-text tables            machine.py    the machine and the versions
 """
