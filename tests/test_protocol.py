@@ -312,7 +312,7 @@ def test_all_is_computed_in_one_dtype(pair, dtype, computed, monkeypatch):
     leaves = [leaf for path, leaf in paths if getattr(path[-1], "name", None) not in exact]
     assert all(isinstance(leaf, (np.ndarray, Number)) for leaf in leaves)
     dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, np.ndarray)}
-    assert dtypes <= {np.dtype(computed), np.dtype(bool), np.dtype(np.int64)}
+    assert dtypes <= {np.dtype(computed), np.dtype(bool), np.dtype(np.int64), np.dtype(np.int32)}
 
 
 @all_pairs
