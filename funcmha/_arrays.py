@@ -125,7 +125,7 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     return _on_device(like, namespace(like).asarray, np.array(a))
 
 
-def beside(a: Array, like: Array) -> Array:
+def in_library_of(a: Array, like: Array) -> Array:
     """A static array, of NumPy or of the library of `like`, in that library"""
     return from_host(a, like) if isinstance(a, np.ndarray) else a
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import Array, arange, beside, from_host, has_words, namespace, of_heads
+from ._arrays import Array, arange, from_host, has_words, in_library_of, namespace, of_heads
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -64,7 +64,7 @@ class Masked(NamedTuple):
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
         """The booleans, which broadcast to `shape`: of NumPy in the library of `like`, others as they are."""
-        return beside(self.keep, like)
+        return in_library_of(self.keep, like)
 
     def heads(self, h: slice) -> "Masked":
         """Of the heads `h`, where it has a head axis."""

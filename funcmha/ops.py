@@ -27,10 +27,10 @@ from ._arguments import (
 )
 from ._arrays import (
     Array,
-    beside,
     downcast,
     from_host,
     full,
+    in_library_of,
     namespace,
     own,
     quiet_underflow,
@@ -108,7 +108,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     if where is not None:
         axes.static("where", where)
 
-    p, *_ = softmax_with_sink(upcast(x), beside(where, x))
+    p, *_ = softmax_with_sink(upcast(x), in_library_of(where, x))
     return own(downcast(p, x.dtype), p), SoftmaxCache(p)
 
 

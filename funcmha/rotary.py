@@ -20,10 +20,10 @@ from . import _check
 from ._arrays import (
     HALF,
     Array,
-    beside,
     downcast,
     dtype_name,
     from_host,
+    in_library_of,
     is_array,
     namespace,
     native,
@@ -177,7 +177,7 @@ def rotate(x: Array, /, *, rotary: Rotary) -> tuple[Array, RotateCache]:
     """
     _check_rotate(x, rotary)
     dtype, x = x.dtype, upcast(x)
-    rotary = rotary._replace(cos=_beside(rotary.cos, x), sin=_beside(rotary.sin, x))
+    rotary = rotary._replace(cos=_in_library_of(rotary.cos, x), sin=_in_library_of(rotary.sin, x))
     return downcast(_rotated(x, rotary), dtype), RotateCache(rotary, outline(x))
 
 
@@ -200,9 +200,9 @@ def _rotated(x: Array, rotary: Rotary) -> Array:
     return xp.concat([*parts, x[..., 2 * n :]], axis=-1)
 
 
-def _beside(table: Array, x: Array) -> Array:
+def _in_library_of(table: Array, x: Array) -> Array:
     """The table in the library, on the device and in the dtype of x."""
-    return namespace(x).astype(beside(table, x), x.dtype, copy=False)
+    return namespace(x).astype(in_library_of(table, x), x.dtype, copy=False)
 
 
 # ── argument checks ──────────────────────────────────────────────────────────────────────────────────────────────

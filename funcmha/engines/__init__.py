@@ -20,7 +20,7 @@ from funcmha._arrays import Array, is_array, namespace
 from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
-from .grouped import Method
+from .grouped import Kernel
 from .plan import SHORT, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp
 
@@ -64,7 +64,7 @@ class Engine(NamedTuple):
         f: Callable[..., Any] = getattr(self, op)[0]
         if self.plan is None:
             return f
-        return partial(f, plan=self.plan) if op == "attention" else partial(f, method=Method(self.attend, self.plan))
+        return partial(f, plan=self.plan) if op == "attention" else partial(f, kernel=Kernel(self.attend, self.plan))
 
 
 SEQUENTIAL = Engine(

@@ -39,7 +39,7 @@ class Rest(NamedTuple):
         """S"""
         return int(self.p.shape[-1])
 
-    def beside(self, q: Array, k: Array, v: Array) -> "AttentionCache":
+    def with_qkv(self, q: Array, k: Array, v: Array) -> "AttentionCache":
         """The cache with these q, k and v"""
         return AttentionCache(q, k, v, self)
 
@@ -79,7 +79,7 @@ def attend(
         return blocks.attend(q, k, v, bias, sink, x, plan)
     o, cache = ops.attend(q, k, v, bias, sink, x)
     rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
-    return o, rest.beside(cache.q, cache.k, cache.v)
+    return o, rest.with_qkv(cache.q, cache.k, cache.v)
 
 
 def attention(

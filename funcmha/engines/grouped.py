@@ -126,7 +126,7 @@ class GroupCache(NamedTuple):
         return Plan() if plan is None else plan
 
 
-class Method(NamedTuple):
+class Kernel(NamedTuple):
     """What an engine attends with."""
 
     attend: Callable[..., Any]  # of arguments that are checked and upcast; its o may be the cache's own
@@ -134,10 +134,10 @@ class Method(NamedTuple):
 
 
 def _attend(
-    params: Params, query: Array, key: Array, value: Array, bias: Bias, x: Options, method: Method
+    params: Params, query: Array, key: Array, value: Array, bias: Bias, x: Options, kernel: Kernel
 ) -> tuple[Array, GroupCache]:
     """o (..., T, H, E) of a group of heads"""
-    plan = method.plan
+    plan = kernel.plan
     (q, q_project), (k, k_project), (v, v_project) = (
         project(params[name], one, plan=plan) for name, one in zip(PROJECTIONS, (query, key, value), strict=True)
     )
@@ -147,7 +147,7 @@ def _attend(
     k = append_rows(k, leaf(params, "bias_kv.k"), x.zero_attn)
     v = append_rows(v, leaf(params, "bias_kv.v"), x.zero_attn)
     S, appended = key.shape[-2], k.shape[-3] - key.shape[-2]
-    o, cache = method.attend(
+    o, cache = kernel.attend(
         heads_first(q),
         heads_first(k),
         heads_first(v),
@@ -175,7 +175,7 @@ def _attend_vjp(
     Where `add_to` is one array, query, key and value are one input, and their gradients are added up.
     """
     q, k, v = (kept(x, group.plan) for x in (group.q, group.k, group.v))
-    S, params, cache = group.k.project.x.shape[-2], group.params, group.rest.beside(q.y, k.y, v.y)
+    S, params, cache = group.k.project.x.shape[-2], group.params, group.rest.with_qkv(q.y, k.y, v.y)
     dq, dk, dv, dbias, dsink = attention_vjp(
         cache, heads_first(do), dweights=dweights, dlse=dlse, batch_axes=batch_axes
     )
@@ -245,7 +245,7 @@ class HeadCache(NamedTuple):
 
 @with_single_threaded_blas
 def head(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
+    params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, kernel: Kernel, **options: Any
 ) -> tuple[Array, HeadCache]:
     """o = attention(query wqᵀ + bq, key wkᵀ + bk, value wvᵀ + bv)     as `funcmha.mha.head`"""
     _, bias, x = check_head(params, query, key, value, bias, options)
@@ -255,7 +255,7 @@ def head(
         None if bias is None else bias.map(upcast),
     )
     inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
-    o, group = _attend(params, *inputs, bias, x, method)
+    o, group = _attend(params, *inputs, bias, x, kernel)
     o = o[..., 0, :]
     return own(downcast(o, dtype), o), HeadCache(group)
 
@@ -288,18 +288,18 @@ class MhaCache(NamedTuple):
 
 @with_single_threaded_blas
 def mha(
-    params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, method: Method, **options: Any
+    params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, kernel: Kernel, **options: Any
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
     inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
-    y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], method.plan
+    y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], kernel.plan
     batch, T, S, C = axes["..."], axes["T"], axes["S"], max(axes["Cq"], axes["Ck"], axes["Cv"])
     for kv in plan.forward_ranges(batch, T, S, axes["H"], axes["K"], axes["D"], axes["E"], C):
         h, of_group = slice(kv.start * readers, kv.stop * readers), group_params(params, kv)
         out_proj = of_group.pop("out_proj")
-        o, group = _attend(of_group, *inputs, None if bias is None else bias.heads(h), x.heads(h), method)
+        o, group = _attend(of_group, *inputs, None if bias is None else bias.heads(h), x.heads(h), kernel)
         y, out = combine(out_proj, o, add_to=y, plan=plan)
         for piece, of_piece in _pieces(group, out, plan):
             groups.append(piece)
@@ -356,11 +356,11 @@ class SelfAttentionCache(NamedTuple):
 
 
 def self_attention(
-    params: Params, x: Array, bias: Any, /, *, method: Method, **options: Any
+    params: Params, x: Array, bias: Any, /, *, kernel: Kernel, **options: Any
 ) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)     as `funcmha.mha.self_attention`"""
     check_one_input(params, x, bias)
-    y, cache = mha(params, x, x, x, bias, method=method, **options)
+    y, cache = mha(params, x, x, x, bias, kernel=kernel, **options)
     return y, SelfAttentionCache(cache)
 
 
@@ -392,7 +392,7 @@ def heads(cache: MhaCache | HeadCache | SelfAttentionCache) -> Iterator[OneHeadC
                 _position_of_one(q_h),
                 _position_of_one(k_h),
                 None if group.bias is None else group.bias.heads(one),
-                group.rest.heads(one).beside(q_h.y, k_h.y, v_h.y),
+                group.rest.heads(one).with_qkv(q_h.y, k_h.y, v_h.y),
             )
 
 

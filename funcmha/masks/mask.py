@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, beside, described, dtype_name, from_host, is_array, namespace, of_sample
+from funcmha._arrays import Array, described, dtype_name, from_host, in_library_of, is_array, namespace, of_sample
 
 from .search import any_along, found_keys, found_queries
 
@@ -148,7 +148,7 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
         if not isinstance(tile, np.ndarray) and (like is None or namespace(like) is not namespace(tile)):
             wanted = "a NumPy array" if like is None else f"{described(like)} as q is, or a NumPy array"
             raise TypeError(f"mask must be {wanted}, got {described(tile)}")
-        return beside(tile, like)
+        return in_library_of(tile, like)
 
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if self.on_host else "mixed"

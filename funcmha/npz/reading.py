@@ -85,7 +85,7 @@ def load(
                 flat[key] = _array(source, *leaf) if whole is None else _mapped(whole, *leaf)
                 if check_finite:
                     _check_finite(key, flat[key])
-            flat[key] = _beside(flat[key], wanted.get(key))
+            flat[key] = _in_library_of(flat[key], wanted.get(key))
     return tree.unflatten(flat)
 
 
@@ -173,6 +173,6 @@ def _alike(name: str, leaves: Mapping[str, _Leaf], want: Mapping[str, Any]) -> d
     return {key: leaves[key] for key in want}
 
 
-def _beside(a: np.ndarray, like: Any) -> Any:
+def _in_library_of(a: np.ndarray, like: Any) -> Any:
     """The leaf in the library and on the device of `like`"""
     return from_host(a, like) if holds_numbers(like) else a

@@ -55,7 +55,7 @@ def check_gradient(pair: Pair, inputs: tuple[Any, ...], rng: Any) -> Agreement:
             return Agreement(found.by, abs(found.slope - found.claim.slope), found.allowed)
         require(found.right is None or found.by == DIFFERENCES, _is_not_the_gradient(found))
         against += [found] if found.right is False else []
-        inputs = tuple(map_leaves(lambda x: _beside(x, rng), x) for x in inputs)
+        inputs = tuple(map_leaves(lambda x: _nearby(x, rng), x) for x in inputs)
     require(len(against) < 2, _is_not_the_gradient(against[0] if against else found))
     raise ValueError("f_vjp cannot be checked: in float64 f has no derivative at these inputs, nor beside them")
 
@@ -166,7 +166,7 @@ def _moved(x: Any, d: Any, t: float | complex) -> Any:
     return cast(x + t * d, np.result_type(type(t), np.float64), x) if is_numpy(x) else x + t * float(d)
 
 
-def _beside(x: Any, rng: Any) -> Any:
+def _nearby(x: Any, rng: Any) -> Any:
     """x moved by a sixteenth of what is usual in it"""
     return _moved(x, normal(x, rng), _usual(x) / 16 if is_floating(x) else 0.0)
 

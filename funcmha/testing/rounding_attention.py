@@ -206,11 +206,13 @@ def softmax_with_sink(fl: Arithmetic, z: Rounded, sink: Maybe, allowed: Array) -
         return p, recomputed, None, lse
     S, shape = z.value.shape[-1], (*z.value.shape[:-1], 1)
 
-    def beside(a: Array, last: Array) -> Array:
+    def with_column(a: Array, last: Array) -> Array:
         return np.concatenate([a, np.broadcast_to(last, shape)], axis=-1)
 
-    z = each(lambda a: beside(a, np.zeros(())), z)._replace(value=beside(z.value, sink.value[..., None, None]))
-    p, recomputed, lse = softmax(fl, z, beside(allowed, np.ones((), bool)))
+    z = each(lambda a: with_column(a, np.zeros(())), z)._replace(
+        value=with_column(z.value, sink.value[..., None, None])
+    )
+    p, recomputed, lse = softmax(fl, z, with_column(allowed, np.ones((), bool)))
     p_sink = Rounded(recomputed.value[..., S:], recomputed.error[..., S:])
     return each(lambda a: a[..., :S], p), each(lambda a: a[..., :S], recomputed), p_sink, lse
 

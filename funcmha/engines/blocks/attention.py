@@ -41,13 +41,13 @@ def attend(
     """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
     q, k, v = zeroed(q, k, v, x.mask)
     rest = begun(q, k, bias, sink, x, plan)
-    whole, rows = Whole.of(rest.beside(q, k, v)), tuple(q.shape[:-1])
+    whole, rows = Whole.of(rest.with_qkv(q, k, v)), tuple(q.shape[:-1])
     o, row_sum, row_max = sums = Sum((*rows, v.shape[-1]), q), Sum((*rows, 1), q), Sum((*rows, 1), q)
     for some in whole.all_rows():
         for total, part in zip(sums, _forward(whole, some), strict=True):
             total.add(place(some, part), part)
     rest = rest._replace(o=o.total(), row_sum=row_sum.total()[..., 0], row_max=row_max.total()[..., 0])
-    return rest.o, rest.beside(q, k, v)
+    return rest.o, rest.with_qkv(q, k, v)
 
 
 def _forward(whole: Whole, rows: Range) -> tuple[Array, Array, Array]:

@@ -63,7 +63,7 @@ class Rest(NamedTuple):
         """That of the engine"""
         return self.known.plan
 
-    def beside(self, q: Array, k: Array, v: Array) -> "AttentionCache":
+    def with_qkv(self, q: Array, k: Array, v: Array) -> "AttentionCache":
         """The cache with these q, k and v"""
         return AttentionCache(q, k, v, self)
 

@@ -42,10 +42,10 @@ def attend(
         bias, sink, o, row_sum, row_max, dominant, True, x.mask, x.dropout, x.scale, x.softcap, k.shape[-2], plan
     )
     with threads.single_threaded_blas():
-        shifted = forward(Views.of(rest.beside(q, k, v)))
+        shifted = forward(Views.of(rest.with_qkv(q, k, v)))
     if not shifted:
         rest = rest._replace(row_max=np.broadcast_to(row_max.dtype.type(0), row_max.shape), shifted=False)  # no memory
-    return o, rest.beside(q, k, v)
+    return o, rest.with_qkv(q, k, v)
 
 
 def attention(

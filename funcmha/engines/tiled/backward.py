@@ -140,7 +140,7 @@ class Backward(NamedTuple):
         if p.dominant is None:
             return
         at, head, i = (*b, h), self.x.head(b, h), p.dominant.found()
-        j, (rest,), (slope,) = p.dominant.key[i], p.dominant.rest, p.dominant.beside
+        j, (rest,), (slope,) = p.dominant.key[i], p.dominant.rest, p.dominant.others
         dz = p.sum[i] - rest[i]
         du = (dz * slope[i] * head.scale)[:, None]
         self.dq[at][i] += du * p.k[j]

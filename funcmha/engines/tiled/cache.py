@@ -39,7 +39,7 @@ class Rest(NamedTuple):
         """S"""
         return self.keys
 
-    def beside(self, q: Array, k: Array, v: Array) -> "AttentionCache":
+    def with_qkv(self, q: Array, k: Array, v: Array) -> "AttentionCache":
         """The cache with these q, k and v"""
         return AttentionCache(q, k, v, self)
 

@@ -47,7 +47,7 @@ def dominant_keys(heavy: list[Heavy], row_sum: Array) -> Array:
 class Dominant(NamedTuple):
     key: Array  # (T), −1 where no key has more than half of the weight
     rest: tuple[Array, ...]  # (T), what is left out, summed over the other keys
-    beside: tuple[Array, ...]  # (T), other numbers of the key
+    others: tuple[Array, ...]  # (T), other numbers of the key
 
     @staticmethod
     def of(key: Array, dtype: Any, sums: int, others: int) -> Optional["Dominant"]:
@@ -57,15 +57,15 @@ class Dominant(NamedTuple):
         zeros = [np.zeros(key.shape, dtype) for _ in range(sums + others)]
         return Dominant(key, tuple(zeros[:sums]), tuple(zeros[sums:]))
 
-    def leave_out(self, rows: Range, cols: Range, arrays: tuple[Array, ...], beside: tuple[Array | float, ...]) -> None:
-        """Make the arrays (R, N) 0 at the keys, and add up the rest; keep what is beside there"""
+    def leave_out(self, rows: Range, cols: Range, arrays: tuple[Array, ...], others: tuple[Array | float, ...]) -> None:
+        """Make the arrays (R, N) 0 at the keys, and add up the rest; keep the other numbers there"""
         i = slice(*rows)
         if not self.key[i].max() >= 0:
             return
         at = inside(self.key[i], cols)
         for a in arrays:
             a[at] -= a[at]  # NaN stays
-        for number, other in zip(self.beside, beside, strict=True):
+        for number, other in zip(self.others, others, strict=True):
             number[i][at[0]] = np.broadcast_to(other, arrays[0].shape)[at]
         ones = np.ones(cols[1] - cols[0], arrays[0].dtype)
         for number, a in zip(self.rest, arrays, strict=True):

@@ -57,7 +57,7 @@ def tangent_views(cache: AttentionCache, dot: Tangents) -> Views:
     zero = cache.q.dtype.type(0)
     q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
     q, k, v = zeroed(q, k, v, cache.rest.mask)
-    return Views.of(cache.rest._replace(bias=dot.bias, sink=dot.sink).beside(q, k, v))
+    return Views.of(cache.rest._replace(bias=dot.bias, sink=dot.sink).with_qkv(q, k, v))
 
 
 class _Forward(NamedTuple):

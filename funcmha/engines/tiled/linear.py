@@ -51,7 +51,7 @@ def linear_vjp(
     dx = np.empty(rows.shape, x.dtype) if add_to is None else _rows(add_to)
 
     def of_x(at: tuple[slice, slice]) -> None:
-        product(_beside(parts, at[0]), w[:, at[1]], out=dx[at], add=add_to is not None, terms=plan.terms)
+        product(_side_by_side(parts, at[0]), w[:, at[1]], out=dx[at], add=add_to is not None, terms=plan.terms)
 
     batch = x.shape[:batch_axes]
     of_all = _of_all if batch_axes == 0 else _of_samples
@@ -70,11 +70,11 @@ def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -
     def of_w(at: tuple[slice, slice]) -> None:
         for k in range(0, max(len(rows), 1), plan.terms):
             some = slice(k, k + plan.terms)
-            product(_beside(parts, some, at[0]).T, rows[some, at[1]], out=dw[at], add=k > 0, terms=plan.terms)
+            product(_side_by_side(parts, some, at[0]).T, rows[some, at[1]], out=dw[at], add=k > 0, terms=plan.terms)
 
     def of_b(_: None) -> None:
         n = max(isqrt(len(rows)), 1)
-        sums = [_sum(_beside(parts, slice(k, k + n))) for k in range(0, len(rows), n)]
+        sums = [_sum(_side_by_side(parts, slice(k, k + n))) for k in range(0, len(rows), n)]
         db[:] = _sum(np.stack(sums)) if sums else 0.0
 
     tasks: list[Any] = [(of_w, at) for at in _blocks(dw, plan.weight_block, plan.weight_block)]
@@ -88,7 +88,7 @@ def _of_samples(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Pla
     x, dw, db = rows.reshape(B, n, I), dw.reshape(B, O, I), None if db is None else db.reshape(B, O)
 
     def of_some(some: slice) -> None:
-        g = _beside(parts, slice(some.start * n, some.stop * n)).reshape(some.stop - some.start, n, O)
+        g = _side_by_side(parts, slice(some.start * n, some.stop * n)).reshape(some.stop - some.start, n, O)
         for k in range(0, max(n, 1), plan.terms):
             part = g[:, k : k + plan.terms]
             product_of_part = np.matmul(part.swapaxes(1, 2), x[some, k : k + plan.terms])
@@ -112,7 +112,7 @@ def _blocks(y: Array, rows: int, cols: int) -> list[tuple[slice, slice]]:
     return [(slice(i, i + rows), slice(j, j + cols)) for i in range(0, len(y), rows) for j in range(0, len(y.T), cols)]
 
 
-def _beside(parts: list[Array], rows: slice, cols: slice = slice(None)) -> Array:
+def _side_by_side(parts: list[Array], rows: slice, cols: slice = slice(None)) -> Array:
     """These rows and columns of arrays (N, ·) that stand side by side"""
     if len(parts) == 1:
         return parts[0][rows, cols]

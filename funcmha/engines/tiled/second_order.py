@@ -44,7 +44,7 @@ def attention_vjp_jvp(cache: AttentionCache, cotangents: Cotangents, dots: tuple
         y = y._replace(do=zero_masked_queries(y.do, attending), do_dot=zero_masked_queries(y.do_dot, attending))
     dot, _ = check_tangents(q, k, v, rest.bias, rest.sink, dots)
     x, bias = recomputed(Views.of(cache)), rest.bias
-    cache = rest._replace(row_sum=x.row_sum.reshape(rest.row_sum.shape)).beside(q, k, v)
+    cache = rest._replace(row_sum=x.row_sum.reshape(rest.row_sum.shape)).with_qkv(q, k, v)
     dq_dot, dk_dot, dv_dot = (np.zeros_like(a) for a in (q, k, v))
     of_bias = RelativeBiasGradient if isinstance(bias, RelativeBias) else BiasGradient
     dbias = None if bias is None else of_bias(bias.values, (*q.shape[:-1], k.shape[-2]))
@@ -130,7 +130,7 @@ class _Second(NamedTuple):
             return
         i, head, head_dot = dominant.found(), self.x.head(b, h), self.x_dot.head(b, h)
         j, at, of_key = dominant.key[i], (*b, h), self.key_head(b, h)
-        slope, bend, p, a = (x[i] for x in dominant.beside)
+        slope, bend, p, a = (x[i] for x in dominant.others)
         totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.rest[0])
         parts = zip(totals, self.of_sink(b, h), dominant.rest[:3], strict=True)
         dz, dz_dot, p_dot = ((total - of_sink - rest)[i] for total, of_sink, rest in parts)
