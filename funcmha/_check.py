@@ -132,7 +132,7 @@ def integer(name: str, x: Any, low: int | None = None, below: int | None = 2**63
 
 def integers(name: str, x: Any, low: int | None = None, most: int = 2**63 - 1) -> NDArray[np.int64]:
     """`x` as int64; TypeError unless it is a NumPy array of integers, ValueError unless all are low … most."""
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
+    if not (isinstance(x, np.ndarray) and is_array(x)) or x.dtype.kind not in "iu":
         other = is_array(x) and not isinstance(x, np.ndarray)
         got = f"{described(x)}: write np.asarray({name})" if other else getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{name} must be a NumPy array of integers, got {got}")

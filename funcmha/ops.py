@@ -146,8 +146,9 @@ def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array
     """dx = p (dp − δ + dlse)     dsink = p_sink (dlse − δ)     δ = Σ p dp
 
     dp is first centred at the largest weight, m = dp there: with h = dp − m and Σ p = 1 − p_sink, δ = Σ p h + m (1 −
-    p_sink). That saves the digits of a saturated row, where dp − Σ p dp would cancel. Where p is 0 the gradient is 0,
-    whatever dp is there.
+    p_sink). That saves the digits of a saturated row, where dp − Σ p dp would cancel. The sink has Σ p dp as it stands,
+    for where the sink has nearly all of the weight 1 − p_sink cancels. Where p is 0 the gradient is 0, whatever dp is
+    there.
     """
     xp = namespace(p)
     if p.shape[-1] == 0:
@@ -158,7 +159,11 @@ def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array
     r = -xp.sum(p * h, axis=-1, keepdims=True)  # dlse − δ + m
     r = r if p_sink is None else r + m * p_sink[..., None]
     r = r if dlse is None else r + dlse[..., None]
-    return xp.where(p == 0, 0.0, p * (h + r)), None if p_sink is None else p_sink * (r - m)[..., 0]
+    dx = xp.where(p == 0, 0.0, p * (h + r))
+    if p_sink is None:
+        return dx, None
+    delta = xp.sum(p * xp.where(p == 0, 0.0, dp), axis=-1)
+    return dx, p_sink * ((0.0 if dlse is None else dlse) - delta)
 
 
 # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -283,6 +283,23 @@ def test_an_offset_beyond_64_bits_is_an_offset():
     assert picture(causal(10**30) & window(10**31, None, -(10**30)), 2, 5) == ["xxxxx", "xxxxx"]
 
 
+def test_offsets_at_the_ends_of_64_bits_are_offsets():
+    """As sentinels for all and nothing; their booleans, blocks and queries agree."""
+    mask = causal(np.array([2**63 - 1, -(2**63)]))
+    assert mask.dense(3, 3)[0].all()
+    assert not mask.dense(3, 3)[1].any()
+    assert [mask.at((b,)).block((0, 3), (0, 3)) for b in range(2)] == ["full", "empty"]
+    assert mask.attending_queries(3, 3)[:, 0, :, 0].tolist() == [[True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("build", [padding, lengths, causal, lambda a: segments(a, a)])
+def test_a_masked_array_is_refused(build):
+    """Its own mask would be read over."""
+    kind = bool if build is padding else int
+    with pytest.raises(TypeError, match=r"must be a NumPy array .* got numpy\.ma\S*MaskedArray"):
+        build(np.ma.array([1, 0, 1], mask=[0, 1, 0], dtype=kind))
+
+
 def test_numpy_integers_of_few_bits_do_not_overflow():
     assert picture(window(np.int8(2), np.int8(1), 1000), 1, 1003) == ["." * 998 + "xxxx" + "."]
 
@@ -852,6 +869,7 @@ def test_operators_refuse_what_is_no_mask(operand, got):
             "k_ids must be (..., S) with ...=(2,) as in q_ids, got (3, 11)",
         ),
         (lambda: bool(causal()), TypeError, "a mask is neither true nor false: join masks with &, | and ~, and test "),
+        (lambda: causal() + first(1), TypeError, "masks are joined with & (what both allow) or | (what either does)"),
         (lambda: first(np.array([3])), TypeError, "n must be an int, got array([3]) of type ndarray"),
         (lambda: chunks(0), ValueError, "n must be at least 1, got 0"),
         (lambda: chunks(2, 1.0), TypeError, "offset must be an int, got 1.0 of type float"),

@@ -238,17 +238,24 @@ def oracles(loss, arrays, dots):
 
 
 @functools.cache
-def drawn(softcap, rate, seed):
-    """Inputs and cotangents, their tangents, keep, every derivative, and the largest score"""
+def drawn(softcap, rate, seed, sink=None):
+    """Inputs and cotangents, their tangents, keep, every derivative, and the largest score
+
+    A key has nearly all of the weight of each row, or a sink of this size, where what there is of dlse would hide the
+    rest.
+    """
     rng = np.random.default_rng(seed)
     arrays, dots = ([rng.standard_normal(s).astype("float32") for s in Loss.shapes] for _ in range(2))
-    arrays[0] *= 30
+    arrays[0] *= 30 if sink is None else 1
     arrays[2] += 10
-    arrays[6] *= np.float32(1e-3)
+    arrays[6] *= np.float32(1e-3 if sink is None else 0)
+    dots[6] *= np.float32(1 if sink is None else 0)
+    arrays[4] = arrays[4] if sink is None else np.array(sink, "float32")
     keep = rng.random((T, S)) < 0.8 if rate else np.ones((T, S), bool)
     with mp.workdps(300):
         want = [a for some in oracles(Loss(softcap, keep, rate), arrays, dots) for a in some]
-    return arrays, dots, keep, want, np.abs(arrays[0] @ arrays[1].T).max() * D**-0.5
+    score = np.abs(arrays[0] @ arrays[1].T).max() * D**-0.5
+    return arrays, dots, keep, want, max(score, sink or 0.0)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +266,26 @@ def drawn(softcap, rate, seed):
 @pytest.mark.parametrize("seed", [0, 2, 5])
 def test_every_derivative_equals_300_digits(engine, dtype, softcap, rate, seed):
     """Relative to each row: an ulp of a score costs the weights a score's own size, and values are 10 from 0."""
-    arrays, dots, keep, want, score = drawn(softcap, rate, seed)
+    cache = compare(drawn(softcap, rate, seed), dtype, softcap, rate, engine)
+    assert attention_weights(cache).max() > 0.999
+
+
+@pytest.mark.parametrize("engine", EVERY, ids=["sequential", "batched", "tiled", "blocks", "small tiles"])
+@pytest.mark.parametrize(
+    ("dtype", "sink"), [("float32", 12.0), ("float32", 25.0), ("float64", 25.0), ("float64", 60.0)]
+)
+@pytest.mark.parametrize(("softcap", "rate"), [(1e3, 0.0), (200.0, 0.25)])
+def test_a_sink_with_nearly_all_of_the_weight(engine, dtype, sink, softcap, rate):
+    """1 − p_sink has no digits then, and what the sink gets is as small as the weights of the keys."""
+    cache = compare(drawn(softcap, rate, 1, sink), dtype, softcap, rate, engine)
+    assert attention_weights(cache).sum(-1).max() < 1e-3
+
+
+def compare(problem, dtype, softcap, rate, engine):
+    """Every derivative of the problem, relative to each row"""
+    arrays, dots, keep, want, score = problem
     (*x, do, dlse), (*x_dot, do_dot, dlse_dot) = (tuple(a.astype(dtype) for a in some) for some in (arrays, dots))
     _, cache = attention(*x, softcap=softcap, dropout=masked(keep, rate), engine=engine)
-    assert attention_weights(cache).max() > 0.999
     got = [
         *attention_vjp(cache, do, dlse=dlse),
         *attention_jvp(cache, *x_dot),
@@ -271,3 +294,4 @@ def test_every_derivative_equals_300_digits(engine, dtype, softcap, rate, seed):
     for g, w in zip(got, want, strict=True):
         error, size = (np.sqrt(np.sum(np.atleast_1d(a) ** 2, axis=-1)) for a in (g - w, w))
         assert np.all(error <= 32 * (1 + score) * np.finfo(dtype).eps / 2 * size)
+    return cache

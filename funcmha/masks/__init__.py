@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, full, namespace, read_only
+from funcmha._arrays import Array, full, is_array, namespace, read_only
 
 from .kinds import Band, Bands, Chunks, Lengths, Padding, Segments, Spans
 from .mask import Block, Complement, Dense, Intersection, Mask, Range, Union, as_mask, operands
@@ -74,7 +74,8 @@ def window(left: int | None, right: int | None, offset: int | np.ndarray = 0) ->
     left = None if left is None else _check.integer("left", left, 0, None, ", or None for no bound")
     right = None if right is None else _check.integer("right", right, 0, None, ", or None for no bound")
     if isinstance(offset, np.ndarray):
-        return Bands(left, right, _frozen("offset", offset, "(...)", "integers"))
+        frozen = _frozen("offset", offset, "(...)", "integers")
+        return Bands(left, right, read_only(np.clip(frozen, -(2**62), 2**62)))  # so far away that j − i − offset fits
     return Band(left, right, _check.integer("offset", offset, below=None, or_else=" or a NumPy array of integers"))
 
 
@@ -163,8 +164,9 @@ def append_keys(mask: Mask | None, T: int, S: int, extra: int, like: Array) -> M
 
 def _frozen(name: str, x: Any, symbols: str, kind: Literal["booleans", "integers"]) -> np.ndarray:
     """A read-only copy of `x`: what becomes of the caller's array does not change a mask."""
-    if not isinstance(x, np.ndarray):
-        got, instead = f"{type(x).__module__}.{type(x).__name__}", f"np.asarray({name})"
+    if not isinstance(x, np.ndarray) or not is_array(x):
+        got = f"{type(x).__module__}.{type(x).__name__}"
+        instead = f"{name}.filled(…)" if hasattr(x, "filled") else f"np.asarray({name})"
         raise TypeError(f"{name} must be a NumPy array {symbols} of {kind}, got {got}: write {instead}")
     # not uint64: np.isin compares it with int64 by rounding both to float64
     if x.dtype.kind not in ("b" if kind == "booleans" else "iu") or x.dtype == np.uint64:

@@ -118,6 +118,9 @@ class Mask(ABC):
     def __invert__(self) -> "Mask":
         return Complement(self)
 
+    def __add__(self, other: Any) -> NoReturn:  # type: ignore[override]  # of tuples, which would be joined
+        raise TypeError("masks are joined with & (what both allow) or | (what either does), not with +")
+
     def __bool__(self) -> NoReturn:
         raise TypeError("a mask is neither true nor false: join masks with &, | and ~, and test absence with `is None`")
 

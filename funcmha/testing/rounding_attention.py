@@ -103,8 +103,8 @@ def softmax_vjp(
     error += fl.rounding(np.abs(p.value * g))
     dz, drows = Rounded(p.value * g, error, (p.value * common,)), None
     if p_sink is not None:
-        along = dlse - delta.value
-        along = Rounded(along, common + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)), (common,))
+        along = dlse - delta.value  # not centred: Σ p dp is as small as the weights are together
+        along = Rounded(along, delta.error + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)), (delta.error,))
         drows = fl.multiply(along, p_sink)
     own = dp.error + 2 * fl.rounding(size)
     return (left_by_others(fl, p, own, common, g, dlse, dz, drows) if centred else dz), drows

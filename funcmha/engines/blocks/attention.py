@@ -197,8 +197,9 @@ def row_gradient(whole: Whole, x: Rows, y: Cotangents) -> tuple[Array, Array, Ar
     m, mean = _mean_cotangent(whole, x, y)
     r, dsink = y.dlse - mean, None
     if x.sink is not None:
+        keys = whole.rest.row_sum[..., slice(*x.rows), None]  # not the total less the sink, which may be nearly all
+        dsink = x.sink / x.total * (r if m is None else r - m * keys)
         r = r if m is None else r + m * x.sink
-        dsink = x.sink * (r / x.total if m is None else r / x.total - m)
     return m, xp.where(x.attending, r / x.total, 0.0), dsink
 
 
