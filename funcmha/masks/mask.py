@@ -118,7 +118,7 @@ class Mask(ABC):
     def __invert__(self) -> "Mask":
         return Complement(self)
 
-    def __add__(self, other: Any) -> NoReturn:  # type: ignore[override]  # of tuples, which would be joined
+    def __add__(self, other: Any) -> NoReturn:  # which would join the tuples that masks are
         raise TypeError("masks are joined with & (what both allow) or | (what either does), not with +")
 
     def __bool__(self) -> NoReturn:
