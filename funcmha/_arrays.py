@@ -248,6 +248,18 @@ def outline(x: Array) -> Array:
 Place = tuple[tuple[int, int], ...]  # start and stop along each of the last axes
 
 
+def rows_and_columns(a: Array, rows: tuple[int, int], cols: tuple[int, int]) -> Place:
+    """Where those are in a (..., T or 1, S or 1), of which one axis or both may be absent"""
+    n = min(a.ndim, 2)
+    sizes = a.shape[a.ndim - n :]
+    return tuple((0, 1) if size == 1 else some for some, size in zip((rows, cols)[2 - n :], sizes, strict=True))
+
+
+def cut(a: Array, place: Place) -> Array:
+    """What is there"""
+    return a[(..., *(slice(*some) for some in place))]
+
+
 class Sum:
     """Σ of arrays, each added at its place in an array of `shape` that is 0 elsewhere"""
 
@@ -259,7 +271,8 @@ class Sum:
     def add(self, place: Place, part: Array) -> None:
         """whole[..., place] += part, where the library can; else the part is kept"""
         if self.array is not None:
-            self.array[(..., *(slice(*some) for some in place))] += part
+            own = cut(self.array, place)  # a view
+            own += part
         else:
             self.parts[place] = self.parts[place] + part if place in self.parts else part
 

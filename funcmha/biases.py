@@ -24,6 +24,7 @@ from ._arrays import (
     Place,
     Sum,
     arange,
+    cut,
     downcast,
     from_host,
     full,
@@ -32,6 +33,7 @@ from ._arrays import (
     of_heads,
     outline,
     quiet_underflow,
+    rows_and_columns,
     unbroadcast,
     upcast,
 )
@@ -67,7 +69,7 @@ class Bias(NamedTuple("_Values", [("values", Array)])):
 
     def part(self, rows: Range, cols: Range, T: int) -> Self:
         """Of these of the T queries and these keys alone, which are 0, 1, … of it"""
-        return type(self)(self.values[(..., *(slice(*some) for some in self.place(rows, cols, T)))])
+        return type(self)(cut(self.values, self.place(rows, cols, T)))
 
     def part_vjp(self, rows: Range, cols: Range, T: int, dpart: Self) -> Self:
         """The gradient of this bias from that of a part: 0 elsewhere"""
@@ -121,9 +123,7 @@ class ArrayBias(Bias):
 
     def place(self, rows: Range, cols: Range, T: int) -> Place:
         """Rows and columns, as far as it has them"""
-        n = min(self.values.ndim, 2)
-        sizes = self.values.shape[self.values.ndim - n :]
-        return tuple((0, 1) if size == 1 else some for some, size in zip((rows, cols)[2 - n :], sizes, strict=True))
+        return rows_and_columns(self.values, rows, cols)
 
     def append_keys(self, S: int, extra: int) -> "ArrayBias":
         """For S keys and `extra` more, S' = S + extra:   (..., S or 1)   →   (..., S')     columns of 0"""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._arrays import Array, arange, from_host, has_words, in_library_of, namespace, of_heads
+from ._arrays import Array, arange, cut, from_host, has_words, in_library_of, namespace, of_heads, rows_and_columns
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -72,10 +72,7 @@ class Masked(NamedTuple):
 
     def part(self, rows: Range, cols: Range) -> "Masked":
         """Of these queries and keys alone."""
-        n = min(self.keep.ndim, 2)
-        sizes = self.keep.shape[self.keep.ndim - n :]
-        own = (slice(1) if size == 1 else slice(*some) for some, size in zip((rows, cols)[2 - n :], sizes, strict=True))
-        return Masked(self.keep[(..., *own)], self.rate)
+        return Masked(cut(self.keep, rows_and_columns(self.keep, rows, cols)), self.rate)
 
 
 def masked(keep: Array, rate: float) -> Masked:

@@ -193,8 +193,8 @@ def scores(q: Array, k: Array, bias: Any = None, /, **options: Unpack[ScoresOpti
     dtype, xp = q.dtype, namespace(q)
     q, k = zero_masked_queries(upcast(q), mask), zero_unattended_keys(upcast(k), mask)
     bias = None if bias is None else bias.map(upcast)
-    scale = _per_head(x.scale, q)
-    z, slope = _scores(q, k, bias, scale, _per_head(x.softcap, q))
+    scale = per_head(x.scale, q)
+    z, slope = _scores(q, k, bias, scale, per_head(x.softcap, q))
     z = z if mask is None else xp.where(mask, z, -INF)
     return downcast(z, dtype), ScoresCache(q, k, bias, slope, z != -INF, scale)
 
@@ -316,7 +316,7 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     """`attention`, of arguments that are checked and upcast"""
     mask = dense(x.mask, q.shape[-2], k.shape[-2], q)
     q, k, v = zero_masked_queries(q, mask), zero_unattended_keys(k, mask), zero_unattended_keys(v, mask)
-    scale, softcap, (keep, rate) = _per_head(x.scale, q), _per_head(x.softcap, q), _kept(x, q, k)
+    scale, softcap, (keep, rate) = per_head(x.scale, q), per_head(x.softcap, q), _kept(x, q, k)
     z, slope = _scores(q, k, bias, scale, softcap)
     p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
     o = drop(p, keep, rate) @ per_query_head(v, q)
@@ -341,7 +341,7 @@ def round_bias(dbias: Bias, dtype: Any) -> Any:
     return None if dbias is None else dbias.map(lambda g: downcast(g, dtype)).given
 
 
-def _per_head(x: Any, q: Array) -> Any:
+def per_head(x: Any, q: Array) -> Any:
     """A number of every head, or (H,) of NumPy as (H, 1, 1) beside q, or None"""
     return x if x is None or isinstance(x, float) else namespace(q).astype(from_host(x, q), q.dtype)[:, None, None]
 

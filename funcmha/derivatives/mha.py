@@ -157,11 +157,7 @@ def _(cache: batched.AttentionCache) -> tuple[Array, Array]:
     return attended_of(cache.of_ops)
 
 
-@attended_of.register
-def _(cache: blocks.AttentionCache) -> tuple[Array, Array]:
-    (q, k, _, rest), mask = cache, cache.rest.whole_mask
-    attended = None if mask is None else mask.attended_keys(q.shape[-2], k.shape[-2], q)
-    return attended, (rest.row_sum != 0)[..., None]
+attended_of.register(blocks.AttentionCache, blocks.attended)
 
 
 @attended_of.register

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from funcmha import _check, masks
-from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own, unset
+from funcmha._arrays import Array, dtype_name, full, is_array, namespace, outline, own, unset, writes
 from funcmha.masks import Mask
 
 # ── the value ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -44,7 +44,7 @@ def empty(k: Array, v: Array, /, *, capacity: int = 0) -> KVCache:
     axes("k", k, head + "T D")
     axes("v", v, head + "T E")
     capacity = _check.integer("capacity", capacity, 0)
-    keys, values = ((_reserved(x, capacity) if _writable(x) else full(_sized(x, 0), 0.0, x)) for x in (k, v))
+    keys, values = ((_reserved(x, capacity) if writes(x) else full(_sized(x, 0), 0.0, x)) for x in (k, v))
     return KVCache(keys, values, 0)
 
 
@@ -137,7 +137,7 @@ _rooms: dict[int, _Room] = {}
 def _joined(x: Array, new: Array, kept: int, left: int | None) -> Array:
     """[the last `kept` rows of x; new]"""
     N, T = x.shape[-2], new.shape[-2]
-    if not _writable(x):
+    if not writes(x):
         return namespace(x).concat([x[..., N - kept :, :], new], axis=-2)
     room = _taken(x, T)
     if room is None:
@@ -177,11 +177,6 @@ def _reserved(x: Array, capacity: int) -> Array:
 def _capacity(needed: int, left: int | None) -> int:
     """Twice what is needed; of a window, twice what it keeps, and a prompt that has more goes with the next append."""
     return 2 * needed if left is None else max(needed, 2 * min(needed, left + 1))
-
-
-def _writable(x: Array) -> bool:
-    """Whether the library of x has views, and arrays that can be written to without its knowing of it."""
-    return namespace(x).__name__ in ("numpy", "cupy")
 
 
 def _sized(x: Array, n: int) -> tuple[int, ...]:

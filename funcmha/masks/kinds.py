@@ -10,7 +10,7 @@ import numpy as np
 
 from funcmha._arrays import Array, arange, from_host, of_sample
 
-from .mask import Block, Complement, Mask, Range, summary
+from .mask import Block, Complement, Mask, Range, hull, summary
 
 
 class _Diagonal(Mask):
@@ -69,9 +69,7 @@ class Band(_Diagonal, NamedTuple("_Band", [("left", int | None), ("right", int |
         return int(max(0, rows[0] + least)), int(min(S, rows[1] + greatest))
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
-        start, stop = self.columns((0, T), S)
-        keys = np.arange(S)
-        return from_host(((start <= keys) & (keys < stop))[None], like)
+        return _all_columns(self, T, S, like)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         i, (least, greatest) = np.arange(T), self.diagonals
@@ -100,8 +98,7 @@ class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int
         return _of_samples({band.block(rows, cols) for band in self.bands})
 
     def _columns(self, rows: Range, S: int) -> Range:
-        some = [cols for cols in (band.columns(rows, S) for band in self.bands) if cols != (0, 0)]
-        return min((start for start, _ in some), default=0), max((stop for _, stop in some), default=0)
+        return hull(band.columns(rows, S) for band in self.bands)
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         some = [band.attended_keys(T, S) for band in self.bands]
@@ -281,9 +278,7 @@ class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), (
         return max(0, first * self.size - self.first_key), min(S, (last + 1) * self.size - self.first_key)
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
-        start, stop = self.columns((0, T), S)
-        keys = np.arange(S)
-        return from_host(((start <= keys) & (keys < stop))[None], like)
+        return _all_columns(self, T, S, like)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         first, last = self._chunks((0, S), self.first_key)
@@ -296,6 +291,13 @@ class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), (
 
 def _full_shape(batch: tuple[int, ...], T: int, S: int) -> tuple[int, ...]:
     return (*batch, 1, T, S) if batch else (T, S)
+
+
+def _all_columns(mask: Mask, T: int, S: int, like: Array) -> Array:
+    """The attended keys (1, S) of a mask that leaves out no key between two"""
+    start, stop = mask.columns((0, T), S)
+    keys = np.arange(S)
+    return from_host(((start <= keys) & (keys < stop))[None], like)
 
 
 def _with_head(tile: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a mask is: the questions that it answers; an array as one; and masks joined with &, | and ~."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from operator import and_, or_
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -9,7 +9,18 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from funcmha import _check
-from funcmha._arrays import Array, described, dtype_name, from_host, in_library_of, is_array, namespace, of_sample
+from funcmha._arrays import (
+    Array,
+    cut,
+    described,
+    dtype_name,
+    from_host,
+    in_library_of,
+    is_array,
+    namespace,
+    of_sample,
+    rows_and_columns,
+)
 
 from .search import any_along, found_keys, found_queries
 
@@ -146,8 +157,7 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
         return shape
 
     def tile(self, rows: Range, cols: Range, like: Array = None) -> Array:
-        T, S = self.array.shape[-2:]
-        tile = self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)]
+        tile = cut(self.array, rows_and_columns(self.array, rows, cols))
         if not isinstance(tile, np.ndarray) and (like is None or namespace(like) is not namespace(tile)):
             wanted = "a NumPy array" if like is None else f"{described(like)} as q is, or a NumPy array"
             raise TypeError(f"mask must be {wanted}, got {described(tile)}")
@@ -174,7 +184,7 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
             raise ValueError(
                 f"mask must have {rows[1]} queries and {cols[1]} keys, or 1, got {tuple(self.array.shape)}"
             )
-        return Dense(self.array[..., slice(*rows) if T != 1 else slice(1), slice(*cols) if S != 1 else slice(1)])
+        return Dense(cut(self.array, rows_and_columns(self.array, rows, cols)))
 
 
 class _Joined(Mask):
@@ -241,8 +251,7 @@ class Union(_Joined, NamedTuple("_Union", [("parts", tuple[Mask, ...])])):
     _join, _decides, _leaves = staticmethod(or_), "full", "empty"
 
     def _columns(self, rows: Range, S: int) -> Range:
-        some = [cols for cols in (part.columns(rows, S) for part in self.parts) if cols != (0, 0)]
-        return min((start for start, _ in some), default=0), max((stop for _, stop in some), default=0)
+        return hull(part.columns(rows, S) for part in self.parts)
 
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         return reduce(or_, (part.attended_keys(T, S, like) for part in self.parts))
@@ -310,6 +319,12 @@ def operands(mask: Mask) -> Iterator[Mask]:
 
 def _parts(mask: Mask, kind: type[_Joined]) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, kind) else (mask,)
+
+
+def hull(ranges: Iterable[Range]) -> Range:
+    """From the first to the last of what is in any of the ranges"""
+    some = [a for a in ranges if a != (0, 0)]
+    return min((start for start, _ in some), default=0), max((stop for _, stop in some), default=0)
 
 
 def summary(allowed: np.ndarray) -> Block:

@@ -22,6 +22,16 @@ def zero_masked_queries(x: Array, mask: Array) -> Array:
     return x if mask is None or x is None else _zero_unless(x, namespace(x).any(mask, axis=-1))
 
 
+def zero_unattended(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
+    """q (..., H, T, D) with 0 at fully masked queries, k and v (..., K, S, ·) at unattended keys"""
+    if mask is None:
+        return q, k, v
+    T, S = q.shape[-2], k.shape[-2]
+    attended = mask.attended_keys(T, S, q)
+    q = zero_masked_queries(q, mask.attending_queries(T, S, q))
+    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
+
+
 def zero_inputs(
     query: Array, key: Array, value: Array, mask: Mask | None, appended: bool
 ) -> tuple[Array, Array, Array]:

@@ -10,13 +10,14 @@ Nothing here depends on what an array of q's library holds: to look is to wait f
 """
 
 from .attention import attend, attention_vjp, attention_weights, log_sum_exp
-from .cache import AttentionCache
+from .cache import AttentionCache, attended
 from .cut import block_sizes
 from .derivatives import attention_jvp, attention_vjp_jvp
 
 __all__ = [
     "AttentionCache",
     "attend",
+    "attended",
     "attention_jvp",
     "attention_vjp",
     "attention_vjp_jvp",

@@ -23,8 +23,8 @@ from funcmha._arrays import (
 )
 from funcmha.engines.plan import Plan
 from funcmha.engines.tiled.threads import with_single_threaded_blas
-from funcmha.masks import Mask, Range
-from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.masks import Range
+from funcmha.masks.zero import zero_masked_queries, zero_unattended
 from funcmha.ops import round_bias
 
 from .cache import AttentionCache, begun
@@ -39,7 +39,7 @@ def attend(
     q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
 ) -> tuple[Array, AttentionCache]:
     """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
-    q, k, v = zeroed(q, k, v, x.mask)
+    q, k, v = zero_unattended(q, k, v, x.mask)
     rest = begun(q, k, bias, sink, x, plan)
     whole, rows = Whole.of(rest.with_qkv(q, k, v)), tuple(q.shape[:-1])
     o, row_sum, row_max = sums = Sum((*rows, v.shape[-1]), q), Sum((*rows, 1), q), Sum((*rows, 1), q)
@@ -74,16 +74,6 @@ def _raised(top: Array, other: Array) -> tuple[Array, Array, Array]:
     new = xp.maximum(top, other)
     shift = xp.where(new == -INF, 0.0, new)
     return new, shift, xp.exp(top - shift)
-
-
-def zeroed(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
-    """q with 0 at fully masked queries, k and v at unattended keys"""
-    if mask is None:
-        return q, k, v
-    T, S = q.shape[-2], k.shape[-2]
-    attended = mask.attended_keys(T, S, q)
-    q = zero_masked_queries(q, mask.attending_queries(T, S, q))
-    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
 
 
 # ── the vjp ──────────────────────────────────────────────────────────────────────────────────────────────────────

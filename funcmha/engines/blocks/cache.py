@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias, Options
-from funcmha._arrays import Array, from_host, namespace
+from funcmha._arrays import Array
 from funcmha.dropout import Masked, Seeded
 from funcmha.engines.plan import Plan
 from funcmha.masks import Dense, Intersection, Mask, intersection
+from funcmha.ops import per_head
 
 
 class Host(NamedTuple):
@@ -96,15 +97,19 @@ class AttentionCache(NamedTuple):
     rest: Rest
 
 
+def attended(cache: AttentionCache) -> tuple[Array, Array]:
+    """Keys (..., H or 1, 1, S), or None for all, and queries (..., H, T, 1)"""
+    (q, k, _, rest), mask = cache, cache.rest.whole_mask
+    keys = None if mask is None else mask.attended_keys(q.shape[-2], k.shape[-2], q)
+    return keys, (rest.row_sum != 0)[..., None]
+
+
 def begun(q: Array, k: Array, bias: Bias, sink: Array, x: Options, plan: Plan) -> Rest:
     """The `Rest` before there is any row"""
     mask, outside = _by_place(x.mask, q, k.shape[-2])
     seeded, keep = (x.dropout, None) if isinstance(x.dropout, Seeded) else (None, x.dropout)
     host = Host(mask, seeded, k.shape[-2], plan)
-    scale, softcap = (
-        a if a is None or isinstance(a, float) else namespace(q).astype(from_host(a, q), q.dtype)[:, None, None]
-        for a in (x.scale, x.softcap)
-    )
+    scale, softcap = per_head(x.scale, q), per_head(x.softcap, q)
     held = host if isinstance(q, np.ndarray) else {host: None}
     return Rest(bias, sink, None, None, None, outside, keep, scale, softcap, held)
 

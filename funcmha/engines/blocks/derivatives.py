@@ -19,7 +19,7 @@ from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
 
 from .attention import Cotangents, Gradients, row_gradient, shifted
-from .cache import AttentionCache
+from .cache import AttentionCache, attended
 from .cut import Block, Rows, Whole, centred, place, sum_over_rows, times_keys, times_rows
 
 # ── forward mode ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -48,12 +48,11 @@ def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, 
 
 def zeroed(cache: AttentionCache, dot: Tangents) -> Tangents:
     """The tangents with 0 at fully masked queries and unattended keys, whatever is there: 0 · NaN would spread"""
-    (q, k, _, rest), mask = cache, cache.rest.whole_mask
-    attended = None if mask is None else mask.attended_keys(q.shape[-2], k.shape[-2], q)
+    keys, queries = attended(cache)
     return dot._replace(
-        q=zero_masked_queries(dot.q, (rest.row_sum != 0)[..., None]),
-        k=zero_unattended_keys(dot.k, attended),
-        v=zero_unattended_keys(dot.v, attended),
+        q=zero_masked_queries(dot.q, queries),
+        k=zero_unattended_keys(dot.k, keys),
+        v=zero_unattended_keys(dot.v, keys),
     )
 
 

@@ -15,8 +15,7 @@ from funcmha._arguments import AttentionOptions, Bias, Options, check_attention,
 from funcmha._arrays import Array, downcast, own, quiet_underflow, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
-from funcmha.masks import Mask
-from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.masks.zero import zero_masked_queries, zero_unattended
 from funcmha.ops import round_bias
 
 from . import threads
@@ -33,7 +32,7 @@ def attend(
 ) -> tuple[Array, AttentionCache]:
     """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
     bias = None if bias is None else bias.map(_in_range)
-    q, k, v = zeroed(q, k, v, x.mask)
+    q, k, v = zero_unattended(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
@@ -137,16 +136,6 @@ def _in_range(bias: Array) -> Array:
     if bias.min(initial=0.0) >= least:
         return bias
     return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
-
-
-def zeroed(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
-    """q with 0 at fully masked queries, k and v at unattended keys"""
-    if mask is None:
-        return q, k, v
-    T, S = q.shape[-2], k.shape[-2]
-    attended = mask.attended_keys(T, S)
-    q = zero_masked_queries(q, mask.attending_queries(T, S))
-    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
 
 
 def _in_rows(k: Array) -> Array:

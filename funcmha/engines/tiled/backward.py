@@ -126,7 +126,7 @@ class Backward(NamedTuple):
     def tile(self, b: Any, h: int, p: _Prepared, tile: Tile) -> None:
         """Add the share of one tile"""
         at, i, j = (*b, h), slice(*tile.rows), slice(*tile.cols)
-        of_key = self.key_head(b, h)
+        of_key = self.x.key_head(b, h)
         cotangent = None if self.dweights is None else self.dweights[at][i, j]
         grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
         head = self.x.head(b, h)._replace(k=p.k)
@@ -144,13 +144,9 @@ class Backward(NamedTuple):
         dz = p.sum[i] - rest[i]
         du = (dz * slope[i] * head.scale)[:, None]
         self.dq[at][i] += du * p.k[j]
-        add_to_keys(self.dk[self.key_head(b, h)], j, du * head.q[i])
+        add_to_keys(self.dk[self.x.key_head(b, h)], j, du * head.q[i])
         if self.dbias is not None:
             self.dbias.add_at(at, i, j, dz)
-
-    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
-        """Where the key/value head that head h reads is"""
-        return (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
 
 
 def _busy(tasks: int) -> bool:

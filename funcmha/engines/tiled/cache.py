@@ -114,14 +114,18 @@ class Views(NamedTuple):
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
+    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
+        """Where the key/value head that head h of sample b reads is"""
+        return (*b, h // (self.q.shape[-3] // self.k.shape[-3]))
+
     def head(self, b: tuple[int, ...], h: int) -> Head:
         """Head h of sample b"""
-        kv, keep = h // (self.q.shape[-3] // self.k.shape[-3]), self.keep
+        kv, keep = self.key_head(b, h), self.keep
         sink, softcap = (None if a is None else float(a[h]) for a in (self.sink, self.softcap))
         return Head(
             self.q[(*b, h)],
-            self.k[(*b, kv)],
-            self.v[(*b, kv)],
+            self.k[kv],
+            self.v[kv],
             None if self.bias is None else self.bias[(*b, h)],
             sink,
             None if self.mask is None else self.mask.at(b),

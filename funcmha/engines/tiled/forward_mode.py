@@ -20,9 +20,9 @@ import numpy as np
 from funcmha._arguments import Tangents, check_tangents
 from funcmha._arrays import Array, downcast, quiet_underflow
 from funcmha.masks import Range
+from funcmha.masks.zero import zero_unattended
 
 from . import threads
-from .attention import zeroed
 from .cache import AttentionCache, Views, with_head_axis
 from .dominant import inside
 from .forward import recomputed
@@ -56,7 +56,7 @@ def tangent_views(cache: AttentionCache, dot: Tangents) -> Views:
     """The tangents in the place of what they are the tangents of, 0 at the queries and keys that the mask keeps out."""
     zero = cache.q.dtype.type(0)
     q, k, v = (np.broadcast_to(zero, a.shape) if d is None else d for a, d in zip(cache[:3], dot[:3], strict=True))
-    q, k, v = zeroed(q, k, v, cache.rest.mask)
+    q, k, v = zero_unattended(q, k, v, cache.rest.mask)
     return Views.of(cache.rest._replace(bias=dot.bias, sink=dot.sink).with_qkv(q, k, v))
 
 

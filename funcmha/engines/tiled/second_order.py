@@ -102,7 +102,7 @@ class _Second(NamedTuple):
     def tile(self, b: Any, h: int, tile: Tile, dominant: Dominant | None) -> None:
         """Add the share of one tile."""
         head, head_dot, i, j = self.x.head(b, h), self.x_dot.head(b, h), slice(*tile.rows), slice(*tile.cols)
-        at, of_key = (*b, h, i), (*self.key_head(b, h), j)
+        at, of_key = (*b, h, i), (*self.x.key_head(b, h), j)
         rows = self.of_rows.at(at)
         q, k, v = head.q[i], head.k[j], head.v[j]
         q_dot, k_dot, v_dot = head_dot.q[i], head_dot.k[j], head_dot.v[j]
@@ -129,7 +129,7 @@ class _Second(NamedTuple):
         if dominant is None:
             return
         i, head, head_dot = dominant.found(), self.x.head(b, h), self.x_dot.head(b, h)
-        j, at, of_key = dominant.key[i], (*b, h), self.key_head(b, h)
+        j, at, of_key = dominant.key[i], (*b, h), self.x.key_head(b, h)
         slope, bend, p, a = (x[i] for x in dominant.others)
         totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.rest[0])
         parts = zip(totals, self.of_sink(b, h), dominant.rest[:3], strict=True)
@@ -149,10 +149,6 @@ class _Second(NamedTuple):
             return np.zeros_like(r), np.zeros_like(r), np.zeros_like(r)
         p_sink = of_sink(head, None if self.x.row_max is None else self.x.row_max[at]) * self.of_rows.inverse[at]
         return p_sink * r, p_sink * (r * change + r_dot), p_sink * change
-
-    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
-        """Where the key/value head that head h reads is"""
-        return (*b, h // (self.dq.shape[-3] // self.dk.shape[-3]))
 
 
 def _soft_cap(head: Head, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
