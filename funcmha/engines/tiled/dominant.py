@@ -44,6 +44,14 @@ def dominant_keys(heavy: list[Heavy], row_sum: Array) -> Array:
     return key
 
 
+def over_half(e: Array, row_sum: Array, first: int) -> Array:
+    """The same of whole rows e (..., S), whose keys begin with `first`     →   (...)"""
+    if not e.shape[-1]:
+        return np.full(row_sum.shape, -1)
+    cols = e.argmax(axis=-1)
+    return np.where(2 * np.take_along_axis(e, cols[..., None], axis=-1)[..., 0] > row_sum, first + cols, -1)
+
+
 class Dominant(NamedTuple):
     key: Array  # (T), −1 where no key has more than half of the weight
     rest: tuple[Array, ...]  # (T), what is left out, summed over the other keys

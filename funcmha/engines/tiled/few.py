@@ -12,6 +12,7 @@ import numpy as np
 
 from funcmha._arrays import Array
 
+from .dominant import over_half
 from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
 
 
@@ -38,10 +39,7 @@ def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
     row_sum = e.sum(axis=-1)
     if heads[0].sink is not None:
         row_sum += np.stack([of_sink(head, c) for head, c in zip(heads, row_max, strict=True)])
-    key = np.full(row_sum.shape, -1)
-    if len(k):
-        largest = e.argmax(axis=-1)
-        key = np.where(2 * np.take_along_axis(e, largest[..., None], axis=-1)[..., 0] > row_sum, start + largest, -1)
+    key = over_half(e, row_sum, start)
     a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
     o = _with_values(a.reshape(len(heads) * T, len(k)), v, block).reshape(len(heads), T, v.shape[-1])
     o /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
