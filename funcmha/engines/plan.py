@@ -6,6 +6,7 @@ an engine with another one.
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width, C input width.
 """
 
+from itertools import pairwise
 from math import isqrt, prod
 from typing import NamedTuple
 
@@ -58,6 +59,17 @@ class Plan(NamedTuple):
         cols = min(S, max(_round(area // rows), self.block_side))
         return min(T, max(rows, _round(area // cols))), cols
 
+    def stacks(self, H: int, K: int, T: int, S: int, least: int) -> list[list[slice]]:
+        """0 … H in ranges of heads that go together, as many as have the scores of one tile, but `least` in number
+
+        In lists of those that read one key/value head: a range has heads of one, or, where each has its own, of many.
+        """
+        size = max(self.tile_rows * self.tile_cols // max(min(T, self.tile_rows) * min(S, self.columns(T)), 1), 1)
+        size = max(min(size, H // max(least, 1)), 1)
+        if H == K:
+            return [[h] for h in _evenly(0, H, size)]
+        return [_evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
+
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
 
@@ -99,3 +111,10 @@ MAY_BE_ZERO = (
     *("score_bytes", "numpy_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows"),
     "thread_flops",
 )
+
+
+def _evenly(start: int, stop: int, size: int) -> list[slice]:
+    """start … stop in ranges of about the same size, this at most"""
+    n = -(-(stop - start) // size)
+    ends = [start + (stop - start) * i // n for i in range(n + 1)] if n else [start]
+    return [slice(a, b) for a, b in pairwise(ends)]

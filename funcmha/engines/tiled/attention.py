@@ -166,11 +166,10 @@ def attention_weights(cache: AttentionCache, /) -> Array:
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     row_sum = np.where(x.row_sum == 0, 1.0, x.row_sum)[..., None]
     with threads.single_threaded_blas():
-        for *b, h in np.ndindex(*p.shape[:-2]):
-            head = x.head(tuple(b), h)
-            tiles = (tile for rows in blocks(p.shape[-2], x.plan.tile_rows) for tile in head.all_tiles(rows))
-            for tile in tiles:
+        for b, h in ((b, h) for b in np.ndindex(*p.shape[:-3]) for some in x.stacks() for h in some):
+            heads = x.heads(b, h)
+            for tile in (tile for rows in blocks(p.shape[-2], x.plan.tile_rows) for tile in heads.all_tiles(rows)):
                 at = (*b, h, slice(*tile.rows))
-                q, row_max = head.score_scale * head.q[at[-1]], None if x.row_max is None else x.row_max[at]
-                p[(*at, slice(*tile.cols))] = head.exponentials(q, tile, row_max) / row_sum[at]
+                row_max = None if x.row_max is None else x.row_max[at]
+                p[(*at, slice(*tile.cols))] = heads.exponentials(heads.scaled_q(tile.rows), tile, row_max) / row_sum[at]
     return p.reshape(*cache.rest.row_sum.shape, p.shape[-1])

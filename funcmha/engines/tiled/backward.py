@@ -15,16 +15,16 @@ from . import threads
 from .cache import Views
 from .dominant import Dominant, add_to_keys
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
-from .tiles import Head, Rows, Tile, blocks, mean_cotangent, of_sink, tile_backward
+from .tiles import Heads, Rows, Tile, blocks, mean_cotangent, of_sink, tile_backward
 
 
 class _Prepared(NamedTuple):
-    """What all tiles of one head of one sample need."""
+    """What all tiles of some heads of one sample need."""
 
-    k: Array  # (S, D), row after row
-    v1: Array  # (S, E + 1), [v, 1]
-    r: Array  # (T), dlse − δ
-    sum: Array  # (T), Σ dz: dlse less what the sink has of it
+    heads: Heads  # with keys row after row
+    v1: Array  # (G, S, E + 1), [v, 1]
+    r: Array  # (G, T), dlse − δ
+    sum: Array  # (G, T), Σ dz: dlse less what the sink has of it
     dominant: Dominant | None  # Σ dz of the other keys, and the slope of the soft cap
 
 
@@ -46,31 +46,31 @@ class Backward(NamedTuple):
         """
         *batch, H, T, D = self.dq.shape
         K, S, E = self.dv.shape[-3:]
-        samples = list(np.ndindex(*batch)) if H else []
-        flops = 6.0 * prod(batch) * T * S * (D + E)
-        alone = [(kv, b) for kv in range(K) for b in samples]  # these share nothing: each has a thread to itself
+        samples, stacks = list(np.ndindex(*batch)), self.x.stacks()
+        flops = 6.0 * prod(batch) * T * S * (D + E)  # of a head
+        alone = [(some, b) for some in stacks for b in samples]  # these share nothing: each has a thread to itself
         if self.dbias is None and _busy(len(alone)):
             threads.run(lambda task: self.one_sample(*task), alone, flops * H, plan=self.x.plan)
             return
 
         together = [[b] for b in samples] if self.dbias is not None and self.dbias.sums_samples else [samples]
-        schedule = [front for some in together for front in wavefronts(self.x.head, some, T, S)]
-        for h in range(H):
-            self.all_samples(h, samples, schedule, flops)
+        schedule = [front for some in together for front in wavefronts(self.x.heads, some, T, S)] if H else []
+        for some in stacks:
+            for h in some:
+                self.all_samples(h, samples, schedule, flops * (h.stop - h.start))
 
-    def one_sample(self, kv: int, b: Any) -> None:
-        """The heads that read key/value head kv of one sample, on this thread"""
-        (H, T, _), (K, S, _) = self.dq.shape[-3:], self.dv.shape[-3:]
-        schedule = wavefronts(self.x.head, [b], T, S)
-        for h in range(kv * H // K, (kv + 1) * H // K):
+    def one_sample(self, stacks: list[slice], b: Any) -> None:
+        """Heads that share nothing with others, of one sample, on this thread"""
+        schedule = wavefronts(self.x.heads, [b], self.dq.shape[-2], self.dk.shape[-2])
+        for h in stacks:
             p = self.prepare(b, h)
             for front in schedule:
                 for _, block in front:
                     self.tiles(b, h, p, block)
             self.dominant_keys(b, h, p)
 
-    def all_samples(self, h: int, samples: list[Any], schedule: list[Any], flops: float) -> None:
-        """One head of all samples, front after front on all threads"""
+    def all_samples(self, h: slice, samples: list[Any], schedule: list[Any], flops: float) -> None:
+        """Some heads of all samples, front after front on all threads"""
         prepared: dict[Any, _Prepared] = {}
 
         def prepare(b: Any) -> None:
@@ -89,64 +89,69 @@ class Backward(NamedTuple):
         for b in samples:
             self.dominant_keys(b, h, prepared[b])
 
-    def prepare(self, b: Any, h: int) -> _Prepared:
+    def prepare(self, b: Any, h: slice) -> _Prepared:
         """δ = Σ p dp = Σ do o + Σ p dweights"""
-        at, head = (*b, h), self.x.head(b, h)
-        delta = np.einsum("te,te->t", self.do[at], self.x.o[at])
-        for rows in blocks(len(delta), self.x.plan.tile_rows) if self.dweights is not None else ():
-            for tile in head.all_tiles(rows):
+        at, heads = (*b, h), self.in_rows(b, h)
+        delta = np.einsum("gte,gte->gt", self.do[at], self.x.o[at])
+        for rows in blocks(delta.shape[-1], self.x.plan.tile_rows) if self.dweights is not None else ():
+            for tile in heads.all_tiles(rows):
                 i, j = slice(*tile.rows), slice(*tile.cols)
-                delta[i] += mean_cotangent(head, tile, self.rows(at, head, delta, tile.rows), self.dweights[at][i, j])
+                x = self.rows(at, heads, delta, tile.rows)
+                delta[:, i] += mean_cotangent(heads, tile, x, self.dweights[at][:, i, j])
         total = np.zeros_like(delta) if self.dlse is None else np.where(self.x.row_sum[at] == 0, 0.0, self.dlse[at])
         r = -delta if self.dlse is None else total - delta
-        if head.sink is not None:
-            p_sink = of_sink(head, None if self.x.row_max is None else self.x.row_max[at]) * self.inverse[at][:, 0]
-            self.dsink[at] = np.sum(p_sink * r)
+        if heads.sink is not None:
+            p_sink = of_sink(heads, None if self.x.row_max is None else self.x.row_max[at]) * self.inverse[at][..., 0]
+            self.dsink[at] = np.sum(p_sink * r, axis=-1)
             total = total - p_sink * r
-        (S, E) = head.v.shape
-        v1 = np.ones((S, E + 1), head.v.dtype)
-        v1[:, :E] = head.v
-        dominant = Dominant.of(self.x.dominant[at], head.v.dtype, 1, 1)
-        return _Prepared(np.ascontiguousarray(head.k), v1, r, total, dominant)
+        v = self.x.v[self.x.key_heads(b, h)]
+        v1 = np.ones((*v.shape[:-1], v.shape[-1] + 1), v.dtype)
+        v1[..., :-1] = v
+        dominant = Dominant.of(self.x.dominant[at], v.dtype, 1, 1)
+        return _Prepared(heads, np.broadcast_to(v1, (len(r), *v1.shape[1:])), r, total, dominant)
 
-    def rows(self, at: tuple[Any, ...], head: Head, r: Array, rows: Range) -> Rows:
+    def in_rows(self, b: Any, h: slice) -> Heads:
+        """Some heads, with the keys row after row"""
+        heads, k = self.x.heads(b, h), np.ascontiguousarray(self.x.k[self.x.key_heads(b, h)])
+        return heads._replace(k=np.broadcast_to(k, heads.k.shape))
+
+    def rows(self, at: tuple[Any, ...], heads: Heads, r: Array, rows: Range) -> Rows:
         """What a tile needs to know of some rows"""
         i, E = slice(*rows), self.do.shape[-1]
-        d = np.empty((rows[1] - rows[0], E + 1), self.do.dtype)
-        d[:, :E], d[:, E] = self.do[at][i], r[i]
-        np.multiply(d, self.inverse[at][i], out=d)
-        row_max = None if self.x.row_max is None else self.x.row_max[at][i]
-        return Rows(head.score_scale * head.q[i], row_max, self.inverse[at][i], d)
+        d = np.empty((len(r), rows[1] - rows[0], E + 1), self.do.dtype)
+        d[..., :E], d[..., E] = self.do[at][:, i], r[:, i]
+        np.multiply(d, self.inverse[at][:, i], out=d)
+        row_max = None if self.x.row_max is None else self.x.row_max[at][:, i]
+        return Rows(heads.scaled_q(rows), row_max, self.inverse[at][:, i], d)
 
-    def tiles(self, b: Any, h: int, p: _Prepared, block: list[Tile]) -> None:
+    def tiles(self, b: Any, h: slice, p: _Prepared, block: list[Tile]) -> None:
         """Add the share of a block of tiles to dq, dk, dv and dbias"""
         for tile in block:
             self.tile(b, h, p, tile)
 
-    def tile(self, b: Any, h: int, p: _Prepared, tile: Tile) -> None:
+    def tile(self, b: Any, h: slice, p: _Prepared, tile: Tile) -> None:
         """Add the share of one tile"""
         at, i, j = (*b, h), slice(*tile.rows), slice(*tile.cols)
-        of_key = self.x.key_head(b, h)
-        cotangent = None if self.dweights is None else self.dweights[at][i, j]
-        grads = self.dq[at][i], self.dk[of_key][j], self.dv[of_key][j]
-        head = self.x.head(b, h)._replace(k=p.k)
-        x = self.rows(at, head, p.r, tile.rows)
-        dz = tile_backward(head, tile, x, p.v1[j], cotangent, p.dominant, *grads)
+        of_keys = self.x.key_heads(b, h)
+        cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
+        grads = self.dq[at][:, i], self.dk[of_keys][:, j], self.dv[of_keys][:, j]
+        x = self.rows(at, p.heads, p.r, tile.rows)
+        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads)
         if self.dbias is not None:
-            self.dbias.add(at, tile, dz)
+            self.dbias.add(b, h, tile, dz)
 
-    def dominant_keys(self, b: Any, h: int, p: _Prepared) -> None:
+    def dominant_keys(self, b: Any, h: slice, p: _Prepared) -> None:
         """Add what was left out: dz = Σ dz − Σ dz of the other keys"""
         if p.dominant is None:
             return
-        at, head, i = (*b, h), self.x.head(b, h), p.dominant.found()
-        j, (rest,), (slope,) = p.dominant.key[i], p.dominant.rest, p.dominant.others
-        dz = p.sum[i] - rest[i]
-        du = (dz * slope[i] * head.scale)[:, None]
-        self.dq[at][i] += du * p.k[j]
-        add_to_keys(self.dk[self.x.key_head(b, h)], j, du * head.q[i])
+        at, (g, i) = (*b, h), p.dominant.found()
+        j, (rest,), (slope,) = p.dominant.key[g, i], p.dominant.rest, p.dominant.others
+        dz = (p.sum - rest)[g, i]
+        du = (dz * slope[g, i] * p.heads.rounded(p.heads.scale[g, 0, 0]))[:, None]
+        self.dq[at][g, i] += du * p.heads.k[g, j]
+        add_to_keys(self.dk[self.x.key_heads(b, h)], g, j, du * p.heads.q[g, i])
         if self.dbias is not None:
-            self.dbias.add_at(at, i, j, dz)
+            self.dbias.add_at(b, h, (g, i, j), dz)
 
 
 def _busy(tasks: int) -> bool:

@@ -3,6 +3,7 @@
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from funcmha.dropout import Masked, Seeded
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask
 
-from .tiles import Head
+from .threads import num_threads
+from .tiles import Heads
 
 
 class Rest(NamedTuple):
@@ -73,7 +75,7 @@ class Views(NamedTuple):
     k: Array  # (..., K, S, D)
     v: Array  # (..., K, S, E)
     bias: Array  # (..., H, T, S), or (..., H, T + S − 1) of a `RelativeBias`, or None
-    sink: Array  # (H,) or None
+    sink: Array  # (H,) or None; this, the scales and the caps in float64
     o: Array  # (..., H, T, E)
     row_sum: Array  # (..., H, T)
     row_max: Array  # (..., H, T), or None where it is 0 everywhere
@@ -100,7 +102,8 @@ class Views(NamedTuple):
         rate = 0.0 if keep is None else keep.rate
         keep = np.broadcast_to(keep.keep, scores) if isinstance(keep, Masked) else keep
         sink, scale, softcap = (
-            None if a is None else np.broadcast_to(a, H) for a in (rest.sink, rest.scale, rest.softcap)
+            None if a is None else np.broadcast_to(np.asarray(a, np.float64), H)
+            for a in (rest.sink, rest.scale, rest.softcap)
         )
         row_sum, row_max = with_head_axis(rest.row_sum, 1), with_head_axis(rest.row_max, 1) if rest.shifted else None
         dominant = with_head_axis(rest.dominant, 1)
@@ -114,27 +117,34 @@ class Views(NamedTuple):
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
-    def key_head(self, b: Any, h: int) -> tuple[Any, ...]:
-        """Where the key/value head that head h of sample b reads is"""
-        return (*b, h // (self.q.shape[-3] // self.k.shape[-3]))
+    def stacks(self) -> list[list[slice]]:
+        """The heads that go together, in lists of those that read one key/value head: enough for all threads"""
+        (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
+        rows = -(-T // self.plan.tile_rows)
+        return self.plan.stacks(H, K, T, S, least=-(-num_threads() // max(prod(batch) * rows, 1)))
 
-    def head(self, b: tuple[int, ...], h: int) -> Head:
-        """Head h of sample b"""
-        kv, keep = self.key_head(b, h), self.keep
-        sink, softcap = (None if a is None else float(a[h]) for a in (self.sink, self.softcap))
-        return Head(
-            self.q[(*b, h)],
-            self.k[kv],
-            self.v[kv],
-            None if self.bias is None else self.bias[(*b, h)],
-            sink,
+    def key_heads(self, b: tuple[int, ...], h: slice) -> tuple[Any, ...]:
+        """Where the key/value heads are that heads h of sample b read: one, or as many"""
+        readers = self.q.shape[-3] // self.k.shape[-3]
+        return (*b, slice(h.start // readers, (h.stop - 1) // readers + 1))
+
+    def heads(self, b: tuple[int, ...], h: slice) -> Heads:
+        """Heads h of sample b"""
+        at, of_keys, keep, q = (*b, h), self.key_heads(b, h), self.keep, self.q[(*b, h)]
+        k, v = (np.broadcast_to(a[of_keys], (len(q), *a.shape[-2:])) for a in (self.k, self.v))
+        return Heads(
+            q,
+            k,
+            v,
+            None if self.bias is None else self.bias[at],
+            None if self.sink is None else self.sink[h, None],
             None if self.mask is None else self.mask.at(b),
             int(np.ravel_multi_index(b, self.q.shape[:-3])) if b else 0,
             h,
-            keep if keep is None or isinstance(keep, Seeded) else keep[(*b, h)],
+            keep if keep is None or isinstance(keep, Seeded) else keep[at],
             self.rate,
-            float(self.scale[h]),
-            softcap,
+            self.scale[h, None, None],
+            None if self.softcap is None else self.softcap[h, None, None],
             self.plan,
         )
 

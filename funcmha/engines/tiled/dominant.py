@@ -4,7 +4,7 @@ A row of dz sums to something known, 0 if there is neither sink nor dlse. Where 
 small as the sum of the others, and p (dp − δ) would be the difference of two large numbers. So dz is left out there
 while the tiles are added up, and set at the end. The forward says which keys these are.
 
-Axes: T queries, S keys, D width; R rows and N columns of a tile or of a block of them.
+Axes: G heads, T queries, S keys, D width; R rows and N columns of a tile or of a block of them.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -16,31 +16,38 @@ from funcmha.masks import Range
 
 
 class Heavy(NamedTuple):
-    rows: Array
+    rows: tuple[Array, Array]  # head and row
     keys: Array
     e: Array  # exponentials, of which each was over half of the sum of its row, as far as that had come
 
     def of(self, some: Array) -> "Heavy":
         """Those of some rows, by booleans for all"""
-        return Heavy(*(a[some[self.rows]] for a in self))
+        i = some[self.rows]
+        g, t = self.rows
+        return Heavy((g[i], t[i]), self.keys[i], self.e[i])
 
 
-def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy:
-    """Of a tile that begins at this row and column"""
-    cols = e.argmax(axis=-1)
-    largest = e[np.arange(len(e)), cols]
-    rows = np.flatnonzero(2 * largest > row_sum)
-    return Heavy(row + rows, col + cols[rows], largest[rows])
+def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy | None:
+    """Of a tile e (G, R, N) that begins at this row and column; None where it has none"""
+    twice = 2 * np.maximum.reduce(e, axis=None)
+    if twice <= np.minimum.reduce(row_sum, axis=None):  # so it is of most tiles, and of none with a NaN
+        return None
+    g, t = np.nonzero(~(twice <= row_sum))
+    some = e[g, t]
+    cols = some.argmax(axis=-1)
+    largest = some[np.arange(len(some)), cols]
+    over = 2 * largest > row_sum[g, t]
+    return Heavy((g[over], row + t[over]), col + cols[over], largest[over])
 
 
 def dominant_keys(heavy: list[Heavy], row_sum: Array) -> Array:
-    """The keys with more than half of the weight (R), −1 where none has; None where none has in any row"""
-    if not any(len(x.rows) for x in heavy):
+    """The keys with more than half of the weight (G, R), −1 where none has; None where none has in any row"""
+    if not any(len(x.keys) for x in heavy):
         return None
-    key = np.full(len(row_sum), -1)
+    key = np.full(row_sum.shape, -1)
     for x in heavy:
-        over = 2 * x.e > row_sum[x.rows]
-        key[x.rows[over]] = x.keys[over]
+        (g, t), over = x.rows, 2 * x.e > row_sum[x.rows]
+        key[g[over], t[over]] = x.keys[over]
     return key
 
 
@@ -53,9 +60,9 @@ def over_half(e: Array, row_sum: Array, first: int) -> Array:
 
 
 class Dominant(NamedTuple):
-    key: Array  # (T), −1 where no key has more than half of the weight
-    rest: tuple[Array, ...]  # (T), what is left out, summed over the other keys
-    others: tuple[Array, ...]  # (T), other numbers of the key
+    key: Array  # (G, T), −1 where no key has more than half of the weight
+    rest: tuple[Array, ...]  # (G, T), what is left out, summed over the other keys
+    others: tuple[Array, ...]  # (G, T), other numbers of the key
 
     @staticmethod
     def of(key: Array, dtype: Any, sums: int, others: int) -> Optional["Dominant"]:
@@ -66,32 +73,35 @@ class Dominant(NamedTuple):
         return Dominant(key, tuple(zeros[:sums]), tuple(zeros[sums:]))
 
     def leave_out(self, rows: Range, cols: Range, arrays: tuple[Array, ...], others: tuple[Array | float, ...]) -> None:
-        """Make the arrays (R, N) 0 at the keys, and add up the rest; keep the other numbers there"""
+        """Make the arrays (G, R, N) 0 at the keys, and add up the rest; keep the other numbers there"""
         i = slice(*rows)
-        if not self.key[i].max() >= 0:
+        if not self.key[:, i].max() >= 0:
             return
-        at = inside(self.key[i], cols)
+        at = inside(self.key[:, i], cols)
         for a in arrays:
             a[at] -= a[at]  # NaN stays
         for number, other in zip(self.others, others, strict=True):
-            number[i][at[0]] = np.broadcast_to(other, arrays[0].shape)[at]
+            number[:, i][at[:2]] = np.broadcast_to(other, arrays[0].shape)[at]
         ones = np.ones(cols[1] - cols[0], arrays[0].dtype)
         for number, a in zip(self.rest, arrays, strict=True):
-            number[i] += a @ ones
+            number[:, i] += a @ ones
 
-    def found(self) -> Array:
-        """The rows that have one"""
-        return np.flatnonzero(self.key >= 0)
-
-
-def inside(key: Array, cols: Range) -> tuple[Array, Array]:
-    """Rows and columns of a tile where its keys are"""
-    rows = np.flatnonzero((key >= cols[0]) & (key < cols[1]))
-    return rows, key[rows] - cols[0]
+    def found(self) -> tuple[Array, Array]:
+        """The heads and rows that have one"""
+        g, t = np.nonzero(self.key >= 0)
+        return g, t
 
 
-def add_to_keys(total: Array, keys: Array, a: Array) -> None:
-    """total[keys] += a, where keys repeat       total (S, D)   keys (R)   a (R, D)"""
-    order = np.argsort(keys, kind="stable")
-    some, first = np.unique(keys[order], return_index=True)
-    total[some] += np.add.reduceat(a[order], first, axis=0)
+def inside(key: Array, cols: Range) -> tuple[Array, Array, Array]:
+    """Heads, rows and columns of a tile where its keys are"""
+    g, t = np.nonzero((key >= cols[0]) & (key < cols[1]))
+    return g, t, key[g, t] - cols[0]
+
+
+def add_to_keys(total: Array, g: Array, keys: Array, a: Array) -> None:
+    """total[g, keys] += a, where keys repeat       total (G, S, D), or (1, S, D) for all   g, keys (R)   a (R, D)"""
+    S = total.shape[1]
+    at = (g if len(total) > 1 else 0) * S + keys
+    order = np.argsort(at, kind="stable")
+    some, first = np.unique(at[order], return_index=True)
+    total[some // S, some % S] += np.add.reduceat(a[order], first, axis=0)

@@ -13,35 +13,32 @@ import numpy as np
 from funcmha._arrays import Array
 
 from .dominant import over_half
-from .tiles import LOG2E, Head, Tile, of_sink, powers_of_two
+from .tiles import Heads, Tile, of_sink, powers_of_two
 
 
-def forward(heads: list[Head]) -> tuple[Array, Array, Array, Array]:
+def forward(heads: Heads) -> tuple[Array, Array, Array, Array]:
     """o (G, T, E); the sums of exponentials, the sink's included; the row maxima, rounded up; the keys with more than
     half of the weight, −1 for none; these (G, T)
     """
-    T, S, mask = len(heads[0].q), len(heads[0].k), heads[0].mask
+    (G, T, D), S, mask = heads.q.shape, heads.k.shape[1], heads.mask
     start, stop = (0, S) if mask is None else mask.columns((0, T), S)
     tile = Tile((0, T), (start, max(start, stop)), mixed=mask is not None)
-    k, v, block = heads[0].k[start:stop], heads[0].v[start:stop], heads[0].plan.few_block
+    k, v, block = heads.k[0, start:stop], heads.v[0, start:stop], heads.plan.few_block
 
-    s = _with_keys(np.concatenate([head.score_scale * head.q for head in heads]), k, block).reshape(
-        len(heads), T, len(k)
-    )
-    for head, scores in zip(heads, s, strict=True):
-        head.complete(scores, tile)
-        if tile.mixed:
-            head.forbid(scores, tile, -np.inf)
-    sinks = np.array([-np.inf if head.sink is None else LOG2E * head.sink for head in heads], s.dtype)[:, None]
-    top = np.maximum(s.max(axis=-1, initial=-np.inf), sinks)
+    s = _with_keys(heads.scaled_q((0, T)).reshape(G * T, D), k, block).reshape(G, T, len(k))
+    heads.complete(s, tile)
+    if tile.mixed:
+        heads.forbid(s, tile, -np.inf)
+    top = s.max(axis=-1, initial=-np.inf)
+    if heads.sink is not None:
+        top = np.maximum(top, heads.log2_sink)
     row_max = np.where(top == -np.inf, 0.0, np.ceil(top))
     e = powers_of_two(np.subtract(s, row_max[..., None], out=s))
     row_sum = e.sum(axis=-1)
-    if heads[0].sink is not None:
-        row_sum += np.stack([of_sink(head, c) for head, c in zip(heads, row_max, strict=True)])
+    if heads.sink is not None:
+        row_sum += of_sink(heads, row_max)
     key = over_half(e, row_sum, start)
-    a = e if heads[0].keep is None else np.stack([head.drop(x, tile) for head, x in zip(heads, e, strict=True)])
-    o = _with_values(a.reshape(len(heads) * T, len(k)), v, block).reshape(len(heads), T, v.shape[-1])
+    o = _with_values(heads.drop(e, tile).reshape(G * T, len(k)), v, block).reshape(G, T, v.shape[-1])
     o /= np.where(row_sum == 0, 1.0, row_sum)[..., None]
     return o, row_sum, row_max, key
 

@@ -26,11 +26,13 @@ def recomputed(x: Views) -> Views:
         return x
     x, row_sum = x._replace(k=np.ascontiguousarray(x.k)), np.empty_like(x.row_sum)
 
-    def work(at: tuple[int, ...]) -> None:
-        row_sum[at] = sums(x.head(at[:-1], at[-1]), None if x.row_max is None else x.row_max[at])
+    def work(task: tuple[Any, slice]) -> None:
+        at = (*task[0], task[1])
+        row_sum[at] = sums(x.heads(*task), None if x.row_max is None else x.row_max[at])
 
+    tasks = [(b, h) for b in np.ndindex(*row_sum.shape[:-2]) for some in x.stacks() for h in some]
     with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
-        threads.run(work, list(np.ndindex(*row_sum.shape[:-1])), flops=0.0, plan=x.plan)
+        threads.run(work, tasks, flops=0.0, plan=x.plan)
     return x._replace(row_sum=row_sum)
 
 
@@ -39,9 +41,9 @@ def _few_queries(x: Views) -> bool:
 
     def work(task: tuple[Any, int]) -> None:
         b, kv = task
-        h = range(kv * (H // K), (kv + 1) * (H // K))
-        at = (*b, slice(h.start, h.stop))
-        x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward([x.head(b, i) for i in h])
+        h = slice(kv * (H // K), (kv + 1) * (H // K))
+        at = (*b, h)
+        x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward(x.heads(b, h))
 
     tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
@@ -57,10 +59,10 @@ def _in_tiles(x: Views) -> bool:
     def measure(b: Any) -> None:
         longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
 
-    def work(task: tuple[int, Range, Any]) -> None:
+    def work(task: tuple[slice, Range, Any]) -> None:
         h, rows, b = task
         at = (*b, h, slice(*rows))
-        x.o[at], x.row_sum[at], row_max, key = rows_forward(x.head(b, h), rows, longest[(*b, h // (H // K))])
+        x.o[at], x.row_sum[at], row_max, key = rows_forward(x.heads(b, h), rows, longest[x.key_heads(b, h)][:, None])
         if key is not None:
             x.dominant[at] = key
         if row_max is not None:
@@ -68,7 +70,8 @@ def _in_tiles(x: Views) -> bool:
             shifted.append(task)
 
     threads.run(measure, samples, flops=2 * x.k.size, plan=x.plan)
-    # Head by head; where the mask is causal the last rows of a head take longest, and begin first.
-    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    # Where the mask is causal the last rows of a head take longest, and begin first.
+    stacks = [h for some in x.stacks() for h in some]
+    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
     return bool(shifted)

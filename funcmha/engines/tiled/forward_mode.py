@@ -8,8 +8,8 @@ so that one pass over the tiles of a row sums all that it needs. Rows share noth
 one key has more than half of the weight, its ż is first subtracted from all and from ṡink. That leaves ȯ as it is, and
 spares it a difference of two large numbers.
 
-Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
-tile; `...` is batch.
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; G heads, R rows and N
+columns of a tile; `...` is batch.
 """
 
 from math import prod
@@ -27,7 +27,7 @@ from .cache import AttentionCache, Views, with_head_axis
 from .dominant import inside
 from .forward import recomputed
 from .threads import scratch
-from .tiles import Head, Tile, blocks, of_sink
+from .tiles import Heads, Tile, blocks, of_sink
 
 
 @quiet_underflow
@@ -44,7 +44,8 @@ def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, 
     *batch, H, T, D = x.q.shape
     S, E = x.v.shape[-2:]
     samples = list(np.ndindex(*batch))
-    tasks = [(h, rows, b) for h in range(H) for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    stacks = [h for some in x.stacks() for h in some]
+    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     with threads.single_threaded_blas():
         threads.run(
             lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan
@@ -67,77 +68,82 @@ class _Forward(NamedTuple):
     o_dot: Array  # (..., H, T, E)
     lse_dot: Array  # (..., H, T)
 
-    def rows(self, h: int, rows: Range, b: Any) -> None:
-        """Write the tangents of some rows of a head."""
+    def rows(self, h: slice, rows: Range, b: Any) -> None:
+        """Write the tangents of some rows of some heads."""
         at, x = (*b, h, slice(*rows)), self.x
-        head, head_dot = x.head(b, h), self.x_dot.head(b, h)
+        heads, heads_dot = x.heads(b, h), self.x_dot.heads(b, h)
         row_max = None if x.row_max is None else x.row_max[at]
         inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
         key, z_dot = None, np.zeros_like(inverse)
         if x.dominant[at].max(initial=-1) >= 0:
             key = x.dominant[at]
-            z_dot = self.of_keys(head, head_dot, rows, key)
-        acc, mean = self.sums(head, head_dot, rows, row_max, key, z_dot)
-        if head.sink is not None:
-            mean += of_sink(head, row_max) * ((head_dot.sink or 0.0) - z_dot)
+            z_dot = self.of_keys(heads, heads_dot, rows, key)
+        acc, mean = self.sums(heads, heads_dot, rows, row_max, key, z_dot)
+        if heads.sink is not None:
+            sink_dot = 0.0 if heads_dot.sink is None else heads.rounded(heads_dot.sink)
+            mean += of_sink(heads, row_max) * (sink_dot - z_dot)
         mean = np.where(inverse == 0, 0.0, mean * inverse)
         self.lse_dot[at] = z_dot + mean
-        self.o_dot[at] = acc * inverse[:, None] - mean[:, None] * x.o[at]
+        self.o_dot[at] = acc * inverse[..., None] - mean[..., None] * x.o[at]
 
-    def of_keys(self, head: Head, head_dot: Head, rows: Range, key: Array) -> Array:
-        """ż of these rows at a key each, 0 where that is −1"""
-        i, (left, right) = np.flatnonzero(key >= 0), self.factors(head, head_dot, rows)
-        t, j, z_dot = rows[0] + i, key[i], np.zeros(len(key), left.dtype)
-        z_dot[i] = np.einsum("nd,nd->n", left[i], right[j])
-        if head.softcap is not None:
-            z_dot[i] *= 1 - np.tanh(head.score_scale * np.einsum("nd,nd->n", head.q[t], head.k[j])) ** 2
-        if head_dot.bias is not None:
-            z_dot[i] += head_dot.bias[t, j] if head_dot.bias.ndim == 2 else head_dot.bias[j - t + len(head.q) - 1]
+    def of_keys(self, heads: Heads, heads_dot: Heads, rows: Range, key: Array) -> Array:
+        """ż of these rows at a key each (G, R), 0 where that is −1"""
+        (g, i), (left, right) = np.nonzero(key >= 0), self.factors(heads, heads_dot, rows)
+        t, j, z_dot = rows[0] + i, key[g, i], np.zeros(key.shape, left.dtype)
+        z = np.einsum("nd,nd->n", left[g, i], right[g, j])
+        if heads.softcap is not None:
+            u = np.broadcast_to(heads.score_scale, (len(key), 1, 1))[g, 0, 0]
+            z *= 1 - np.tanh(u * np.einsum("nd,nd->n", heads.q[g, t], heads.k[g, j])) ** 2
+        if heads_dot.bias is not None:
+            relative, bias = heads_dot.bias.ndim == 2, heads_dot.bias
+            z += bias[g, j - t + heads.q.shape[1] - 1] if relative else bias[g, t, j]
+        z_dot[g, i] = z
         return z_dot
 
     def sums(
-        self, head: Head, head_dot: Head, rows: Range, row_max: Array, key: Array, z_dot: Array
+        self, heads: Heads, heads_dot: Heads, rows: Range, row_max: Array, key: Array, z_dot: Array
     ) -> tuple[Array, Array]:
-        """Σ dropout(e ż) v + Σ dropout(e) v̇ (rows, E)     Σ e ż (rows)     with e = 2^(s − c)
+        """Σ dropout(e ż) v + Σ dropout(e) v̇ (G, rows, E)     Σ e ż (G, rows)     with e = 2^(s − c)
 
-        of ż less z_dot (rows), which is that of the keys, if there are any.
+        of ż less z_dot (G, rows), which is that of the keys, if there are any.
         """
-        q, (left, right) = head.score_scale * head.q[slice(*rows)], self.factors(head, head_dot, rows)
-        acc, mean = np.zeros((len(q), head.v.shape[-1]), q.dtype), np.zeros(len(q), q.dtype)
-        for tile in head.all_tiles(rows):
+        q, (left, right) = heads.scaled_q(rows), self.factors(heads, heads_dot, rows)
+        acc, mean = np.zeros((*q.shape[:-1], heads.v.shape[-1]), q.dtype), np.zeros(q.shape[:-1], q.dtype)
+        for tile in heads.all_tiles(rows):
             i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
-            slope = None if head.softcap is None else scratch("slope", tile.shape, q.dtype)
-            e = head.exponentials(q[i], tile, None if row_max is None else row_max[i], slope)
-            ez = self.scores(head_dot, tile, left[i], right[j], slope)
+            slope = None if heads.softcap is None else scratch("slope", (len(q), *tile.shape), q.dtype)
+            e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i], slope)
+            ez = self.scores(heads_dot, tile, left[:, i], right[:, j], slope)
             if key is not None:
-                ez -= z_dot[i, None]
-                ez[inside(key[i], tile.cols)] = 0.0
+                ez -= z_dot[:, i, None]
+                ez[inside(key[:, i], tile.cols)] = 0.0
             ez *= e
-            mean[i] += ez @ np.ones(len(ez.T), ez.dtype)
-            if head.keep is not None:
-                ez, e = head.drop(np.stack((ez, e)), tile)
-            acc[i] += ez @ head.v[j]
+            mean[:, i] += ez @ np.ones(ez.shape[-1], ez.dtype)
+            if heads.keep is not None:
+                ez, e = heads.drop(np.stack((ez, e)), tile)
+            acc[:, i] += ez @ heads.v[:, j]
             if self.dot.v is not None:
-                acc[i] += e @ head_dot.v[j]
+                acc[:, i] += e @ heads_dot.v[:, j]
         return acc, mean
 
-    def factors(self, head: Head, head_dot: Head, rows: Range) -> tuple[Array, Array]:
-        """u̇ = left rightᵀ     left scale · [q̇, q] (R, 2D), right [k, k̇] (S, 2D), without what is zero"""
+    def factors(self, heads: Heads, heads_dot: Heads, rows: Range) -> tuple[Array, Array]:
+        """u̇ = left rightᵀ     left scale · [q̇, q] (G, R, 2D), right [k, k̇] (G, S, 2D), without what is zero"""
         i = slice(*rows)
-        pairs = [(head_dot.q[i], head.k)] * (self.dot.q is not None) + [(head.q[i], head_dot.k)] * (
-            self.dot.k is not None
-        )
+        q, q_dot = heads.q[:, i], heads_dot.q[:, i]
+        pairs = [(q_dot, heads.k)] * (self.dot.q is not None) + [(q, heads_dot.k)] * (self.dot.k is not None)
         if not pairs:
-            return head.q[i, :0], head.k[:, :0]
-        return head.scale * np.concatenate([q for q, _ in pairs], axis=1), np.concatenate([k for _, k in pairs], axis=1)
+            return q[..., :0], heads.k[..., :0]
+        left, right = (np.concatenate(some, axis=-1) for some in zip(*pairs, strict=True))
+        return heads.rounded(heads.scale) * left, right
 
-    def scores(self, head_dot: Head, tile: Tile, left: Array, right: Array, slope: Array) -> Array:
-        """ż = slope · u̇ + ḃias (R, N), 0 where not mask"""
-        z_dot = np.matmul(left, right.T, out=scratch("dp", tile.shape, left.dtype))
+    def scores(self, heads_dot: Heads, tile: Tile, left: Array, right: Array, slope: Array) -> Array:
+        """ż = slope · u̇ + ḃias (G, R, N), 0 where not mask"""
+        out = scratch("dp", (len(left), *tile.shape), left.dtype)
+        z_dot = np.matmul(left, right.swapaxes(1, 2), out=out)
         if slope is not None:
             z_dot *= slope
-        if head_dot.bias is not None:
-            z_dot += head_dot.bias_of(tile)
+        if heads_dot.bias is not None:
+            z_dot += heads_dot.bias_of(tile)
         if tile.mixed:  # where the exponentials are 0, and a tangent may be anything
-            head_dot.forbid(z_dot, tile, 0.0)
+            heads_dot.forbid(z_dot, tile, 0.0)
         return z_dot

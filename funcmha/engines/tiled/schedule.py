@@ -9,10 +9,10 @@ import numpy as np
 from funcmha._arrays import Array, unbroadcast
 from funcmha.biases import diagonal_sums, diagonals
 
-from .tiles import Head, Tile, blocks
+from .tiles import Heads, Tile, add_heads, blocks
 
 
-def wavefronts(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: int) -> list[list[Any]]:
+def wavefronts(heads: Callable[[Any, slice], Heads], samples: list[Any], T: int, S: int) -> list[list[Any]]:
     """Blocks of tiles, as (sample, tiles), in wavefronts; in one of them no two of a sample share rows or columns.
 
     So each may add to its rows of dq and columns of dk and dv, and these are added to in the order of the wavefronts,
@@ -21,7 +21,7 @@ def wavefronts(head: Callable[[Any, int], Head], samples: list[Any], T: int, S: 
     """
     fronts: dict[int, list[Any]] = {}
     for b in samples:
-        of_sample = head(b, 0)
+        of_sample = heads(b, slice(0, 1))
         height, width = of_sample.plan.tile_rows, of_sample.plan.columns(T)
         n = max(-(-T // height), -(-S // width), 1)
         for i, some in enumerate(blocks(T, height)):
@@ -38,25 +38,25 @@ class RelativeBiasGradient:
         self.sum = np.zeros_like(values)
         self.given: dict[Any, Array] = {}
 
-    def add(self, index: tuple[int, ...], tile: Tile, dz: Array) -> None:
-        """Take the tile of one sample and head."""
-        self.given[index, tile.rows, tile.cols] = diagonal_sums(dz)
+    def add(self, b: tuple[int, ...], h: slice, tile: Tile, dz: Array) -> None:
+        """Take the tile of some heads of one sample."""
+        self.given[b, (h.start, h.stop), tile.rows, tile.cols] = diagonal_sums(dz)
 
     def flush(self) -> None:
         """Add what was given, in the order of the tiles."""
-        for (index, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
-            self.place(index)[diagonals(rows, cols, self.T)] += sums
+        for (b, h, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
+            add_heads(self.place(b, slice(*h))[:, diagonals(rows, cols, self.T)], sums)
         self.given.clear()
 
-    def add_at(self, index: tuple[int, ...], rows: Array, cols: Array, dz: Array) -> None:
-        """Add some numbers of one sample and head, on one thread."""
-        np.add.at(self.place(index), cols - rows + self.T - 1, dz)
+    def add_at(self, b: tuple[int, ...], h: slice, at: tuple[Array, Array, Array], dz: Array) -> None:
+        """Add some numbers of some heads of one sample, on one thread."""
+        (g, rows, cols), place = at, self.place(b, h)
+        np.add.at(place, (g if len(place) > 1 else 0, cols - rows + self.T - 1), dz)
 
-    def place(self, index: tuple[int, ...]) -> Array:
-        """The values (T + S − 1) of one sample and head"""
+    def place(self, b: tuple[int, ...], h: slice) -> Array:
+        """The values (G or 1, T + S − 1) of some heads of one sample"""
         whole = self.sum.reshape((1,) * max(2 - self.sum.ndim, 0) + self.sum.shape)
-        outer = index[len(index) - (whole.ndim - 1) :]
-        return whole[tuple(i if n > 1 else 0 for i, n in zip(outer, whole.shape[:-1], strict=True))]
+        return _of_heads(whole, b[len(b) - (whole.ndim - 2) :], h)
 
     def total(self) -> Array:
         """The gradient of the values"""
@@ -77,22 +77,20 @@ class BiasGradient:
         self.sums_samples = prod(shape[:-3]) != prod(scores[:-3])
         self.sum = np.zeros((*shape[:-1], shape[-1] if self.sums_cols else scores[-1]), bias.dtype)
 
-    def add(self, index: tuple[int, ...], tile: Tile, dz: Array) -> None:
-        """Add the tile of one sample and head."""
+    def add(self, b: tuple[int, ...], h: slice, tile: Tile, dz: Array) -> None:
+        """Add the tile of some heads of one sample."""
         rows, cols = slice(*tile.rows), slice(*tile.cols)
         if self.sums_rows:
-            dz, rows = dz.sum(axis=0, keepdims=True), slice(0, 1)
+            dz, rows = dz.sum(axis=1, keepdims=True), slice(0, 1)
         if self.sums_cols:
-            dz, cols = dz.sum(axis=1, keepdims=True), slice(0, 1)
-        self.place(index)[rows, cols] += dz
+            dz, cols = dz.sum(axis=2, keepdims=True), slice(0, 1)
+        add_heads(_of_heads(self.sum, b, h)[:, rows, cols], dz)
 
-    def add_at(self, index: tuple[int, ...], rows: Array, cols: Array, dz: Array) -> None:
-        """Add some numbers of one sample and head, on one thread."""
-        np.add.at(self.place(index), (0 if self.sums_rows else rows, 0 if self.sums_cols else cols), dz)
-
-    def place(self, index: tuple[int, ...]) -> Array:
-        """The matrix of one sample and head"""
-        return self.sum[tuple(i if n > 1 else 0 for i, n in zip(index, self.sum.shape[:-2], strict=True))]
+    def add_at(self, b: tuple[int, ...], h: slice, at: tuple[Array, Array, Array], dz: Array) -> None:
+        """Add some numbers of some heads of one sample, on one thread."""
+        (g, rows, cols), place = at, _of_heads(self.sum, b, h)
+        at = (g if len(place) > 1 else 0, 0 if self.sums_rows else rows, 0 if self.sums_cols else cols)
+        np.add.at(place, at, dz)
 
     def flush(self) -> None:
         """All is added already."""
@@ -100,3 +98,9 @@ class BiasGradient:
     def total(self) -> Array:
         """The gradient, in the shape of the bias."""
         return unbroadcast(self.sum, self.shape)
+
+
+def _of_heads(total: Array, b: tuple[int, ...], h: slice) -> Array:
+    """What some heads of one sample add to, of a sum (..., H or 1, ·), as a view with an axis of heads"""
+    outer = total.shape[: len(b)]
+    return total[(*(i if n > 1 else 0 for i, n in zip(b, outer, strict=True)), h if total.shape[len(b)] > 1 else slice(0, 1))]

@@ -8,8 +8,8 @@ more, in the order of the backward. In a tile, with r = dlse − δ,
 A row of each sums to something known. At a key with more than half of its weight all three are left out, and set to
 what the others leave of that at the end.
 
-Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; R rows and N columns of a
-tile; `...` is batch.
+Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; G heads, R rows and N
+columns of a tile; `...` is batch.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from .dominant import Dominant, add_to_keys
 from .forward import recomputed
 from .forward_mode import attention_jvp, tangent_views
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
-from .tiles import Head, Tile, of_sink
+from .tiles import Heads, Tile, add_heads, of_sink
 
 
 @quiet_underflow
@@ -87,7 +87,7 @@ class _Rows(NamedTuple):
 
     def at(self, at: tuple[Any, ...]) -> "_Rows":
         """Those of one tile, with an axis of keys."""
-        return _Rows(self.do[at], self.do_dot[at], *(a[at][:, None] for a in self[2:]))
+        return _Rows(self.do[at], self.do_dot[at], *(a[at][..., None] for a in self[2:]))
 
 
 class _Second(NamedTuple):
@@ -99,88 +99,97 @@ class _Second(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
 
-    def tile(self, b: Any, h: int, tile: Tile, dominant: Dominant | None) -> None:
+    def tile(self, b: Any, h: slice, tile: Tile, dominant: Dominant | None) -> None:
         """Add the share of one tile."""
-        head, head_dot, i, j = self.x.head(b, h), self.x_dot.head(b, h), slice(*tile.rows), slice(*tile.cols)
-        at, of_key = (*b, h, i), (*self.x.key_head(b, h), j)
+        heads, heads_dot, i, j = self.x.heads(b, h), self.x_dot.heads(b, h), slice(*tile.rows), slice(*tile.cols)
+        at, of_keys, scale = (*b, h, i), (*self.x.key_heads(b, h), j), heads.rounded(heads.scale)
         rows = self.of_rows.at(at)
-        q, k, v = head.q[i], head.k[j], head.v[j]
-        q_dot, k_dot, v_dot = head_dot.q[i], head_dot.k[j], head_dot.v[j]
-        e = head.exponentials(head.score_scale * q, tile, None if self.x.row_max is None else self.x.row_max[at])
-        p, u_dot = e * rows.inverse, head.scale * (q_dot @ k.T + q @ k_dot.T)
-        slope, bend = _soft_cap(head, q, k, u_dot)
-        change = _change(head_dot, tile, u_dot, slope) - rows.lse_dot
-        dp, dp_dot = (rows.do @ v.T, rows.do_dot @ v.T + rows.do @ v_dot.T)
+        q, k, v = heads.q[:, i], heads.k[:, j], heads.v[:, j]
+        q_dot, k_dot, v_dot = heads_dot.q[:, i], heads_dot.k[:, j], heads_dot.v[:, j]
+        e = heads.exponentials(heads.score_scale * q, tile, None if self.x.row_max is None else self.x.row_max[at])
+        p, u_dot = e * rows.inverse, scale * (q_dot @ _t(k) + q @ _t(k_dot))
+        slope, bend = _soft_cap(heads, q, k, u_dot)
+        change = _change(heads_dot, tile, u_dot, slope) - rows.lse_dot
+        dp, dp_dot = rows.do @ _t(v), rows.do_dot @ _t(v) + rows.do @ _t(v_dot)
         p_dot = p * change
-        a, a_dot, dp, dp_dot = _dropped(head, tile, p, p_dot, dp, dp_dot)
+        a, a_dot, dp, dp_dot = _dropped(heads, tile, p, p_dot, dp, dp_dot)
         dz = p * (dp + rows.r)
         dz_dot = dz * change + p * (dp_dot + rows.r_dot)
         if dominant is not None:
             dominant.leave_out(tile.rows, tile.cols, (dz, dz_dot, p_dot, a_dot), (slope, bend, p, a))
-        self.dv[of_key] += a_dot.T @ rows.do + a.T @ rows.do_dot
+        add_heads(self.dv[of_keys], _t(a_dot) @ rows.do + _t(a) @ rows.do_dot)
         if self.dbias is not None:
-            self.dbias.add((*b, h), tile, dz_dot)
+            self.dbias.add(b, h, tile, dz_dot)
         du, du_dot = dz * slope, dz_dot * slope + dz * bend
-        self.dq[at] += head.scale * (du_dot @ k + du @ k_dot)
-        self.dk[of_key] += head.scale * (du_dot.T @ q + du.T @ q_dot)
+        self.dq[at] += scale * (du_dot @ k + du @ k_dot)
+        add_heads(self.dk[of_keys], scale * (_t(du_dot) @ q + _t(du) @ q_dot))
 
-    def dominant_keys(self, b: Any, h: int, dominant: Dominant | None) -> None:
+    def dominant_keys(self, b: Any, h: slice, dominant: Dominant | None) -> None:
         """Add what was left out: each is the sum of its row less that of the other keys"""
         if dominant is None:
             return
-        i, head, head_dot = dominant.found(), self.x.head(b, h), self.x_dot.head(b, h)
-        j, at, of_key = dominant.key[i], (*b, h), self.x.key_head(b, h)
-        slope, bend, p, a = (x[i] for x in dominant.others)
+        (g, i), heads, heads_dot = dominant.found(), self.x.heads(b, h), self.x_dot.heads(b, h)
+        j, at, of_keys = dominant.key[g, i], (*b, h), self.x.key_heads(b, h)
+        slope, bend, p, a = (x[g, i] for x in dominant.others)
         totals = self.of_rows.dlse[at], self.of_rows.dlse_dot[at], np.zeros_like(dominant.rest[0])
         parts = zip(totals, self.of_sink(b, h), dominant.rest[:3], strict=True)
-        dz, dz_dot, p_dot = ((total - of_sink - rest)[i] for total, of_sink, rest in parts)
-        du, du_dot = (head.scale * x[:, None] for x in (dz * slope, dz_dot * slope + dz * bend))
-        self.dq[at][i] += du_dot * head.k[j] + du * head_dot.k[j]
-        add_to_keys(self.dk[of_key], j, du_dot * head.q[i] + du * head_dot.q[i])
-        add_to_keys(self.dv[of_key], j, (p_dot * (a / p))[:, None] * self.of_rows.do[at][i])
+        dz, dz_dot, p_dot = ((total - of_sink - rest)[g, i] for total, of_sink, rest in parts)
+        scale = heads.rounded(heads.scale[g, 0, 0])
+        du, du_dot = ((scale * x)[:, None] for x in (dz * slope, dz_dot * slope + dz * bend))
+        self.dq[at][g, i] += du_dot * heads.k[g, j] + du * heads_dot.k[g, j]
+        add_to_keys(self.dk[of_keys], g, j, du_dot * heads.q[g, i] + du * heads_dot.q[g, i])
+        add_to_keys(self.dv[of_keys], g, j, (p_dot * (a / p))[:, None] * self.of_rows.do[at][g, i])
         if self.dbias is not None:
-            self.dbias.add_at(at, i, j, dz_dot)
+            self.dbias.add_at(b, h, (g, i, j), dz_dot)
 
-    def of_sink(self, b: Any, h: int) -> tuple[Array, Array, Array]:
-        """dz, ḋz and ṗ of the sink (T): p_sink (dlse − δ), p_sink ((dlse − δ) (ṡink − l̇se) + ṙ), p_sink (ṡink − l̇se)"""
-        at, head, sink_dot = (*b, h), self.x.head(b, h), self.x_dot.head(b, h).sink
-        r, r_dot, change = self.of_rows.r[at], self.of_rows.r_dot[at], (sink_dot or 0.0) - self.of_rows.lse_dot[at]
-        if head.sink is None:
+    def of_sink(self, b: Any, h: slice) -> tuple[Array, Array, Array]:
+        """dz, ḋz and ṗ of the sink (G, T)
+        p_sink (dlse − δ), p_sink ((dlse − δ) (ṡink − l̇se) + ṙ), p_sink (ṡink − l̇se)
+        """
+        at, heads, sink_dot = (*b, h), self.x.heads(b, h), self.x_dot.heads(b, h).sink
+        r, r_dot = self.of_rows.r[at], self.of_rows.r_dot[at]
+        change = (0.0 if sink_dot is None else heads.rounded(sink_dot)) - self.of_rows.lse_dot[at]
+        if heads.sink is None:
             return np.zeros_like(r), np.zeros_like(r), np.zeros_like(r)
-        p_sink = of_sink(head, None if self.x.row_max is None else self.x.row_max[at]) * self.of_rows.inverse[at]
+        p_sink = of_sink(heads, None if self.x.row_max is None else self.x.row_max[at]) * self.of_rows.inverse[at]
         return p_sink * r, p_sink * (r * change + r_dot), p_sink * change
 
 
-def _soft_cap(head: Head, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
+def _t(x: Array) -> Array:
+    """xᵀ of each head"""
+    return x.swapaxes(1, 2)
+
+
+def _soft_cap(heads: Heads, q: Array, k: Array, u_dot: Array) -> tuple[Any, Any]:
     """slope = 1 − tanh(u / softcap)²     slope˙ = −2 tanh(u / softcap) slope u̇ / softcap"""
-    if head.softcap is None:
+    if heads.softcap is None:
         return 1.0, 0.0
-    t = np.tanh((head.score_scale * q) @ k.T)
+    t = np.tanh((heads.score_scale * q) @ _t(k))
     slope = 1 - t * t
-    return slope, -2 * t * slope * (u_dot / head.softcap)
+    return slope, -2 * t * slope * (u_dot / heads.rounded(heads.softcap))
 
 
-def _change(head_dot: Head, tile: Tile, u_dot: Array, slope: Any) -> Array:
-    """ż = slope · u̇ + ḃias (R, N), 0 where not mask"""
+def _change(heads_dot: Heads, tile: Tile, u_dot: Array, slope: Any) -> Array:
+    """ż = slope · u̇ + ḃias (G, R, N), 0 where not mask"""
     z_dot: Array = u_dot * slope
-    if head_dot.bias is not None:
-        z_dot = z_dot + head_dot.bias_of(tile)
+    if heads_dot.bias is not None:
+        z_dot = z_dot + heads_dot.bias_of(tile)
     if tile.mixed:
-        head_dot.forbid(z_dot, tile, 0.0)
+        heads_dot.forbid(z_dot, tile, 0.0)
     return z_dot
 
 
-def _dropped(head: Head, tile: Tile, *arrays: Array) -> Any:
+def _dropped(heads: Heads, tile: Tile, *arrays: Array) -> Any:
     """Each after dropout, by booleans that are drawn once."""
-    return arrays if head.keep is None else head.drop(np.stack(arrays), tile)
+    return arrays if heads.keep is None else heads.drop(np.stack(arrays), tile)
 
 
 def _of_sink(y: _Second) -> Array:
     """ḋsink (..., H)"""
     out = np.zeros(y.x.q.shape[:-2], y.x.q.dtype)
-    for *b, h in np.ndindex(*out.shape):
-        _, dz_dot, _ = y.of_sink(tuple(b), h)
-        out[(*b, h)] = np.sum(dz_dot)
+    for b, h in ((b, h) for b in np.ndindex(*out.shape[:-1]) for some in y.x.stacks() for h in some):
+        _, dz_dot, _ = y.of_sink(b, h)
+        out[(*b, h)] = np.sum(dz_dot, axis=-1)
     return out
 
 
@@ -190,19 +199,20 @@ def _run(y: _Second) -> None:
     S, E = y.dv.shape[-2:]
     samples = list(np.ndindex(*batch))
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
-    schedule = [step for group in together for step in wavefronts(y.x.head, group, T, S)]
-    flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)
-    for h in range(H):
+    schedule = [step for group in together for step in wavefronts(y.x.heads, group, T, S)] if H else []
+    flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)  # of a head
+    for h in (h for some in y.x.stacks() for h in some):
         dominant = {b: Dominant.of(y.x.dominant[(*b, h)], y.x.q.dtype, 4, 4) for b in samples}
         for step in schedule:
-            threads.run(partial(_add, y, h, dominant), step, flops / len(schedule), plan=y.x.plan)
+            of_step = flops * (h.stop - h.start) / len(schedule)
+            threads.run(partial(_add, y, h, dominant), step, of_step, plan=y.x.plan)
             if y.dbias is not None:
                 y.dbias.flush()
         for b in samples:
             y.dominant_keys(b, h, dominant[b])
 
 
-def _add(y: _Second, h: int, dominant: dict[Any, Dominant | None], task: tuple[Any, list[Tile]]) -> None:
+def _add(y: _Second, h: slice, dominant: dict[Any, Dominant | None], task: tuple[Any, list[Tile]]) -> None:
     """Add the share of a block of tiles, which may share rows and columns."""
     b, block = task
     for tile in block:

@@ -211,11 +211,11 @@ class _Scratch(threading.local):
 _local = _Scratch()
 
 
-def scratch(name: str, shape: tuple[int, int], dtype: Any) -> Array:
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialised array that belongs to this thread and the call whose task it is in, until that asks for the same
     name again.
     """
-    size, key = shape[0] * shape[1], (_local.depth, name, dtype)
+    size, key = math.prod(shape), (_local.depth, name, dtype)
     buffer = _local.buffers.get(key)
     if buffer is None or buffer.size < size:
         buffer = _local.buffers[key] = np.empty(size, dtype)

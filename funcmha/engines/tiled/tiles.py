@@ -8,7 +8,10 @@ out too small or too large is the true maximum of the row looked for. c is a who
 the digits of the sum. The backward subtracts the same c, and so has the same exponentials, from the same q and k to the
 bit; made from the log-sum-exp they would lose |s| ulps.
 
-Axes: T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
+Several heads of a sample go together where sequences are short: then a tile is one of each, and a call of NumPy makes
+them all. Its cost, and that of waiting for the interpreter's lock after it, is that of a 256 × 256 product.
+
+Axes: G heads, T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
 """
 
 from math import e, log, log2, prod
@@ -43,38 +46,53 @@ class Tile(NamedTuple):
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
 
-class Head(NamedTuple):
-    q: Array  # (T, D)
-    k: Array  # (S, D)
-    v: Array  # (S, E)
-    bias: Array  # (T, S), or (T + S − 1) as of a `RelativeBias`, or None
-    sink: float | None  # a score of −∞ is as good as none
-    mask: Mask | None  # (T, S), or with a head axis
+class Heads(NamedTuple):
+    """Some heads of one sample: they read one key/value head, which is repeated by a stride of 0, or each its own."""
+
+    q: Array  # (G, T, D)
+    k: Array  # (G, S, D)
+    v: Array  # (G, S, E)
+    bias: Array  # (G, T, S), or (G, T + S − 1) as of a `RelativeBias`, or None
+    sink: Array  # (G, 1), or None; a score of −∞ is as good as none
+    mask: Mask | None  # (T, S), or with an axis for all heads
     sample: int  # which one
-    h: int  # which head of it
-    keep: Array | Seeded  # (T, S), or by the sample and the head, or None
+    h: slice  # which heads of it
+    keep: Array | Seeded  # (G, T, S), or by the sample and the head, or None
     rate: float
-    scale: float
-    softcap: float | None
+    scale: Array  # (G, 1, 1)
+    softcap: Array  # (G, 1, 1) or None
     plan: Plan
 
     @property
-    def score_scale(self) -> float:
+    def score_scale(self) -> Array:
         """What q is multiplied by before its product with the keys: that is s, z less the bias, or u / softcap"""
         if self.softcap is not None:
-            return self.scale / self.softcap
-        return self.scale * LOG2E if self.bias is None else self.scale
+            return self.rounded(self.scale / self.softcap)
+        return self.rounded(self.scale * LOG2E if self.bias is None else self.scale)
 
     @property
-    def scale_by_score_scale(self) -> float:
+    def scale_by_score_scale(self) -> Array:
         """Also where the scale is 0"""
         if self.softcap is not None:
-            return self.softcap
-        return LN2 if self.bias is None else 1.0
+            return self.rounded(self.softcap)
+        return self.q.dtype.type(LN2 if self.bias is None else 1.0)
+
+    @property
+    def log2_sink(self) -> Array:
+        """log₂e · sink (G, 1)"""
+        return self.rounded(LOG2E * self.sink)
+
+    def rounded(self, x: Array) -> Array:
+        """A number of each head, which is float64, in the dtype computed with"""
+        return x.astype(self.q.dtype)
+
+    def scaled_q(self, rows: Range) -> Array:
+        """These rows of q (G, R, D), times `score_scale`"""
+        return self.score_scale * self.q[:, slice(*rows)]
 
     def columns(self, rows: Range) -> Range:
         """The columns outside which these rows attend nothing"""
-        return (0, len(self.k)) if self.mask is None else self.mask.columns(rows, len(self.k))
+        return (0, self.k.shape[1]) if self.mask is None else self.mask.columns(rows, self.k.shape[1])
 
     def all_tiles(self, rows: Range) -> list[Tile]:
         """The tiles of these rows, from left to right."""
@@ -83,7 +101,7 @@ class Head(NamedTuple):
     def tiles(self, rows: Range) -> list[list[Tile]]:
         """The same in blocks of columns."""
         start, stop = self.columns(rows)
-        found, width = [], self.plan.columns(len(self.q))
+        found, width = [], self.plan.columns(self.q.shape[1])
         for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
             cols = (max(j, start), min(j + width, stop))
             block = [Tile(rows, cols, mixed=False)] if self.mask is None else _parts(self.mask, rows, cols, self.plan)
@@ -94,10 +112,11 @@ class Head(NamedTuple):
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
 
-        q (R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the soft cap's
+        q (G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the soft cap's
         gradient is multiplied by, 1 − tanh².
         """
-        s = np.matmul(q, self.k[slice(*tile.cols)].T, out=scratch("s", tile.shape, q.dtype))
+        k = self.k[:, slice(*tile.cols)]
+        s = np.matmul(q, k.swapaxes(1, 2), out=scratch("s", (len(q), *tile.shape), q.dtype))
         return self.complete(s, tile, slope)
 
     def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
@@ -106,23 +125,23 @@ class Head(NamedTuple):
             np.tanh(s, out=s)
             if slope is not None:
                 np.subtract(1.0, np.multiply(s, s, out=slope), out=slope)
-            s *= self.softcap * LOG2E if self.bias is None else self.softcap
+            s *= self.rounded(self.softcap * LOG2E if self.bias is None else self.softcap)
         if self.bias is not None:  # before log₂e, whose rounding would be that of a large bias, however small the sum
             s += self.bias_of(tile)
             s *= LOG2E
         return s
 
     def bias_of(self, tile: Tile) -> Array:
-        """The bias of these scores (R, N)"""
-        if self.bias.ndim == 1:
-            return toeplitz(self.bias, tile.rows, tile.cols, len(self.q))
-        return self.bias[slice(*tile.rows), slice(*tile.cols)]
+        """The bias of these scores (G, R, N)"""
+        if self.bias.ndim == 2:
+            return toeplitz(self.bias, tile.rows, tile.cols, self.q.shape[1])
+        return self.bias[:, slice(*tile.rows), slice(*tile.cols)]
 
     def exponentials(self, q: Array, tile: Tile, row_max: Array, slope: Array = None) -> Array:
-        """2^(s − c)     the same bits whenever it is asked for   →   (R, N)"""
+        """2^(s − c)     the same bits whenever it is asked for   →   (G, R, N)"""
         s = self.scores(q, tile, slope)
         if row_max is not None:
-            np.subtract(s, row_max[:, None], out=s)
+            np.subtract(s, row_max[..., None], out=s)
         if row_max is None and self.bias is None:
             np.exp2(s, out=s)
         else:
@@ -134,7 +153,7 @@ class Head(NamedTuple):
     def forbid(self, a: Array, tile: Tile, value: float) -> None:
         """a = value where not mask"""
         allowed = self.mask.tile(tile.rows, tile.cols)  # type: ignore[union-attr]  # a tile is mixed by its mask
-        allowed = allowed[self.h if len(allowed) > 1 else 0] if allowed.ndim == 3 else allowed
+        allowed = allowed[self.h] if allowed.ndim == 3 and len(allowed) > 1 else allowed
         np.copyto(a, value, where=~allowed)
 
     def drop(self, a: Array, tile: Tile) -> Array:
@@ -142,9 +161,10 @@ class Head(NamedTuple):
         if self.keep is None:
             return a
         if isinstance(self.keep, Seeded):
-            keep = self.keep.tile(self.sample, self.h, tile.rows, tile.cols)
+            heads = range(self.h.start, self.h.stop)
+            keep = np.stack([self.keep.tile(self.sample, h, tile.rows, tile.cols) for h in heads])
         else:
-            keep = self.keep[slice(*tile.rows), slice(*tile.cols)]
+            keep = self.keep[:, slice(*tile.rows), slice(*tile.cols)]
         return np.where(keep, a / (1 - self.rate), 0.0)
 
 
@@ -178,95 +198,97 @@ def _halves(a: Range) -> tuple[Range, Range]:
     return (a[0], middle), (middle, a[1])
 
 
-def rows_forward(head: Head, rows: Range, longest: float) -> tuple[Array, Array, Array, Array]:
-    """o (R, E); the sums of exponentials, the sink's included (R); c or None; `dominant_keys` (R) or None"""
-    q = head.score_scale * head.q[slice(*rows)]
-    m = longest * np.sqrt(np.einsum("td,td->t", q, q))
-    if head.softcap is not None or head.bias is not None:
-        m = LOG2E * (m if head.softcap is None else head.softcap * np.minimum(m, 1.0))
-    row_max, all_tiles = _guess(head, q, rows, m), head.all_tiles(rows)
+def rows_forward(heads: Heads, rows: Range, longest: Array) -> tuple[Array, Array, Array, Array]:
+    """o (G, R, E); the sums of exponentials, the sink's included (G, R); c or None; `dominant_keys` (G, R) or None"""
+    q = heads.scaled_q(rows)
+    m = longest * np.sqrt(np.einsum("gtd,gtd->gt", q, q))
+    if heads.softcap is not None or heads.bias is not None:
+        m = LOG2E * (m if heads.softcap is None else heads.softcap[..., 0].astype(m.dtype) * np.minimum(m, 1.0))
+    row_max, all_tiles = _guess(heads, q, rows, m), heads.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
-        row_sum, acc, heavy = _sums(head, q, rows, all_tiles, row_max)
+        row_sum, acc, heavy = _sums(heads, q, rows, all_tiles, row_max)
     wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
     if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
         wrong |= (key >= 0) & (row_sum < 0.5)
     if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
-        some = [tile for tile in all_tiles if wrong[_within(rows, tile)].any()]
-        row_max = np.where(wrong, _maximum(head, q, rows, some), 0.0 if row_max is None else row_max)
-        sum_again, acc_again, heavy_again = _sums(head, q, rows, some, row_max)
-        row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[:, None], acc_again, acc)
+        some = [tile for tile in all_tiles if wrong[:, _within(rows, tile)].any()]
+        row_max = np.where(wrong, _maximum(heads, q, rows, some), 0.0 if row_max is None else row_max)
+        sum_again, acc_again, heavy_again = _sums(heads, q, rows, some, row_max)
+        row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[..., None], acc_again, acc)
         heavy = [x.of(~wrong) for x in heavy] + [x.of(wrong) for x in heavy_again]
         row_max = row_max if row_max.any() else None
-    if head.sink is not None:
-        row_sum += of_sink(head, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[:, None], row_sum, row_max, dominant_keys(heavy, row_sum)
+    if heads.sink is not None:
+        row_sum += of_sink(heads, row_max)
+    return acc / np.where(row_sum == 0, 1.0, row_sum)[..., None], row_sum, row_max, dominant_keys(heavy, row_sum)
 
 
-def _guess(head: Head, q: Array, rows: Range, m: Array) -> Array:
+def _guess(heads: Heads, q: Array, rows: Range, m: Array) -> Array:
     """A whole c with the largest s − c near 0 in all likelihood; None for none.
 
     None where it can be, for s − c loses as many digits as c has; else what some keys have, if it is less than the
     bound on all of them, which may be far too high.
     """
-    top, (start, stop) = np.zeros(len(q), q.dtype), head.columns(rows)
-    if head.bias is not None and start < stop:
-        largest = LOG2E * head.bias_of(Tile(rows, (start, stop), mixed=True)).max(axis=-1)
+    top, (start, stop) = np.zeros(m.shape, q.dtype), heads.columns(rows)
+    if heads.bias is not None and start < stop:
+        largest = LOG2E * heads.bias_of(Tile(rows, (start, stop), mixed=True)).max(axis=-1)
         top = np.where(np.isfinite(largest), largest, top)
     c = np.where((m + top <= BOUND) & (top >= log2(FLOOR)), 0.0, np.maximum(m - BOUND, 0.0) + top)
     if c.any() and start < stop:
-        likely = _largest(
-            head, q, Tile(rows, (start, min(start + head.plan.guess_keys, stop)), mixed=head.mask is not None)
-        )
+        some = (start, min(start + heads.plan.guess_keys, stop))
+        likely = _largest(heads, q, Tile(rows, some, mixed=heads.mask is not None))
         c = np.where(likely > -np.inf, np.fmin(c, np.fmax(likely, 0.0)), c)
-    if head.sink is not None:
-        c = np.maximum(c, LOG2E * head.sink - BOUND)
+    if heads.sink is not None:
+        c = np.maximum(c, heads.log2_sink - BOUND)
     return np.ceil(c) if c.any() else None
 
 
-def _sums(head: Head, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
-    """Σ 2^(s − c) (rows), Σ dropout(2^(s − c)) v (rows, E), and what may be over half of a sum, over some tiles"""
-    E, heavy = head.v.shape[-1], list[Heavy]()
-    row_sum, acc = np.zeros(len(q), q.dtype), np.zeros((len(q), E), q.dtype)
+def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
+    """Σ 2^(s − c) (G, rows), Σ dropout(2^(s − c)) v (G, rows, E), and what may be over half of a sum, over some tiles"""
+    E, heavy = heads.v.shape[-1], list[Heavy]()
+    row_sum, acc = np.zeros(q.shape[:-1], q.dtype), np.zeros((*q.shape[:-1], E), q.dtype)
     for tile in some:
         i = _within(rows, tile)
-        e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
-        row_sum[i] += e @ np.ones(len(e.T), e.dtype)
-        if not 2 * e.max() <= row_sum[i].min():  # which one pass mostly tells; NaN too: other rows may have one
-            heavy.append(heaviest(e, row_sum[i], i.start, tile.cols[0]))
-        product(head.drop(e, tile), head.v[slice(*tile.cols)], out=acc[i], add=True, terms=head.plan.terms)
+        e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i])
+        row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
+        if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
+            heavy.append(found)
+        v = heads.v[:, slice(*tile.cols)]
+        product(heads.drop(e, tile), v, out=acc[:, i], add=True, terms=heads.plan.terms)
     return row_sum, acc, heavy
 
 
-def sums(head: Head, row_max: Array) -> Array:
-    """The sums of exponentials of all rows, the sink's included (T)"""
-    q, row_sum = head.score_scale * head.q, np.zeros(len(head.q), head.q.dtype)
-    for tile in head.all_tiles((0, len(q))):
+def sums(heads: Heads, row_max: Array) -> Array:
+    """The sums of exponentials of all rows, the sink's included (G, T)"""
+    rows = (0, heads.q.shape[1])
+    q, row_sum = heads.scaled_q(rows), np.zeros(heads.q.shape[:-1], heads.q.dtype)
+    for tile in heads.all_tiles(rows):
         i = slice(*tile.rows)
-        e = head.exponentials(q[i], tile, None if row_max is None else row_max[i])
-        row_sum[i] += e @ np.ones(len(e.T), e.dtype)
-    return row_sum if head.sink is None else row_sum + of_sink(head, row_max)
+        e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i])
+        row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
+    return row_sum if heads.sink is None else row_sum + of_sink(heads, row_max)
 
 
-def of_sink(head: Head, row_max: Array) -> Array:
-    """2^(log₂e · sink − c)     (R), or one number for all rows"""
-    sink = LOG2E * head.sink  # type: ignore[operator]  # is asked of heads that have one
-    return np.exp2(sink if row_max is None else sink - row_max)
+def of_sink(heads: Heads, row_max: Array) -> Array:
+    """2^(log₂e · sink − c)     (G, R), or (G, 1) for all rows"""
+    return np.exp2(heads.log2_sink if row_max is None else heads.log2_sink - row_max)
 
 
-def _maximum(head: Head, q: Array, rows: Range, some: list[Tile]) -> Array:
-    """The largest score of each row in some tiles, rounded up, 0 where there is none"""
-    top = np.full(len(q), -np.inf if head.sink is None else LOG2E * head.sink, q.dtype)
+def _maximum(heads: Heads, q: Array, rows: Range, some: list[Tile]) -> Array:
+    """The largest score of each row in some tiles, rounded up, 0 where there is none   →   (G, R)"""
+    top = np.full(q.shape[:-1], -np.inf, q.dtype)
+    if heads.sink is not None:
+        top[:] = heads.log2_sink
     for tile in some:
         i = _within(rows, tile)
-        top[i] = np.maximum(top[i], _largest(head, q[i], tile))
+        top[:, i] = np.maximum(top[:, i], _largest(heads, q[:, i], tile))
     return np.where(top == -np.inf, 0.0, np.ceil(top))
 
 
-def _largest(head: Head, q: Array, tile: Tile) -> Array:
-    """The largest score of each row of a tile (R), −∞ where the mask hides all"""
-    s = head.scores(q, tile)
+def _largest(heads: Heads, q: Array, tile: Tile) -> Array:
+    """The largest score of each row of a tile (G, R), −∞ where the mask hides all"""
+    s = heads.scores(q, tile)
     if tile.mixed:
-        head.forbid(s, tile, -np.inf)
+        heads.forbid(s, tile, -np.inf)
     return s.max(axis=-1)
 
 
@@ -278,14 +300,14 @@ def _within(rows: Range, tile: Tile) -> slice:
 class Rows(NamedTuple):
     """What a backward needs to know of some rows. The weights are p = 2^(s − c) · inverse, never made as such."""
 
-    q: Array  # (R, D), times `score_scale`
-    row_max: Array  # (R) or None
-    inverse: Array  # (R, 1), of the sum of exponentials
-    d: Array  # (R, E + 1), [do, dlse − δ] · inverse
+    q: Array  # (G, R, D), times `score_scale`
+    row_max: Array  # (G, R) or None
+    inverse: Array  # (G, R, 1), of the sum of exponentials
+    d: Array  # (G, R, E + 1), [do, dlse − δ] · inverse
 
 
 def tile_backward(
-    head: Head,
+    heads: Heads,
     tile: Tile,
     x: Rows,
     v1: Array,
@@ -295,35 +317,44 @@ def tile_backward(
     dk: Array,
     dv: Array,
 ) -> Array:
-    """Add the share of one tile to dq (R, D), dk (N, D) and dv (N, E); return its dz (R, N), good until the next tile.
+    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E)
+    return its dz (G, R, N), good until the next tile
 
-    v1 (N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (R, N) or None. At dominant keys
-    dz is left out.
+    v1 (G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (G, R, N) or None. At dominant
+    keys dz is left out.
     """
-    (n, D), (N, E), dtype = x.q.shape, dv.shape, v1.dtype
-    slope = None if head.softcap is None else scratch("slope", tile.shape, dtype)
-    e = head.exponentials(x.q, tile, x.row_max, slope)
-    dv += np.matmul(head.drop(e, tile).T, x.d[:, :E], out=scratch("n", (N, E), dtype))
-    if head.keep is None:
-        dp = np.matmul(x.d, v1.T, out=scratch("dp", (n, N), dtype))
+    (G, R, D), (N, E), dtype, terms = x.q.shape, dv.shape[-2:], v1.dtype, heads.plan.terms
+    slope = None if heads.softcap is None else scratch("slope", (G, R, N), dtype)
+    e = heads.exponentials(x.q, tile, x.row_max, slope)
+    a = heads.drop(e, tile)
+    add_heads(dv, np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=scratch("n", (G, N, E), dtype)))
+    if heads.keep is None:
+        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", (G, R, N), dtype))
     else:
-        dp = head.drop(x.d[:, :E] @ v1[:, :E].T, tile) + x.d[:, E:]
+        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
     if dweights is not None:
         dp += _of_some(e, dweights) * x.inverse
     dz = np.multiply(e, dp, out=dp)
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
-    t = product(du, head.k[slice(*tile.cols)], out=scratch("r", (n, D), dtype), terms=head.plan.terms)
-    dq += np.multiply(t, head.scale, out=t)
-    dk += np.multiply(np.matmul(du.T, x.q, out=(t := scratch("n", (N, D), dtype))), head.scale_by_score_scale, out=t)
+    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), terms=terms)
+    dq += np.multiply(t, heads.rounded(heads.scale), out=t)
+    t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
+    add_heads(dk, np.multiply(t, heads.scale_by_score_scale, out=t))
     return dz
 
 
-def mean_cotangent(head: Head, tile: Tile, x: Rows, dweights: Array) -> Array:
-    """Σ p dweights over one tile (R)"""
-    e = head.exponentials(x.q, tile, x.row_max)
-    return np.einsum("ts,ts->t", e, _of_some(e, dweights)) * x.inverse[:, 0]
+def add_heads(total: Array, x: Array) -> None:
+    """total += x (G, ...), head by head where there is one for all: then it is the same, however many go together"""
+    for some in (x,) if len(total) == len(x) else x:
+        total += some
+
+
+def mean_cotangent(heads: Heads, tile: Tile, x: Rows, dweights: Array) -> Array:
+    """Σ p dweights over one tile (G, R)"""
+    e = heads.exponentials(x.q, tile, x.row_max)
+    return np.einsum("gts,gts->gt", e, _of_some(e, dweights)) * x.inverse[..., 0]
 
 
 def _of_some(e: Array, dweights: Array) -> Array:
