@@ -81,7 +81,15 @@ def xp(request: pytest.FixtureRequest) -> Any:
 
 # Tiles so small that it takes many of them, heads one by one, and projections that the gradient makes again.
 SMALL = engines.Plan(
-    tile_rows=4, tile_cols=3, few_queries=2, few_block=3, kept_numbers=0, group_numbers=0, linear_rows=5, weight_block=4
+    tile_rows=4,
+    tile_cols=3,
+    stack_numbers=24,
+    few_queries=2,
+    few_block=3,
+    kept_numbers=0,
+    group_numbers=0,
+    linear_rows=5,
+    weight_block=4,
 )
 BLOCKS = engines.BATCHED._replace(name="blocks", plan=SMALL._replace(score_bytes=0, numpy_bytes=0, block_side=3))
 EACH = (engines.SEQUENTIAL, engines.BATCHED._replace(plan=SMALL), BLOCKS, engines.TILED._replace(plan=SMALL))

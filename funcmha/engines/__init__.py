@@ -21,7 +21,7 @@ from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
 from .grouped import Kernel
-from .plan import SHORT, Plan
+from .plan import LEAN, SHORT, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ENGINES",
     "SEQUENTIAL",
     "TILED",
+    "TILED_LEAN",
     "Engine",
     "Plan",
     "attention",
@@ -89,9 +90,10 @@ BATCHED = TILED._replace(
     name="batched",
     attention=(batched.attention, batched.attention_vjp),
     attend=batched.attend,
-    plan=Plan(group_numbers=2**21),  # projections of short sequences take longest, and want to be wide
+    plan=Plan(),
     numpy_only=False,
 )
+TILED_LEAN = TILED._replace(plan=LEAN)
 ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
 
 

@@ -8,6 +8,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 
 from itertools import pairwise
 from math import isqrt, prod
+from sys import maxsize
 from typing import NamedTuple
 
 
@@ -15,6 +16,7 @@ class Plan(NamedTuple):
     # ── attention in tiles ──
     tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
     tile_cols: int = 512  # keys
+    stack_numbers: int = 2**20  # scores of a tile of each of some heads that go together (docs/decisions/0037)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
@@ -25,13 +27,13 @@ class Plan(NamedTuple):
     # ── projections ──
     wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
     copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
-    linear_rows: int = 256  # of x in one task: fixed, so that no result depends on the number of threads
+    linear_rows: int = 512  # of x in one task: fixed, so that no result depends on the number of threads
     linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
-    weight_block: int = 192  # rows and columns of dw in one task: larger is faster, but then one thread waits
-    terms: int = 192  # of a sum before it is added to the others: MKL's number (docs/decisions/0027)
+    weight_block: int = 384  # rows and columns of dw in one task: larger is faster, but then one thread waits
+    terms: int = 384  # of a sum before it is added to the others (docs/decisions/0037)
     # ── several heads at once ──
-    kept_numbers: int = 2**18  # of o, 1 MiB of float32: with fewer, q, k and v are kept, whose memory is worth no time
-    group_numbers: int = 2**18  # of q, k and v of some heads, that are worth a task for all threads
+    kept_numbers: int = maxsize  # of o, up to which q, k and v are kept; with more, they are projected again
+    group_numbers: int = maxsize  # of q, k and v of the heads that are projected as one, and whose gradient is
     # ── threads ──
     thread_flops: float = 5e7  # that one thread has done before another has woken up and taken over
 
@@ -64,7 +66,7 @@ class Plan(NamedTuple):
 
         In lists of those that read one key/value head: a range has heads of one, or, where each has its own, of many.
         """
-        size = max(self.tile_rows * self.tile_cols // max(min(T, self.tile_rows) * min(S, self.columns(T)), 1), 1)
+        size = max(self.stack_numbers // max(min(T, self.tile_rows) * min(S, self.columns(T)), 1), 1)
         size = max(min(size, H // max(least, 1)), 1)
         if H == K:
             return [[h] for h in _evenly(0, H, size)]
@@ -98,6 +100,9 @@ class Plan(NamedTuple):
         least = 2 if prod(batch) == 1 and self.tile_rows >= T else 1
         return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E), least)
 
+
+# Memory above speed: the gradient takes few heads at a time, 1 MiB of float32, and projects q, k and v again.
+LEAN = Plan(stack_numbers=2**18, kept_numbers=2**18, group_numbers=2**18)
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
 

@@ -166,7 +166,7 @@ def attention_weights(cache: AttentionCache, /) -> Array:
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     row_sum = np.where(x.row_sum == 0, 1.0, x.row_sum)[..., None]
     with threads.single_threaded_blas():
-        for b, h in ((b, h) for b in np.ndindex(*p.shape[:-3]) for some in x.stacks() for h in some):
+        for b, h in ((b, h) for b in np.ndindex(*p.shape[:-3]) for h in x.stacks()):
             heads = x.heads(b, h)
             for tile in (tile for rows in blocks(p.shape[-2], x.plan.tile_rows) for tile in heads.all_tiles(rows)):
                 at = (*b, h, slice(*tile.rows))

@@ -12,7 +12,7 @@ from funcmha._arrays import Array
 from funcmha.masks import Range
 
 from . import threads
-from .cache import Views
+from .cache import Views, repeated
 from .dominant import Dominant, add_to_keys
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
 from .tiles import Heads, Rows, Tile, blocks, mean_cotangent, of_sink, tile_backward
@@ -46,7 +46,7 @@ class Backward(NamedTuple):
         """
         *batch, H, T, D = self.dq.shape
         K, S, E = self.dv.shape[-3:]
-        samples, stacks = list(np.ndindex(*batch)), self.x.stacks()
+        samples, stacks = list(np.ndindex(*batch)), self.x.stacks_of_keys()
         flops = 6.0 * prod(batch) * T * S * (D + E)  # of a head
         alone = [(some, b) for some in stacks for b in samples]  # these share nothing: each has a thread to itself
         if self.dbias is None and _busy(len(alone)):
@@ -108,12 +108,12 @@ class Backward(NamedTuple):
         v1 = np.ones((*v.shape[:-1], v.shape[-1] + 1), v.dtype)
         v1[..., :-1] = v
         dominant = Dominant.of(self.x.dominant[at], v.dtype, 1, 1)
-        return _Prepared(heads, np.broadcast_to(v1, (len(r), *v1.shape[1:])), r, total, dominant)
+        return _Prepared(heads, repeated(v1, len(r)), r, total, dominant)
 
     def in_rows(self, b: Any, h: slice) -> Heads:
         """Some heads, with the keys row after row"""
         heads, k = self.x.heads(b, h), np.ascontiguousarray(self.x.k[self.x.key_heads(b, h)])
-        return heads._replace(k=np.broadcast_to(k, heads.k.shape))
+        return heads._replace(k=repeated(k, len(heads.k)))
 
     def rows(self, at: tuple[Any, ...], heads: Heads, r: Array, rows: Range) -> Rows:
         """What a tile needs to know of some rows"""

@@ -117,11 +117,21 @@ class Views(NamedTuple):
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
-    def stacks(self) -> list[list[slice]]:
-        """The heads that go together, in lists of those that read one key/value head: enough for all threads"""
+    def stacks(self) -> list[slice]:
+        """The heads that go together, enough for all threads"""
+        return [h for some in self._stacks(for_threads=True) for h in some]
+
+    def stacks_of_keys(self) -> list[list[slice]]:
+        """The same in lists of those that read one key/value head
+
+        As they are added up in another order, the number of threads says nothing where heads share a gradient.
+        """
+        return self._stacks(for_threads=self.bias is None and self.q.shape[-3] == self.k.shape[-3])
+
+    def _stacks(self, for_threads: bool) -> list[list[slice]]:
         (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
-        rows = -(-T // self.plan.tile_rows)
-        return self.plan.stacks(H, K, T, S, least=-(-num_threads() // max(prod(batch) * rows, 1)))
+        tasks = prod(batch) * -(-T // self.plan.tile_rows)
+        return self.plan.stacks(H, K, T, S, least=-(-num_threads() // max(tasks, 1)) if for_threads else 1)
 
     def key_heads(self, b: tuple[int, ...], h: slice) -> tuple[Any, ...]:
         """Where the key/value heads are that heads h of sample b read: one, or as many"""
@@ -130,12 +140,11 @@ class Views(NamedTuple):
 
     def heads(self, b: tuple[int, ...], h: slice) -> Heads:
         """Heads h of sample b"""
-        at, of_keys, keep, q = (*b, h), self.key_heads(b, h), self.keep, self.q[(*b, h)]
-        k, v = (np.broadcast_to(a[of_keys], (len(q), *a.shape[-2:])) for a in (self.k, self.v))
+        at, of_keys, keep, n = (*b, h), self.key_heads(b, h), self.keep, h.stop - h.start
         return Heads(
-            q,
-            k,
-            v,
+            self.q[at],
+            repeated(self.k[of_keys], n),
+            repeated(self.v[of_keys], n),
             None if self.bias is None else self.bias[at],
             None if self.sink is None else self.sink[h, None],
             None if self.mask is None else self.mask.at(b),
@@ -152,3 +161,8 @@ class Views(NamedTuple):
 def with_head_axis(a: Any, rank: int = 2) -> Any:
     """`a` with a head axis before its last `rank` axes, where it has no other"""
     return a if a is None or a.ndim > rank else a[None]
+
+
+def repeated(a: Array, n: int) -> Array:
+    """a (n, ...), or (1, ...) for each of n, by a stride of 0"""
+    return a if len(a) == n else np.broadcast_to(a, (n, *a.shape[1:]))

@@ -30,7 +30,7 @@ def recomputed(x: Views) -> Views:
         at = (*task[0], task[1])
         row_sum[at] = sums(x.heads(*task), None if x.row_max is None else x.row_max[at])
 
-    tasks = [(b, h) for b in np.ndindex(*row_sum.shape[:-2]) for some in x.stacks() for h in some]
+    tasks = [(b, h) for b in np.ndindex(*row_sum.shape[:-2]) for h in x.stacks()]
     with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
         threads.run(work, tasks, flops=0.0, plan=x.plan)
     return x._replace(row_sum=row_sum)
@@ -62,7 +62,8 @@ def _in_tiles(x: Views) -> bool:
     def work(task: tuple[slice, Range, Any]) -> None:
         h, rows, b = task
         at = (*b, h, slice(*rows))
-        x.o[at], x.row_sum[at], row_max, key = rows_forward(x.heads(b, h), rows, longest[x.key_heads(b, h)][:, None])
+        of_keys = x.key_heads(b, h)
+        x.row_sum[at], row_max, key = rows_forward(x.heads(b, h), rows, longest[of_keys][:, None], x.o[at])
         if key is not None:
             x.dominant[at] = key
         if row_max is not None:
@@ -71,7 +72,6 @@ def _in_tiles(x: Views) -> bool:
 
     threads.run(measure, samples, flops=2 * x.k.size, plan=x.plan)
     # Where the mask is causal the last rows of a head take longest, and begin first.
-    stacks = [h for some in x.stacks() for h in some]
-    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    tasks = [(h, rows, b) for h in x.stacks() for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
     return bool(shifted)

@@ -44,8 +44,7 @@ def attention_jvp(cache: AttentionCache, dots: tuple[Any, ...]) -> tuple[Array, 
     *batch, H, T, D = x.q.shape
     S, E = x.v.shape[-2:]
     samples = list(np.ndindex(*batch))
-    stacks = [h for some in x.stacks() for h in some]
-    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    tasks = [(h, rows, b) for h in x.stacks() for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     with threads.single_threaded_blas():
         threads.run(
             lambda task: work.rows(*task), tasks, flops=2.0 * prod(batch) * H * T * S * (3 * D + 2 * E), plan=x.plan

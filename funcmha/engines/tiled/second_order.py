@@ -187,7 +187,7 @@ def _dropped(heads: Heads, tile: Tile, *arrays: Array) -> Any:
 def _of_sink(y: _Second) -> Array:
     """ḋsink (..., H)"""
     out = np.zeros(y.x.q.shape[:-2], y.x.q.dtype)
-    for b, h in ((b, h) for b in np.ndindex(*out.shape[:-1]) for some in y.x.stacks() for h in some):
+    for b, h in ((b, h) for b in np.ndindex(*out.shape[:-1]) for h in y.x.stacks()):
         _, dz_dot, _ = y.of_sink(b, h)
         out[(*b, h)] = np.sum(dz_dot, axis=-1)
     return out
@@ -201,7 +201,7 @@ def _run(y: _Second) -> None:
     together = [[b] for b in samples] if y.dbias is not None and y.dbias.sums_samples else [samples]
     schedule = [step for group in together for step in wavefronts(y.x.heads, group, T, S)] if H else []
     flops = 2.0 * prod(batch) * T * S * (7 * D + 5 * E)  # of a head
-    for h in (h for some in y.x.stacks() for h in some):
+    for h in (h for some in y.x.stacks_of_keys() for h in some):
         dominant = {b: Dominant.of(y.x.dominant[(*b, h)], y.x.q.dtype, 4, 4) for b in samples}
         for step in schedule:
             of_step = flops * (h.stop - h.start) / len(schedule)

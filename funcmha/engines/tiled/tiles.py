@@ -15,7 +15,7 @@ Axes: G heads, T queries, S keys, D query/key width, E value width; R rows and N
 """
 
 from math import e, log, log2, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -198,8 +198,10 @@ def _halves(a: Range) -> tuple[Range, Range]:
     return (a[0], middle), (middle, a[1])
 
 
-def rows_forward(heads: Heads, rows: Range, longest: Array) -> tuple[Array, Array, Array, Array]:
-    """o (G, R, E); the sums of exponentials, the sink's included (G, R); c or None; `dominant_keys` (G, R) or None"""
+def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[Array, Array, Array]:
+    """Write o (G, R, E)
+    return the sums of exponentials, the sink's included (G, R); c or None; `dominant_keys` (G, R) or None
+    """
     q = heads.scaled_q(rows)
     m = longest * np.sqrt(np.einsum("gtd,gtd->gt", q, q))
     if heads.softcap is not None or heads.bias is not None:
@@ -207,10 +209,10 @@ def rows_forward(heads: Heads, rows: Range, longest: Array) -> tuple[Array, Arra
     row_max, all_tiles = _guess(heads, q, rows, m), heads.all_tiles(rows)
     with np.errstate(over="ignore", invalid="ignore"):  # which is seen in the next line
         row_sum, acc, heavy = _sums(heads, q, rows, all_tiles, row_max)
-    wrong = ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
+        wrong = _wrong(row_sum, acc)
     if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
-        wrong |= (key >= 0) & (row_sum < 0.5)
-    if wrong.any():  # in whole tiles, as in the backward: a product of some of their rows would have other bits
+        wrong = wrong | (key >= 0) & (row_sum < 0.5)
+    if np.any(wrong):  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[:, _within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(heads, q, rows, some), 0.0 if row_max is None else row_max)
         sum_again, acc_again, heavy_again = _sums(heads, q, rows, some, row_max)
@@ -219,7 +221,15 @@ def rows_forward(heads: Heads, rows: Range, longest: Array) -> tuple[Array, Arra
         row_max = row_max if row_max.any() else None
     if heads.sink is not None:
         row_sum += of_sink(heads, row_max)
-    return acc / np.where(row_sum == 0, 1.0, row_sum)[..., None], row_sum, row_max, dominant_keys(heavy, row_sum)
+    np.divide(acc, (row_sum if row_sum.all() else np.where(row_sum == 0, 1.0, row_sum))[..., None], out=o)
+    return row_sum, row_max, dominant_keys(heavy, row_sum)
+
+
+def _wrong(row_sum: Array, acc: Array) -> Any:
+    """Rows whose c was far from the maximum (G, R); False for none, which three numbers tell"""
+    if row_sum.min() >= FLOOR and row_sum.max() <= CEILING and np.isfinite(acc.sum()):
+        return False
+    return ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
 
 
 def _guess(heads: Heads, q: Array, rows: Range, m: Array) -> Array:
@@ -228,6 +238,8 @@ def _guess(heads: Heads, q: Array, rows: Range, m: Array) -> Array:
     None where it can be, for s − c loses as many digits as c has; else what some keys have, if it is less than the
     bound on all of them, which may be far too high.
     """
+    if heads.bias is None and heads.sink is None and m.max() <= BOUND:
+        return None
     top, (start, stop) = np.zeros(m.shape, q.dtype), heads.columns(rows)
     if heads.bias is not None and start < stop:
         largest = LOG2E * heads.bias_of(Tile(rows, (start, stop), mixed=True)).max(axis=-1)
@@ -253,7 +265,7 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
         if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
             heavy.append(found)
         v = heads.v[:, slice(*tile.cols)]
-        product(heads.drop(e, tile), v, out=acc[:, i], add=True, terms=heads.plan.terms)
+        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, terms=heads.plan.terms)
     return row_sum, acc, heavy
 
 
