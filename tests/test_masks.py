@@ -408,9 +408,35 @@ def test_keys_and_queries_of_joined_masks_are_exact(problem):
     np.testing.assert_array_equal(
         np.broadcast_to(mask.attending_queries(*shape[-2:]), (*shape[:-1], 1)), queries_with_a_key(mask, shape)
     )
-    keys = own(mask, *shape[-2:]).any(axis=-2, keepdims=True)
-    if shape[-2]:
-        np.testing.assert_array_equal(np.broadcast_to(mask.attended_keys(*shape[-2:]), keys.shape), keys)
+    assert_keys_are_exact(mask, *shape[-2:])
+
+
+def assert_keys_are_exact(mask, T, S):
+    """The rows of the booleans joined by or, each of those that one row stands for."""
+    keys, attended = own(mask, T, S).any(axis=-2, keepdims=True), mask.attended_keys(T, S)
+    np.testing.assert_array_equal(np.broadcast_to(attended, keys.shape), keys)
+
+
+@given(problems())
+def test_attended_keys_are_those_of_the_booleans(problem):
+    mask, shape, *_ = problem
+    assert_keys_are_exact(mask, *shape[-2:])
+
+
+ALL = as_mask(np.ones((1, 1), bool))
+
+
+@pytest.mark.parametrize(
+    "mask", [ALL, as_mask(np.ones((1, 5), bool)), lengths(3), padding(np.ones(5, bool)), ~lengths(0), causal(9) | ALL]
+)
+def test_without_queries_no_key_is_attended(mask):
+    """One row that stands for all of them stands for none."""
+    assert mask.attended_keys(0, 5).tolist() == [[False] * mask.shape(0, 5)[-1]]
+
+
+@pytest.mark.parametrize("mask", [ALL, as_mask(np.ones((4, 1), bool)), causal(9), chunks(7), ~lengths(0), ALL & ALL])
+def test_without_keys_no_query_attends(mask):
+    assert mask.attending_queries(4, 0).tolist() == [[False]] * mask.shape(4, 0)[-2]
 
 
 def test_left_padding_leaves_causal_queries_without_a_key():

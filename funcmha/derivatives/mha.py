@@ -13,7 +13,7 @@ from funcmha._arrays import Array, downcast, namespace, upcast
 from funcmha.biases import as_bias
 from funcmha.engines import batched, blocks, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
-from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.masks.zero import attended_and_attending, zero_masked_queries, zero_unattended_keys
 from funcmha.mha import HeadCache, PositionCache, append_rows, append_rows_vjp, round_gradients
 from funcmha.params import HEAD_SPEC, SPEC, Params, drop_absent, join_heads, leaf, one_head
 from funcmha.rotary import rotate, rotate_vjp
@@ -162,8 +162,7 @@ attended_of.register(blocks.AttentionCache, blocks.attended)
 
 @attended_of.register
 def _(cache: tiled.AttentionCache) -> tuple[Array, Array]:
-    mask, T, S = cache.rest.mask, cache.q.shape[-2], cache.k.shape[-2]
-    return (None, None) if mask is None else (mask.attended_keys(T, S), mask.attending_queries(T, S))
+    return attended_and_attending(cache.rest.mask, cache.q.shape[-2], cache.k.shape[-2])
 
 
 def _head_vjp_jvp(
