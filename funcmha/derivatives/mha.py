@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from funcmha import _check, ops, tree
 from funcmha._arguments import Bias, check_bias_tangent, check_params_tangent, name_of, values_of
-from funcmha._arrays import Array, downcast, namespace, upcast
+from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
 from funcmha.biases import as_bias
 from funcmha.engines import batched, blocks, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
@@ -229,7 +229,7 @@ def mha_jvp(
     """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
     querẏ (..., T, Cq)   keẏ (..., S, Ck)   valuė (..., S, Cv)   →   ẏ (..., T, O)   l̇se (..., H, T)
 
-    `params_dot` is a tree as the parameters are, or None. For `self_attention`, whose cache holds one of `mha`, it is
+    `params_dot` is a tree as the parameters are, whose leaves may be None for zero, or None. For `self_attention`, whose cache holds one of `mha`, it is
     mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
     """
     x, dtype = _check_mha_dots(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
@@ -318,7 +318,9 @@ def _check_dots(
         _check.tangent(name, dot, of.x.shape, computed, f"... {letters}")
     check_bias_tangent(bias_dot, bias, computed)
     wide_bias = None if bias_dot is None else bias_dot.map(upcast)
-    wide_params = {} if params_dot is None else tree.map(upcast, params_dot)
+    wide_params = {}
+    if params_dot is not None:
+        wide_params = tree.map(lambda dot, p: or_zeros(dot, tuple(p.shape), p), params_dot, params)
     dtype = next((x.dtype for _, x in given if x is not None), computed.dtype)
     return Dots(wide_params, upcast(query_dot), upcast(key_dot), upcast(value_dot), wide_bias), dtype
 

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
     """
     batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    dropout = kept(dropout_p, keep, query)
+    dropout = kept(dropout_p, per_head(keep) if len(batch) > 1 else keep, query)
     q, k, v = (_spread(upcast(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
         k, v = per_query_head(k, q), per_query_head(v, q)
