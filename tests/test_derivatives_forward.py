@@ -321,7 +321,9 @@ def test_no_tangent_of_mha_is_a_tangent_of_zeros(engine, given_):
             close(got, want)
 
 
-@pytest.mark.parametrize("absent", ["all", "q_proj.w k_proj.w", "q_proj.b out_proj.b q_norm.w k_norm.b bias_kv.v sink.w"])
+@pytest.mark.parametrize(
+    "absent", ["all", "q_proj.w k_proj.w", "q_proj.b out_proj.b q_norm.w k_norm.b bias_kv.v sink.w"]
+)
 def test_no_tangent_of_a_leaf_is_a_tangent_of_zeros(engine, absent):
     problem = MhaProblem(qk_norm="layer", sink=True, bias_kv=True)
     (params_dot, *dots), (dy, *_) = other(problem).inputs("float64"), problem.cotangents("float64")

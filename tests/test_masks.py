@@ -283,6 +283,17 @@ def test_an_offset_beyond_64_bits_is_an_offset():
     assert picture(causal(10**30) & window(10**31, None, -(10**30)), 2, 5) == ["xxxxx", "xxxxx"]
 
 
+@pytest.mark.parametrize("size", [1, 4, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("offset", [2**62 - 1, 2**62 - 5, -(2**62), 2**61])
+def test_chunks_are_exact_as_far_as_their_offset_may_be(size, offset):
+    mask = chunks(size, offset)
+    want = np.array([[(i + offset) // size == j // size for j in range(7)] for i in range(5)])
+    np.testing.assert_array_equal(mask.dense(5, 7), want)
+    np.testing.assert_array_equal(mask.part((1, 5), (2, 7)).dense(4, 5), want[1:, 2:])
+    np.testing.assert_array_equal(mask.attended_keys(5, 7), want.any(0)[None])
+    np.testing.assert_array_equal(mask.attending_queries(5, 7), want.any(1)[:, None])
+
+
 def test_offsets_at_the_ends_of_64_bits_are_offsets():
     """As sentinels for all and nothing; their booleans, blocks and queries agree."""
     mask = causal(np.array([2**63 - 1, -(2**63)]))
@@ -899,6 +910,10 @@ def test_operators_refuse_what_is_no_mask(operand, got):
         (lambda: first(np.array([3])), TypeError, "n must be an int, got array([3]) of type ndarray"),
         (lambda: chunks(0), ValueError, "n must be at least 1, got 0"),
         (lambda: chunks(2, 1.0), TypeError, "offset must be an int, got 1.0 of type float"),
+        (lambda: chunks(2**63), ValueError, "n must be below 2**63, got 9223372036854775808"),
+        (lambda: chunks(4, 2**63), ValueError, "offset must be below 2**62, got 9223372036854775808"),
+        (lambda: chunks(4, -(2**62) - 1), ValueError, "offset must be at least -4611686018427387904, got -46116860184"),
+        (lambda: first(2**64), ValueError, "n must be below 2**63, got 18446744073709551616"),
         (lambda: prefix(3.0), TypeError, "n must be an int or a NumPy array of integers, got 3.0 of type float"),
         (
             lambda: padding(np.ones(5, dtype=bool)).part((0, 1), (2, 7)),

@@ -303,7 +303,11 @@ UNSAVABLE = {
     "longdouble": ({"b": np.ones(3, np.longdouble)}, TypeError, "got float128|got float96"),
     "object": ({"b": np.array([None])}, TypeError, "got object"),
     "bfloat16": ({"b": np.ones(3, ml_dtypes.bfloat16)}, TypeError, "b is bfloat16, .*: cast it to float32"),
-    "no numbers": ({"b": torch.ones(3, device="meta")}, TypeError, "b must be .* NumPy can read, got a PyTorch tensor: "),
+    "no numbers": (
+        {"b": torch.ones(3, device="meta")},
+        TypeError,
+        "b must be .* NumPy can read, got a PyTorch tensor: ",
+    ),
     "few numbers": ({"b": torch.ones(3).to_sparse()}, TypeError, "b must be .*, got a PyTorch tensor: .*to_dense"),
     "33 dimensions": ({"b": np.ones((1,) * 33)}, ValueError, "at most 32 dimensions, got 33"),
     "number as key": ({0: normal(3)}, TypeError, "keys of a tree must be strings"),
@@ -406,5 +410,7 @@ def test_like_says_which_leaf_says_nothing(path, leaf, got):
 @pytest.mark.parametrize("dtype", ["O", [("a", "f4")], ml_dtypes.bfloat16, "c8"])
 def test_like_may_have_a_dtype_that_no_file_has(path, dtype):
     npz.save(path, {"w": normal(3)})
-    with pytest.raises(ValueError, match=r"w must be (object|void32|bfloat16|complex64) \(3,\) as in like, got float32"):
+    with pytest.raises(
+        ValueError, match=r"w must be (object|void32|bfloat16|complex64) \(3,\) as in like, got float32"
+    ):
         npz.load(path, like={"w": np.zeros(3, dtype)})

@@ -40,7 +40,9 @@ def test_a_mask_that_may_mean_either_is_refused(call, mask):
 @each_drop
 def test_so_are_booleans_of_dropout(drop):
     keep = np.ones((2, 1, 1), bool)
-    with pytest.raises(ValueError, match=r"dropout.keep .* B=H=2, got \(2, 1, 1\), .* keep\[:, None\] .*, keep\[None\] "):
+    with pytest.raises(
+        ValueError, match=r"dropout.keep .* B=H=2, got \(2, 1, 1\), .* keep\[:, None\] .*, keep\[None\] "
+    ):
         drop(keep)
 
 

@@ -107,7 +107,7 @@ def chunks(n: int, offset: int = 0) -> Chunks:
 
     Query i stands at key position i + offset. `causal() & chunks(n)` is chunked attention in a decoder.
     """
-    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, below=None), 0)
+    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, -(2**62), 2**62), 0)
 
 
 def padding(keep: np.ndarray) -> Padding:

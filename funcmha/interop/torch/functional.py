@@ -119,7 +119,11 @@ def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded
     if (p > 0) != (keep is not None):
         missing, given, got = ("keep", f"dropout_p={p}", None) if keep is None else ("dropout_p", "keep", p)
         raise ValueError(f"{missing} must be given with {given}, as dropout takes its mask as an input, got {got}")
-    return None if keep is None else masked(keep, p)
+    if keep is None:
+        return None
+    _check.boolean("keep", keep, "True = keep")
+    _check.one_library("keep", keep, "query", like, static=True)
+    return masked(keep, p)
 
 
 def _check_sdpa(
