@@ -271,7 +271,7 @@ def test_keys_are_appended_where_there_are_none(engine, garbage):
     (params, *inputs, _), (dy, *_) = problem.inputs("float64"), problem.cotangents("float64")
 
     def gradient(x):
-        y, cache = mha(params, *(np.full_like(a, x) for a in inputs), engine=engine)
+        _, cache = mha(params, *(np.full_like(a, x) for a in inputs), engine=engine)
         return mha_vjp(cache, dy)
 
     if garbage == "query":

@@ -230,8 +230,8 @@ def test_arrays_on_a_device_are_brought_to_the_host(path):
 
 def test_what_wants_a_gradient_is_saved_without(path):
     w = torch.tensor(normal((3, 5)))
-    for given in (torch.nn.Parameter(w), 2 * (w / 2).requires_grad_(), torch._neg_view(-w), w.T.contiguous().T):
-        npz.save(path, {"w": given})
+    for leaf in (torch.nn.Parameter(w), 2 * (w / 2).requires_grad_(), torch._neg_view(-w), w.T.contiguous().T):
+        npz.save(path, {"w": leaf})
         assert bits(npz.load(path)) == bits({"w": normal((3, 5))})
 
 

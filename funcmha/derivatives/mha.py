@@ -229,8 +229,8 @@ def mha_jvp(
     """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
     querẏ (..., T, Cq)   keẏ (..., S, Ck)   valuė (..., S, Cv)   →   ẏ (..., T, O)   l̇se (..., H, T)
 
-    `params_dot` is a tree as the parameters are, whose leaves may be None for zero, or None. For `self_attention`, whose cache holds one of `mha`, it is
-    mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
+    `params_dot` is a tree as the parameters are, any leaf of which may be None, or None. For `self_attention`, whose
+    cache holds one of `mha`, it is mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
     """
     x, dtype = _check_mha_dots(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
     y_dot, lse_dots = 0.0, []

@@ -23,7 +23,7 @@ def zero_masked_queries(x: Array, mask: Array) -> Array:
 
 
 def attended_and_attending(mask: Mask | None, T: int, S: int, like: Array = None) -> tuple[Array, Array]:
-    """The keys that any query attends (..., 1, S or 1) and the queries that attend any (..., T or 1, 1), or None for all
+    """The keys that any query attends (..., 1, S or 1), and the queries that attend any (..., T or 1, 1); None is all
 
     Where there are no queries no key is attended, and where there are no keys no query attends one, whatever the mask.
     """

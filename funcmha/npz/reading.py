@@ -68,8 +68,9 @@ def load(
 
     Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
     ValueError for one of another shape or dtype than in `like` and for a file object without `seek` or with `mmap`,
-    TypeError for a leaf of `like` that says neither, as None, OSError where the file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of
-    safetensors, CVE-2019-6446, numpy #20033.
+    TypeError for a leaf of `like` that says neither, as None, OSError where the file cannot be read.
+    Warns of names that differ in case only. Source of the rules: `validate` of safetensors, CVE-2019-6446, numpy
+    #20033.
     """
     flat: dict[str, Any] = {}
     wanted = {} if like is None else _wanted(like)

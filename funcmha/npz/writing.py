@@ -20,7 +20,8 @@ def save(path: File, params: Mapping[str, tree.Tree]) -> None:
 
     Leaves are float16, float32 or float64 arrays of NumPy, CuPy and PyTorch, on any device, or of any library that
     NumPy can read; a tensor that requires its gradient is saved without. The bytes depend on names and their order,
-    dtypes, shapes and values alone: numbers are little-endian and in C order, the time is 1980. Members are in the order of `params`, but where all keys of a branch are numbers: these go up.
+    dtypes, shapes and values alone: numbers are little-endian and in C order, the time is 1980. Members are
+    in the order of `params`, but where all keys of a branch are numbers: these go up.
 
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
     before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills, and for
