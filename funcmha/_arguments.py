@@ -206,6 +206,7 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
         _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
         axes.broadcast("mask", mask.shape, scores)
     checked = as_mask(mask)
+    check_known(checked)
     arrays = [part.array for part in operands(checked) if isinstance(part, Dense)]
     for array in arrays:
         axes.static("mask", array)
@@ -213,6 +214,22 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
     for array in arrays:
         _check_which_axis(axes, "mask", array, scores)
     return checked
+
+
+KNOWN = (int, np.integer, np.ndarray, type(None))
+
+
+def check_known(mask: Mask) -> None:
+    """Raise TypeError for a structured mask of what JAX traces, or of another library: it has to be looked at."""
+    for part in operands(mask):
+        held: Any = () if isinstance(part, Dense) else part
+        for x in held:
+            if not isinstance(x, KNOWN):
+                got = described(x) if is_array(x) else type(x).__name__
+                raise TypeError(
+                    f"mask must hold integers and NumPy arrays, got a {type(part).__name__} of {got}: under jax.jit"
+                    " name it in static_argnames, or build it within the function"
+                )
 
 
 def _check_which_axis(axes: _check.Axes, name: str, x: Array, scores: str) -> None:

@@ -103,7 +103,8 @@ def window(
 
     def from_own(keys: int) -> np.ndarray:
         ahead = [min(max(each + keys, -FAR), FAR) for each in offsets]  # which may be no int64 before
-        return np.clip(at + np.repeat(np.array(ahead, np.int64), n), low, high)
+        place: np.ndarray = at + np.repeat(np.array(ahead, np.int64), n)
+        return place.clip(low, high)
 
     start = low if band.left is None else from_own(-band.left)
     stop = high if band.right is None else from_own(band.right + 1)

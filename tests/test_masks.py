@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pytrees import PYTREES
 
+from funcmha import attention, init
+from funcmha.kv_cache import step
 from funcmha.masks import (
     Band,
     Bands,
@@ -805,12 +807,77 @@ def test_a_mask_cannot_be_changed():
         causal().more = 1
 
 
-def test_two_masks_are_equal_only_if_they_are_one():
-    """Their arrays are not compared: equality would have to be an array itself."""
-    mask, same = PARTS["Padding"], Padding(PARTS["Padding"].keep)
+BUILT = {  # twice each, and then another of the kind
+    "Band": lambda n: window(3, 0, n),
+    "Bands": lambda n: causal(np.array([3, n])),
+    "Lengths": lambda n: lengths(np.array([3, n], np.int32)),
+    "Padding": lambda n: padding(np.arange(7) < n),
+    "Segments": lambda n: segments(np.arange(5) // 2, np.arange(7) // n),
+    "Spans": lambda n: Spans(np.array([0, n]), np.array([7, 7]), 7),
+    "Chunks": lambda n: chunks(n),
+    "Intersection": lambda n: causal() & lengths(n),
+    "Union": lambda n: causal() | padding(np.arange(7) < n),
+    "Complement": lambda n: ~lengths(n),
+}
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_masks_that_hold_the_same_are_equal(build):
+    assert build(2) == build(2)
+    assert (build(2) != build(2)) is False
+    assert hash(build(2)) == hash(build(2))
+    assert len({build(2), build(2), build(4)}) == 2
+    assert build(2) != build(4)
+    assert pickle.loads(pickle.dumps(build(2))) == build(2)
+
+
+def test_masks_of_other_kinds_and_shapes_differ():
+    assert Lengths(np.array(3)) != Lengths(np.array([3]))
+    assert Lengths(np.array(3)) != (np.array(3),)
+    assert causal() & lengths(3) != causal() | lengths(3)
+    assert (causal() == None) is False  # noqa: E711 — what is compared
+
+
+def test_arrays_as_masks_are_equal_only_if_they_are_one():
+    """They are the caller's, who may write to them."""
+    mask, same = PARTS["Dense"], as_mask(PARTS["Dense"].array)
     assert mask == mask
     assert mask != same
+    assert causal() & mask == causal() & mask
     assert len({mask, mask, same}) == 2
+
+
+def test_a_mask_is_a_static_argument_of_jit():
+    """And traced once, whichever object it is."""
+    traced = []
+
+    @partial(jax.jit, static_argnames="mask")
+    def f(q, mask):
+        traced.append(mask)
+        return attention(q, q, q, mask=mask)[0]
+
+    q = np.random.default_rng(0).standard_normal((2, 3, 5, 8), dtype=np.float32)
+    for build in (causal, lambda: padding(np.arange(5) < 3), causal):
+        want, _ = attention(q, q, q, mask=build())
+        np.testing.assert_allclose(f(q, mask=build()), want, rtol=1e-5, atol=1e-5)
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"Dense"}))
+def test_a_mask_that_jax_traces_is_refused(name):
+    q, k = jnp.ones((2, 3, 5, 8)), jnp.ones((2, 3, 7, 8))
+    with pytest.raises(
+        TypeError, match=r"got a \w+ of a JAX array: under jax\.jit name it in static_argnames, or build"
+    ):
+        jax.jit(lambda mask: attention(q, k, k, mask=mask)[0])(EVERY[name])
+
+
+@pytest.mark.parametrize("mask", [causal(), lengths(3), ~lengths(3)])
+def test_so_it_is_in_a_step(mask):
+    params, x = init(0, 16, 2), jnp.ones((2, 5, 16), jnp.float32)
+    params = jax.tree.map(jnp.asarray, params)
+    with pytest.raises(TypeError, match=r"under jax\.jit name it in static_argnames"):
+        jax.jit(lambda mask: step(params, x, mask=mask)[0][0])(mask)
 
 
 @pytest.mark.parametrize("library", PYTREES)

@@ -36,14 +36,12 @@ class Mask(ABC):
     right.)
 
     Each kind is also a `NamedTuple` of what it holds, so that a cache with a mask is a plain pytree. Two masks are
-    equal only if they are one: their arrays are not compared.
+    equal, and have one hash, if they are of one kind and hold the same: as a static argument of `jax.jit` a mask is
+    traced once. An array that was made a mask is not compared, as it may change: it is equal to itself alone.
     """
 
     __slots__ = ()
     __array_ufunc__ = None  # so that NumPy leaves array & mask to __rand__
-    __eq__ = object.__eq__
-    __ne__ = object.__ne__
-    __hash__ = object.__hash__
 
     @property
     def on_host(self) -> bool:
@@ -139,6 +137,15 @@ class Mask(ABC):
     def __add__(self, other: Any) -> NoReturn:  # which would join the tuples that masks are
         raise TypeError("masks are joined with & (what both allow) or | (what either does), not with +")
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and _held(self) == _held(other))
+
+    def __ne__(self, other: object) -> bool:  # or that of tuples would answer
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((type(self), _held(self)))
+
     def __bool__(self) -> NoReturn:
         raise TypeError("a mask is neither true nor false: join masks with &, | and ~, and test absence with `is None`")
 
@@ -162,6 +169,9 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     """
 
     __slots__ = ()
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
 
     def shape(self, T: int, S: int) -> tuple[int, ...]:
         shape = tuple(self.array.shape)
@@ -328,6 +338,11 @@ def operands(mask: Mask) -> Iterator[Mask]:
             yield from operands(forbidden)
         case _:
             yield mask
+
+
+def _held(mask: Any) -> tuple[Any, ...]:
+    """What a mask holds, by value: each of its arrays as its shape, dtype and bytes"""
+    return tuple((x.shape, x.dtype.str, x.tobytes()) if isinstance(x, np.ndarray) else x for x in mask)
 
 
 def _parts(mask: Mask, kind: type[_Joined]) -> tuple[Mask, ...]:
