@@ -216,7 +216,7 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
     return checked
 
 
-KNOWN = (int, np.integer, np.ndarray, type(None))
+KNOWN = (int, np.integer, np.ndarray, type(None))  # what can be looked at while JAX traces
 
 
 def check_known(mask: Mask) -> None:
