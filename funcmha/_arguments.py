@@ -206,23 +206,43 @@ def check_mask(axes: _check.Axes, mask: Any, scores: str) -> Mask | None:
         _check.boolean("mask", mask, "True = attend (a mask to be added to the scores is a bias)")
         axes.broadcast("mask", mask.shape, scores)
     checked = as_mask(mask)
-    for part in operands(checked):
-        if isinstance(part, Dense):
-            axes.static("mask", part.array)
+    check_known(checked)
+    arrays = [part.array for part in operands(checked) if isinstance(part, Dense)]
+    for array in arrays:
+        axes.static("mask", array)
     axes.broadcast("mask", checked.shape(axes["T"], axes["S"]), scores)
-    if scores == "... H T S" and axes.shape("...") == (axes["H"],) != (1,):
-        _check_which_axis(checked, axes["H"])
+    for array in arrays:
+        _check_which_axis(axes, "mask", array, scores)
     return checked
 
 
-def _check_which_axis(mask: Mask, H: int) -> None:
-    """Of as many samples as heads, (H, T, S) is per head by broadcasting, and (B, T, S) a mask per sample elsewhere."""
-    for leaf in operands(mask):
-        if isinstance(leaf, Dense) and leaf.array.ndim == 3 and leaf.array.shape[0] == H:
-            raise ValueError(
-                f"mask must have 2 or 4 axes where B=H={H}, got {tuple(leaf.array.shape)}, which may mean either: write"
-                " mask[:, None] for a mask per sample, mask[None] for one per head"
-            )
+KNOWN = (int, np.integer, np.ndarray, type(None))  # what can be looked at while JAX traces
+
+
+def check_known(mask: Mask) -> None:
+    """Raise TypeError for a structured mask of what JAX traces, or of another library: it has to be looked at."""
+    for part in operands(mask):
+        held: Any = () if isinstance(part, Dense) else part
+        for x in held:
+            if not isinstance(x, KNOWN):
+                got = described(x) if is_array(x) else type(x).__name__
+                raise TypeError(
+                    f"mask must hold integers and NumPy arrays, got a {type(part).__name__} of {got}: under jax.jit"
+                    " name it in static_argnames, or build it within the function"
+                )
+
+
+def _check_which_axis(axes: _check.Axes, name: str, x: Array, scores: str) -> None:
+    """Of as many samples as heads, (H, T, S) is per head by broadcasting, and (B, T, S) one per sample elsewhere."""
+    if x.ndim != 3 or not scores.startswith("... H"):
+        return
+    H = axes["H"]
+    if axes.shape("...") == (H,) == tuple(x.shape[:1]) != (1,):
+        it = name.rpartition(".")[2]
+        raise ValueError(
+            f"{name} must have 2 or 4 axes where B=H={H}, got {tuple(x.shape)}, which may mean either: write"
+            f" {it}[:, None] for one per sample, {it}[None] for one per head"
+        )
 
 
 def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seeded | None:
@@ -237,6 +257,7 @@ def check_dropout(axes: _check.Axes, dropout: Any, scores: str) -> Masked | Seed
         _check.boolean("dropout.keep", dropout.keep, "True = keep")
         axes.static("dropout.keep", dropout.keep)
         axes.broadcast("dropout.keep", _check.shape_of(dropout.keep), scores)
+        _check_which_axis(axes, "dropout.keep", dropout.keep, scores)
     return dropout
 
 
@@ -325,10 +346,21 @@ def _check_mask_of_heads(axes: _check.Axes, mask: Any, lead: str, one_head: bool
     if not one_head:
         return check_mask(axes, mask, lead + "T S")
     if isinstance(mask, Mask):
+        _check_head_axes(mask)
         axes.size["1"] = 1
         return check_mask(axes, mask, "... 1 T S")
     checked = check_mask(axes, mask, lead + "T S")
     return as_mask(_with_head_axis(checked.array)) if isinstance(checked, Dense) else checked
+
+
+def _check_head_axes(mask: Mask) -> None:
+    """Raise ValueError for an array in a structured mask of one head that has samples where its head axis should be."""
+    for part in operands(mask):
+        if isinstance(part, Dense) and part.array.ndim > 2 and part.array.shape[-3] != 1:
+            raise ValueError(
+                "mask must hold arrays (..., 1, T, S), with an axis for the head, where it is more than an array, got"
+                f" {tuple(part.array.shape)}: write array[..., None, :, :]"
+            )
 
 
 def _with_head_axis(a: Array) -> Array:

@@ -125,6 +125,16 @@ def from_host(a: np.ndarray, like: Array = None) -> Array:
     return _on_device(like, namespace(like).asarray, np.array(a))
 
 
+def to_host(x: Array) -> np.ndarray:
+    """The numbers of `x` as a NumPy array, which may share its memory: CuPy's and PyTorch's on any device
+
+    Raises TypeError, NotImplementedError or RuntimeError, as the library does, for what NumPy cannot read.
+    """
+    if hasattr(x, "get"):  # cupy.ndarray
+        return np.asarray(x.get())
+    return np.asarray(x.numpy(force=True) if library(x) == "torch" else x)  # force: what wants a gradient, too
+
+
 def in_library_of(a: Array, like: Array) -> Array:
     """A static array, of NumPy or of the library of `like`, in that library"""
     return from_host(a, like) if isinstance(a, np.ndarray) else a

@@ -12,6 +12,7 @@ Axes: B sequences, N tokens of all of them, T tokens of the longest, C width; `.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy as np
 from . import _check, masks
 from ._arrays import Array, from_host, full, namespace, read_only
 from .masks import Spans
+
+FAR = 2**62  # further than any token, and a sum of two such numbers fits into int64
 
 # ── what cu_seqlens means ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -44,13 +47,23 @@ def positions(cu_seqlens: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarra
     For rotary and other embeddings of the position; the offset is the length of the past.
     """
     cu = check_cumulative("cu_seqlens", cu_seqlens)
-    first = np.asarray(offset)
-    if first.dtype.kind not in "iu":
-        raise TypeError(f"offset must be an int or (B,) of integers, got {offset!r} of type {type(offset).__name__}")
-    if first.shape not in ((), (cu.size - 1,)):
-        raise ValueError(f"offset must be an int or (B,) with B={cu.size - 1} as in cu_seqlens, got {first.shape}")
-    at: np.ndarray = np.arange(cu[-1]) + np.repeat(first.astype(np.int64) - cu[:-1], np.diff(cu))
+    offsets = _offsets(offset, cu.size - 1)
+    if not all(-FAR <= each <= FAR for each in offsets):
+        raise ValueError(f"offset must be within ±2**62, got {offset}")
+    at: np.ndarray = np.arange(cu[-1]) + np.repeat(np.array(offsets, np.int64) - cu[:-1], np.diff(cu))
     return at
+
+
+def _offsets(offset: Any, B: int) -> list[int]:
+    """One integer for each sequence, of any size."""
+    if isinstance(offset, Integral) and not isinstance(offset, bool):
+        return [int(offset)] * B
+    some = np.asarray(offset)
+    if some.dtype.kind not in "iu":
+        raise TypeError(f"offset must be an int or (B,) of integers, got {offset!r} of type {type(offset).__name__}")
+    if some.shape not in ((), (B,)):
+        raise ValueError(f"offset must be an int or (B,) with B={B} as in cu_seqlens, got {some.shape}")
+    return [int(each) for each in np.broadcast_to(some, (B,))]
 
 
 def mask(cu_q: np.ndarray, cu_k: np.ndarray | None = None) -> Spans:
@@ -85,10 +98,16 @@ def window(
         raise ValueError(f"cu_k must be (B + 1,) with B={cu_q.size - 1} as in cu_q, got {cu_k.shape}")
     band = masks.window(left, right)  # which checks them
     n = np.diff(cu_q)
-    at = positions(cu_q, offset) + np.repeat(cu_k[:-1], n)  # of the key axis
     low, high = np.repeat(cu_k[:-1], n), np.repeat(cu_k[1:], n)
-    start = low if band.left is None else np.clip(at - band.left, low, high)
-    stop = high if band.right is None else np.clip(at + band.right + 1, low, high)
+    at, offsets = positions(cu_q, cu_k[:-1]), _offsets(offset, n.size)  # each query's own place on the key axis
+
+    def from_own(keys: int) -> np.ndarray:
+        ahead = [min(max(each + keys, -FAR), FAR) for each in offsets]  # which may be no int64 before
+        place: np.ndarray = at + np.repeat(np.array(ahead, np.int64), n)
+        return place.clip(low, high)
+
+    start = low if band.left is None else from_own(-band.left)
+    stop = high if band.right is None else from_own(band.right + 1)
     return Spans(read_only(start), read_only(stop), int(cu_k[-1]))
 
 

@@ -40,6 +40,7 @@ MORE = {  # tests beside those of the same name, of all files whose path begins 
     "biases.py": ["test_bias.py"],
     "norms.py": ["test_norm_derivatives.py"],
     "masks/kinds.py": ["test_packing.py"],
+    "masks/zero.py": ["test_garbage.py"],
     "_arrays.py": ["test_blocks.py", *ELSE],
     "dropout.py": ["test_blocks.py"],
     "engines/blocks/": ["test_blocks.py", "test_ops.py", "test_garbage.py"],

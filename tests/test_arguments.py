@@ -37,7 +37,7 @@ from funcmha import (
 )
 from funcmha.interop import cudnn, flash_attn, onnx
 from funcmha.interop.jax import dot_product_attention
-from funcmha.interop.torch import scaled_dot_product_attention
+from funcmha.interop.torch import multi_head_attention_forward, scaled_dot_product_attention
 from funcmha.kv_cache import KVCache, append, append_vjp, empty, step, step_vjp
 from funcmha.masks import as_mask
 from funcmha.merge import merge
@@ -113,6 +113,23 @@ def test_arrays_of_two_libraries_are_refused(call, name, to):
                                                words.partition(" got ")[2].partition(": ")[0]}  # fmt: skip
 
 
+FORBIDDEN = ~MASK[:, :5]
+
+
+def torch_mha(attn_mask=None, key_padding_mask=None, to=np.asarray, **static):
+    """PyTorch's functional attention of 5 tokens of 6 features, with masks of any library."""
+    x, w, out = np.ones((5, 6)), np.ones((18, 6)), np.ones((6, 6))
+    query, w, out = (to(a) for a in (x, w, out))
+    static = {"embed_dim_to_check": 6, "num_heads": 2, "add_zero_attn": False, "dropout_p": 0.0} | static
+    masks = key_padding_mask, attn_mask
+    return multi_head_attention_forward(query, query, query, w, None, None, None, out, None, *masks, **static)
+
+
+def of_cache(cache_seqlens):
+    held = np.ones((2, 7, 3, 4))
+    return flash_attn.flash_attn_with_kvcache(np.ones((2, 1, 6, 4)), held, held, cache_seqlens=cache_seqlens)
+
+
 MESSAGES = {
     "NumPy beside PyTorch": (lambda: attention(torch.tensor(Q), K, torch.tensor(V)),
                              "k must be a PyTorch tensor as q is, got a NumPy array: write torch.asarray(k) or "
@@ -139,6 +156,26 @@ MESSAGES = {
                "dropout.keep must be a NumPy array as q is, got a PyTorch tensor: write np.asarray(dropout.keep)"),
     "a keep of heads": (lambda: head(head_params(PARAMS, 0), *INPUTS, dropout=dropout.masked(jnp.asarray(MASK), 0.1)),
                         "dropout.keep must be a NumPy array as q_proj.w is, got a JAX array"),
+    "PyTorch's mask": (lambda: torch_mha(attn_mask=torch.tensor(FORBIDDEN)),
+                       "attn_mask must be a NumPy array as query is, got a PyTorch tensor: write np.asarray(attn_m"),
+    "PyTorch's padding": (lambda: torch_mha(FORBIDDEN[0], torch.tensor(FORBIDDEN[0])),
+                          "key_padding_mask must be a NumPy array as query is, got a PyTorch tensor: write np.as"),
+    "PyTorch's masks of JAX": (lambda: torch_mha(jnp.asarray(FORBIDDEN), torch.tensor(FORBIDDEN[0]), to=jnp.asarray),
+                               "key_padding_mask must be a JAX array as query is, or a NumPy array, got a PyTorch"),
+    "PyTorch's keep": (lambda: torch_mha(keep=jnp.asarray(~FORBIDDEN), dropout_p=0.5),
+                       "keep must be a NumPy array as query is, got a JAX array: write np.asarray(keep)"),
+    "PyTorch's other keep": (lambda: scaled_dot_product_attention(Q, Q, Q, keep=torch.tensor(MASK), dropout_p=0.5),
+                             "keep must be a NumPy array as query is, got a PyTorch tensor: write np.asarray(keep)"),
+    "JAX's mask": (lambda: dot_product_attention(Q, Q, Q, mask=torch.tensor(np.array([[True]]))),
+                   "mask must be a NumPy array as query is, got a PyTorch tensor: write np.asarray(mask)"),
+    "lengths of a cache": (lambda: of_cache(torch.tensor([3, 2])),
+                           "cache_seqlens must be a NumPy array of integers, got a PyTorch tensor: write np.asarray("),
+    "a length of a cache": (lambda: of_cache(jnp.asarray(3)),
+                            "cache_seqlens must be a NumPy array of integers, got a JAX array: write np.asarray(cach"),
+    "lengths in a list": (lambda: of_cache([3, 2]),
+                          "cache_seqlens must be an int or a NumPy array (B,) of integers, got [3, 2] of type list"),
+    "an engine": (lambda: attention(*map(jnp.asarray, (Q, K, V)), engine="tiled"),
+                  "engine 'tiled' takes real NumPy arrays, got a JAX array of float"),
     "a where": (lambda: softmax(Q, where=torch.tensor(Q > 0)),
                 "where must be a NumPy array as x is, got a PyTorch tensor: write np.asarray(where)"),
     "a table": (lambda: rotary.rotate(X, rotary=TABLE._replace(cos=jnp.asarray(TABLE.cos), sin=jnp.asarray(TABLE.sin))),
@@ -160,6 +197,14 @@ MESSAGES = {
 def test_both_arrays_and_what_to_write_are_named(call, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         call()
+
+
+def test_masks_of_pytorch_may_be_of_numpy_beside_its_tensors():
+    """One of each, too"""
+    some, want = (
+        torch_mha(FORBIDDEN, padding, to=torch.tensor) for padding in (torch.tensor(FORBIDDEN[0]), FORBIDDEN[0])
+    )
+    assert torch.equal(some[0][0], want[0][0])
 
 
 def test_what_to_write_is_right():

@@ -165,7 +165,7 @@ def test_real_arrays_pass_the_argument_checks():
     assert checked.scale == 0.5
     with pytest.raises(ValueError, match=r"k must be \(\.\.\., K, S, D\) with"):
         funcmha.attention(x, x[..., 1:], x)
-    with pytest.raises(TypeError, match="engine 'tiled' takes real NumPy arrays, got a cupy array of float64"):
+    with pytest.raises(TypeError, match="engine 'tiled' takes real NumPy arrays, got a CuPy array of float64"):
         funcmha.attention(x, x, x, engine="tiled")
 
 

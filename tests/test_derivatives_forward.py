@@ -29,7 +29,7 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
-from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp
+from funcmha.derivatives import attention_jvp, head_jvp, linear_jvp, mha_jvp, mha_vjp_jvp
 from funcmha.engines import TILED, Plan
 from funcmha.testing.strategies import (
     MODERN,
@@ -319,6 +319,32 @@ def test_no_tangent_of_mha_is_a_tangent_of_zeros(engine, given_):
         zeros = tuple(x if i in given_ else like(x, map(np.zeros_like, numbers(x))) for i, x in enumerate(dots))
         for got, want in zip(mha_jvp(cache, *some), mha_jvp(cache, *zeros), strict=True):
             close(got, want)
+
+
+@pytest.mark.parametrize(
+    "absent", ["all", "q_proj.w k_proj.w", "q_proj.b out_proj.b q_norm.w k_norm.b bias_kv.v sink.w"]
+)
+def test_no_tangent_of_a_leaf_is_a_tangent_of_zeros(engine, absent):
+    problem = MhaProblem(qk_norm="layer", sink=True, bias_kv=True)
+    (params_dot, *dots), (dy, *_) = other(problem).inputs("float64"), problem.cotangents("float64")
+    _, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
+    leaves = tree.flatten(params_dot)
+    without = set(leaves) if absent == "all" else set(absent.split())
+    some = tree.unflatten({name: None if name in without else x for name, x in leaves.items()})
+    zeros = tree.unflatten({name: 0 * x if name in without else x for name, x in leaves.items()})
+    for f in (mha_jvp, lambda cache, *dots: mha_vjp_jvp(cache, dy, None, *dots)):
+        for got, want in zip(numbers(f(cache, some, *dots)), numbers(f(cache, zeros, *dots)), strict=True):
+            close(got, want)
+
+
+def test_no_tangent_of_a_leaf_of_a_head_is_one_of_zeros(engine):
+    problem = MhaProblem()
+    (params, *inputs, _), (params_dot, *_) = problem.inputs("float64"), other(problem).inputs("float64")
+    _, cache = head(head_params(params, 0), *inputs, engine=engine)
+    own = head_params(params_dot, 0)
+    some, zeros = (own | {"q_proj": {"w": w, "b": own["q_proj"]["b"]}} for w in (None, 0 * own["q_proj"]["w"]))
+    for got, want in zip(head_jvp(cache, some), head_jvp(cache, zeros), strict=True):
+        close(got, want)
 
 
 def test_mha_jvp_of_every_array_library_is_the_same(engine, xp):

@@ -212,6 +212,74 @@ def test_with_an_appended_key_no_query_is_fully_masked(engine):
     assert np.isfinite(y[:, 1:]).all()
 
 
+# ── no queries, no keys ──────────────────────────────────────────────────────────────────────────────────────────
+
+ALIKE = {  # each allows all that there is, and most by one row or column for all
+    "none": lambda T, S: None,
+    "one": lambda T, S: np.ones((1, 1), bool),
+    "row": lambda T, S: np.ones((1, S), bool),
+    "column": lambda T, S: np.ones((T, 1), bool),
+    "heads": lambda T, S: np.ones((6, 1, 1), bool),
+    "lengths": lambda T, S: masks.lengths(np.array([7, 9])),
+    "padding": lambda T, S: masks.padding(np.ones(S, bool)),
+    "window": lambda T, S: masks.window(9, 9),
+    "and": lambda T, S: masks.lengths(9) & np.ones((1, 1), bool),
+    "or": lambda T, S: masks.lengths(9) | masks.window(9, 9),
+    "not": lambda T, S: ~masks.lengths(0),
+}
+
+
+@pytest.mark.parametrize("mask", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize(("T", "S"), [(0, 7), (5, 0)])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_nothing_is_attended_without_queries_or_keys(engine, mask, T, S, norm):
+    """All of query, key and value is then garbage, and so are their tangents."""
+    problem = MhaProblem(T=T, S=S, qk_norm=norm, sink=True)
+    (params, *inputs, _), (dy, dweights, dlse) = problem.inputs("float64"), problem.cotangents("float64")
+    params_dot, *dots, _ = other(problem).inputs("float64")
+
+    def run(x):
+        given, tangents = ([np.full_like(a, x) for a in arrays] for arrays in (inputs, dots))
+        y, cache = mha(params, *given, **problem.static() | {"mask": mask(T, S)}, engine=engine)
+        yield y, mha_vjp(cache, dy, dweights=dweights, dlse=dlse)
+        yield mha_jvp(cache, params_dot, *tangents), mha_vjp_jvp(cache, dy, dy, params_dot, *tangents)
+
+    same(tuple(run(np.nan)), tuple(run(0.5)))
+
+
+@pytest.mark.parametrize(("T", "S"), [(0, 7), (5, 0)])
+@pytest.mark.parametrize("mask", [None, masks.lengths(9)], ids=["none", "lengths"])
+def test_nor_is_anything_in_a_head_or_in_attention(engine, mask, T, S):
+    params, *inputs, _ = MhaProblem(T=T, S=S).inputs("float64")
+    q, k, v, *_ = AttentionProblem(T=T, S=S).inputs("float64")
+
+    def run(x):
+        for f, f_vjp, first, arrays in (
+            (head, head_vjp, (head_params(params, 0),), inputs),
+            (attention, attention_vjp, (), (q, k, v)),
+        ):
+            y, cache = f(*first, *(np.full_like(a, x) for a in arrays), mask=mask, engine=engine)
+            yield y, f_vjp(cache, np.ones_like(y))
+
+    same(tuple(run(np.nan)), tuple(run(0.5)))
+
+
+@pytest.mark.parametrize("garbage", ["query", "key"])
+def test_keys_are_appended_where_there_are_none(engine, garbage):
+    """With bias_kv each query attends a key though S = 0, and none of those given though T = 0."""
+    problem = MhaProblem(bias_kv=True, **({"S": 0} if garbage == "query" else {"T": 0}))
+    (params, *inputs, _), (dy, *_) = problem.inputs("float64"), problem.cotangents("float64")
+
+    def gradient(x):
+        _, cache = mha(params, *(np.full_like(a, x) for a in inputs), engine=engine)
+        return mha_vjp(cache, dy)
+
+    if garbage == "query":
+        assert np.isnan(gradient(np.nan)[0]["q_proj"]["w"]).all()
+    else:
+        same(gradient(np.nan), gradient(0.5))
+
+
 SQUARE = replace(MhaProblem(), Cq=17, Ck=17, Cv=17, S=T)
 IN_TURN = replace(SQUARE, D=64, E=64, K=4, G=1)  # whose projections go back in turn, not as one product
 

@@ -297,6 +297,16 @@ def test_dropout_of_everything_is_zero_as_in_torch():
     assert not any(g.any() for g in scaled_dot_product_attention_vjp(cache, y + 1)[:3])
 
 
+def test_three_axes_of_keep_are_heads_as_those_of_a_mask_are():
+    """Of as many samples as heads too: PyTorch broadcasts from the right."""
+    q, k, v = (np.random.default_rng(i).standard_normal((2, 2, n, 3)) for i, n in enumerate((5, 7, 7)))
+    keep = np.random.default_rng(3).random((2, 5, 7)) < 0.7
+    (y, _), (want, _) = (
+        scaled_dot_product_attention(q, k, v, keep=some, dropout_p=0.3) for some in (keep, np.stack([keep, keep]))
+    )
+    np.testing.assert_array_equal(y, want)
+
+
 def test_a_seed_is_its_mask():
     q, k, v, _ = Sdpa().inputs()
     keep = seeded(2024, 0.3)

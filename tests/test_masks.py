@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pytrees import PYTREES
 
+from funcmha import attention, init
+from funcmha.kv_cache import step
 from funcmha.masks import (
     Band,
     Bands,
@@ -283,6 +285,17 @@ def test_an_offset_beyond_64_bits_is_an_offset():
     assert picture(causal(10**30) & window(10**31, None, -(10**30)), 2, 5) == ["xxxxx", "xxxxx"]
 
 
+@pytest.mark.parametrize("size", [1, 4, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("offset", [2**62 - 1, 2**62 - 5, -(2**62), 2**61])
+def test_chunks_are_exact_as_far_as_their_offset_may_be(size, offset):
+    mask = chunks(size, offset)
+    want = np.array([[(i + offset) // size == j // size for j in range(7)] for i in range(5)])
+    np.testing.assert_array_equal(mask.dense(5, 7), want)
+    np.testing.assert_array_equal(mask.part((1, 5), (2, 7)).dense(4, 5), want[1:, 2:])
+    np.testing.assert_array_equal(mask.attended_keys(5, 7), want.any(0)[None])
+    np.testing.assert_array_equal(mask.attending_queries(5, 7), want.any(1)[:, None])
+
+
 def test_offsets_at_the_ends_of_64_bits_are_offsets():
     """As sentinels for all and nothing; their booleans, blocks and queries agree."""
     mask = causal(np.array([2**63 - 1, -(2**63)]))
@@ -408,9 +421,35 @@ def test_keys_and_queries_of_joined_masks_are_exact(problem):
     np.testing.assert_array_equal(
         np.broadcast_to(mask.attending_queries(*shape[-2:]), (*shape[:-1], 1)), queries_with_a_key(mask, shape)
     )
-    keys = own(mask, *shape[-2:]).any(axis=-2, keepdims=True)
-    if shape[-2]:
-        np.testing.assert_array_equal(np.broadcast_to(mask.attended_keys(*shape[-2:]), keys.shape), keys)
+    assert_keys_are_exact(mask, *shape[-2:])
+
+
+def assert_keys_are_exact(mask, T, S):
+    """The rows of the booleans joined by or, each of those that one row stands for."""
+    keys, attended = own(mask, T, S).any(axis=-2, keepdims=True), mask.attended_keys(T, S)
+    np.testing.assert_array_equal(np.broadcast_to(attended, keys.shape), keys)
+
+
+@given(problems())
+def test_attended_keys_are_those_of_the_booleans(problem):
+    mask, shape, *_ = problem
+    assert_keys_are_exact(mask, *shape[-2:])
+
+
+ALL = as_mask(np.ones((1, 1), bool))
+
+
+@pytest.mark.parametrize(
+    "mask", [ALL, as_mask(np.ones((1, 5), bool)), lengths(3), padding(np.ones(5, bool)), ~lengths(0), causal(9) | ALL]
+)
+def test_without_queries_no_key_is_attended(mask):
+    """One row that stands for all of them stands for none."""
+    assert mask.attended_keys(0, 5).tolist() == [[False] * mask.shape(0, 5)[-1]]
+
+
+@pytest.mark.parametrize("mask", [ALL, as_mask(np.ones((4, 1), bool)), causal(9), chunks(7), ~lengths(0), ALL & ALL])
+def test_without_keys_no_query_attends(mask):
+    assert mask.attending_queries(4, 0).tolist() == [[False]] * mask.shape(4, 0)[-2]
 
 
 def test_left_padding_leaves_causal_queries_without_a_key():
@@ -768,12 +807,77 @@ def test_a_mask_cannot_be_changed():
         causal().more = 1
 
 
-def test_two_masks_are_equal_only_if_they_are_one():
-    """Their arrays are not compared: equality would have to be an array itself."""
-    mask, same = PARTS["Padding"], Padding(PARTS["Padding"].keep)
+BUILT = {  # twice each, and then another of the kind
+    "Band": lambda n: window(3, 0, n),
+    "Bands": lambda n: causal(np.array([3, n])),
+    "Lengths": lambda n: lengths(np.array([3, n], np.int32)),
+    "Padding": lambda n: padding(np.arange(7) < n),
+    "Segments": lambda n: segments(np.arange(5) // 2, np.arange(7) // n),
+    "Spans": lambda n: Spans(np.array([0, n]), np.array([7, 7]), 7),
+    "Chunks": lambda n: chunks(n),
+    "Intersection": lambda n: causal() & lengths(n),
+    "Union": lambda n: causal() | padding(np.arange(7) < n),
+    "Complement": lambda n: ~lengths(n),
+}
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_masks_that_hold_the_same_are_equal(build):
+    assert build(2) == build(2)
+    assert (build(2) != build(2)) is False
+    assert hash(build(2)) == hash(build(2))
+    assert len({build(2), build(2), build(4)}) == 2
+    assert build(2) != build(4)
+    assert pickle.loads(pickle.dumps(build(2))) == build(2)
+
+
+def test_masks_of_other_kinds_and_shapes_differ():
+    assert Lengths(np.array(3)) != Lengths(np.array([3]))
+    assert Lengths(np.array(3)) != (np.array(3),)
+    assert causal() & lengths(3) != causal() | lengths(3)
+    assert (causal() == None) is False  # noqa: E711 — what is compared
+
+
+def test_arrays_as_masks_are_equal_only_if_they_are_one():
+    """They are the caller's, who may write to them."""
+    mask, same = PARTS["Dense"], as_mask(PARTS["Dense"].array)
     assert mask == mask
     assert mask != same
+    assert causal() & mask == causal() & mask
     assert len({mask, mask, same}) == 2
+
+
+def test_a_mask_is_a_static_argument_of_jit():
+    """And traced once, whichever object it is."""
+    traced = []
+
+    @partial(jax.jit, static_argnames="mask")
+    def f(q, mask):
+        traced.append(mask)
+        return attention(q, q, q, mask=mask)[0]
+
+    q = np.random.default_rng(0).standard_normal((2, 3, 5, 8), dtype=np.float32)
+    for build in (causal, lambda: padding(np.arange(5) < 3), causal):
+        want, _ = attention(q, q, q, mask=build())
+        np.testing.assert_allclose(f(q, mask=build()), want, rtol=1e-5, atol=1e-5)
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"Dense"}))
+def test_a_mask_that_jax_traces_is_refused(name):
+    q, k = jnp.ones((2, 3, 5, 8)), jnp.ones((2, 3, 7, 8))
+    with pytest.raises(
+        TypeError, match=r"got a \w+ of a JAX array: under jax\.jit name it in static_argnames, or build"
+    ):
+        jax.jit(lambda mask: attention(q, k, k, mask=mask)[0])(EVERY[name])
+
+
+@pytest.mark.parametrize("mask", [causal(), lengths(3), ~lengths(3)])
+def test_so_it_is_in_a_step(mask):
+    params, x = init(0, 16, 2), jnp.ones((2, 5, 16), jnp.float32)
+    params = jax.tree.map(jnp.asarray, params)
+    with pytest.raises(TypeError, match=r"under jax\.jit name it in static_argnames"):
+        jax.jit(lambda mask: step(params, x, mask=mask)[0][0])(mask)
 
 
 @pytest.mark.parametrize("library", PYTREES)
@@ -873,6 +977,10 @@ def test_operators_refuse_what_is_no_mask(operand, got):
         (lambda: first(np.array([3])), TypeError, "n must be an int, got array([3]) of type ndarray"),
         (lambda: chunks(0), ValueError, "n must be at least 1, got 0"),
         (lambda: chunks(2, 1.0), TypeError, "offset must be an int, got 1.0 of type float"),
+        (lambda: chunks(2**63), ValueError, "n must be below 2**63, got 9223372036854775808"),
+        (lambda: chunks(4, 2**63), ValueError, "offset must be below 2**62, got 9223372036854775808"),
+        (lambda: chunks(4, -(2**62) - 1), ValueError, "offset must be at least -4611686018427387904, got -46116860184"),
+        (lambda: first(2**64), ValueError, "n must be below 2**63, got 18446744073709551616"),
         (lambda: prefix(3.0), TypeError, "n must be an int or a NumPy array of integers, got 3.0 of type float"),
         (
             lambda: padding(np.ones(5, dtype=bool)).part((0, 1), (2, 7)),

@@ -228,6 +228,13 @@ def test_arrays_on_a_device_are_brought_to_the_host(path):
     assert bits(npz.load(path)) == bits({"w": normal((2, 3, 5))})
 
 
+def test_what_wants_a_gradient_is_saved_without(path):
+    w = torch.tensor(normal((3, 5)))
+    for leaf in (torch.nn.Parameter(w), 2 * (w / 2).requires_grad_(), torch._neg_view(-w), w.T.contiguous().T):
+        npz.save(path, {"w": leaf})
+        assert bits(npz.load(path)) == bits({"w": normal((3, 5))})
+
+
 def test_loading_costs_the_arrays_and_little_more(path):
     npz.save(path, {"w": normal((1031, 1033)), "v": normal((1031, 1033))})
     assert peak(npz.load, path) <= path.stat().st_size + MiB
@@ -296,6 +303,12 @@ UNSAVABLE = {
     "longdouble": ({"b": np.ones(3, np.longdouble)}, TypeError, "got float128|got float96"),
     "object": ({"b": np.array([None])}, TypeError, "got object"),
     "bfloat16": ({"b": np.ones(3, ml_dtypes.bfloat16)}, TypeError, "b is bfloat16, .*: cast it to float32"),
+    "no numbers": (
+        {"b": torch.ones(3, device="meta")},
+        TypeError,
+        "b must be .* NumPy can read, got a PyTorch tensor: ",
+    ),
+    "few numbers": ({"b": torch.ones(3).to_sparse()}, TypeError, "b must be .*, got a PyTorch tensor: .*to_dense"),
     "33 dimensions": ({"b": np.ones((1,) * 33)}, ValueError, "at most 32 dimensions, got 33"),
     "number as key": ({0: normal(3)}, TypeError, "keys of a tree must be strings"),
     "hyphen": ({"q-proj": normal(3)}, ValueError, "'q-proj.npy' must be named in letters"),
@@ -380,3 +393,24 @@ def test_like_tells_of_another_shape_or_dtype(path, like, expected):
     npz.save(path, {"q": {"w": normal((3, 5))}})
     with pytest.raises(ValueError, match=rf"q.w must be {expected} as in like, got float32 \(3, 5\)"):
         npz.load(path, like={"q": {"w": like}})
+
+
+@pytest.mark.parametrize(("leaf", "got"), [
+    (None, "None: leave it out"),
+    (1.0, "1.0"),
+    ("float32", "'float32'"),
+    (np.float32, "<class 'numpy.float32'>"),
+])  # fmt: skip
+def test_like_says_which_leaf_says_nothing(path, leaf, got):
+    """Before the file is opened"""
+    with pytest.raises(TypeError, match=rf"q.w of like must be an array, or have its shape and dtype, got {got}"):
+        npz.load(path, like={"q": {"w": leaf}})
+
+
+@pytest.mark.parametrize("dtype", ["O", [("a", "f4")], ml_dtypes.bfloat16, "c8"])
+def test_like_may_have_a_dtype_that_no_file_has(path, dtype):
+    npz.save(path, {"w": normal(3)})
+    with pytest.raises(
+        ValueError, match=r"w must be (object|void32|bfloat16|complex64) \(3,\) as in like, got float32"
+    ):
+        npz.load(path, like={"w": np.zeros(3, dtype)})

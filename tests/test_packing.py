@@ -383,6 +383,25 @@ def cubes(f, x):
 X, CU = np.ones((3, 10, 7)), np.array([0, 2, 7, 7, 10])
 
 
+@pytest.mark.parametrize("left", [None, 0, 2**63 - 1, 2**63, 10**30])
+@pytest.mark.parametrize("right", [None, 1, 2**63 - 1, 2**63, 10**30])
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63, -(10**30), np.array([2**63 - 1, -(2**63)]), np.uint64(2**64 - 1)])
+def test_windows_of_any_integers_are_exact(left, right, offset):
+    """By the definition, in Python's integers"""
+    cu_q, cu_k = cumulative([2, 3]), cumulative([4, 1])
+    of = [int(each) for each in np.broadcast_to(np.asarray(offset, object), (2,))]
+    want = [
+        [
+            b == c and (left is None or t + of[b] - left <= u) and (right is None or u <= t + of[b] + right)
+            for c, n in enumerate((4, 1))
+            for u in range(n)
+        ]
+        for b, n in enumerate((2, 3))
+        for t in range(n)
+    ]
+    np.testing.assert_array_equal(packing.window(left, right, cu_q, cu_k, offset).dense(5, 5), want)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -415,6 +434,8 @@ X, CU = np.ones((3, 10, 7)), np.array([0, 2, 7, 7, 10])
         (lambda: pack(X, X.astype("f4")), TypeError, r"xs\[1\] must have dtype float64 as xs\[0\] has, got float32"),
         (lambda: positions(CU, 1.5), TypeError, "offset must be an int or .B,. of integers, got 1.5 of type float"),
         (lambda: positions(CU, np.arange(3)), ValueError, r"offset must be an int or \(B,\) with B=4 .*, got \(3,\)"),
+        (lambda: positions(CU, 2**63), ValueError, r"offset must be within ±2\*\*62, got 9223372036854775808"),
+        (lambda: positions(CU, True), TypeError, "offset must be an int or .B,. of integers, got True of type bool"),
         (lambda: packing.mask(CU, CU[[0, 4]]), ValueError, r"cu_k must be \(B \+ 1,\) with B=4 as in cu_q, got \(2,\)"),
         (lambda: packing.causal(CU[1:]), ValueError, "cu_q must begin with 0"),
         (lambda: packing.causal(CU, CU[1:]), ValueError, "cu_k must begin with 0"),

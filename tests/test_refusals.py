@@ -39,6 +39,7 @@ from funcmha import (
     tree,
 )
 from funcmha.biases import RelativeBias
+from funcmha.derivatives import linear_jvp, linear_vjp_jvp
 from funcmha.engines import ENGINES, SEQUENTIAL
 from funcmha.kv_cache import KVCache, append, append_vjp, step_mask, step_vjp
 from funcmha.merge import merge_vjp
@@ -144,6 +145,10 @@ CACHES = {
     "head's": (lambda: head_vjp(CACHE, Y), "cache must come from head, got MhaCache"),
     "a step's": (lambda: step_vjp(CACHE, (Y, None)), "cache must come from step, got Mh"),
     "linear's": (lambda: linear_vjp(CACHE, Y), "cache must come from linear, got MhaCache"),
+    "linear's, by its jvp": (lambda: linear_jvp(CACHE, X), "cache must come from linear, got MhaCache"),
+    "linear's, of as many arrays": (lambda: linear_jvp(norms.layer_norm(X, ones(8), ones(8), eps=0.0)[1], X),
+                                    "cache must come from linear, got LayerNormCache"),
+    "linear's, at second order": (lambda: linear_vjp_jvp(CACHE, X), "cache must come from linear, got MhaCache"),
     "softmax's": (lambda: softmax_vjp(CACHE, Y), "cache must come from softmax, got MhaCache"),
     "attention's": (lambda: attention_vjp(CACHE, Y), "cache must come from attention, got MhaCache"),
     "merge's": (lambda: merge_vjp(CACHE, Y), "cache must come from merge, got MhaCache"),

@@ -452,7 +452,7 @@ def test_only_numpy_arrays_and_real_ones():
     q = np.ones((2, 3, 4))
     with pytest.raises(
         TypeError,
-        match="engine 'tiled' takes real NumPy arrays, got a numpy array of complex128: write engine='batched'",
+        match="engine 'tiled' takes real NumPy arrays, got a NumPy array of complex128: write engine='batched'",
     ):
         attention(q + 0j, q + 0j, q + 0j, engine=TILED)
 

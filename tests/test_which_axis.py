@@ -1,10 +1,10 @@
-"""A mask (B, T, S) of as many samples as heads: per head by broadcasting, and per sample in other libraries."""
+"""Booleans (B, T, S) of as many samples as heads: per head by broadcasting, and per sample in other libraries."""
 
 import numpy as np
 import pytest
 from test_ops import close
 
-from funcmha import attention, head, head_params, init, masks, mha, self_attention
+from funcmha import attention, dropout, head, head_params, init, masks, mha, self_attention
 from funcmha.kv_cache import step
 
 PARAMS, X = init(0, 16, 2, dtype=np.float64), np.random.default_rng(0).standard_normal((2, 5, 16))
@@ -16,6 +16,14 @@ CALLS = {
     "self_attention": lambda mask: self_attention(PARAMS, X, mask=mask)[0],
     "step": lambda mask: step(PARAMS, X, mask=mask)[0][0],
 }
+DROPS = {
+    "attention": lambda keep: attention(Q, Q, Q, dropout=dropout.masked(keep, 0.5))[0],
+    "mha": lambda keep: mha(PARAMS, X, X, X, dropout=dropout.masked(keep, 0.5))[0],
+    "zero_attn": lambda keep: mha(PARAMS, X, X, X, dropout=dropout.masked(keep, 0.5), zero_attn=True)[0],
+    "self_attention": lambda keep: self_attention(PARAMS, X, dropout=dropout.masked(keep, 0.5))[0],
+    "step": lambda keep: step(PARAMS, X, dropout=dropout.masked(keep, 0.5))[0][0],
+}
+each_drop = pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -27,6 +35,25 @@ CALLS = {
 def test_a_mask_that_may_mean_either_is_refused(call, mask):
     with pytest.raises(ValueError, match=r"B=H=2, got \(2, [15], 5\), .* mask\[:, None\] .* sample, mask\[None\] "):
         call(mask)
+
+
+@each_drop
+def test_so_are_booleans_of_dropout(drop):
+    keep = np.ones((2, 1, 1), bool)
+    with pytest.raises(
+        ValueError, match=r"dropout.keep .* B=H=2, got \(2, 1, 1\), .* keep\[:, None\] .*, keep\[None\] "
+    ):
+        drop(keep)
+
+
+@each_drop
+def test_both_spellings_of_dropout_are_taken(drop):
+    """Nothing of sample 0 is kept in the first, and nothing of head 0 in the second."""
+    keep = np.array([False, True])[:, None, None]
+    samples, heads, neither = drop(keep[:, None]), drop(keep[None]), drop(np.zeros((1, 1), bool))
+    close(samples[0], neither[0])
+    assert not np.allclose(samples[1], neither[1])
+    assert not np.allclose(heads, samples)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -50,3 +77,24 @@ def test_nothing_else_may_mean_either():
         mha(many, X, X, X, mask=MASK)
     samples = head(head_params(PARAMS, 0), X, X, X, mask=MASK)[0]  # of a head, which has no axis of heads
     close(samples[0], head(head_params(PARAMS, 0), X[0], X[0], X[0], mask=MASK[0])[0])
+
+
+@pytest.mark.parametrize("mask", [masks.causal() & MASK, masks.as_mask(MASK), ~masks.as_mask(MASK)])
+def test_an_array_within_a_mask_of_a_head_has_its_axis(mask):
+    with pytest.raises(ValueError, match=r"arrays \(\.\.\., 1, T, S\), .* got \(2, 5, 5\): write array\[\.\.\., None"):
+        head(head_params(PARAMS, 0), X, X, X, mask=mask)
+
+
+def test_a_mask_of_a_head_is_per_sample_with_its_axis():
+    one = head_params(PARAMS, 0)
+    samples, _ = head(one, X, X, X, mask=masks.lengths(4) & MASK[:, None])
+    for b in range(2):
+        close(samples[b], head(one, X[b], X[b], X[b], mask=masks.lengths(4) & MASK[b])[0])
+    head(one, X[0], X[0], X[0], mask=MASK[0])
+
+
+def test_booleans_of_dropout_of_a_head_are_per_sample():
+    one, keep = head_params(PARAMS, 0), MASK[::-1]
+    samples, _ = head(one, X, X, X, dropout=dropout.masked(keep, 0.5))
+    for b in range(2):
+        close(samples[b], head(one, X[b], X[b], X[b], dropout=dropout.masked(keep[b], 0.5))[0])

@@ -32,7 +32,7 @@ from funcmha.ops import (
 
 def linear_jvp(cache: LinearCache, x_dot: Array = None, w_dot: Array = None, b_dot: Array = None, /) -> Array:
     """ẏ = ẋ wᵀ + x ẇᵀ + ḃ        x (..., I)   w (O, I)   b (O,) or None   →   ẏ (..., O)"""
-    x, w, b = cache
+    x, w, b = _check.cache(cache, LinearCache, "linear")
     dots = [("x_dot", x_dot), ("w_dot", w_dot), ("b_dot", b_dot)]
     _check.one_dtype([], optional=dots)
     _check.tangent("x_dot", x_dot, x.shape, x, "... I")
@@ -56,7 +56,7 @@ def linear_vjp_jvp(
     /,
 ) -> tuple[Array, Array, Array]:
     """ḋx = ḋy w + dy ẇ     ḋw = Σ ḋy xᵀ + dy ẋᵀ     ḋb = Σ ḋy        the tangents of `linear_vjp`"""
-    x, w, b = cache
+    x, w, b = _check.cache(cache, LinearCache, "linear")
     dots = {"dy_dot": dy_dot, "x_dot": x_dot, "w_dot": w_dot, "b_dot": b_dot}
     _check.one_dtype([("dy", dy)], optional=dots.items())
     _check.tangent("dy_dot", dy_dot, dy.shape, x, "... O")

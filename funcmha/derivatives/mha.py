@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from funcmha import _check, ops, tree
 from funcmha._arguments import Bias, check_bias_tangent, check_params_tangent, name_of, values_of
-from funcmha._arrays import Array, downcast, namespace, upcast
+from funcmha._arrays import Array, downcast, namespace, or_zeros, upcast
 from funcmha.biases import as_bias
 from funcmha.engines import batched, blocks, check_cache, heads, outputs, tiled
 from funcmha.engines.table import attention_vjp
-from funcmha.masks.zero import zero_masked_queries, zero_unattended_keys
+from funcmha.masks.zero import attended_and_attending, zero_masked_queries, zero_unattended_keys
 from funcmha.mha import HeadCache, PositionCache, append_rows, append_rows_vjp, round_gradients
 from funcmha.params import HEAD_SPEC, SPEC, Params, drop_absent, join_heads, leaf, one_head
 from funcmha.rotary import rotate, rotate_vjp
@@ -162,8 +162,7 @@ attended_of.register(blocks.AttentionCache, blocks.attended)
 
 @attended_of.register
 def _(cache: tiled.AttentionCache) -> tuple[Array, Array]:
-    mask, T, S = cache.rest.mask, cache.q.shape[-2], cache.k.shape[-2]
-    return (None, None) if mask is None else (mask.attended_keys(T, S), mask.attending_queries(T, S))
+    return attended_and_attending(cache.rest.mask, cache.q.shape[-2], cache.k.shape[-2])
 
 
 def _head_vjp_jvp(
@@ -230,8 +229,8 @@ def mha_jvp(
     """ẏ = Σₕ (ȯₕ woₕᵀ + oₕ ẇoₕᵀ) + ḃo     l̇se
     querẏ (..., T, Cq)   keẏ (..., S, Ck)   valuė (..., S, Cv)   →   ẏ (..., T, O)   l̇se (..., H, T)
 
-    `params_dot` is a tree as the parameters are, or None. For `self_attention`, whose cache holds one of `mha`, it is
-    mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
+    `params_dot` is a tree as the parameters are, any leaf of which may be None, or None. For `self_attention`, whose
+    cache holds one of `mha`, it is mha_jvp(cache.mha, params_dot, x_dot, x_dot, x_dot, bias_dot).
     """
     x, dtype = _check_mha_dots(cache, params_dot, query_dot, key_dot, value_dot, bias_dot)
     y_dot, lse_dots = 0.0, []
@@ -319,7 +318,9 @@ def _check_dots(
         _check.tangent(name, dot, of.x.shape, computed, f"... {letters}")
     check_bias_tangent(bias_dot, bias, computed)
     wide_bias = None if bias_dot is None else bias_dot.map(upcast)
-    wide_params = {} if params_dot is None else tree.map(upcast, params_dot)
+    wide_params = {}
+    if params_dot is not None:
+        wide_params = tree.map(lambda dot, p: or_zeros(dot, tuple(p.shape), p), params_dot, params)
     dtype = next((x.dtype for _, x in given if x is not None), computed.dtype)
     return Dots(wide_params, upcast(query_dot), upcast(key_dot), upcast(value_dot), wide_bias), dtype
 

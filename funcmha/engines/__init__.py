@@ -16,7 +16,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import AttentionOptions, HeadOptions, check_names, takes
-from funcmha._arrays import Array, is_array, namespace
+from funcmha._arrays import Array, described, is_array, namespace
 from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
@@ -125,8 +125,8 @@ def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
     elif chosen.name != SEQUENTIAL.name:
         raise TypeError(f"engine {chosen.name!r} must have a plan, got None")
     if chosen.numpy_only and not real and is_array(x):
-        got = f"{type(x).__module__.partition('.')[0]} array of {x.dtype}"
-        raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got a {got}: write engine='batched'")
+        got = f"{described(x)} of {x.dtype}"
+        raise TypeError(f"engine {chosen.name!r} takes real NumPy arrays, got {got}: write engine='batched'")
     return chosen
 
 

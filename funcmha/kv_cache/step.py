@@ -19,7 +19,17 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from funcmha import _check, tree
-from funcmha._arguments import AttentionOptions, Bias, Options, check_names, check_options, name_of, takes, values_of
+from funcmha._arguments import (
+    AttentionOptions,
+    Bias,
+    Options,
+    check_known,
+    check_names,
+    check_options,
+    name_of,
+    takes,
+    values_of,
+)
 from funcmha._arrays import Array, downcast, heads_first, heads_last, namespace, or_zeros, upcast
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.dropout import Seeded
@@ -223,6 +233,7 @@ def _rows_of_mask(mask: Any, position: Any, T: int, held: int) -> Any:
     """Queries position … position + T of a structured mask, and the keys held, the last of which are theirs."""
     if not isinstance(mask, Mask):
         return mask
+    check_known(mask)
     if not isinstance(position, Integral):  # JAX traces integers, and a band depends on no position
         if not all(isinstance(leaf, Band | Bands) for leaf in operands(mask)):
             raise TypeError("kv.position must be an int for a mask that is no causal mask or window, got a traced one")

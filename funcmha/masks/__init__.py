@@ -8,6 +8,8 @@ Axes: T queries, S keys, H heads, and before them the batch `...`. Every mask br
 An engine that works in tiles asks for a block of rows and columns at a time: `block` says whether it is empty, full or
 mixed, `tile` gives its booleans, `columns` says where to look at all, and `at` leaves one element of the batch.
 
+Two masks that hold the same are equal, and one is a static argument of `jax.jit`, in `static_argnames`.
+
 Build masks with the functions here: they check and copy what they are given, the classes do neither. What a mask is
 and what it answers is in `mask`, the kinds there are in `kinds`; those of packed sequences are built by `packing`.
 """
@@ -107,7 +109,7 @@ def chunks(n: int, offset: int = 0) -> Chunks:
 
     Query i stands at key position i + offset. `causal() & chunks(n)` is chunked attention in a decoder.
     """
-    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, below=None), 0)
+    return Chunks(_check.integer("n", n, 1), _check.integer("offset", offset, -(2**62), 2**62), 0)
 
 
 def padding(keep: np.ndarray) -> Padding:

@@ -68,12 +68,12 @@ class Band(_Diagonal, NamedTuple("_Band", [("left", int | None), ("right", int |
         least, greatest = self.diagonals
         return int(max(0, rows[0] + least)), int(min(S, rows[1] + greatest))
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return _all_columns(self, T, S, like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         i, (least, greatest) = np.arange(T), self.diagonals
-        return from_host(((i >= -greatest) & (i < S - least) & (S > 0))[:, None], like)
+        return from_host(((i >= -greatest) & (i < S - least))[:, None], like)
 
 
 class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int | None), ("offset", np.ndarray)])):
@@ -100,11 +100,11 @@ class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int
     def _columns(self, rows: Range, S: int) -> Range:
         return hull(band.columns(rows, S) for band in self.bands)
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         some = [band.attended_keys(T, S) for band in self.bands]
         return from_host(np.array(some, bool).reshape(*_full_shape(self.offset.shape, 1, S)), like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         some = [band.attending_queries(T, S) for band in self.bands]
         return from_host(np.array(some, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
@@ -189,11 +189,11 @@ class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", n
             attended |= np.isin(k, q)
         return _span(attended)
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         some = [np.isin(k, q) for q, k in self._samples((0, T), (0, S))]
         return from_host(np.array(some, bool).reshape(*self.shape(T, S)[:-2], 1, S), like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         some = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
         return from_host(np.array(some, bool).reshape(*self.shape(T, S)[:-1], 1), like)
 
@@ -237,11 +237,11 @@ class Spans(Mask, NamedTuple("_Spans", [("start", np.ndarray), ("stop", np.ndarr
         some = start < stop
         return int(start[some].min(initial=S)), int(stop[some].max(initial=0))
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         opened, closed = (np.bincount(ends, minlength=S + 1) for ends in (self.start, self.stop))
         return from_host((np.cumsum(opened - closed) > 0)[None, :S], like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return from_host((self.start < self.stop)[:, None], like)
 
     def part(self, rows: Range, cols: Range) -> Mask:
@@ -277,13 +277,13 @@ class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), (
         first, last = self._chunks(rows, self.first_query)
         return max(0, first * self.size - self.first_key), min(S, (last + 1) * self.size - self.first_key)
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return _all_columns(self, T, S, like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         first, last = self._chunks((0, S), self.first_key)
         own = (np.arange(T) + self.first_query) // self.size
-        return from_host(((first <= own) & (own <= last) & (S > 0))[:, None], like)
+        return from_host(((first <= own) & (own <= last))[:, None], like)
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return Chunks(self.size, self.first_query + rows[0], self.first_key + cols[0])

@@ -36,14 +36,12 @@ class Mask(ABC):
     right.)
 
     Each kind is also a `NamedTuple` of what it holds, so that a cache with a mask is a plain pytree. Two masks are
-    equal only if they are one: their arrays are not compared.
+    equal, and have one hash, if they are of one kind and hold the same: as a static argument of `jax.jit` a mask is
+    traced once. An array that was made a mask is not compared, as it may change: it is equal to itself alone.
     """
 
     __slots__ = ()
     __array_ufunc__ = None  # so that NumPy leaves array & mask to __rand__
-    __eq__ = object.__eq__
-    __ne__ = object.__ne__
-    __hash__ = object.__hash__
 
     @property
     def on_host(self) -> bool:
@@ -87,18 +85,25 @@ class Mask(ABC):
     def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
         """The keys that any query attends to: the rows of `dense(T, S, like)` joined by or, at the cost of one row.
 
-        Exactly. An array costs all its rows; of intersections and complements tiles are looked at until each key has a
-        query, or none is left.
+        Exactly, and none where there are no queries. An array costs all its rows; of intersections and complements
+        tiles are looked at until each key has a query, or none is left.
         """
-        return self.tile((0, 1), (0, S), like)  # of the masks whose rows are all alike
+        if T and S:
+            return self._attended_keys(T, S, like)
+        *outer, _, m = self.shape(T, S)
+        return from_host(np.zeros((*outer, 1, m), dtype=bool), like)
 
     def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
         """The queries that attend to any key: the columns of `dense(T, S, like)` joined into one by or, exactly.
 
-        Without the T × S array: of intersections and complements tiles are looked at until each query has a key, or
-        none is left. An array costs all its columns, and what is joined with one outside NumPy is made whole.
+        None where there are no keys. Without the T × S array: of intersections and complements tiles are looked at
+        until each query has a key, or none is left. An array costs all its columns, and what is joined with one outside
+        NumPy is made whole.
         """
-        return from_host(self.tile((0, 1), (0, S)).any(axis=-1, keepdims=True), like)  # of the same
+        if T and S:
+            return self._attending_queries(T, S, like)
+        *outer, n, _ = self.shape(T, S)
+        return from_host(np.zeros((*outer, n, 1), dtype=bool), like)
 
     def at(self, index: tuple[int, ...]) -> "Mask":
         """The mask of one element of the batch; a head axis stays.
@@ -132,6 +137,15 @@ class Mask(ABC):
     def __add__(self, other: Any) -> NoReturn:  # which would join the tuples that masks are
         raise TypeError("masks are joined with & (what both allow) or | (what either does), not with +")
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and _held(self) == _held(other))
+
+    def __ne__(self, other: object) -> bool:  # or that of tuples would answer
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((type(self), _held(self)))
+
     def __bool__(self) -> NoReturn:
         raise TypeError("a mask is neither true nor false: join masks with &, | and ~, and test absence with `is None`")
 
@@ -141,6 +155,12 @@ class Mask(ABC):
     def _columns(self, rows: Range, S: int) -> Range:  # has a row; stop ≤ start means none
         return 0, S
 
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:  # has a row and a column
+        return self.tile((0, 1), (0, S), like)  # of the masks whose rows are all alike
+
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:  # has a row and a column
+        return from_host(self.tile((0, 1), (0, S)).any(axis=-1, keepdims=True), like)  # of the same
+
 
 class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     """A boolean array of any library, which is not copied. Blocks read their tile.
@@ -149,6 +169,9 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     """
 
     __slots__ = ()
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
 
     def shape(self, T: int, S: int) -> tuple[int, ...]:
         shape = tuple(self.array.shape)
@@ -166,10 +189,10 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     def _block(self, rows: Range, cols: Range) -> Block:
         return summary(self.tile(rows, cols)) if self.on_host else "mixed"
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return any_along(self.dense(T, S, like), -2)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return any_along(self.dense(T, S, like), -1)
 
     def at(self, index: tuple[int, ...]) -> Mask:
@@ -235,11 +258,11 @@ class Intersection(_Joined, NamedTuple("_Intersection", [("parts", tuple[Mask, .
         starts, stops = zip(*(part.columns(rows, S) for part in self.parts), strict=True)
         return max(starts), min(stops)
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         may = [part.attended_keys(T, S) for part in self.parts] if self.on_host else []
         return found_keys(self, may, T, S, like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         may = [part.attending_queries(T, S) for part in self.parts] if self.on_host else []
         return found_queries(self, may, T, S, like)
 
@@ -253,10 +276,10 @@ class Union(_Joined, NamedTuple("_Union", [("parts", tuple[Mask, ...])])):
     def _columns(self, rows: Range, S: int) -> Range:
         return hull(part.columns(rows, S) for part in self.parts)
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return reduce(or_, (part.attended_keys(T, S, like) for part in self.parts))
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return reduce(or_, (part.attending_queries(T, S, like) for part in self.parts))
 
 
@@ -278,10 +301,10 @@ class Complement(Mask, NamedTuple("_Complement", [("mask", Mask)])):
         opposite: dict[Block, Block] = {"empty": "full", "full": "empty", "mixed": "mixed"}
         return opposite[self.mask.block(rows, cols)]
 
-    def attended_keys(self, T: int, S: int, like: Array = None) -> Array:
+    def _attended_keys(self, T: int, S: int, like: Array) -> Array:
         return found_keys(self, [], T, S, like)
 
-    def attending_queries(self, T: int, S: int, like: Array = None) -> Array:
+    def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return found_queries(self, [], T, S, like)
 
     def at(self, index: tuple[int, ...]) -> Mask:
@@ -315,6 +338,11 @@ def operands(mask: Mask) -> Iterator[Mask]:
             yield from operands(forbidden)
         case _:
             yield mask
+
+
+def _held(mask: Any) -> tuple[Any, ...]:
+    """What a mask holds, by value: each of its arrays as its shape, dtype and bytes"""
+    return tuple((x.shape, x.dtype.str, x.tobytes()) if isinstance(x, np.ndarray) else x for x in mask)
 
 
 def _parts(mask: Mask, kind: type[_Joined]) -> tuple[Mask, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from funcmha._arrays import Array, namespace, upcast
 
-from .mask import Mask
+from .mask import Dense, Mask
 
 
 def zero_unattended_keys(x: Array, mask: Array) -> Array:
@@ -22,14 +22,21 @@ def zero_masked_queries(x: Array, mask: Array) -> Array:
     return x if mask is None or x is None else _zero_unless(x, namespace(x).any(mask, axis=-1))
 
 
+def attended_and_attending(mask: Mask | None, T: int, S: int, like: Array = None) -> tuple[Array, Array]:
+    """The keys that any query attends (..., 1, S or 1), and the queries that attend any (..., T or 1, 1); None is all
+
+    Where there are no queries no key is attended, and where there are no keys no query attends one, whatever the mask.
+    """
+    if mask is None and T and S:
+        return None, None
+    mask = Dense(np.ones((1, 1), dtype=bool)) if mask is None else mask
+    return mask.attended_keys(T, S, like), mask.attending_queries(T, S, like)
+
+
 def zero_unattended(q: Array, k: Array, v: Array, mask: Mask | None) -> tuple[Array, Array, Array]:
     """q (..., H, T, D) with 0 at fully masked queries, k and v (..., K, S, ·) at unattended keys"""
-    if mask is None:
-        return q, k, v
-    T, S = q.shape[-2], k.shape[-2]
-    attended = mask.attended_keys(T, S, q)
-    q = zero_masked_queries(q, mask.attending_queries(T, S, q))
-    return q, zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
+    attended, attending = attended_and_attending(mask, q.shape[-2], k.shape[-2], q)
+    return zero_masked_queries(q, attending), zero_unattended_keys(k, attended), zero_unattended_keys(v, attended)
 
 
 def zero_inputs(
@@ -45,11 +52,10 @@ def zero_inputs(
         query = key = value = upcast(query)
     else:
         query, key, value = upcast(query), upcast(key), upcast(value)
-    if mask is None:
+    attended, attending = attended_and_attending(mask, query.shape[-2], key.shape[-2], query)
+    if attended is None:
         return query, key, value
-    T, S, xp = query.shape[-2], key.shape[-2], namespace(query)
-    attended = mask.attended_keys(T, S, query)
-    attending = None if appended else xp.matrix_transpose(mask.attending_queries(T, S, query))
+    attending = None if appended else namespace(query).matrix_transpose(attending)
     if query is key and key is value:
         x = _zero_rows(query, None if attending is None else attended | attending)
         return x, x, x

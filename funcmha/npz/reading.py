@@ -68,11 +68,12 @@ def load(
 
     Raises ParameterFileError for a bad file, ParameterNameError (a KeyError) for a leaf that the file or `like` lacks,
     ValueError for one of another shape or dtype than in `like` and for a file object without `seek` or with `mmap`,
-    OSError where the file cannot be read. Warns of names that differ in case only. Source of the rules: `validate` of
-    safetensors, CVE-2019-6446, numpy #20033.
+    TypeError for a leaf of `like` that says neither, as None, OSError where the file cannot be read.
+    Warns of names that differ in case only. Source of the rules: `validate` of safetensors, CVE-2019-6446, numpy
+    #20033.
     """
     flat: dict[str, Any] = {}
-    wanted = {} if like is None else tree.flatten(like)
+    wanted = {} if like is None else _wanted(like)
     if mmap and not isinstance(path, str | os.PathLike):
         raise ValueError(f"mmap needs a path, got {type(path).__name__}")
     with read(path) as (name, source):
@@ -159,6 +160,16 @@ def _check_finite(key: str, a: np.ndarray) -> None:
         raise ValueError(f"{key} must be finite, got {a[first]} at {first} and {bad.sum() - 1} more")
 
 
+def _wanted(like: tree.Tree) -> dict[str, Any]:
+    """The leaves of `like` by their names; TypeError for one that says no shape and dtype."""
+    leaves = tree.flatten(like)
+    for key, leaf in leaves.items():
+        if isinstance(leaf, type) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            instead = ": leave it out where the file has no such leaf" if leaf is None else ""
+            raise TypeError(f"{key} of like must be an array, or have its shape and dtype, got {leaf!r:.60}{instead}")
+    return leaves
+
+
 def _alike(name: str, leaves: Mapping[str, _Leaf], want: Mapping[str, Any]) -> dict[str, _Leaf]:
     """The leaves in the order of `like`; raises unless they have its names, shapes and dtypes."""
     odd = [f"misses {key}" for key in want if key not in leaves] + [f"has {key}" for key in leaves if key not in want]
@@ -166,9 +177,9 @@ def _alike(name: str, leaves: Mapping[str, _Leaf], want: Mapping[str, Any]) -> d
         more = f", and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise ParameterNameError(f"{name} must have the leaves of like, but it {', '.join(odd[:8])}{more}")
     for key, leaf in want.items():
-        dtype, shape = np.dtype(dtype_name(leaf)).newbyteorder("="), tuple(leaf.shape)
-        got = _entry(leaves[key][1])
-        if (got.dtype, got.shape) != (dtype, shape):
+        dtype = leaf.dtype.name if isinstance(leaf.dtype, np.dtype) else dtype_name(leaf)  # of either byte order
+        shape, got = tuple(leaf.shape), _entry(leaves[key][1])
+        if (got.dtype.name, got.shape) != (dtype, shape):
             raise ValueError(f"{name}: {key} must be {dtype} {shape} as in like, got {got.dtype} {got.shape}")
     return {key: leaves[key] for key in want}
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha import tree
-from funcmha._arrays import dtype_name, is_array
+from funcmha._arrays import described, dtype_name, is_array, to_host
 
 from . import archive, npy
 from .files import File, written
@@ -18,9 +18,10 @@ FLOATS = (np.float16, np.float32, np.float64)
 def save(path: File, params: Mapping[str, tree.Tree]) -> None:
     """{"q_proj": {"w": x}, …}  →  the file `path` with the members q_proj.w.npy, …
 
-    Leaves are float16, float32 or float64 arrays of NumPy, CuPy, or any library that NumPy can read. The bytes depend
-    on names and their order, dtypes, shapes and values alone: numbers are little-endian and in C order, the time is
-    1980. Members are in the order of `params`, but where all keys of a branch are numbers: these go up.
+    Leaves are float16, float32 or float64 arrays of NumPy, CuPy and PyTorch, on any device, or of any library that
+    NumPy can read; a tensor that requires its gradient is saved without. The bytes depend on names and their order,
+    dtypes, shapes and values alone: numbers are little-endian and in C order, the time is 1980. Members are
+    in the order of `params`, but where all keys of a branch are numbers: these go up.
 
     The file at `path` is replaced at once, when the new one is complete and on the disk: whatever ends the process
     before, the old one stays as it was. See `funcmha.npz.atomic.replacing` for links, modes and kills, and for
@@ -50,7 +51,10 @@ def _host(key: str, leaf: Any) -> np.ndarray:
         raise TypeError(f"{key} must be an array, got {leaf!r:.60}")
     if dtype_name(leaf) == "bfloat16":
         raise TypeError(f"{key} is bfloat16, which npz cannot tell from raw bytes: cast it to float32")
-    a = np.asarray(leaf.get() if hasattr(leaf, "get") else leaf)
+    try:
+        a = to_host(leaf)
+    except (TypeError, NotImplementedError, RuntimeError) as error:
+        raise TypeError(f"{key} must be an array that NumPy can read, got {described(leaf)}: {error}") from error
     if a.dtype.type not in FLOATS:
         raise TypeError(f"{key} must be float16, float32 or float64, got {a.dtype}")
     if a.ndim > npy.NDIM:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha import _check
+from funcmha._arrays import is_array
 from funcmha.packing import check_cumulative, cumulative, positions
 
 
@@ -148,8 +149,9 @@ def slots(
         raise ValueError("cache_seqlens must be given with k, which is written behind them, got None")
     B, (name, pages) = axes["B"], _pages(axes, table, cache_batch_idx)
     room, new = pages.shape[1] * axes["L"], np.zeros(B, np.int64) if new is None else new
-    if not isinstance(cache_seqlens, np.ndarray):
-        n = room if cache_seqlens is None else _check.integer("cache_seqlens", cache_seqlens, 0)
+    if not is_array(cache_seqlens):
+        or_else = " or a NumPy array (B,) of integers"
+        n = room if cache_seqlens is None else _check.integer("cache_seqlens", cache_seqlens, 0, or_else=or_else)
         cache_seqlens = np.full(B, n)
     taken = per_sequence("cache_seqlens", cache_seqlens, B)
     if np.any(taken + new > room):

@@ -214,6 +214,8 @@ def _check_inputs(query: Array, key: Array, value: Array, bias: Array, mask: Arr
     _check.multiple("query", axes["N"], "key", axes["K"], "N K")
     axes.size.setdefault("B", 1)
     axes.broadcast("bias", _check.shape_of(bias), "B N T S")
+    if mask is not None:
+        axes.static("mask", mask)
     axes.broadcast("mask", _check.shape_of(mask), "B N T S")
     return axes["B"], axes["T"], axes["S"]
 

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     `attention_weights(cache)` and `log_sum_exp(cache)` read the cache.
     """
     batch = _check_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    dropout = kept(dropout_p, keep, query)
+    dropout = kept(dropout_p, per_head(keep) if len(batch) > 1 else keep, query)
     q, k, v = (_spread(upcast(x), batch, enable_gqa) for x in (query, key, value))
     if k.ndim > 2 and k.shape[-3] != v.shape[-3]:  # PyTorch repeats each by itself
         k, v = per_query_head(k, q), per_query_head(v, q)
@@ -119,7 +119,11 @@ def kept(dropout_p: float, keep: Array | Seeded, like: Array) -> Masked | Seeded
     if (p > 0) != (keep is not None):
         missing, given, got = ("keep", f"dropout_p={p}", None) if keep is None else ("dropout_p", "keep", p)
         raise ValueError(f"{missing} must be given with {given}, as dropout takes its mask as an input, got {got}")
-    return None if keep is None else masked(keep, p)
+    if keep is None:
+        return None
+    _check.boolean("keep", keep, "True = keep")
+    _check.one_library("keep", keep, "query", like, static=True)
+    return masked(keep, p)
 
 
 def _check_sdpa(

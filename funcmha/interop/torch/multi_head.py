@@ -27,6 +27,7 @@ from funcmha._arrays import (
     full,
     heads_first,
     heads_last,
+    in_library_of,
     is_array,
     namespace,
     quiet_underflow,
@@ -136,7 +137,7 @@ def multi_head_attention_forward(
     if keep is not None and not training:
         raise ValueError("keep must be None with training=False, where nothing is dropped")
     dropout = kept(dropout_p if training else 0.0, keep, query)
-    mask, bias = joined(attn_mask, key_padding_mask, num_heads)
+    mask, bias = joined(in_library_of(attn_mask, query), in_library_of(key_padding_mask, query), num_heads)
     inputs = _batch_first(query), _keys(key, static_k, query), _keys(value, static_v, query)
     y, cache = mha(_params(x, num_heads), *inputs, bias, mask=mask, zero_attn=add_zero_attn, dropout=dropout)
     weights = _weights(attention_weights(cache), dropout, average_attn_weights) if need_weights else None
@@ -277,6 +278,8 @@ def _check_mha(x: Inputs, embed_dim_to_check: int, num_heads: int, separate: boo
         [(name, a) for name, a in given if name in ("query", "key", "value", "out_proj_weight")],
         [(name, a) for name, a in given if not (is_array(a) and name in masks and dtype_name(a) == "bool")],
     )
+    for name, mask in masks.items():
+        _check.one_library(name, mask, "query", x.query, static=dtype_name(mask) == "bool")
     _check.integer("num_heads", num_heads, 1)
     _check.integer("embed_dim_to_check", embed_dim_to_check, 0)
     if x.query.ndim not in (2, 3) or x.query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
