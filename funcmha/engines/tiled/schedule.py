@@ -103,4 +103,6 @@ class BiasGradient:
 def _of_heads(total: Array, b: tuple[int, ...], h: slice) -> Array:
     """What some heads of one sample add to, of a sum (..., H or 1, ·), as a view with an axis of heads"""
     outer = total.shape[: len(b)]
-    return total[(*(i if n > 1 else 0 for i, n in zip(b, outer, strict=True)), h if total.shape[len(b)] > 1 else slice(0, 1))]
+    return total[
+        (*(i if n > 1 else 0 for i, n in zip(b, outer, strict=True)), h if total.shape[len(b)] > 1 else slice(0, 1))
+    ]
