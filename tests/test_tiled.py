@@ -230,6 +230,32 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, bias, batch, T):
             assert a is b is None or np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("bias", ["none", "T S", "H T S"])
+@pytest.mark.parametrize(("K", "G"), [(5, 1), (1, 3), (2, 2)])
+def test_how_many_heads_go_together_changes_no_bit(K, G, bias):
+    """Of outputs, and of gradients where each head has its own; heads that share one add to it in another order."""
+    fields = {"mask": "causal", "bias": bias, "sink": True, "rate": 0.2, "seeded": True}
+    problem = AttentionProblem(batch=(2,), T=131, S=144, K=K, G=G, D=16, E=24, **fields)
+    one, some, all_ = (both(problem, "float32", TILED._replace(plan=Plan(stack_numbers=n))) for n in (1, 40000, 2**60))
+    shared = ["dk", "dv"] * (G > 1) + ["dbias"] * (bias == "T S")
+    for name, *parts in zip(("o", "lse", "dq", "dk", "dv", "dbias", "dsink"), one, some, all_, strict=True):
+        for a, b in itertools.pairwise(map(values_of, parts)):
+            same = np.allclose(a, b, rtol=1e-4, atol=1e-5) if name in shared else a is b or np.array_equal(a, b)
+            assert same, name
+
+
+@given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 600), st.integers(1, 600), st.integers(1, 5))
+def test_stacks_are_all_heads_in_order(K, readers, T, S, least):
+    plan = Plan(stack_numbers=1000)
+    stacks = plan.stacks(K * readers, K, T, S, least)
+    assert [h for some in stacks for one in some for h in range(one.start, one.stop)] == list(range(K * readers))
+    for some in stacks:
+        assert len({h.start // readers for h in some} | {(h.stop - 1) // readers for h in some}) == 1 or readers == 1
+        for h in some:
+            assert h.stop - h.start == 1 or (h.stop - h.start) * T * S <= plan.stack_numbers
+    assert sum(map(len, stacks)) >= min(least, K * readers)
+
+
 @pytest.mark.parametrize("T", [131, 521])
 def test_a_batch_of_tiles_equals_its_samples_bit_for_bit(T):
     (problem, dtype) = large(T, batch=(2,), mask="causal")

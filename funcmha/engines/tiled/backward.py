@@ -45,7 +45,7 @@ class Backward(NamedTuple):
         many
         """
         *batch, H, T, D = self.dq.shape
-        K, S, E = self.dv.shape[-3:]
+        S, E = self.dv.shape[-2:]
         samples, stacks = list(np.ndindex(*batch)), self.x.stacks_of_keys()
         flops = 6.0 * prod(batch) * T * S * (D + E)  # of a head
         alone = [(some, b) for some in stacks for b in samples]  # these share nothing: each has a thread to itself

@@ -13,7 +13,7 @@ from . import threads
 
 @quiet_underflow
 def product(a: Array, b: Array, /, *, out: Array, terms: int, add: bool = False) -> Array:
-    """out = a b, or out += a b      a (..., R, I)   b (..., I, N)   →   out (..., R, N)     by so many terms at a time"""
+    """out = a b, or out += a b      a (..., R, I)   b (..., I, N)   →   out (..., R, N)     in sums of so many terms"""
     for i in range(0, max(b.shape[-2], 1), terms):
         left, right = a[..., i : i + terms], b[..., i : i + terms, :]
         if i or add:

@@ -112,8 +112,8 @@ class Heads(NamedTuple):
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
 
-        q (G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the soft cap's
-        gradient is multiplied by, 1 − tanh².
+        q (G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the gradient
+        of the soft cap is multiplied by, 1 − tanh².
         """
         k = self.k[:, slice(*tile.cols)]
         s = np.matmul(q, k.swapaxes(1, 2), out=scratch("s", (len(q), *tile.shape), q.dtype))
@@ -255,7 +255,7 @@ def _guess(heads: Heads, q: Array, rows: Range, m: Array) -> Array:
 
 
 def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
-    """Σ 2^(s − c) (G, rows), Σ dropout(2^(s − c)) v (G, rows, E), and what may be over half of a sum, over some tiles"""
+    """Over some tiles Σ 2^(s − c) (G, rows), Σ dropout(2^(s − c)) v (G, rows, E), and what may be over half of a sum"""
     E, heavy = heads.v.shape[-1], list[Heavy]()
     row_sum, acc = np.zeros(q.shape[:-1], q.dtype), np.zeros((*q.shape[:-1], E), q.dtype)
     for tile in some:
