@@ -32,6 +32,7 @@ from .threads import scratch
 LOG2E, LN2 = log2(e), log(2)
 BOUND = 60.0  # |s| up to which 2^s can be summed in float32 as they are: 65536 terms stay below 2^76
 FLOOR = 2.0**-40  # a sum of 2^(s − c) below this may have lost keys to underflow
+FLOOR_OF_KEYS = 2.0**-6  # the same where one key has more than half of it, and the others count, however small
 CEILING = 2.0**80  # and one above this was cut off: the scores are far above c
 
 
@@ -211,7 +212,7 @@ def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[A
         row_sum, acc, heavy = _sums(heads, q, rows, all_tiles, row_max)
         wrong = _wrong(row_sum, acc)
     if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
-        wrong = wrong | (key >= 0) & (row_sum < 0.5)
+        wrong = wrong | (key >= 0) & (row_sum < FLOOR_OF_KEYS)
     if np.any(wrong):  # in whole tiles, as in the backward: a product of some of their rows would have other bits
         some = [tile for tile in all_tiles if wrong[:, _within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(heads, q, rows, some), 0.0 if row_max is None else row_max)
