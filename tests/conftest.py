@@ -88,6 +88,7 @@ SMALL = engines.Plan(
     few_block=3,
     kept_numbers=0,
     group_numbers=0,
+    group_columns=0,
     linear_rows=5,
     weight_block=4,
 )

@@ -92,7 +92,7 @@ GROUPED = {
 @pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
 def test_groups_of_one_head_equal_all_at_once(engine, problem):
     together, want = all_of(problem, engine, group_numbers=2**60)
-    apart, got = all_of(problem, engine, group_numbers=0)
+    apart, got = all_of(problem, engine, group_numbers=0, group_columns=0)
     assert (len(together.groups), len(apart.groups)) == (1, problem.K)
     all_close(got, want)
 
@@ -100,7 +100,7 @@ def test_groups_of_one_head_equal_all_at_once(engine, problem):
 @grouped_engines
 @pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
 def test_groups_equal_the_specification(engine, problem):
-    _, got = all_of(problem, engine, group_numbers=0, kept_numbers=0)
+    _, got = all_of(problem, engine, group_numbers=0, group_columns=0, kept_numbers=0, kept_long=0)
     _, want = all_of(problem, SEQUENTIAL)
     all_close(got, want)
 
@@ -110,8 +110,8 @@ def test_groups_equal_the_specification(engine, problem):
 def test_heads_together_forward_and_apart_backward(engine, recomputed):
     """T and S are below 16 · C: the forward takes all heads at once, the gradient one after another."""
     problem = replace(GROUPED["all per head"], T=31)
-    kept = {"kept_numbers": 0 if recomputed else 2**60}
-    cache, got = all_of(problem, engine, group_numbers=0, **kept)
+    kept = dict.fromkeys(("kept_numbers", "kept_long"), 0 if recomputed else 2**60)
+    cache, got = all_of(problem, engine, group_numbers=0, group_columns=0, **kept)
     _, want = all_of(problem, engine, group_numbers=2**60, **kept)
     assert len(cache.groups) == problem.K
     assert all(np.shares_memory(a.q.project.w, cache.params["q_proj"]["w"]) for a in cache.groups)
@@ -121,7 +121,7 @@ def test_heads_together_forward_and_apart_backward(engine, recomputed):
 @grouped_engines
 def test_per_sample_gradients_where_projections_are_recomputed(engine):
     problem = GROUPED["all per head"]
-    engine = engine._replace(plan=Plan(kept_numbers=0))
+    engine = engine._replace(plan=Plan(kept_numbers=0, kept_long=0))
     y, cache = mha(*problem.inputs("float64"), **problem.static(), engine=engine)
     dparams, *want = mha_vjp(cache, y)
     each, *got = mha_vjp(cache, y, per_sample=True)
@@ -157,8 +157,8 @@ def test_positions_of_each_sample_equal_the_sample_alone(engine):
 def test_projections_recomputed_equal_those_kept(engine, name, C, n):
     """The wider the input, the fewer are recomputed: three, two or one; none where keys are appended."""
     problem = replace(GROUPED[name], Cq=C, Ck=C, Cv=C)
-    kept, want = all_of(problem, engine, kept_numbers=2**60)
-    again, got = all_of(problem, engine, kept_numbers=0)
+    kept, want = all_of(problem, engine, kept_numbers=2**60, kept_long=2**60)
+    again, got = all_of(problem, engine, kept_numbers=0, kept_long=0)
     n = 0 if name == "appended keys" else n
     for group in again.groups:
         assert [type(x) for x in (group.q, group.k, group.v)] == [Recomputed] * n + [Kept] * (3 - n)
@@ -179,14 +179,14 @@ def test_projections_are_recomputed_up_to_a_seventh_of_the_time():
 
 @pytest.mark.parametrize("numbers", [0, 2**60])
 def test_what_is_small_is_kept(numbers):
-    cache, _ = all_of(MhaProblem(**LONG), TILED, kept_numbers=numbers)
+    cache, _ = all_of(MhaProblem(**LONG), TILED, kept_numbers=numbers, kept_long=numbers)
     assert type(cache.groups[0].q) is (Kept if numbers else Recomputed)
 
 
 @pytest.mark.parametrize(("T", "S", "apart"), [(32, 32, True), (31, 32, False), (32, 31, False)])
 def test_long_sequences_go_head_by_head_forward(T, S, apart):
     """Where attention costs twenty times what the projections cost, k and v of all heads are never there at once."""
-    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED, group_numbers=0, kept_numbers=2**60)
+    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED, group_numbers=0, group_columns=0, kept_numbers=2**60, kept_long=2**60)
     bases = {id(np.asarray(group.q.y.base)) for group in cache.groups}
     assert len(cache.groups) == 3
     assert len(bases) == (3 if apart else 1)

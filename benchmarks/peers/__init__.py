@@ -17,6 +17,7 @@ PEERS = {  # name: file, variant
     "PyTorch compiled": ("torch", "compiled"),
     "JAX": ("jax", ""),
     "funcmha": ("funcmha", "default"),
+    "funcmha lean": ("funcmha", "lean"),
     "funcmha sequential": ("funcmha", "sequential"),
     "Compyute sequential": ("compyute", "sequential"),
     "Compyute semi": ("compyute", "semi"),

@@ -1,4 +1,4 @@
-"""funcmha with its default engine, and its specification, the engine "sequential"."""
+"""funcmha with its default engine, with the one that spares memory, and its specification, the engine "sequential"."""
 
 from functools import partial
 from inspect import signature
@@ -15,10 +15,10 @@ COPIES = 3  # of all scores: the weights of every head, and temporary arrays of 
 
 def prepare(case: Case, problem: Problem, variant: str) -> Call:
     static: dict[str, Any] = {"mask": case.mask()}
-    if variant == "sequential":
+    if variant != "default":
         if not HAS_ENGINES:
             raise SkipError("this version has only one engine")
-        static["engine"] = funcmha.engines.SEQUENTIAL
+        static["engine"] = getattr(funcmha.engines, {"sequential": "SEQUENTIAL", "lean": "TILED_LEAN"}[variant])
     if variant == "sequential" or not HAS_ENGINES:
         check_memory(case, COPIES)
     return {"self": _self, "cross": _cross, "attention": _attention}[case.kind](problem, static)

@@ -164,7 +164,8 @@ def _attend(
         bias,
         cache.rest,
     )
-    return heads_last(o), group if appended or prod(o.shape) <= plan.kept_numbers else _without(group, plan)
+    keeps = appended or plan.keeps(prod(o.shape), query.shape[-2], S, _width(group))
+    return heads_last(o), group if keeps else _without(group, plan)
 
 
 def _attend_vjp(
@@ -341,7 +342,7 @@ def _pieces(group: GroupCache, out: CombineCache, plan: Plan) -> Iterator[tuple[
     """The group in the smaller ones that the gradient takes, as views"""
     *batch, T, H, E = out.o.shape
     K, D = group.k.project.w.shape[:2]
-    for kv in plan.backward_ranges(tuple(batch), T, group.rest.num_keys, H, K, D, E):
+    for kv in plan.backward_ranges(tuple(batch), T, group.rest.num_keys, H, K, D, E, _width(group)):
         h = slice(kv.start * (H // K), kv.stop * (H // K))
         whole = h == slice(0, H)
         b = out.b if h.start == 0 else None  # is added once

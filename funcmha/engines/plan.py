@@ -33,7 +33,10 @@ class Plan(NamedTuple):
     terms: int = 384  # of a sum before it is added to the others (docs/decisions/0037)
     # ── several heads at once ──
     kept_numbers: int = maxsize  # of o, up to which q, k and v are kept; with more, they are projected again
-    group_numbers: int = maxsize  # of q, k and v of the heads that are projected as one, and whose gradient is
+    kept_long: int = 2**18  # the same of long sequences, whose q, k and v are projected again for next to no time
+    group_numbers: int = 2**20  # of q, k and v of the heads that go together, or as many columns of k as follows
+    group_columns: int = 768  # a product as wide is as fast as a wider one
+    group_long: int = 128  # the same of long sequences, whose projections take little time and much memory
     # ── threads ──
     thread_flops: float = 5e7  # that one thread has done before another has woken up and taken over
 
@@ -81,28 +84,30 @@ class Plan(NamedTuple):
         return min((24 * C + 14 * min(T, S)) // max(14 * C, 1), 3)
 
     def long(self, T: int, S: int, C: int) -> bool:
-        """Whether all three take a twentieth or so: then forward too a few heads go at a time, never all"""
+        """Whether to project all three again takes a twentieth or so of all time"""
         return min(T, S) >= 16 * C
 
-    def head_ranges(self, K: int, numbers: int, least: int = 1) -> list[slice]:
-        """0 … K in ranges of so many heads as have at most `group_numbers`, one having `numbers`; but of the least"""
-        size = max(self.group_numbers // max(numbers, 1), least)
-        return [slice(i, min(i + size, K)) for i in range(0, K, size)]
+    def keeps(self, numbers: int, T: int, S: int, C: int) -> bool:
+        """Whether q, k and v are kept for the gradient, beside an o of so many numbers"""
+        return numbers <= (min(self.kept_long, self.kept_numbers) if self.long(T, S, C) else self.kept_numbers)
 
     def forward_ranges(
         self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int, C: int
     ) -> list[slice]:
         """The key/value heads to project at once: few, or all if the projections are kept anyhow"""
-        return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E)) if self.long(T, S, C) else [slice(0, K)]
+        return self.backward_ranges(batch, T, S, H, K, D, E, C) if self.long(T, S, C) else [slice(0, K)]
 
-    def backward_ranges(self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int) -> list[slice]:
-        """The key/value heads whose gradient is taken at once: of one short sample two, for two threads"""
-        least = 2 if prod(batch) == 1 and self.tile_rows >= T else 1
-        return self.head_ranges(K, prod(batch) * max(H // K * T, S) * (D + E), least)
+    def backward_ranges(
+        self, batch: tuple[int, ...], T: int, S: int, H: int, K: int, D: int, E: int, C: int
+    ) -> list[slice]:
+        """The key/value heads whose gradient is taken at once"""
+        numbers = prod(batch) * max(H // max(K, 1) * T, S) * (D + E)
+        columns = min(self.group_long, self.group_columns) if self.long(T, S, C) else self.group_columns
+        return _evenly(0, K, max(self.group_numbers // max(numbers, 1), columns // max(D, 1), 1))
 
 
-# Memory above speed: the gradient takes few heads at a time, 1 MiB of float32, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, kept_numbers=2**18, group_numbers=2**18)
+# Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
+LEAN = Plan(stack_numbers=2**18, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
 
@@ -113,8 +118,8 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "kept_numbers", "group_numbers", "few_queries", "wide", "copied_rows"),
-    "thread_flops",
+    *("score_bytes", "numpy_bytes", "few_queries", "wide", "copied_rows", "thread_flops"),
+    *("kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 
 
