@@ -73,17 +73,19 @@ class Step(NamedTuple):
     arrives: bool  # whether it comes at all
     leaves: bool  # whether it goes on, to the next rank
     gathered: bool  # whether its gradient comes along, from ranks before
-    home: bool  # whether its gradient goes home from here
+    carries: bool  # whether its gradient leaves this rank
+    home: bool  # and whether it goes home from here, or to the next rank
     owner: int  # from which rank the gradient of this rank's own part comes home now; −1 for none
 
 
 def steps(rank: int, ways: Ways) -> list[Step]:
-    """Those after a rank's own part"""
+    """From that of a rank's own part, 0, to the last that anybody takes"""
     n, (first, last) = len(ways.first), ways
     found = []
-    for t in range(1, int(last.max(initial=0)) + 1):
+    for t in range(int(last.max(initial=0)) + 1):
         s = (rank - t) % n
-        there, begun = t <= last[s], 0 < first[s] < t
-        owner = (rank + t) % n if last[rank] == t else -1
-        found.append(Step(t, s, bool(there), bool(t < last[s]), bool(there and begun), bool(t == last[s]), owner))
+        there, has = t <= last[s], 0 < t and first[s] <= t <= last[s]
+        owner = (rank + t) % n if 0 < t == last[rank] else -1
+        gathered, home = has and first[s] < t, has and t == last[s]
+        found.append(Step(t, s, bool(there), bool(t < last[s]), bool(gathered), bool(has), bool(home), owner))
     return found
