@@ -34,8 +34,9 @@ def run(problem, n, scheme, dtype, pair=parallel, wrap=lambda comm: comm, arrays
     def of_rank(comm):
         line = line_of(scheme)(wrap(comm))
         i, j = line.positions(problem.T), line.positions(problem.S)
-        o, cache = pair.attention(line, q[..., i, :], k[..., j, :], v[..., j, :], bias, sink, **static)
-        grads = pair.attention_vjp(cache, do[..., i, :], dlse=dlse[..., i])
+        of_q, of_k, of_v, of_do = (np.take(a, at, axis=-2) for a, at in ((q, i), (k, j), (v, j), (do, i)))
+        o, cache = pair.attention(line, of_q, of_k, of_v, bias, sink, **static)
+        grads = pair.attention_vjp(cache, of_do, dlse=np.take(dlse, i, axis=-1))
         return (i, j), (o, log_sum_exp(cache)[..., None], *grads)
 
     places, results = zip(*parallel.threads(n).run(of_rank), strict=True)

@@ -50,6 +50,14 @@ def zero_inputs(
     T, S, xp = query.shape[-2], key.shape[-2], namespace(query)
     attended = mask.attended_keys(T, S, query)
     attending = None if appended else xp.matrix_transpose(mask.attending_queries(T, S, query))
+    return zero_tokens(query, key, value, attended, attending)
+
+
+def zero_tokens(query: Array, key: Array, value: Array, attended: Array, attending: Array) -> tuple[Array, Array, Array]:
+    """The inputs with 0 at other tokens than the attended (..., 1, S or 1) and the attending (..., 1, T or 1)
+
+    No attending is all.
+    """
     if query is key and key is value:
         x = _zero_rows(query, None if attending is None else attended | attending)
         return x, x, x

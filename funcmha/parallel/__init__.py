@@ -4,16 +4,29 @@ from . import specification
 from .attention import AttentionCache, attention, attention_vjp
 from .comm import Comm
 from .line import Layout, Line, grid
+from .mha import MhaCache, SelfAttentionCache, mha, mha_vjp, self_attention, self_attention_vjp
 from .threads import threads
+from .trees import all_reduce, gather, scatter, shard, unshard
 
 __all__ = [
     "AttentionCache",
     "Comm",
     "Layout",
     "Line",
+    "MhaCache",
+    "SelfAttentionCache",
+    "all_reduce",
     "attention",
     "attention_vjp",
+    "gather",
     "grid",
+    "mha",
+    "mha_vjp",
+    "scatter",
+    "self_attention",
+    "self_attention_vjp",
+    "shard",
     "specification",
     "threads",
+    "unshard",
 ]

@@ -34,7 +34,7 @@ def agree(comm: Comm, local: Callable[[], tuple[Facts, Sequence[int]]]) -> np.nd
         return np.array([numbers], np.int64)
     text = json.dumps([type(error).__name__, str(_told(error))] if error is not None else facts).encode()
     digest = int.from_bytes(blake2b(text, digest_size=7).digest(), "little")
-    words = np.zeros(8, np.int64)
+    words = np.zeros(16, np.int64)
     words[:3] = error is not None, len(text), digest
     words[3 : 3 + len(numbers)] = numbers
     table = _gathered(comm, words)

@@ -28,6 +28,14 @@ class Comm(ABC):
         the caller writes to none of them.
         """
 
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Room for an array that is to be received, where there is none like it"""
+        if dtype == "bfloat16":
+            import ml_dtypes
+
+            return np.empty(shape, ml_dtypes.bfloat16)
+        return np.empty(shape, dtype)
+
     def all_to_all(self, parts: Sequence[Array], out: Sequence[Array]) -> None:
         """out[r] of this rank = parts[this rank] of rank r"""
         others = [r for r in range(self.size) if r != self.rank]

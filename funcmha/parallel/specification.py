@@ -69,8 +69,9 @@ def attention(
                 own_bias, own_x = of_piece(bias, x, rows, cols, None if x.mask is None else x.mask.select(rows, cols), T)
                 of_part = q[..., i, :], all_k[rank][..., j, :], all_v[rank][..., j, :]
                 o_part, cache = engines_attention(*of_part, None if own_bias is None else own_bias.given, **_named(own_x))
-                merged, joined = merge.merge(o[..., i, :], lse[..., i], o_part, log_sum_exp(cache))
-                o[..., i, :], lse[..., i] = merged, log_sum_exp(joined)
+                before = o[..., i, :] * 1.0, lse[..., i] * 1.0  # copies: the cache of the merge keeps them
+                o[..., i, :], joined = merge.merge(*before, o_part, log_sum_exp(cache))
+                lse[..., i] = log_sum_exp(joined)
                 parts.append(Part(rows, cols, i, rank, j, cache, joined))
     of_sink = None
     if sink is not None:
