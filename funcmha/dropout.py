@@ -98,8 +98,8 @@ class Seeded(NamedTuple):
 
         word j mod 4 of philox((j // 4, i, h, b), (seed mod 2³², seed // 2³²))  ≥  ⌊2³² rate⌋,
 
-    with the first sample, head, query and key added to b, h, i and j, of which i and j are first multiplied by the step.
-    As the word is any of 2³² numbers, P(keep) = 1 − ⌊2³² rate⌋ / 2³²: 1 − rate, or more by less than 2⁻³².
+    with the first sample, head, query and key added to b, h, i and j, where i and j were multiplied by the step. As the
+    word is any of 2³² numbers, P(keep) = 1 − ⌊2³² rate⌋ / 2³²: 1 − rate, or more by less than 2⁻³².
 
     Made by `seeded`, which checks what it is given.
     """

@@ -20,8 +20,8 @@ from test_ops import close
 from funcmha import attention, attention_vjp, dropout, log_sum_exp, masks, parallel
 from funcmha._arguments import check_attention
 from funcmha.parallel import pieces, ring
-from funcmha.testing.tolerance import assert_within, attention_bounds
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
+from funcmha.testing.tolerance import assert_within, attention_bounds
 
 RING = ("contiguous", "zigzag", "striped")
 NAMES = ("o", "lse", "dq", "dk", "dv")
@@ -74,7 +74,10 @@ def test_a_ring_in_float32_is_within(problem, n, scheme):
     do, _, dlse = problem.cotangents("float32")
     options = problem.static() | {"sink": sink, "dlse": dlse, "recomputed": True, "dtype": "float32"}
     bounds = attention_bounds(q, k, v, bias, do, **options)
-    wide = [None if a is None else a.map(np.float64) if hasattr(a, "map") else a.astype("float64") for a in (q, k, v, bias, sink)]
+    wide = [
+        None if a is None else a.map(np.float64) if hasattr(a, "map") else a.astype("float64")
+        for a in (q, k, v, bias, sink)
+    ]
     o, cache = attention(*wide, **problem.static(), engine="sequential")
     want = o, log_sum_exp(cache), *attention_vjp(cache, do.astype("float64"), dlse=dlse.astype("float64"))
 
@@ -90,7 +93,9 @@ def test_a_ring_in_float32_is_within(problem, n, scheme):
     attention_problems(**MODERN | FAIR, K=st.just(4), batch=st.sampled_from([(), (2,)])),
     st.sampled_from([(2, 1), (4, 1), (2, 2), (2, 3), (1, 3), (4, 2)]),
 )
-@example(AttentionProblem(T=13, S=17, K=4, G=2, mask="heads", bias="... H T S", sink=True, per_head=True, scale=1.0), (4, 2))
+@example(
+    AttentionProblem(T=13, S=17, K=4, G=2, mask="heads", bias="... H T S", sink=True, per_head=True, scale=1.0), (4, 2)
+)
 def test_heads_and_grids_match_torch(problem, scheme):
     compare(ranks.run(problem, scheme[0] * scheme[1], scheme, "float64"), by_torch(problem), close)
 
@@ -207,7 +212,11 @@ def test_what_no_query_attends_has_no_effect(scheme):
 # ── bits ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(attention_problems(**MODERN, layout=st.just("contiguous")), st.sampled_from([*RING, "heads"]), st.sampled_from(["float32", "float64"]))
+@given(
+    attention_problems(**MODERN, layout=st.just("contiguous")),
+    st.sampled_from([*RING, "heads"]),
+    st.sampled_from(["float32", "float64"]),
+)
 @example(AttentionProblem(T=65, S=130, K=2, G=2, mask="causal", sink=True), "zigzag", "float32")
 def test_one_rank_has_the_bits_of_one_process(problem, scheme, dtype):
     scheme = "zigzag" if scheme == "heads" and not problem.K else scheme
@@ -237,11 +246,15 @@ class Slow(parallel.Comm):
 
 @pytest.mark.parametrize("scheme", [*RING, (2, 2)])
 def test_the_order_of_arrival_changes_no_bit(scheme):
-    problem = AttentionProblem(T=37, S=41, K=2, G=2, mask="causal", bias="... H T+S-1", sink=True, rate=0.3, seeded=True)
+    problem = AttentionProblem(
+        T=37, S=41, K=2, G=2, mask="causal", bias="... H T+S-1", sink=True, rate=0.3, seeded=True
+    )
     first = ranks.run(problem, 4, scheme, "float32")
     for seed in range(3):
         again = ranks.run(problem, 4, scheme, "float32", wrap=lambda comm, seed=seed: Slow(comm, seed))
-        compare(again, (*first[:5], first[5][0], first[6][0]), lambda a, b, name: np.testing.assert_array_equal(a, b, name))
+        compare(
+            again, (*first[:5], first[5][0], first[6][0]), lambda a, b, name: np.testing.assert_array_equal(a, b, name)
+        )
 
 
 def test_a_seed_drops_the_same_weights_on_any_number_of_ranks():
@@ -346,7 +359,7 @@ def bytes_sent(log, dtype=None):
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_a_ring_sends_what_the_formula_says(n):
-    """(n − 1)/n · T · K (D + E) numbers from each rank, forward, and twice that backward, where dk and dv are float32"""
+    """(n − 1)/n · T · K (D + E) numbers from each rank; backward those again, and dk and dv, which are float32"""
     problem = AttentionProblem(batch=(), T=30, S=30, K=2, G=3, D=5, E=7)
     log = []
     q, k, v, *_ = problem.inputs("float16")

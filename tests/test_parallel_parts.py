@@ -1,8 +1,9 @@
-"""What attention on many ranks is made of: who has which tokens, pieces of masks and dropout, steps, carriers, checks."""
+"""What attention on many ranks is made of: who has what, pieces of masks and dropout, steps, carriers, checks."""
 
 import re
 import threading
 import time
+from itertools import chain
 
 import hypothesis.strategies as st
 import numpy as np
@@ -29,14 +30,14 @@ layouts = st.builds(Layout, st.sampled_from(SCHEMES), st.integers(1, 9), st.inte
 def test_every_token_is_on_one_rank(layout, T):
     """And the ranks of a part of the ring have its tokens one after another."""
     pieces = [[*map(list, layout.pieces(T, rank))] for rank in range(layout.ranks)]
-    own = [sum(some, []) for some in pieces]
-    assert sorted(sum(own, [])) == [*range(T)]
+    own = [[*chain(*some)] for some in pieces]
+    assert sorted(chain(*own)) == [*range(T)]
     assert all(piece for some in pieces for piece in some)
-    assert [len(some) for some in own] == [layout.count(T, rank) for rank in range(layout.ranks)]
+    assert [len(some) for some in own] == [layout.num_tokens(T, rank) for rank in range(layout.ranks)]
     for ring in range(layout.ring):
         of_heads = own[ring * layout.heads : (ring + 1) * layout.heads]
-        assert sum(of_heads, []) == sum(map(list, layout.ring_pieces(T, ring)), [])
-        assert len(sum(of_heads, [])) == layout.ring_count(T, ring)
+        assert [*chain(*of_heads)] == [*chain(*layout.ring_pieces(T, ring))]
+        assert sum(map(len, of_heads)) == layout.ring_count(T, ring)
     assert max(map(len, own)) - min(map(len, own)) <= 2 * (1 + (layout.scheme == "zigzag"))
 
 
@@ -63,7 +64,9 @@ def test_all_of_a_causal_mask_is_shared_evenly_by_zigzag(n, m, extra):
     mask, layout = masks.causal(), Layout("zigzag", n)
     pairs = [
         sum(
-            len(pair.rows) * len(pair.cols) if pair.mask is None else pair.mask.dense(len(pair.rows), len(pair.cols)).sum()
+            len(pair.rows) * len(pair.cols)
+            if pair.mask is None
+            else pair.mask.dense(len(pair.rows), len(pair.cols)).sum()
             for source in range(n)
             for pair in schedule.pairs(layout, rank, source, T, T, mask)
         )
@@ -123,7 +126,9 @@ def test_a_seed_of_every_nth_draws_those_of_the_whole(n, i, j, R, N):
     np.testing.assert_array_equal(got.dense((2, 3, R, N)), whole[..., list(rows), :][..., list(cols)])
     part = got.part((1, R), (1, N)) if R > 1 and N > 1 else got
     first = 1 if part is not got else 0
-    np.testing.assert_array_equal(part.tile(1, 2, (0, 1), (0, 1)), got.tile(1, 2, (first, first + 1), (first, first + 1)))
+    np.testing.assert_array_equal(
+        part.tile(1, 2, (0, 1), (0, 1)), got.tile(1, 2, (first, first + 1), (first, first + 1))
+    )
 
 
 @pytest.mark.parametrize("name", [*BIASES[1:], *RELATIVE])
@@ -141,7 +146,11 @@ def test_a_piece_of_a_bias_is_that_of_its_array(name, step):
 # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.integers(1, 7).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=n, max_size=n)))
+@given(
+    st.integers(1, 7).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=n, max_size=n)
+    )
+)
 def test_parts_reach_all_that_need_them_and_gradients_come_home(needed):
     """A simulation of all ranks: what leaves one arrives at another in the same step."""
     needed = np.array(needed)
@@ -256,16 +265,21 @@ def attend(line, q, static):
 
 
 REFUSED = [
-    ({"scale": lambda r: 0.5 + (r == 1)}, ValueError, "scale must be the same on all ranks, got 0.5 on ranks 0, 2 and 1.5 on rank 1"),
-    ({"q": lambda r: A.astype("float32") if r == 2 else A}, ValueError, r"q must be the same .* of float64 on ranks 0, 1 and .* of float32 on rank 2"),
-    ({"dropout": lambda r: dropout.seeded(r // 2, 0.5)}, ValueError, r"dropout must be the same .*seed=0.* on ranks 0, 1 and .*seed=1.* on rank 2"),
+    ({"scale": lambda r: 0.5 + (r == 1)}, ValueError,
+     "scale must be the same on all ranks, got 0.5 on ranks 0, 2 and 1.5 on rank 1"),
+    ({"q": lambda r: A.astype("float32") if r == 2 else A}, ValueError,
+     "q must be the same .* of float64 on ranks 0, 1 and .* of float32 on rank 2"),
+    ({"dropout": lambda r: dropout.seeded(r // 2, 0.5)}, ValueError,
+     "dropout must be the same .*seed=0.* on ranks 0, 1 and .*seed=1.* on rank 2"),
     ({"mask": lambda r: masks.causal(r)}, ValueError, r"mask must be the same .*offset=1.* on rank 1"),
     ({"mask": lambda r: np.arange(9) != r}, ValueError, "mask must be the same .* checksum"),
     ({"softcap": lambda r: -1.0 if r == 1 else 1.0}, ValueError, "rank 1: softcap must be above 0, got -1.0"),
     ({"causal": lambda r: True}, TypeError, "causal= is no option"),
     ({"q": lambda r: A.astype(complex)}, TypeError, "q must be real on many ranks, got complex128"),
-    ({"q": lambda r: A[..., : 3 - r, :]}, ValueError, r"q must be q\[..., line.positions\(6\), :\], 2 of 6 tokens on rank 0, got 3"),
-    ({"k": lambda r: A[:, :3], "v": lambda r: A[:, :3]}, ValueError, "q has H=4 heads, which must be a multiple of K=3"),
+    ({"q": lambda r: A[..., : 3 - r, :]}, ValueError,
+     r"q must be q\[..., line.positions\(6\), :\], 2 of 6 tokens on rank 0, got 3"),
+    ({"k": lambda r: A[:, :3], "v": lambda r: A[:, :3]}, ValueError,
+     "q has H=4 heads, which must be a multiple of K=3"),
     ({"mask": lambda r: np.ones((5, 5), bool)}, ValueError, r"mask must broadcast to \(..., H, T, S\)"),
 ]  # fmt: skip
 
@@ -278,9 +292,14 @@ def test_every_rank_refuses_alike_before_anything_is_sent(arguments, kind, messa
 
 
 def test_what_is_missing_on_one_rank_is_named():
-    got, text = on_three(lambda line, q, static: parallel.attention(line, q, q, q, static.pop("b"), **static), b=lambda r: None if r else np.zeros(9))
+    got, text = on_three(
+        lambda line, q, static: parallel.attention(line, q, q, q, static.pop("b"), **static),
+        b=lambda r: None if r else np.zeros(9),
+    )
     assert got is ValueError
-    assert re.search(r"bias must be the same on all ranks, got \(9,\) of float64 .* on rank 0 and None on ranks 1, 2", text)
+    assert re.search(
+        r"bias must be the same on all ranks, got \(9,\) of float64 .* on rank 0 and None on ranks 1, 2", text
+    )
 
 
 def test_cotangents_are_agreed_on():
@@ -308,9 +327,11 @@ def test_heads_that_cannot_be_cut_are_told_what_to_use():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda comm: parallel.Line(comm, "ring"), "scheme must be one of 'contiguous', 'zigzag', 'striped', 'heads', got 'ring'"),
+        (lambda comm: parallel.Line(comm, "ring"),
+         "scheme must be one of 'contiguous', 'zigzag', 'striped', 'heads', got 'ring'"),
         (lambda comm: parallel.Line(object()), "comm must be one of parallel.mpi, parallel.nccl or parallel.threads"),
-        (lambda comm: parallel.grid(comm, heads=2, ring=2), "heads · ring must be the number of ranks, 1, got heads=2 and ring=2"),
+        (lambda comm: parallel.grid(comm, heads=2, ring=2),
+         "heads · ring must be the number of ranks, 1, got heads=2 and ring=2"),
         (lambda comm: parallel.grid(comm), "grid chooses by the number of heads"),
         (lambda comm: parallel.grid(comm, heads=1, scheme="heads"), "scheme must be one of 'contiguous'"),
         (lambda comm: parallel.attention(comm, A, A, A), "line must be a Line of funcmha.parallel"),
@@ -349,4 +370,3 @@ def test_agreement_is_one_gather_of_a_few_words():
 
     parallel.threads(3).run(lambda comm: agree(Counted(comm), lambda: ({"x": "1"}, (comm.rank,))))
     assert sent == [128] * 6
-

@@ -236,7 +236,7 @@ class _Joined(Mask):
         return type(self)(tuple(part.part(rows, cols) for part in self.parts))  # type: ignore[call-arg]
 
     def _every(self, n: int, T: int, S: int) -> Mask:
-        return reduce(self._join, (part._every(n, T, S) for part in self.parts))  # type: ignore[return-value]
+        return reduce(self._join, (part._every(n, T, S) for part in self.parts))
 
 
 class Intersection(_Joined, NamedTuple("_Intersection", [("parts", tuple[Mask, ...])])):

@@ -53,7 +53,9 @@ def zero_inputs(
     return zero_tokens(query, key, value, attended, attending)
 
 
-def zero_tokens(query: Array, key: Array, value: Array, attended: Array, attending: Array) -> tuple[Array, Array, Array]:
+def zero_tokens(
+    query: Array, key: Array, value: Array, attended: Array, attending: Array
+) -> tuple[Array, Array, Array]:
     """The inputs with 0 at other tokens than the attended (..., 1, S or 1) and the attending (..., 1, T or 1)
 
     No attending is all.

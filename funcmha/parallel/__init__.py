@@ -5,12 +5,15 @@ from .attention import AttentionCache, attention, attention_vjp
 from .comm import Comm
 from .line import Layout, Line, grid
 from .mha import MhaCache, SelfAttentionCache, mha, mha_vjp, self_attention, self_attention_vjp
+from .mpi import mpi
+from .planning import Cost, plan
 from .threads import threads
 from .trees import all_reduce, gather, scatter, shard, unshard
 
 __all__ = [
     "AttentionCache",
     "Comm",
+    "Cost",
     "Layout",
     "Line",
     "MhaCache",
@@ -22,6 +25,8 @@ __all__ = [
     "grid",
     "mha",
     "mha_vjp",
+    "mpi",
+    "plan",
     "scatter",
     "self_attention",
     "self_attention_vjp",

@@ -18,7 +18,7 @@ Facts = dict[str, Any]  # name: what must be the same on all ranks, as text
 def agree(comm: Comm, local: Callable[[], tuple[Facts, Sequence[int]]]) -> np.ndarray:
     """The numbers of all ranks (n, …), where the facts are the same on all, by one gather of a few words
 
-    `local` checks the arguments of this rank. Where it raises on any, every rank raises that error, with the rank; where
+    `local` checks the arguments of this rank. Where it raises on any, every rank raises that, with the rank; where
     facts differ, a ValueError that says which, on which ranks, and what they are.
     """
     facts: Facts = {}
@@ -59,7 +59,7 @@ def _disagree(comm: Comm, text: bytes, table: np.ndarray) -> None:
     padded = np.zeros(int(table[:, 1].max()), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     texts = [json.loads(row[:n].tobytes()) for row, n in zip(_gathered(comm, padded), table[:, 1], strict=True)]
-    for rank in np.flatnonzero(table[:, 0]):
+    for rank in np.flatnonzero(table[:, 0]).tolist():
         kind, message = texts[rank]
         error = getattr(builtins, kind, RuntimeError)
         raise error(f"rank {rank}: {message}") from None
@@ -85,7 +85,9 @@ def described(x: Any) -> str:
         return f"{shape} with checksum {blake2b(np.ascontiguousarray(x).tobytes(), digest_size=4).hexdigest()}"
     if isinstance(x, tuple):
         fields = getattr(x, "_fields", [""] * len(x))
-        parts = (f"{name}={described(value)}" if name else described(value) for name, value in zip(fields, x, strict=True))
+        parts = (
+            f"{name}={described(value)}" if name else described(value) for name, value in zip(fields, x, strict=True)
+        )
         return f"{type(x).__name__}({', '.join(parts)})"
     if isinstance(x, list):
         return described(tuple(x))

@@ -97,9 +97,7 @@ def _(cache: AttentionCache, /) -> Array:
     return own(cache.lse, cache.lse)
 
 
-def agreed(
-    line: Line, q: Array, k: Array, v: Array, bias: Any, sink: Array, options: Any
-) -> tuple[int, int, Options]:
+def agreed(line: Line, q: Array, k: Array, v: Array, bias: Any, sink: Array, options: Any) -> tuple[int, int, Options]:
     """The tokens of all ranks, and the options, checked on all of them"""
     check_line(line)
 
@@ -115,8 +113,7 @@ def agreed(
 
     lengths = agree(line.comm, local)
     T, S = check_lengths(line, lengths, ("q", "k"))
-    whole = (whole_of(x, n) for x, n in ((q, T), (k, S), (v, S)))
-    _, x = check_attention(*whole, bias, sink, options)
+    _, x = check_attention(whole_of(q, T), whole_of(k, S), whole_of(v, S), bias, sink, options)
     if line.layout.heads > 1:
         if q.ndim < 3:
             raise ValueError(f"q must be (..., H, T, D) for ranks that have a part of the heads, got {tuple(q.shape)}")
@@ -150,13 +147,13 @@ def check_real(name: str, x: Array) -> None:
 def check_lengths(line: Line, lengths: np.ndarray, names: tuple[str, ...]) -> tuple[int, ...]:
     """The tokens of all ranks; ValueError unless each has those that the line gives it"""
     totals = tuple(int(n) for n in lengths.sum(axis=0))
-    for name, total, own in zip(names, totals, lengths.T, strict=True):
-        for rank, n in enumerate(own):
-            wanted = line.layout.count(total, rank)
+    for name, total, of_ranks in zip(names, totals, lengths.T, strict=True):
+        for rank, n in enumerate(of_ranks):
+            wanted = line.layout.num_tokens(total, rank)
             if n != wanted:
                 raise ValueError(
-                    f"{name} must be {name}[..., line.positions({total}), :], {wanted} of {total} tokens on rank {rank},"
-                    f" got {n}"
+                    f"{name} must be {name}[..., line.positions({total}), :], {wanted} of {total} tokens on "
+                    f"rank {rank}, got {n}"
                 )
     return totals
 

@@ -1,7 +1,7 @@
 """From a part of the tokens of all heads to all tokens of a part of the heads, and back (Jacobs et al. 2023).
 
-Ranks that have a part of the heads each are neighbours in a line. They exchange what each has of the other's heads; what
-then goes on is the attention of a ring, or of one process. Where the heads are not cut nothing is done.
+Ranks that have a part of the heads each are neighbours in a line. They exchange what each has of the other's heads.
+What then goes on is the attention of a ring, or of one process. Where the heads are not cut nothing is done.
 
 Axes: T tokens, H heads, D width; `...` is batch.
 """
@@ -18,7 +18,7 @@ from .line import Line
 def to_heads(
     line: Line, q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, T: int, S: int
 ) -> tuple[Any, ...]:
-    """q, k and v of this rank's heads and of the tokens of its part of the ring; bias, sink and options of these heads"""
+    """q, k and v of this rank's heads and all tokens of its part of the ring; bias, sink and options of these heads"""
     if line.layout.heads == 1:
         return q, k, v, bias, sink, x
     h = own_heads(line, q, k)
@@ -70,12 +70,12 @@ def of_all_heads(line: Line, g: Array, x: Array, rank: int, h: slice) -> Array:
 
 
 def _gather_tokens(line: Line, x: Array, n: int) -> Array:
-    """x (..., H, T of this rank, D)   →   (..., its heads, T of its part of the ring, D)     of n tokens of all ranks"""
+    """x (..., H, T of this rank, D)   →   (..., its heads, T of its part of the ring, D)     of n tokens"""
     layout, rank, H = line.layout, line.comm.rank, x.shape[-3]
     own = layout.query_heads(H, H, rank)
     first = rank - line.heads.rank
     out = [
-        unset((*x.shape[:-3], own.stop - own.start, layout.count(n, first + r), x.shape[-1]), x)
+        unset((*x.shape[:-3], own.stop - own.start, layout.num_tokens(n, first + r), x.shape[-1]), x)
         for r in range(layout.heads)
     ]
     parts = [contiguous(x[..., layout.query_heads(H, H, first + r), :, :]) for r in range(layout.heads)]
@@ -88,10 +88,10 @@ def _gather_heads(line: Line, x: Array, H: int, n: int) -> Array:
     layout, rank = line.layout, line.comm.rank
     first, start, parts, out = rank - line.heads.rank, 0, [], []
     for r in range(layout.heads):
-        stop = start + layout.count(n, first + r)
+        stop = start + layout.num_tokens(n, first + r)
         parts.append(contiguous(x[..., start:stop, :]))
         h = layout.query_heads(H, H, first + r)
-        out.append(unset((*x.shape[:-3], h.stop - h.start, layout.count(n, rank), x.shape[-1]), x))
+        out.append(unset((*x.shape[:-3], h.stop - h.start, layout.num_tokens(n, rank), x.shape[-1]), x))
         start = stop
     line.heads.all_to_all(parts, out)
     return namespace(x).concat(out, axis=-3)

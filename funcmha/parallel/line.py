@@ -58,7 +58,7 @@ class Layout(NamedTuple):
             first += len(piece)
         return tuple(piece for piece in found if piece)
 
-    def count(self, T: int, rank: int) -> int:
+    def num_tokens(self, T: int, rank: int) -> int:
         """How many tokens a rank has"""
         return sum(map(len, self.pieces(T, rank)))
 

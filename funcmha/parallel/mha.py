@@ -18,15 +18,25 @@ import numpy as np
 from funcmha import _check, tree
 from funcmha import engines as one_process
 from funcmha._arguments import Bias, HeadOptions, Options, check_mha, check_names, name_of, takes, values_of
-from funcmha._arrays import Array, downcast, from_host, full, heads_first, heads_last, namespace, quiet_underflow, unset, upcast
+from funcmha._arrays import (
+    Array,
+    downcast,
+    from_host,
+    full,
+    heads_first,
+    heads_last,
+    namespace,
+    quiet_underflow,
+    unset,
+    upcast,
+)
 from funcmha.biases import as_bias
-from funcmha.engines import TILED
+from funcmha.engines import Plan
 from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_vjp
 from funcmha.masks.zero import zero_tokens
 from funcmha.mha import round_gradients
 from funcmha.params import SPEC, Params, drop_absent, in_order_of, leaf
-from funcmha.params import check as check_params
 
 from . import ring
 from .agreement import Facts, agree, described
@@ -36,7 +46,7 @@ from .heads import of_all_heads
 from .line import Line
 from .trees import heads_axis, total
 
-PLAN = TILED.plan
+PLAN = Plan()
 NO_KEYS = "an appended key is on no rank: bias_kv and zero_attn are for one process"
 
 
@@ -46,15 +56,21 @@ class Projected(NamedTuple):
     before: Array  # (..., T, H, D), what is normalised, or None
 
 
+class Heads(NamedTuple):
+    """What the gradient of this rank's heads needs."""
+
+    q: Projected
+    k: Projected
+    v: Projected
+    attention: Any  # the cache of the ring
+    out: CombineCache
+
+
 class MhaCache(NamedTuple):
     params: Params  # of this rank's heads
-    q: Projected | None  # None on a rank without heads, as are k, v, of_heads and out
-    k: Projected | None
-    v: Projected | None
-    of_heads: Any  # the cache of the ring
-    out: CombineCache | None
+    heads: Heads | None  # None on a rank without
     bias: Bias  # of all heads and tokens, broadcasts to (..., all H, all T, all S), or None
-    heads: slice  # this rank's, of all
+    h: slice  # which of all query heads this rank has
     query: Array  # (..., T, Cq, 0), of the inputs of this rank nothing but their shape, as are key and value
     key: Array
     value: Array
@@ -81,27 +97,21 @@ def mha(
     """
     T, S, h, x = _agreed(line, params, query, key, value, bias, options)
     if line.comm.size == 1:
-        return one_process.mha(params, query, key, value, bias, **options)
+        whole: tuple[Array, Any] = one_process.mha(params, query, key, value, bias, **options)
+        return whole
     dtype, outline = query.dtype, [_outline(a) for a in (query, key, value)]
     params, given = tree.map(upcast, params), as_bias(bias)
     wide = None if given is None else given.map(upcast)
     inputs = _gathered_inputs(line, _zeroed(line, query, key, value, x, T, S), T, S)
-    y = full((*query.shape[:-2], line.layout.ring_count(T, line.ring.rank), leaf(params, "out_proj.w").shape[0]), 0.0, inputs[0])
-    q = k = v = of_heads = out = None
-    table_q, table_k = (_gathered_table(line, table, n) for table, n in zip(x.rotary, (T, S), strict=True))
+    tables = tuple(_gathered_table(line, table, n) for table, n in zip(x.rotary, (T, S), strict=True))
+    y, heads = _no_heads(inputs[0], params), None
     if h.stop > h.start:
-        q_heads, q = _projected(params, "q", inputs[0], x.qk_norm, table_q)
-        k_heads, k = _projected(params, "k", inputs[1], x.qk_norm, table_k)
-        v_heads, v = _projected(params, "v", inputs[2], None, None)
         own = None if wide is None else wide.heads(h)
-        options_of_heads = x.heads(h)._replace(rotary=(None, None), qk_norm=None)
-        o, of_heads = ring.attend(
-            line.ring, line.layout, q_heads, k_heads, v_heads, own, leaf(params, "sink.w"), options_of_heads, T, S
-        )
-        y, out = combine({"w": leaf(params, "out_proj.w")}, heads_last(o), plan=PLAN)
+        y, heads = _attend(line, params, inputs, own, x.heads(h)._replace(rotary=tables), T, S)
     y, b = _scattered(line, y, T), leaf(params, "out_proj.b")
     y = y if b is None else y + b
-    return downcast(y, dtype), MhaCache(params, q, k, v, of_heads, out, wide, h, *outline, T, S, line)
+    query, key, value = outline
+    return downcast(y, dtype), MhaCache(params, heads, wide, h, query, key, value, T, S, line)
 
 
 def mha_vjp(cache: Any, dy: Array, /) -> tuple[Any, ...]:
@@ -132,23 +142,44 @@ def _mha_vjp(cache: MhaCache, dy: Array) -> tuple[Params, tuple[Array, ...], Bia
     dparams: Params = tree.map(lambda a: full(tuple(a.shape), 0.0, a), params)
     if "b" in params["out_proj"]:
         dparams["out_proj"]["b"] = namespace(g).sum(g, axis=tuple(range(g.ndim - 1)))
-    g = _gathered(line, g, cache.T)
-    dxs, dbias, h = None, None, cache.heads
-    if cache.out is not None:
-        dout, do = combine_vjp(cache.out, g, plan=PLAN)
-        dq, dk, dv, dbias, dsink = ring.attend_vjp(cache.of_heads, heads_first(do), None)
-        projections = [_projected_vjp(p, heads_last(a)) for p, a in ((cache.q, dq), (cache.k, dk), (cache.v, dv))]
-        dxs = tuple(dx for _, dx, _ in projections)
-        dparams |= {f"{name}_proj": d for name, (d, _, _) in zip("qkv", projections, strict=True)}
-        dparams |= drop_absent({"sink": {"w": dsink}} | {f"{name}_norm": projections[i][2] for i, name in enumerate("qk")})
-        dparams["out_proj"] = dparams["out_proj"] | dout
+    g, dbias = _gathered(line, g, cache.T), None
+    if cache.heads is None:
+        inputs = (cache.query, cache.T), (cache.key, cache.S), (cache.value, cache.S)
+        dxs = tuple(_zeros_of(line, outline, n) for outline, n in inputs)
     else:
-        dxs = tuple(_zeros_of(cache, a, n) for a, n in ((cache.query, cache.T), (cache.key, cache.S), (cache.value, cache.S)))
+        dheads, dxs, dbias = _attend_vjp(cache.heads, g)
+        dparams = {name: branch | dheads.get(name, {}) for name, branch in dparams.items()}
     if cache.bias is not None:
-        values = full(tuple(cache.bias.heads(h).values.shape), 0.0, g) if dbias is None else dbias.values
-        whole = of_all_heads(line, values, cache.bias.values, cache.bias.rank, h)
+        own = full(tuple(cache.bias.heads(cache.h).values.shape), 0.0, g) if dbias is None else dbias.values
+        whole = of_all_heads(line, own, cache.bias.values, cache.bias.rank, cache.h)
         dbias = cache.bias._replace(values=whole)
     return in_order_of(params, _reduced(line, dparams)), dxs, dbias
+
+
+def _attend(
+    line: Line, params: Params, inputs: tuple[Array, ...], bias: Bias, x: Options, T: int, S: int
+) -> tuple[Array, Heads]:
+    """y (..., T of its part of the ring, O) of this rank's heads, without the bias of the output"""
+    q, of_q = _projected(params, "q", inputs[0], x.qk_norm, x.rotary[0])
+    k, of_k = _projected(params, "k", inputs[1], x.qk_norm, x.rotary[1])
+    v, of_v = _projected(params, "v", inputs[2], None, None)
+    x = x._replace(rotary=(None, None), qk_norm=None)
+    o, cache = ring.attend(line.ring, line.layout, q, k, v, bias, leaf(params, "sink.w"), x, T, S)
+    y, out = combine({"w": leaf(params, "out_proj.w")}, heads_last(o), plan=PLAN)
+    return y, Heads(of_q, of_k, of_v, cache, out)
+
+
+def _attend_vjp(heads: Heads, dy: Array) -> tuple[Params, tuple[Array, ...], Bias]:
+    """dparams, dquery, dkey and dvalue, dbias: `_attend` from the bottom up"""
+    dout, do = combine_vjp(heads.out, dy, plan=PLAN)
+    dq, dk, dv, dbias, dsink = ring.attend_vjp(heads.attention, heads_first(do), None)
+    (dv_proj, dvalue, _), (dk_proj, dkey, dk_norm), (dq_proj, dquery, dq_norm) = (
+        _projected_vjp(heads.v, heads_last(dv)),
+        _projected_vjp(heads.k, heads_last(dk)),
+        _projected_vjp(heads.q, heads_last(dq)),
+    )
+    dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout, "sink": {"w": dsink}}
+    return drop_absent(dparams | {"q_norm": dq_norm, "k_norm": dk_norm}), (dquery, dkey, dvalue), dbias
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +199,8 @@ def self_attention(
     """
     check_line(line)
     if line.comm.size == 1:
-        return one_process.self_attention(params, x, bias, **options)
+        whole: tuple[Array, Any] = one_process.self_attention(params, x, bias, **options)
+        return whole
     y, cache = mha(line, params, x, x, x, bias, **options)
     return y, SelfAttentionCache(cache)
 
@@ -202,7 +234,10 @@ def _agreed(
         check_real("query", query)
         given = as_bias(bias)
         facts = {"line": str(line.layout), "params": ", ".join(_widths(params))}
-        facts |= {name: f"({', '.join([*map(str, x.shape[:-2]), 'any', str(x.shape[-1])])}) of {x.dtype}" for name, x in inputs.items()}
+        facts |= {
+            name: f"({', '.join([*map(str, x.shape[:-2]), 'any', str(x.shape[-1])])}) of {x.dtype}"
+            for name, x in inputs.items()
+        }
         facts |= {name_of(given): described(values_of(given)), "rotary": str(options.get("rotary") is None)}
         facts |= {name: described(x) for name, x in options.items() if name != "rotary"}
         return facts, (query.shape[-2], key.shape[-2], H, K, _fingerprint(params) if H else 0)
@@ -218,12 +253,16 @@ def _agreed(
         if (own_H, own_K) != (h.stop - h.start, kv.stop - kv.start):
             wanted = f"H={h.stop - h.start} and K={kv.stop - kv.start} of {H} and {K} heads on rank {rank}"
             raise ValueError(f"params must be shard(params, line), {wanted}, got H={own_H} and K={own_K}")
-    whole = [whole_of(x, n) for x, n in ((query, T), (key, S), (value, S))]
     rest = {name: x for name, x in options.items() if name not in ("rotary", "qk_norm", "zero_attn")}
-    _, _, x = check_mha(_with_heads(params, H, K), *whole, bias, rest)
+    _, _, x = check_mha(_with_heads(params, H, K), whole_of(query, T), whole_of(key, S), whole_of(value, S), bias, rest)
     given = options.get("rotary")
     rotary = given if type(given) is tuple else (given, given)
-    return T, S, line.layout.query_heads(H, K, line.comm.rank), x._replace(qk_norm=options.get("qk_norm"), rotary=rotary)
+    return (
+        T,
+        S,
+        line.layout.query_heads(H, K, line.comm.rank),
+        x._replace(qk_norm=options.get("qk_norm"), rotary=rotary),
+    )
 
 
 def _fingerprint(params: Params) -> int:
@@ -243,7 +282,9 @@ def _with_heads(params: Params, H: int, K: int) -> Params:
         return namespace(a).broadcast_to(full((1,), 0.0, a), tuple(shape))
 
     norms = ("q_norm", "k_norm")
-    return tree.unflatten({n: stand_in(n, a) for n, a in tree.flatten(params).items() if n.partition(".")[0] not in norms})
+    return tree.unflatten(
+        {n: stand_in(n, a) for n, a in tree.flatten(params).items() if n.partition(".")[0] not in norms}
+    )
 
 
 def _widths(params: Params) -> list[str]:
@@ -293,7 +334,7 @@ def _gathered(line: Line, x: Array, n: int) -> Array:
     comm, first = line.heads, line.comm.rank - line.heads.rank
     if comm.size == 1:
         return x
-    out = [unset((*x.shape[:-2], line.layout.count(n, first + r), x.shape[-1]), x) for r in range(comm.size)]
+    out = [unset((*x.shape[:-2], line.layout.num_tokens(n, first + r), x.shape[-1]), x) for r in range(comm.size)]
     comm.all_gather(contiguous(x), out)
     return namespace(x).concat(out, axis=-2)
 
@@ -305,7 +346,7 @@ def _scattered(line: Line, x: Array, n: int) -> Array:
         return x
     parts, start = [], 0
     for r in range(comm.size):
-        stop = start + line.layout.count(n, first + r)
+        stop = start + line.layout.num_tokens(n, first + r)
         parts.append(contiguous(x[..., start:stop, :]))
         start = stop
     return comm.reduce_scatter(parts)
@@ -345,7 +386,12 @@ def _outline(x: Array) -> Array:
     return full((*x.shape, 0), 0.0, upcast(x[..., :0, :]))
 
 
-def _zeros_of(cache: MhaCache, outline: Array, n: int) -> Array:
-    """The gradient of an input of all tokens of this part of the ring on a rank without heads"""
+def _no_heads(x: Array, params: Params) -> Array:
+    """The output of a rank without heads (..., T of its part of the ring, O)"""
+    return full((*x.shape[:-1], leaf(params, "out_proj.w").shape[0]), 0.0, x)
+
+
+def _zeros_of(line: Line, outline: Array, n: int) -> Array:
+    """And its gradient of an input"""
     *batch, _, C, _ = outline.shape
-    return full((*batch, cache.line.layout.ring_count(n, cache.line.ring.rank), C), 0.0, outline)
+    return full((*batch, line.layout.ring_count(n, line.ring.rank), C), 0.0, outline)

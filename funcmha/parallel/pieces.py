@@ -22,7 +22,7 @@ from funcmha._arguments import Bias, Options, values_of
 from funcmha._arrays import Array, Sum, full, namespace
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.engines import BATCHED, TILED, pick
-from funcmha.engines import attention_vjp as engines_attention_vjp
+from funcmha.engines.tiled.attention import attention_vjp as tiled_attention_vjp
 from funcmha.engines.tiled.cache import Rest
 from funcmha.masks import Range, dense
 from funcmha.masks.zero import zero_masked_queries, zero_unattended, zero_unattended_keys
@@ -145,7 +145,7 @@ def _tiles_vjp(
     no_o, no_key = np.broadcast_to(o.dtype.type(0), o.shape), np.broadcast_to(np.int32(-1), total.shape)
     options = x.mask, x.dropout, x.scale, x.softcap
     rest = Rest(bias, None, no_o, total, shift, no_key, True, *options, k.shape[-2], PLAN)
-    dq, dk, dv, dbias, _ = engines_attention_vjp(rest.with_qkv(q, np.ascontiguousarray(k), v), do, dlse=r)
+    dq, dk, dv, dbias, _ = tiled_attention_vjp(rest.with_qkv(q, np.ascontiguousarray(k), v), do, dlse=r)
     return dq, dk, dv, as_bias(dbias)
 
 
@@ -165,7 +165,9 @@ class _Block(NamedTuple):
     def scores(self) -> tuple[Array, Any]:
         """z (..., H, R, N), and the cache of them"""
         bias = None if self.bias is None else self.bias.given
-        return scores(self.q, self.k, bias, **{name: getattr(self.options, name) for name in ("mask", "scale", "softcap")})
+        return scores(
+            self.q, self.k, bias, **{name: getattr(self.options, name) for name in ("mask", "scale", "softcap")}
+        )
 
     def drop(self, p: Array) -> Array:
         """p ⊙ keep / (1 − rate)"""

@@ -4,7 +4,8 @@ Nothing is kept of a part once it has gone by. The forward joins the sums of its
 values go round once more, p is made again from the sums of all keys, and dk and dv travel along and then home, in the
 dtype computed with. Each transfer begins before the computation that hides it.
 
-Axes: T queries, S keys of all ranks, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
+Axes: T queries and S keys of all ranks, H query heads, K key/value heads, D query/key width, E value width; `...` is
+batch.
 """
 
 from collections.abc import Iterator
@@ -52,13 +53,17 @@ def attend(
         o, cache = engine.attend(upcast(q), upcast(k), upcast(v), bias, sink, x, engine.plan)
         return own(o, getattr(getattr(cache, "rest", None), "o", None)), cache
     ways = _ways(comm, layout, T, S, x)
-    cache = RingCache(q, contiguous(k), contiguous(v), bias, sink, nothing(upcast(q), v.shape[-1]), x, T, S, ways, layout, comm)
+    cache = RingCache(
+        q, contiguous(k), contiguous(v), bias, sink, nothing(upcast(q), v.shape[-1]), x, T, S, ways, layout, comm
+    )
     for step, kv in _travelling(cache):
         if kv:
             _add_keys(cache, step, *kv)
     if sink is not None:
         total, shift = (namespace(q).broadcast_to(a[..., None], q.shape[:-1]) for a in of_log(sink))
-        cache = cache._replace(sums=joined(cache.sums, nothing(upcast(q), v.shape[-1])._replace(total=total, shift=shift)))
+        cache = cache._replace(
+            sums=joined(cache.sums, nothing(upcast(q), v.shape[-1])._replace(total=total, shift=shift))
+        )
     return own(cache.sums.o, cache.sums.o), cache
 
 
@@ -66,9 +71,9 @@ def _add_keys(cache: RingCache, step: Step, k: Array, v: Array) -> None:
     """Add those of a part to the sums"""
     for pair in pairs(cache.layout, cache.comm.rank, step.source, cache.T, cache.S, cache.options.mask):
         bias, x = pieces.of_piece(cache.bias, cache.options, pair.rows, pair.cols, pair.mask, cache.T)
-        of_pair = (upcast(a) for a in (cache.q[..., pair.i, :], k[..., pair.j, :], v[..., pair.j, :]))
         rows = cache.sums.rows(pair.i)
-        rows.become(joined(rows, pieces.attend(*of_pair, bias, x)))
+        own_q, own_k, own_v = map(upcast, (cache.q[..., pair.i, :], k[..., pair.j, :], v[..., pair.j, :]))
+        rows.become(joined(rows, pieces.attend(own_q, own_k, own_v, bias, x)))
 
 
 @with_single_threaded_blas
@@ -97,15 +102,20 @@ def attend_vjp(cache: Any, do: Array, dlse: Array) -> tuple[Any, ...]:
 
 
 def _add_gradients(
-    cache: RingCache, step: Step, kv: tuple[Array, ...], row_cotangents: tuple[Array, ...], totals: tuple[Array, ...], dbias: Array
+    cache: RingCache,
+    step: Step,
+    kv: tuple[Array, ...],
+    row_cotangents: tuple[Array, ...],
+    totals: tuple[Array, ...],
+    dbias: Array,
 ) -> None:
     """Add those of a part's keys"""
     (k, v), (do, r), (dq, dk, dv) = kv, row_cotangents, totals
     for pair in pairs(cache.layout, cache.comm.rank, step.source, cache.T, cache.S, cache.options.mask):
         i, j = pair.i, pair.j
         bias, x = pieces.of_piece(cache.bias, cache.options, pair.rows, pair.cols, pair.mask, cache.T)
-        of_pair = (upcast(a) for a in (cache.q[..., i, :], k[..., j, :], v[..., j, :]))
-        grads = pieces.attend_vjp(*of_pair, bias, x, cache.sums.rows(i), do[..., i, :], r[..., i])
+        own_q, own_k, own_v = map(upcast, (cache.q[..., i, :], k[..., j, :], v[..., j, :]))
+        grads = pieces.attend_vjp(own_q, own_k, own_v, bias, x, cache.sums.rows(i), do[..., i, :], r[..., i])
         for total, grad in zip((dq[..., i, :], dk[..., j, :], dv[..., j, :]), grads, strict=False):  # views
             total += grad
         if dbias is not None:

@@ -84,7 +84,7 @@ def steps(rank: int, ways: Ways) -> list[Step]:
     found = []
     for t in range(int(last.max(initial=0)) + 1):
         s = (rank - t) % n
-        there, has = t <= last[s], 0 < t and first[s] <= t <= last[s]
+        there, has = t <= last[s], t > 0 and first[s] <= t <= last[s]
         owner = (rank + t) % n if 0 < t == last[rank] else -1
         gathered, home = has and first[s] < t, has and t == last[s]
         found.append(Step(t, s, bool(there), bool(t < last[s]), bool(gathered), bool(has), bool(home), owner))

@@ -1,8 +1,8 @@
 """The specification of attention on many ranks: parts of the keys one after another, merged, and the same backwards.
 
-Every rank gathers the keys and values of all, attends each part with `funcmha.attention`, and merges what comes out with
-`funcmha.merge`. It keeps the cache of every part: memory O(S). `parallel.attention` computes the same, and is compared
-with this. A row that one key dominates keeps its digits here.
+Every rank gathers the keys and values of all, attends each part with `funcmha.attention`, and merges what comes out
+with `funcmha.merge`. It keeps the cache of every part: memory O(S). `parallel.attention` computes the same, and is
+compared with this. A row that one key dominates keeps its digits here.
 
 Axes: T queries and S keys of this rank, H query heads, K key/value heads, D query/key width, E value width; `...` is
 batch.
@@ -57,7 +57,7 @@ def attention(
     line: Line, q: Array, k: Array, v: Array, bias: Any = None, sink: Array = None, /,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, AttentionCache]:  # fmt: skip
-    """o = merge(attention(q, k₀, v₀), attention(q, k₁, v₁), …)     as `parallel.attention`"""
+    """o of parts of the keys, merged one after another     as `parallel.attention`"""
     T, S, x = agreed(line, q, k, v, bias, sink, options)
     dtype, bias, q, sink, comm = q.dtype, as_bias(bias), upcast(q), upcast(sink), line.comm
     bias = None if bias is None else bias.map(upcast)
@@ -66,9 +66,13 @@ def attention(
     for rows, i in _placed(line, T, comm.rank):
         for rank in range(comm.size):
             for cols, j in _placed(line, S, rank):
-                own_bias, own_x = of_piece(bias, x, rows, cols, None if x.mask is None else x.mask.select(rows, cols), T)
+                own_bias, own_x = of_piece(
+                    bias, x, rows, cols, None if x.mask is None else x.mask.select(rows, cols), T
+                )
                 of_part = q[..., i, :], all_k[rank][..., j, :], all_v[rank][..., j, :]
-                o_part, cache = engines_attention(*of_part, None if own_bias is None else own_bias.given, **_named(own_x))
+                o_part, cache = engines_attention(
+                    *of_part, None if own_bias is None else own_bias.given, **_named(own_x)
+                )
                 before = o[..., i, :] * 1.0, lse[..., i] * 1.0  # copies: the cache of the merge keeps them
                 o[..., i, :], joined = merge.merge(*before, o_part, log_sum_exp(cache))
                 lse[..., i] = log_sum_exp(joined)
@@ -119,7 +123,7 @@ def _placed(line: Line, n: int, rank: int) -> list[tuple[range, slice]]:
 
 def _gathered(line: Line, x: Array, n: int) -> list[Array]:
     """x of every rank"""
-    out = [unset((*x.shape[:-2], line.layout.count(n, r), x.shape[-1]), x) for r in range(line.comm.size)]
+    out = [unset((*x.shape[:-2], line.layout.num_tokens(n, r), x.shape[-1]), x) for r in range(line.comm.size)]
     line.comm.all_gather(contiguous(x), out)
     return out
 

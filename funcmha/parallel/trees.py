@@ -115,7 +115,7 @@ def scatter(line: Line, x: Array = None, /) -> Array:
 
     dtype, n, *shape = (int(number) for number in agree(comm, local)[0])
     *batch, T, C = shape[:n]
-    counts = [line.layout.count(T, rank) for rank in range(comm.size)]
+    counts = [line.layout.num_tokens(T, rank) for rank in range(comm.size)]
     own = comm.empty((*batch, counts[comm.rank], C), _check.DTYPES[dtype])
     if comm.rank:
         comm.shift([], [(own, 0)])()
@@ -141,7 +141,7 @@ def gather(line: Line, x: Array, /) -> Array:
     if comm.rank:
         comm.shift([(contiguous(x), 0)], [])()
         return None
-    parts = [x, *(unset((*x.shape[:-2], line.layout.count(T, r), x.shape[-1]), x) for r in range(1, comm.size))]
+    parts = [x, *(unset((*x.shape[:-2], line.layout.num_tokens(T, r), x.shape[-1]), x) for r in range(1, comm.size))]
     comm.shift([], [(part, rank) for rank, part in enumerate(parts) if rank])()
     whole = unset((*x.shape[:-2], T, x.shape[-1]), x)
     for rank, part in enumerate(parts):
