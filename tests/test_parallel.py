@@ -186,14 +186,15 @@ def test_rows_of_the_least_number_share_their_keys(n):
 
 
 @every_scheme
-def test_what_no_query_attends_has_no_effect(scheme):
+@pytest.mark.parametrize("sink", [None, np.linspace(-1, 1, 6)], ids=["no sink", "sink"])
+def test_what_no_query_attends_has_no_effect(scheme, sink):
     """NaN in a fully masked query, its cotangent, and in a key that no query of any rank attends."""
     problem = AttentionProblem(T=13, S=13, mask="causal")
     q, k, v, *_ = (np.array(a) if a is not None else None for a in problem.inputs("float64"))
     do, _, _ = problem.cotangents("float64")
     do = np.array(do)
     mask = masks.causal() & masks.padding(np.arange(13) > 4)
-    want, cache = attention(q, k, v, mask=mask)
+    want, cache = attention(q, k, v, None, sink, mask=mask)
     want_grads = attention_vjp(cache, do)
     for a, places in ((q, [0, 3]), (do, [0, 3]), (k, [4, 0]), (v, [4, 0])):
         a[..., places, :] = np.nan
@@ -201,8 +202,10 @@ def test_what_no_query_attends_has_no_effect(scheme):
     def of_rank(comm):
         line = parallel.Line(comm, scheme)
         i = line.positions(13)
-        o, own = parallel.attention(line, q[..., i, :], k[..., i, :], v[..., i, :], mask=mask)
-        return i, (o, *parallel.attention_vjp(own, do[..., i, :])[:3])
+        o, own = parallel.attention(line, q[..., i, :], k[..., i, :], v[..., i, :], None, sink, mask=mask)
+        dq, dk, dv, _, dsink = parallel.attention_vjp(own, do[..., i, :])
+        close(dsink, want_grads[4])
+        return i, (o, dq, dk, dv)
 
     for i, results in parallel.threads(3).run(of_rank):
         for got, whole in zip(results, (want, *want_grads[:3]), strict=True):

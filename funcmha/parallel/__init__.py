@@ -6,6 +6,7 @@ from .comm import Comm
 from .line import Layout, Line, grid
 from .mha import MhaCache, SelfAttentionCache, mha, mha_vjp, self_attention, self_attention_vjp
 from .mpi import mpi
+from .nccl import nccl
 from .planning import Cost, plan
 from .threads import threads
 from .trees import all_reduce, gather, scatter, shard, unshard
@@ -26,6 +27,7 @@ __all__ = [
     "mha",
     "mha_vjp",
     "mpi",
+    "nccl",
     "plan",
     "scatter",
     "self_attention",

@@ -75,7 +75,7 @@ def of_log(x: Array) -> tuple[Array, Array]:
     """total and shift of exp(x), which may be 0"""
     xp = namespace(x)
     twos = LOG2E * xp.where(x == -INF, 0.0, x)
-    shift = xp.round(twos)
+    shift = xp.floor(twos)
     return xp.where(x == -INF, 0.0, 2.0 ** (twos - shift)), shift
 
 
@@ -195,7 +195,7 @@ def _attend_in_blocks(q: Array, k: Array, v: Array, bias: Bias, x: Options) -> S
     for block in _blocks(q, k, v, bias, x):
         z, _ = block.scores()
         top = xp.max(z, axis=-1)
-        shift = xp.round(LOG2E * xp.where(top == -INF, 0.0, top))
+        shift = xp.floor(LOG2E * xp.where(top == -INF, 0.0, top))
         e = xp.exp(z - (LN2 * shift)[..., None])
         total = xp.sum(e, axis=-1)
         o = block.drop(e) @ per_query_head(block.v, q) / xp.where(total == 0, 1.0, total)[..., None]

@@ -34,6 +34,7 @@ class RingCache(NamedTuple):
     bias: Bias  # of all ranks, broadcasts to (..., H, T, S), or None
     sink: Array  # (H,), or () without a head axis, or None
     sums: Sums  # of all keys, and the sink
+    attending: Array  # booleans (..., H, T of this rank), whether any key is attended, the sink not counted
     options: Options  # of all ranks
     T: int
     S: int
@@ -52,23 +53,23 @@ def attend(
         engine = pick(None, q, max(T, S))
         o, cache = engine.attend(upcast(q), upcast(k), upcast(v), bias, sink, x, engine.plan)
         return own(o, getattr(getattr(cache, "rest", None), "o", None)), cache
-    ways = _ways(comm, layout, T, S, x)
-    cache = RingCache(
-        q, contiguous(k), contiguous(v), bias, sink, nothing(upcast(q), v.shape[-1]), x, T, S, ways, layout, comm
-    )
+    ways, none = _ways(comm, layout, T, S, x), nothing(upcast(q), v.shape[-1])
+    kv = contiguous(k), contiguous(v)
+    cache = RingCache(q, *kv, bias, sink, none, none.total != 0, x, T, S, ways, layout, comm)
     for step, kv in _travelling(cache):
         if kv:
-            _add_keys(cache, step, *kv)
+            _add_keys(cache, step, kv)
+    cache = cache._replace(attending=cache.sums.total != 0)
     if sink is not None:
-        total, shift = (namespace(q).broadcast_to(a[..., None], q.shape[:-1]) for a in of_log(sink))
-        cache = cache._replace(
-            sums=joined(cache.sums, nothing(upcast(q), v.shape[-1])._replace(total=total, shift=shift))
-        )
+        total, shift = (namespace(q).broadcast_to(a[..., None], tuple(q.shape[:-1])) for a in of_log(sink))
+        no_o = nothing(upcast(q), v.shape[-1]).o
+        cache = cache._replace(sums=joined(cache.sums, Sums(no_o, total, shift)))
     return own(cache.sums.o, cache.sums.o), cache
 
 
-def _add_keys(cache: RingCache, step: Step, k: Array, v: Array) -> None:
+def _add_keys(cache: RingCache, step: Step, kv: tuple[Array, ...]) -> None:
     """Add those of a part to the sums"""
+    k, v = kv
     for pair in pairs(cache.layout, cache.comm.rank, step.source, cache.T, cache.S, cache.options.mask):
         bias, x = pieces.of_piece(cache.bias, cache.options, pair.rows, pair.cols, pair.mask, cache.T)
         rows = cache.sums.rows(pair.i)
@@ -84,10 +85,9 @@ def attend_vjp(cache: Any, do: Array, dlse: Array) -> tuple[Any, ...]:
         dq, dk, dv, dbias, dsink = engines_attention_vjp(cache, do, dlse=dlse)
         return dq, dk, dv, as_bias(dbias), dsink
     xp, sums, like = namespace(cache.q), cache.sums, cache.sums.o
-    attending = sums.total != 0
-    do = xp.where(attending[..., None], do, 0.0)
+    do = xp.where(cache.attending[..., None], do, 0.0)
     r = -xp.sum(do * sums.o, axis=-1)
-    r = r if dlse is None else r + xp.where(attending, dlse, 0.0)
+    r = r if dlse is None else r + xp.where(sums.total == 0, 0.0, dlse)
     dq, dk, dv = (full(tuple(a.shape), 0.0, like) for a in (cache.q, cache.k, cache.v))
     dbias = None if cache.bias is None else full(tuple(cache.bias.values.shape), 0.0, like)
     travel = _Gradients(cache, dk, dv)
