@@ -112,7 +112,7 @@ LOOPS = {  # ufunc: the dtypes that it takes and gives
     "invert": _each("?" + _INTEGERS, 1),
     **dict.fromkeys(("left_shift", "right_shift"), _each(_INTEGERS, 2)),
     **dict.fromkeys(("cos", "exp", "expm1", "log", "log1p", "sin", "sqrt", "tanh"), _each(_REAL + _COMPLEX, 1)),
-    "floor": ["?->d", *_each(_INTEGERS, 1), *_each("efd", 1)],
+    "floor": _each("?" + _INTEGERS + _REAL, 1),
     **dict.fromkeys(("isfinite", "isnan"), _each(_REAL + _COMPLEX, 1, "?")),
 }
 WHERE = [f"?{2 * char}->{char}" for char in "?" + _INTEGERS + "efdFD"]  # without bfloat16

@@ -140,5 +140,5 @@ def test_a_transfer_waits_for_what_it_sends_and_the_stream_for_it():
 
 
 def test_what_is_no_backend_is_refused():
-    with pytest.raises(TypeError, match="backend must be what cupyx.distributed.init_process_group returns, got int"):
+    with pytest.raises(TypeError, match=r"backend must be what .* returns, got int"):
         parallel.nccl(3)

@@ -62,9 +62,9 @@ class _Nccl(Comm):
 def nccl(backend: Any) -> Comm:
     """The ranks of `cupyx.distributed.init_process_group(n, rank)`, for CuPy arrays on the current device
 
-    Numbers travel as bytes, so that every dtype does; they are added up by funcmha, in the order of the ranks. Arguments
-    are compared by arrays of a few words, for which the host waits once in each call. Raises ImportError where there is
-    no CuPy with NCCL.
+    Numbers travel as bytes, so that every dtype does; they are added up by funcmha, in the order of the ranks. The host
+    waits where arguments are compared, and where ranks tell what a mask needs, and nowhere else. Raises ImportError
+    where there is no CuPy with NCCL.
     """
     if not all(hasattr(backend, name) for name in ("rank", "_n_devices", "send", "recv")):
         wanted = "what cupyx.distributed.init_process_group returns"

@@ -24,6 +24,7 @@ from funcmha.biases import RelativeBias, as_bias
 from funcmha.engines import BATCHED, TILED, pick
 from funcmha.engines.tiled.attention import attention_vjp as tiled_attention_vjp
 from funcmha.engines.tiled.cache import Rest
+from funcmha.engines.tiled.tiles import BOUND
 from funcmha.masks import Range, dense
 from funcmha.masks.zero import zero_masked_queries, zero_unattended, zero_unattended_keys
 from funcmha.ops import drop, per_key_head, per_query_head, scores, scores_vjp
@@ -144,9 +145,18 @@ def _tiles_vjp(
     o, total, shift = all_keys
     no_o, no_key = np.broadcast_to(o.dtype.type(0), o.shape), np.broadcast_to(np.int32(-1), total.shape)
     options = x.mask, x.dropout, x.scale, x.softcap
-    rest = Rest(bias, None, no_o, total, shift, no_key, True, *options, k.shape[-2], PLAN)
+    shifted = bool(shift.any()) or not _small(q, k, bias, x)
+    rest = Rest(bias, None, no_o, total, shift, no_key, shifted, *options, k.shape[-2], PLAN)
     dq, dk, dv, dbias, _ = tiled_attention_vjp(rest.with_qkv(q, np.ascontiguousarray(k), v), do, dlse=r)
     return dq, dk, dv, as_bias(dbias)
+
+
+def _small(q: Array, k: Array, bias: Bias, x: Options) -> bool:
+    """Whether no score needs a shift, one that the mask forbids neither: |s| ≤ |q| |k| scale log₂e ≤ BOUND"""
+    if bias is not None or x.softcap is not None:
+        return False
+    longest = (np.einsum("...d,...d->...", a, a).max(initial=0.0) ** 0.5 for a in (q, k))
+    return bool(prod(longest) * np.abs(x.scale).max() * LOG2E <= BOUND)
 
 
 # ── by blocks, for any array library ─────────────────────────────────────────────────────────────────────────────

@@ -59,6 +59,7 @@ def attend(
     for step, kv in _travelling(cache):
         if kv:
             _add_keys(cache, step, kv)
+        del kv  # or a third part would be alive while the next one comes
     cache = cache._replace(attending=cache.sums.total != 0)
     if sink is not None:
         total, shift = (namespace(q).broadcast_to(a[..., None], tuple(q.shape[:-1])) for a in of_log(sink))
@@ -96,6 +97,7 @@ def attend_vjp(cache: Any, do: Array, dlse: Array) -> tuple[Any, ...]:
         if kv and dkv:
             _add_gradients(cache, step, kv, (do, r), (dq, *dkv), dbias)
         travel.send(step, dkv)
+        del kv, dkv
     travel.end()
     dsink = None if cache.sink is None else _of_sink(cache.sink, sums, r)
     return dq, dk, dv, None if dbias is None else cache.bias._replace(values=dbias), dsink
@@ -154,6 +156,7 @@ def _travelling(cache: RingCache) -> Iterator[tuple[Step, tuple[Array, ...]]]:
         wait = comm.shift([(a, after) for a in here if step.leaves], [(a, before) for a in coming])
         yield step, here
         wait()
+        del wait  # which keeps what was sent
         here = coming
 
 

@@ -110,7 +110,7 @@ class _Rank(Comm):
                     raise RuntimeError(f"rank {self.rank} expects {wanted} of rank {source}, got {got}")
                 out[...] = message.x
                 with world.changed:
-                    message.taken = True
+                    message.x, message.taken = None, True
                     world.changed.notify_all()
             with world.changed:
                 world.until(lambda: all(message.taken for message in messages))
