@@ -38,8 +38,8 @@ def mpi(request):
     if not (binaries / "mpiexec").exists():
         pytest.skip(f"{request.param} is not installed: make mpi")
 
-    def start(n, *arguments):
-        python = [str(binaries / "python"), "-W", "error", "-m", "mpi4py", "tests/on_ranks.py"]
+    def start(n, *arguments, script="tests/on_ranks.py"):
+        python = [str(binaries / "python"), "-W", "error", "-m", "mpi4py", script]
         return subprocess.Popen(
             [str(binaries / "mpiexec"), "-n", str(n), *python, *arguments],
             cwd=ROOT, env=os.environ | SETTINGS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -74,6 +74,14 @@ def test_processes_have_the_bits_of_threads(mpi, n):
     assert process.returncode == 0, err
     told = re.findall(r"rank (\d) of (\d): \d+ arrays have the bits of threads", out)  # two may be on one line
     assert sorted(told) == [(str(rank), str(n)) for rank in range(n)]
+
+
+@pytest.mark.parametrize("script", ["long_context.py", "data_parallel.py"])
+def test_an_example_runs_on_two_processes(mpi, script):
+    process = mpi(2, script=f"examples/{script}")
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err
+    assert out.strip()
 
 
 def test_a_rank_that_raises_ends_all(mpi):
