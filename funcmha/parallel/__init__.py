@@ -1,4 +1,13 @@
-"""Attention on many ranks: processes of MPI, GPUs of NCCL, or threads of one process."""
+"""Attention on many ranks: processes of MPI, GPUs of NCCL, or threads of one process.
+
+    line = parallel.Line(parallel.mpi(), "zigzag")             # which tokens and heads each rank has
+    i = line.positions(T)                                      # this rank's
+    y, cache = parallel.self_attention(line, parallel.shard(params, line), x[..., i, :], mask=masks.causal())
+    dparams, dx, _ = parallel.self_attention_vjp(cache, dy[..., i, :])
+
+Functions are those of one process, with a `Line` before their arguments; arrays are each rank's part, and everything
+else is of all tokens. All ranks call the same functions in the same order.
+"""
 
 from . import specification
 from .attention import AttentionCache, attention, attention_vjp
