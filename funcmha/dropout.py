@@ -74,6 +74,11 @@ class Masked(NamedTuple):
         """Of these queries and keys alone."""
         return Masked(cut(self.keep, rows_and_columns(self.keep, rows, cols)), self.rate)
 
+    def select(self, rows: range, cols: range) -> "Masked":
+        """Of the queries and keys in two ranges of one step, neither empty."""
+        part = self.part((rows.start, rows[-1] + 1), (cols.start, cols[-1] + 1))
+        return Masked(part.keep[(..., *(slice(None, None, rows.step),) * min(part.keep.ndim, 2))], self.rate)
+
 
 def masked(keep: Array, rate: float) -> Masked:
     """a = p ⊙ keep / (1 − rate)        keep booleans, True = keep   rate 0 ≤ … < 1   →   `Masked`
@@ -93,8 +98,8 @@ class Seeded(NamedTuple):
 
         word j mod 4 of philox((j // 4, i, h, b), (seed mod 2³², seed // 2³²))  ≥  ⌊2³² rate⌋,
 
-    with the first sample, head, query and key added to b, h, i and j. As the word is any of 2³² numbers,
-    P(keep) = 1 − ⌊2³² rate⌋ / 2³²: 1 − rate, or more by less than 2⁻³².
+    with the first sample, head, query and key added to b, h, i and j, where i and j were multiplied by the step. As the
+    word is any of 2³² numbers, P(keep) = 1 − ⌊2³² rate⌋ / 2³²: 1 − rate, or more by less than 2⁻³².
 
     Made by `seeded`, which checks what it is given.
     """
@@ -105,6 +110,7 @@ class Seeded(NamedTuple):
     first_head: int = 0
     first_query: int = 0
     first_key: int = 0
+    step: int = 1  # from one query, or key, to the next
 
     def tile(self, sample: int, head: int, rows: Range, cols: Range, like: Array = None) -> Array:
         """Queries `rows` and keys `cols`, (start, stop) each, of one head   →   booleans (R, N), True = keep
@@ -114,10 +120,16 @@ class Seeded(NamedTuple):
         """
         b, _ = _place("sample", self.first_sample, (sample, sample + 1), 2**32)
         h, _ = _place("head", self.first_head, (head, head + 1), 2**32)
-        i, j = _place("rows", self.first_query, rows, 2**32), _place("cols", self.first_key, cols, 2**34)
+        i = range(*_place("rows", self.first_query, self._apart(rows), 2**32), self.step)
+        j = range(*_place("cols", self.first_key, self._apart(cols), 2**34), self.step)
         if has_words(like):
             return _draw_there(self, b, h, i, j, like)
         return from_host(_draw(self.seed, _threshold(self.rate), b, h, i, j), like)
+
+    def _apart(self, some: Range) -> Range:
+        """Those queries or keys, counted without the step."""
+        start, stop = some
+        return self.step * start, self.step * stop - (self.step - 1 if start < stop else 0)
 
     def dense(self, shape: tuple[int, ...], like: Array = None) -> Array:
         """All of it: shape (..., H, T, S), or (T, S) for one head   →   booleans of this shape, True = keep"""
@@ -140,7 +152,12 @@ class Seeded(NamedTuple):
 
     def part(self, rows: Range, cols: Range) -> "Seeded":
         """Of these queries and keys alone: the same from the first of them on."""
-        return self._replace(first_query=self.first_query + rows[0], first_key=self.first_key + cols[0])
+        i, j = self.first_query + self.step * rows[0], self.first_key + self.step * cols[0]
+        return self._replace(first_query=i, first_key=j)
+
+    def select(self, rows: range, cols: range) -> "Seeded":
+        """Of the queries and keys in two ranges of one step, neither empty: every one of them so far apart."""
+        return self.part((rows.start, rows[-1] + 1), (cols.start, cols[-1] + 1))._replace(step=self.step * rows.step)
 
     def sample(self, n: int) -> "Seeded":
         """The same from sample `n` on."""
@@ -167,10 +184,10 @@ def _place(name: str, first: int, of: Range, size: int) -> Range:
     return of[0] + first, of[1] + first
 
 
-def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: Range) -> np.ndarray:
+def _draw(seed: int, threshold: int, sample: int, head: int, rows: range, cols: range) -> np.ndarray:
     """The tile, in four columns a counter: the ones on its edges are drawn whole and cut."""
-    blocks = np.arange(cols[0] // 4, -(-cols[1] // 4), dtype=np.uint64)
-    queries = np.arange(*rows, dtype=np.uint64)[:, None]
+    blocks = np.array(_counters(cols), dtype=np.uint64)
+    queries = np.array(rows, dtype=np.uint64)[:, None]
     keep = np.empty((queries.size, blocks.size, 4), bool)
     step = max(COUNTERS // max(blocks.size, 1), 1)
     for start in range(0, queries.size, step):
@@ -178,22 +195,38 @@ def _draw(seed: int, threshold: int, sample: int, head: int, rows: Range, cols: 
         words = philox((blocks, queries[some], head, sample), (seed & LOW, seed >> 32))
         for n, word in enumerate(words):
             np.greater_equal(word, threshold, out=keep[some, :, n])
-    begin = cols[0] % 4
-    return keep.reshape(queries.size, 4 * blocks.size)[:, begin : begin + cols[1] - cols[0]]
+    return keep.reshape(queries.size, 4 * blocks.size)[:, _words(cols)]
+
+
+def _counters(cols: range) -> range | list[int]:
+    """The counters that have these columns"""
+    if cols.step == 1:
+        return range(cols.start // 4, -(-cols.stop // 4))
+    return sorted({j // 4 for j in cols})
+
+
+def _words(cols: range) -> slice | list[int]:
+    """Where these columns are among the words of their counters"""
+    begin = cols.start % 4
+    if cols.step == 1:
+        return slice(begin, begin + len(cols))
+    place = {counter: 4 * n for n, counter in enumerate(_counters(cols))}
+    return [place[j // 4] + j % 4 for j in cols]
 
 
 # ── on a device ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _draw_there(drop: Seeded, sample: Array | int, head: Array | int, rows: Range, cols: Range, like: Array) -> Array:
+def _draw_there(drop: Seeded, sample: Array | int, head: Array | int, rows: range, cols: range, like: Array) -> Array:
     """`_draw` by the library of `like`: nothing is sent. Several samples and heads are (n, 1, 1)"""
-    xp, first, n = namespace(like), cols[0] // 4, -(-cols[1] // 4) - cols[0] // 4
+    xp, first, step = namespace(like), cols.start // 4, cols.step
+    n = -(-cols.stop // 4) - first  # every one between, of which a step leaves out some afterwards
     blocks = xp.astype(arange(n, like) + first, xp.uint64)
-    queries = xp.astype(arange(rows[1] - rows[0], like) + rows[0], xp.uint64)[:, None]
+    queries = xp.astype(step * arange(len(rows), like) + rows.start, xp.uint64)[:, None]
     words = philox((blocks, queries, head, sample), (drop.seed & LOW, drop.seed >> 32))
     keep = xp.stack([word >= _threshold(drop.rate) for word in words], axis=-1)
-    begin = cols[0] % 4
-    return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols[1] - cols[0]]
+    begin = cols.start % 4
+    return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols.stop - cols.start : step]
 
 
 def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...], like: Array) -> Array:
@@ -203,8 +236,9 @@ def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...]
     h, _ = _place("head", drop.first_head, (0, H), 2**32)
     n, step = arange(B * H, like)[:, None, None], max(AT_ONCE // (B * H * S), 1)
     samples, heads = xp.astype(n // H + b, xp.uint64), xp.astype(n % H + h, xp.uint64)
-    cols = _place("cols", drop.first_key, (0, S), 2**34)
-    some = (_place("rows", drop.first_query, (i, min(i + step, T)), 2**32) for i in range(0, T, step))
+    cols = range(*_place("cols", drop.first_key, drop._apart((0, S)), 2**34), drop.step)
+    blocks = (drop._apart((i, min(i + step, T))) for i in range(0, T, step))
+    some = (range(*_place("rows", drop.first_query, rows, 2**32), drop.step) for rows in blocks)
     return xp.reshape(xp.concat([_draw_there(drop, samples, heads, rows, cols, like) for rows in some], axis=-2), shape)
 
 

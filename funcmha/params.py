@@ -97,7 +97,7 @@ def head_params(params: Params, h: int, /) -> Params:
 def one_head(params: Params, h: int) -> Params:
     """`head_params` without checks. Leaves may have batch axes, as gradients of single samples have."""
     H, K = params["q_proj"]["w"].shape[-3], params["k_proj"]["w"].shape[-3]
-    return _slice(params, {"H": h, "K": h // (H // K)}, HEAD_SPEC)
+    return at_heads(params, {"H": h, "K": h // (H // K)}, HEAD_SPEC)
 
 
 def group_params(params: Params, kv: slice) -> Params:
@@ -107,10 +107,10 @@ def group_params(params: Params, kv: slice) -> Params:
     """
     readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
     heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
-    return _slice(params, heads, [name for name in SPEC if name != "out_proj.b" or kv.start == 0])
+    return at_heads(params, heads, [name for name in SPEC if name != "out_proj.b" or kv.start == 0])
 
 
-def _slice(params: Params, index: dict[str, Any], names: Collection[str]) -> Params:
+def at_heads(params: Params, index: dict[str, Any], names: Collection[str]) -> Params:
     """Of the leaves with these names, which may have batch axes, those places on the axes H and K"""
     at = {name: (..., *(index.get(axis, slice(None)) for axis in SPEC[name].split())) for name in names}
     return tree.unflatten({name: a[at[name]] for name, a in tree.flatten(params).items() if name in at})

@@ -39,6 +39,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 OF_AN_ARRAY = """
     all(a, axis=None, out=None, keepdims=False)
     any(a, axis=None, out=None, keepdims=False)
+    ascontiguousarray(a, dtype=None)
     argmax(a, axis=None, dtype=None, out=None, keepdims=False)
     astype(x, dtype, /, *, copy=True)
     broadcast_to(array, shape)
@@ -111,13 +112,14 @@ LOOPS = {  # ufunc: the dtypes that it takes and gives
     "invert": _each("?" + _INTEGERS, 1),
     **dict.fromkeys(("left_shift", "right_shift"), _each(_INTEGERS, 2)),
     **dict.fromkeys(("cos", "exp", "expm1", "log", "log1p", "sin", "sqrt", "tanh"), _each(_REAL + _COMPLEX, 1)),
+    "floor": _each("?" + _INTEGERS + _REAL, 1),
     **dict.fromkeys(("isfinite", "isnan"), _each(_REAL + _COMPLEX, 1, "?")),
 }
 WHERE = [f"?{2 * char}->{char}" for char in "?" + _INTEGERS + "efdFD"]  # without bfloat16
 ALIASES = {"abs": "absolute", "divide": "true_divide"}
-DTYPES = ("bool_", "int8", "int32", "int64", "uint32", "uint64", "float16", "float32", "float64", "complex128")
+DTYPES = ("bool_", "int8", "uint8", "int32", "int64", "uint32", "uint64", "float16", "float32", "float64", "complex128")
 METHODS = ("all", "any", "argmax", "astype", "copy", "get", "item", "max", "mean", "min", "nonzero", "ravel", "reshape",
-           "sum", "tolist", "transpose")  # fmt: skip
+           "sum", "tolist", "transpose", "view")  # fmt: skip
 PROPERTIES = ("T", "device", "dtype", "flags", "itemsize", "mT", "nbytes", "ndim", "shape", "size", "strides")
 
 # ── what is counted ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,6 +253,28 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     return 1000 * (end_event._at - start_event._at)
 
 
+class Stream:
+    """An order of work, which here is done at once."""
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
+        self.waited: list[Event] = []
+
+    def record(self, event: Any = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.waited.append(event)
+
+
+_current_stream = Stream()
+
+
+def get_current_stream(device_id: int = -1) -> Stream:
+    return _current_stream
+
+
 # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -377,6 +401,9 @@ class ndarray:  # noqa: N801 — CuPy's name
 
     def reshape(self, *shape: Any, order: str = "C") -> Any:
         return MODULE.reshape(self, *(shape if len(shape) == 1 else (shape,)))
+
+    def view(self, dtype: Any = None, array_class: Any = None) -> Any:
+        return _view(self, self._a.view(dtype))
 
     def transpose(self, *axes: int) -> Any:
         return MODULE.permute_dims(self, axes or None)
@@ -658,7 +685,14 @@ def _module() -> ModuleType:
         parts |= {name: maker(name, signature) for name, signature in signatures(table).items()}
     properties = {"name": b"no device: a stand-in", "multiProcessorCount": 0}
     runtime = SimpleNamespace(getDeviceCount=lambda: DEVICES, getDeviceProperties=lambda device: properties)
-    cuda = {"Device": Device, "Event": Event, "get_elapsed_time": get_elapsed_time, "runtime": runtime}
+    cuda = {
+        "Device": Device,
+        "Event": Event,
+        "Stream": Stream,
+        "get_current_stream": get_current_stream,
+        "get_elapsed_time": get_elapsed_time,
+        "runtime": runtime,
+    }
     parts["cuda"] = SimpleNamespace(**cuda, is_available=lambda: True)
     parts["get_default_memory_pool"] = lambda: _pool
     for name, part in parts.items():

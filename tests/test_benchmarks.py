@@ -86,6 +86,17 @@ def test_the_command_line(tmp_path):
     assert gradients < ours[2]["bytes"] < 100 * gradients
 
 
+def test_the_script_of_ranks_runs():
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks.parallel", "96", "--repeats", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    rows = [line.split("|") for line in out.stdout.splitlines() if line.startswith("| ") and "ranks" not in line]
+    assert [row[1].strip() for row in rows] == ["1", "2", "4"]
+    assert all(row[5].strip() == "1.000" for row in rows)
+    assert "µs a step of the ring" in out.stdout
+
+
 def test_the_script_for_a_gpu_runs_up_to_the_kernels(capsys):
     """On the stand-in: all its rows are there, and nothing is wrong and nothing waits."""
     with fake_cupy.installed():

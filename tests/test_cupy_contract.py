@@ -5,9 +5,11 @@ run. What the suite calls on the stand-in is in its tables, as it refuses all el
 """
 
 import inspect
+import re
 import weakref
 
 import fake_cupy
+import fake_nccl
 import numpy as np
 import pytest
 
@@ -167,6 +169,39 @@ def test_real_arrays_pass_the_argument_checks():
         funcmha.attention(x, x[..., 1:], x)
     with pytest.raises(TypeError, match="engine 'tiled' takes real NumPy arrays, got a CuPy array of float64"):
         funcmha.attention(x, x, x, engine="tiled")
+
+
+without_nccl = pytest.mark.filterwarnings("ignore:(?s).*nccl library could not be loaded")  # it is another package
+
+
+@without_nccl
+@pytest.mark.parametrize("name", fake_nccl.SIGNATURES)
+def test_nccl_has_the_methods_of_the_stand_in(name):
+    from cupyx.distributed import NCCLBackend
+
+    assert str(inspect.signature(getattr(NCCLBackend, name))) == fake_nccl.SIGNATURES[name]
+
+
+@without_nccl
+def test_nccl_takes_bytes_and_says_which_rank_it_is():
+    """The dtypes of the stand-in are those of the package, which has none where it finds no NCCL."""
+    import cupyx.distributed._nccl_comm as real
+    from cupyx.distributed._comm import _Backend
+
+    assert {"self._n_devices = n_devices", "self.rank = rank"} <= {
+        line.strip() for line in inspect.getsource(_Backend.__init__).splitlines()
+    }
+    known = inspect.getsource(real).partition("_nccl_dtypes = {")[2].partition("}")[0]
+    assert "".join(re.findall(r"'(\w)':", known)) == fake_nccl.DTYPES
+    assert "raise TypeError(f'Unknown dtype {array.dtype} for NCCL')" in inspect.getsource(real)
+
+
+def test_streams_and_views_have_the_methods_of_the_stand_in():
+    assert {"record", "wait_event"} <= {*dir(cupy.cuda.Stream)}
+    assert callable(cupy.cuda.get_current_stream)
+    x = over_host_memory(np.arange(3.0))
+    assert x.view(np.uint8).shape == (24,)
+    assert x.view(np.uint8).data.ptr == x.data.ptr
 
 
 def test_real_parameters_are_measured_and_sliced():

@@ -17,7 +17,7 @@ LAYERS = (  # a module is found by its own name, or by that of the folder that i
     ("mha",),
     ("engines",),
     ("derivatives", "kv_cache", "surgery", "merge", "packing", "npz"),
-    ("interop",),
+    ("interop", "parallel"),
     ("testing",),
     ("__main__",),
 )

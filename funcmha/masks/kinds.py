@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import reduce
 from math import inf
-from operator import or_
+from operator import and_, or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,12 @@ class _Diagonal(Mask):
     def part(self, rows: Range, cols: Range) -> Mask:
         kind: Any = type(self)
         return kind(self.left, self.right, self.offset + (rows[0] - cols[0]))  # type: ignore[no-any-return]
+
+    def _every(self, n: int, T: int, S: int) -> Mask:  # n j ≤ n i + offset + right is j ≤ i + ⌊(offset + right) / n⌋
+        kind: Any = type(self)
+        below = [] if self.left is None else [kind(0, None, -((self.left - self.offset) // n))]
+        above = [] if self.right is None else [kind(None, 0, (self.right + self.offset) // n)]
+        return reduce(and_, below + above) if below or above else self
 
 
 class Band(_Diagonal, NamedTuple("_Band", [("left", int | None), ("right", int | None), ("offset", int)])):
@@ -137,6 +143,9 @@ class Lengths(Mask, NamedTuple("_Lengths", [("n", np.ndarray)])):
     def part(self, rows: Range, cols: Range) -> Mask:
         return Lengths(np.maximum(self.n - cols[0], 0))
 
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return Lengths(-(-self.n // n))
+
 
 class Padding(Mask, NamedTuple("_Padding", [("keep", np.ndarray)])):
     """keep[j]     keep (..., S) booleans. Blocks cost O(batch · columns), columns cost O(batch · S)."""
@@ -161,6 +170,9 @@ class Padding(Mask, NamedTuple("_Padding", [("keep", np.ndarray)])):
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return Padding(_slice("keep", self.keep, "S", cols))
+
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return Padding(self.keep[..., ::n])
 
 
 class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", np.ndarray)])):
@@ -202,6 +214,9 @@ class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", n
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return Segments(_slice("q_ids", self.q_ids, "T", rows), _slice("k_ids", self.k_ids, "S", cols))
+
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return Segments(self.q_ids[..., ::n], self.k_ids[..., ::n])
 
     def _samples(self, rows: Range, cols: Range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of these rows and of these columns, for one element of the batch after another."""
@@ -250,6 +265,9 @@ class Spans(Mask, NamedTuple("_Spans", [("start", np.ndarray), ("stop", np.ndarr
             raise ValueError(f"mask must have {cols[1]} keys or more, got {self.keys}")
         return Spans(np.clip(start, *cols) - cols[0], np.clip(stop, *cols) - cols[0], cols[1] - cols[0])
 
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return Spans(-(-self.start[::n] // n), -(-self.stop[::n] // n), -(-self.keys // n))
+
 
 class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), ("first_key", int)])):
     """⌊(i + first_query) / size⌋ = ⌊(j + first_key) / size⌋. Blocks and columns cost O(1)."""
@@ -287,6 +305,10 @@ class Chunks(Mask, NamedTuple("_Chunks", [("size", int), ("first_query", int), (
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return Chunks(self.size, self.first_query + rows[0], self.first_key + cols[0])
+
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        own = ((np.arange(0, m, n) + first) // self.size for m, first in ((T, self.first_query), (S, self.first_key)))
+        return Segments(*own)
 
 
 def _full_shape(batch: tuple[int, ...], T: int, S: int) -> tuple[int, ...]:

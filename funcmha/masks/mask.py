@@ -123,6 +123,11 @@ class Mask(ABC):
         Rows of a mask that was built for more: a step of a decoder takes those of its tokens.
         """
 
+    def select(self, rows: range, cols: range) -> "Mask":
+        """The mask of the queries and keys in two ranges of one step, neither empty, which are 0, 1, … of it"""
+        part = self.part((rows.start, rows[-1] + 1), (cols.start, cols[-1] + 1))
+        return part if rows.step == 1 else part._every(rows.step, rows[-1] + 1 - rows.start, cols[-1] + 1 - cols.start)
+
     def __and__(self, other: Any) -> "Mask":
         return Intersection(_parts(self, Intersection) + _parts(as_mask(other, "an operand of &"), Intersection))
 
@@ -160,6 +165,9 @@ class Mask(ABC):
 
     def _attending_queries(self, T: int, S: int, like: Array) -> Array:  # has a row and a column
         return from_host(self.tile((0, 1), (0, S)).any(axis=-1, keepdims=True), like)  # of the same
+
+    @abstractmethod
+    def _every(self, n: int, T: int, S: int) -> "Mask": ...  # of queries and keys 0, n, 2n, … of T and S
 
 
 class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
@@ -209,6 +217,9 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
             )
         return Dense(cut(self.array, rows_and_columns(self.array, rows, cols)))
 
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return Dense(self.array[..., ::n, ::n])  # an axis of size 1 stays as it is
+
 
 class _Joined(Mask):
     """What two operators have in common: `_join` joins booleans, and one answer of a part decides a block."""
@@ -246,6 +257,9 @@ class _Joined(Mask):
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return type(self)(tuple(part.part(rows, cols) for part in self.parts))  # type: ignore[call-arg]
+
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return reduce(self._join, (part._every(n, T, S) for part in self.parts))
 
 
 class Intersection(_Joined, NamedTuple("_Intersection", [("parts", tuple[Mask, ...])])):
@@ -315,6 +329,9 @@ class Complement(Mask, NamedTuple("_Complement", [("mask", Mask)])):
 
     def part(self, rows: Range, cols: Range) -> Mask:
         return Complement(self.mask.part(rows, cols))
+
+    def _every(self, n: int, T: int, S: int) -> Mask:
+        return ~self.mask._every(n, T, S)
 
 
 def as_mask(mask: Any, name: str = "mask") -> Mask:

@@ -56,6 +56,16 @@ def zero_inputs(
     if attended is None:
         return query, key, value
     attending = None if appended else namespace(query).matrix_transpose(attending)
+    return zero_tokens(query, key, value, attended, attending)
+
+
+def zero_tokens(
+    query: Array, key: Array, value: Array, attended: Array, attending: Array
+) -> tuple[Array, Array, Array]:
+    """The inputs with 0 at other tokens than the attended (..., 1, S or 1) and the attending (..., 1, T or 1)
+
+    No attending is all.
+    """
     if query is key and key is value:
         x = _zero_rows(query, None if attending is None else attended | attending)
         return x, x, x

@@ -1,0 +1,106 @@
+"""`parallel.plan` says what ranks do: its pairs, bytes and steps are those of a run, and of the formulae."""
+
+import re
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import ranks
+from hypothesis import example, given
+from test_parallel import Recorded, bytes_sent
+
+from funcmha import masks, parallel
+from funcmha.testing.strategies import AttentionProblem, attention_problems
+
+
+@given(
+    attention_problems(batch=st.sampled_from([(), (2,)]), K=st.just(4), bias=st.just("none")),
+    st.sampled_from(["contiguous", "zigzag", "striped", (2, 1), (2, 2), (4, 2)]),
+    st.integers(1, 6),
+)
+@example(AttentionProblem(batch=(), T=65, S=64, K=4, mask="window"), "contiguous", 6)
+def test_bytes_and_pairs_are_those_of_a_run(problem, scheme, n):
+    heads, ring = scheme if isinstance(scheme, tuple) else (1, n)
+    log = []
+    ranks.run(problem, heads * ring, scheme, "float32", wrap=lambda comm: Recorded(comm, log))
+    mask = problem.static()["mask"]
+    cost = parallel.plan(
+        B=problem.batch[0] if problem.batch else 1, T=problem.T, S=problem.S, H=problem.H, K=4, D=problem.D,
+        E=problem.E, ranks=heads * ring, heads=heads, scheme="zigzag" if heads > 1 else scheme, mask=mask, itemsize=4,
+    )  # fmt: skip
+    extra = 0
+    if heads > 1:  # dlse goes to heads as lse comes from them
+        extra = problem.H // heads * cost.tokens * (problem.batch[0] if problem.batch else 1) * 4 * (heads - 1)
+    sent = bytes_sent(log)
+    np.testing.assert_array_equal([sent.get(rank, 0) for rank in range(heads * ring)], cost.sent + extra)
+    T, S = problem.T, problem.S
+    allowed = np.ones((T, S), bool) if mask is None else masks.dense(mask, T, S, np.zeros(0))
+    allowed = np.broadcast_to(allowed.any(axis=tuple(range(allowed.ndim - 2))), (T, S))
+    layout = cost.layout
+    for rank in range(heads * ring):
+        own = [i for piece in layout.ring_pieces(T, rank // heads) for i in piece]
+        assert cost.pairs[rank] == allowed[own].sum()
+
+
+@pytest.mark.parametrize(("mask", "pairs"), [(None, 2048**2), (masks.causal(), 2048 * 2049 // 2)])
+def test_many_ranks_are_planned_by_the_formulae(mask, pairs):
+    """128 parts of a ring and 8 of the heads: nobody has so many, and the schedule is that of the ranks."""
+    T, H, K, D, n, u = 2048, 32, 8, 128, 128, 8
+    cost = parallel.plan(T=T, H=H, K=K, D=D, ranks=n * u, heads=u, mask=mask, itemsize=2, flops=1e14, bandwidth=5e10)
+    ring = (n - 1) * (T // n) * (K // u) * 2 * D * (2 * 2 + 4)
+    to_heads = (u - 1) * (T // n // u) * (H + K) * 2 * D * 2 * 2 // u + (u - 1) * (T // n // u) * H * 4 // u
+    np.testing.assert_array_equal(cost.sent, ring + to_heads)
+    np.testing.assert_array_equal(cost.pairs, pairs // n)
+    np.testing.assert_array_equal(cost.steps, n - 1)
+    np.testing.assert_allclose(cost.flops, 14 * D * (H // u) * (pairs // n))
+    assert cost.balance == 1
+    assert cost.compute[0] == cost.flops[0] / 1e14
+    assert cost.seconds == max(cost.compute[0], cost.transfer[0])
+
+
+def test_a_thousand_ranks_in_one_ring():
+    cost = parallel.plan(T=4096, H=1, D=1, ranks=1024, mask=masks.window(3, 0), scheme="contiguous", itemsize=4)
+    assert cost.steps.max() == 1
+    assert cost.sent.max() == 3 * 4 * 2 * 4
+    assert cost.pairs.sum() == 4 * 4096 - 6
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("zigzag", 0.98), ("striped", 0.97)])
+def test_causal_masks_are_balanced(scheme, least):
+    cost = parallel.plan(T=1000, H=1, D=8, ranks=6, mask=masks.causal(), scheme=scheme)
+    assert least <= cost.balance <= 1
+    assert parallel.plan(T=1000, H=1, D=8, ranks=6, mask=masks.causal(), scheme="contiguous").balance < 0.6
+
+
+def test_memory_and_time_fall_with_the_ranks():
+    costs = [parallel.plan(T=4096, H=4, D=8, ranks=n, mask=masks.causal()) for n in (2, 4, 8)]
+    for one, two in pairwise(costs):
+        assert two.memory.max() == one.memory.max() / 2
+        np.testing.assert_allclose(two.compute.max(), one.compute.max() / 2, rtol=1e-3)
+
+
+def test_it_prints_a_table():
+    text = str(parallel.plan(T=4096, H=4, D=8, ranks=4, heads=2, mask=masks.causal()))
+    assert text.startswith("ranks               4: 2 for heads, 2 in a ring, zigzag\nqueries of a rank   1024 … 1024\n")
+    assert re.search(r"^balance +1.000$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": 0}, "ranks must be at least 1"),
+        ({"heads": 3}, "heads must divide the number of ranks, 8, got 3"),
+        (
+            {"H": 28, "K": 4, "heads": 8},
+            "H = 28, K = 4 cannot be cut for 8 ranks: use a ring, or grid(heads=4, ring=2)",
+        ),
+        ({"scheme": "heads"}, "scheme must be one of 'contiguous', 'zigzag', 'striped', got 'heads'"),
+        ({"bandwidth": 0}, "bandwidth must be above 0, got 0.0"),
+        ({"K": 3}, "q has H=4 heads, which must be a multiple of K=3"),
+        ({"mask": np.ones((3, 3), bool)}, "mask must broadcast to (..., H, T, S)"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parallel.plan(**{"T": 64, "H": 4, "D": 8, "ranks": 8} | arguments)
