@@ -79,10 +79,12 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
     size = size + 3 * fl.profile.base2 * np.abs(lse)  # times ln 2
     lse_error = np.where(empty, 0.0, from_scores + u * size)
 
+    least = fl.tiny * (1 + fl.profile.base2)  # a row maximum rounded up to a whole number halves the weights
+
     def weights(own: Array, common: Array) -> Rounded:
         # p grows to at most p exp(r), and to 1; first order does not suffice where scores are off by more than 1
         r = own + common
-        error = np.exp(np.minimum(r - below - log_sum, 0.0)) * -np.expm1(-r) + fl.tiny
+        error = np.exp(np.minimum(r - below - log_sum, 0.0)) * -np.expm1(-r) + least
         return Rounded(p, np.where(allowed, error, 0.0), (p * np.minimum(common, 1.0),))
 
     recomputed = weights(e_error, lse_error)  # exp(x − lse)
