@@ -11,7 +11,7 @@ from funcmha.__main__ import main
 from funcmha.testing.conform import check
 from funcmha.testing.conform.ready import READY, ready
 
-MINE = '''
+MINE = """
 import numpy as np
 from funcmha.testing.conform import Implementation
 
@@ -25,8 +25,8 @@ def forward(q, k, v, *, causal=False):
 
 
 impl = Implementation("mine", forward, dtypes=("float32",), gqa=None, limits={{"S": (1, 4096)}})
-'''
-TORCH = '''
+"""
+TORCH = """
 from funcmha.testing.conform import Implementation
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -36,7 +36,7 @@ def forward(q, k, v, *, causal=False, scale=None):
 
 
 impl = Implementation("mine", forward, library="torch", dtypes=("float32", "bfloat16"), gqa=None, limits={"E": "D"})
-'''
+"""
 
 
 @pytest.fixture

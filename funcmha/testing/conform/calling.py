@@ -53,21 +53,30 @@ def _run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, gradien
     return Results(values, {name: dtype_of(y) for name, y in named.items()}, call.written())
 
 
-class _Call:
-    def __init__(self, impl: Implementation, problem: Problem, x: Numbers, dtype: str) -> None:
-        self.impl, self.problem, self.x, self.dtype = impl, problem, x, dtype
-        self.order = _heads(x.q.shape[1], x.k.shape[1], impl.gqa)
-        self.inputs = {name: self._given(name) for name in INPUTS if getattr(x, name) is not None}
-        self.before = {name: taken(a, impl.library) for name, a in self.inputs.items()}
+class OptionsOf:
+    """The arrays and options of a problem in the conventions of an implementation, not yet in its library"""
 
-    def _given(self, name: str) -> Any:
-        a: Array = getattr(self.x, name)
-        return self._placed(self._arranged(name, a))
+    def __init__(self, impl: Implementation, problem: Problem, x: Numbers) -> None:
+        self.impl, self.order = impl, _heads(x.q.shape[1], x.k.shape[1], impl.gqa)
+        names = (*INPUTS, "mask", *(f"d{n}" for n in impl.returned))
+        self.arrays = {n: self.arranged(n, a) for n in names if (a := getattr(x, n)) is not None}
+        if x.mask is not None and impl.mask != "True attends":
+            mask = self.arrays["mask"]
+            self.arrays["mask"] = ~mask if impl.mask == "True forbids" else np.where(mask, 0.0, -np.inf)
+        if "dlse" in self.arrays and impl.lse_base == "2":
+            self.arrays["dlse"] *= np.log(2)  # lse = ln 2 · what is returned, whose cotangent then is ln 2 · dlse
+        self.static: dict[str, Any] = {"causal": True} if problem.causal else {}
+        if problem.window is not None:
+            self.static["window"] = tuple(n + (impl.window == "exclusive") for n in problem.window)
+        self.static |= {n: getattr(problem, n) for n in ("scale", "softcap") if getattr(problem, n) is not None}
 
-    def _placed(self, a: Array, dtype: str | None = None) -> Any:
-        return given(a, self.impl.library, dtype or self.dtype, self.impl.device)
+    @property
+    def spelled(self) -> dict[str, str]:
+        """The options as they are written in a call."""
+        named = {n: n for n in ("bias", "sink", "mask") if n in self.arrays}
+        return named | {n: repr(value) for n, value in self.static.items()}
 
-    def _arranged(self, name: str, a: Array) -> Array:
+    def arranged(self, name: str, a: Array) -> Array:
         """In the order of heads and axes of the implementation."""
         if name in ("q", "do", "dlse") or (name in ("bias", "mask", "dweights") and a.shape[1] > 1):
             a = a[:, self.order]
@@ -79,6 +88,17 @@ class _Call:
             return _permuted(a, "B H T", self.impl.lse_layout)
         return a[0] if "B" not in self.impl.layout.split() else a  # of bias, mask and dweights
 
+
+class _Call:
+    def __init__(self, impl: Implementation, problem: Problem, x: Numbers, dtype: str) -> None:
+        self.impl, self.dtype, self.given = impl, dtype, OptionsOf(impl, problem, x)
+        self.inputs = {name: self.placed(a) for name, a in self.given.arrays.items() if name in INPUTS}
+        self.options = {n: self.placed(a) for n, a in self.given.arrays.items() if n == "mask"} | self.given.static
+        self.before = {name: taken(a, impl.library) for name, a in self.inputs.items()}
+
+    def placed(self, a: Array, dtype: str | None = None) -> Any:
+        return given(a, self.impl.library, dtype or self.dtype, self.impl.device)
+
     def canonical(self, name: str, y: Any) -> Array:
         """A result in float64, with the axes, the heads and the units of funcmha."""
         a = taken(y, self.impl.library)
@@ -87,43 +107,18 @@ class _Call:
             a = _permuted(a, self.impl.lse_layout if name == "lse" else self.impl.layout, axes, name)
         elif name in ("weights", "dbias") and "B" not in self.impl.layout.split():
             a = a[None]
-        back = np.argsort(self.order)
+        back = np.argsort(self.given.order)
         if name in ("o", "dq", "lse", "weights") or (name == "dbias" and a.ndim > 2 and a.shape[1] > 1):
             a = a[:, back]
         elif name == "dsink":
             a = a[back]
         return a * np.log(2) if name == "lse" and self.impl.lse_base == "2" else a
 
-    def options(self) -> dict[str, Any]:
-        """The options that the problem sets, in the conventions of the implementation, without those that differ."""
-        problem, impl = self.problem, self.impl
-        options: dict[str, Any] = {}
-        if self.x.mask is not None:
-            options["mask"] = self._mask(self._arranged("mask", self.x.mask))
-        if problem.causal:
-            options["causal"] = True
-        if problem.window is not None:
-            options["window"] = tuple(n + (impl.window == "exclusive") for n in problem.window)
-        options |= {n: getattr(problem, n) for n in ("scale", "softcap") if getattr(problem, n) is not None}
-        return options
-
-    def _mask(self, mask: Array) -> Any:
-        if self.impl.mask == "additive":
-            return self._placed(np.where(mask, 0.0, -np.inf))
-        return self._placed(mask if self.impl.mask == "True attends" else ~mask)
-
-    def _cotangents(self, outputs: Sequence[Any] | None = None) -> list[Any]:
-        dys: list[Any] = []
-        for i, name in enumerate(self.impl.returned):
-            dy = getattr(self.x, f"d{name}")
-            if dy is None:
-                dys.append(None)
-                continue
-            dtype = self.dtype if outputs is None else dtype_of(outputs[i])
-            # lse = ln 2 · what is returned, whose cotangent then is ln 2 · dlse
-            unit = np.log(2) if name == "lse" and self.impl.lse_base == "2" else 1.0
-            dys.append(self._placed(unit * self._arranged(f"d{name}", dy), dtype))
-        return dys
+    def cotangents(self, outputs: Sequence[Any]) -> list[Any]:
+        """Of every output in its dtype, None where there is none."""
+        arrays = self.given.arrays
+        pairs = zip(self.impl.returned, outputs, strict=True)
+        return [self.placed(arrays[f"d{n}"], dtype_of(y)) if f"d{n}" in arrays else None for n, y in pairs]
 
     def forward(self, inputs: dict[str, Any]) -> list[Any]:
         return self._forward(inputs)[0]
@@ -131,7 +126,7 @@ class _Call:
     def _forward(self, inputs: dict[str, Any]) -> tuple[list[Any], Any]:
         """The outputs, and what the forward saves for a backward of its own"""
         extra = {name: inputs[name] for name in ("bias", "sink") if name in inputs}
-        got, saved = self.impl.forward(inputs["q"], inputs["k"], inputs["v"], **extra, **self.options()), None
+        got, saved = self.impl.forward(inputs["q"], inputs["k"], inputs["v"], **extra, **self.options), None
         if self.impl.backward is not None:
             if not isinstance(got, tuple) or len(got) != 2:
                 raise CallError("forward must return (outputs, saved), as there is a backward")
@@ -144,10 +139,10 @@ class _Call:
     def own_backward(self) -> tuple[list[Any], dict[str, Any]]:
         assert self.impl.backward is not None
         outputs, saved = self._forward(self.inputs)
-        dys = dict(zip(self.impl.returned, self._cotangents(outputs), strict=True))
+        dys = dict(zip(self.impl.returned, self.cotangents(outputs), strict=True))
         do = dys.pop("o")
         if do is None:
-            do = self._placed(np.zeros(taken(outputs[self.impl.returned.index("o")], self.impl.library).shape))
+            do = self.placed(np.zeros(taken(outputs[self.impl.returned.index("o")], self.impl.library).shape))
         grads = self.impl.backward(saved, do, **{f"d{n}": dy for n, dy in dys.items() if dy is not None})
         names = [n for n in INPUTS if n in ("q", "k", "v") or n in self.impl.options]
         if not isinstance(grads, tuple | list) or len(grads) != len(names):
@@ -160,7 +155,7 @@ class _Call:
             return self.forward(self.inputs | dict(zip(wanted, leaves, strict=True)))
 
         vjp = AUTODIFF[self.impl.library]
-        outputs, grads = vjp(f, [self.inputs[n] for n in wanted], self._cotangents)
+        outputs, grads = vjp(f, [self.inputs[n] for n in wanted], self.cotangents)
         return list(outputs), dict(zip(wanted, grads, strict=True))
 
     def written(self) -> tuple[str, ...]:

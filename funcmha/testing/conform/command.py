@@ -13,7 +13,10 @@ from .cases import FEATURES, LARGE, Case, slug
 from .checking import EXIT, Report, check
 from .implementation import DeclarationError, Implementation
 from .ready import READY, ready
+from .reproduction import reproduction
+from .shrink import shrink
 from .text import as_json, as_junit, told
+from .verdicts import WRONG
 
 Progress = Callable[[str], None]
 
@@ -23,11 +26,22 @@ def run(args: Namespace, progress: Progress) -> int:
     if len(args.target) > 1:
         raise DeclarationError(f"one TARGET is judged at a time, got {len(args.target)}")
     report = judged(load(args.target[0]), args, progress)
+    small = "" if args.json else _smallest(report, args, progress)
     progress("")
     if args.junit:
         Path(args.junit).write_text(as_junit(report), encoding="utf-8")
-    print(as_json(report) if args.json else told(report))
+    print(as_json(report) if args.json else told(report, small))
     return EXIT[report.status]
+
+
+def _smallest(report: Report, args: Namespace, progress: Progress) -> str:
+    """The first that is wrong, made small, as a script"""
+    wrong = [row for f in report.features if f.verdict == WRONG for row in f.failures if row.verdict == WRONG]
+    if not wrong:
+        return ""
+    row = next((row for row in wrong if row.quantity != "call"), wrong[0])
+    progress(f"a small case of {row.case.feature}, {row.quantity}")
+    return reproduction(report.implementation, shrink(report.implementation, row), args.target[0])
 
 
 def judged(impl: Implementation, args: Namespace, progress: Progress) -> Report:

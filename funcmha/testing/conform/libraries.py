@@ -81,7 +81,13 @@ def _by_asarray(library: str) -> Callable[..., Any]:
     return place
 
 
-_GIVEN: dict[str, Callable[..., Any]] = {"numpy": _numpy, "torch": _torch, "jax": _jax, "mlx.core": _mlx, "tinygrad": _tinygrad}
+_GIVEN: dict[str, Callable[..., Any]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "mlx.core": _mlx,
+    "tinygrad": _tinygrad,
+}
 
 
 # ── autodiff ─────────────────────────────────────────────────────────────────────────────────────────────────────

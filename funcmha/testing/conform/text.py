@@ -12,8 +12,8 @@ from .reference import QUANTITIES
 from .verdicts import LOOSE, OK, WRONG, Judged
 
 
-def told(report: Report) -> str:
-    """One line a feature, then what is wrong, what was refused and what there was no time for."""
+def told(report: Report, small: str = "") -> str:
+    """One line a feature, then what is wrong, a small case of it, what was refused and what there was no time for."""
     impl = report.implementation
     lines = [_head(report), f"conventions: {' · '.join(f'{n} {v}' for n, v in _conventions(report).items())}"]
     if report.mismatches:
@@ -24,6 +24,12 @@ def told(report: Report) -> str:
     lines += ["", *(table(columns, rows) if rows else ["nothing could be run"])]
     for feature in report.features:
         lines += [line for row in feature.failures for line in failure(row)]
+    lines += [
+        "",
+        "the first of these, made small:",
+        "",
+        *(f"    {line}".rstrip() for line in small.splitlines()),
+    ] * bool(small)
     lines += _rest(report)
     return "\n".join([*lines, "", f"{impl.name}: {_sum(report)}"])
 
