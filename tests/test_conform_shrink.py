@@ -73,16 +73,6 @@ def test_a_law_that_is_broken_stays_the_law():
 
 
 def test_what_is_random_is_left_as_it_is():
-    impl = implementation(
-        (
-            "    o = p @ vh\n",
-            "    o = p @ vh + np.float32(globals().setdefault('left', [1]).pop() if globals().get('left', [1]) else 0)\n",
-        )
-    )
-    row = replace_row(impl)
-    assert shrink(impl, row, seconds=5).row is row
-
-
-def replace_row(impl):
-    fault = implementation(("    o = p @ vh\n", "    o = p @ vh + np.float32(1)\n"))
-    return first_wrong(fault, "plain")
+    """What failed once, and does not again, is no smaller than it was."""
+    row = first_wrong(implementation(("    o = p @ vh\n", "    o = p @ vh + np.float32(1)\n")), "plain")
+    assert shrink(implementation(), row, seconds=5).row is row

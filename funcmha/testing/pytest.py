@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from .conform.cases import cases, slug
-from .conform.checking import EXPECTED, OK, Feature, check
+from .conform.checking import EXPECTED, Feature, Report, check
 from .conform.command import load
 from .conform.implementation import Implementation
 from .conform.text import failure
-from .conform.verdicts import WRONG
+from .conform.verdicts import OK, WRONG
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +38,7 @@ class _Judged:
 
     def __init__(self, impl: Implementation, seconds: float) -> None:
         self.impl, self.seconds = impl, seconds
-        self.found: dict[tuple[str, str], Any] = {}
+        self.found: dict[tuple[str, str], Report] = {}
 
     def listed(self) -> Iterator[tuple[str, str, str]]:
         yield "conventions", "", ""
@@ -52,10 +52,11 @@ class _Judged:
         for (feature, dtype), quantities in names.items():
             yield from ((feature, dtype, quantity) for quantity in quantities)
 
-    def report(self, feature: str, dtype: str) -> Any:
+    def report(self, feature: str, dtype: str) -> Report:
         if (feature, dtype) not in self.found:
-            chosen = {"select": lambda case: (case.feature, case.dtype) == (feature, dtype)}
-            self.found[feature, dtype] = check(self.impl, seconds=self.seconds, **chosen)
+            self.found[feature, dtype] = check(
+                self.impl, seconds=self.seconds, select=lambda case: (case.feature, case.dtype) == (feature, dtype)
+            )
         return self.found[feature, dtype]
 
 

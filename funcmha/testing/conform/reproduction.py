@@ -19,7 +19,7 @@ def reproduction(impl: Implementation, small: Small, target: str) -> str:
     lines = ["import numpy as np", *_imports(impl, place, name), ""]
     lines += [f"{n} = {_literal(impl, a, case.dtype)}" for n, a in options.arrays.items()]
     given = ", ".join(["q", "k", "v", *(f"{n}={value}" for n, value in options.spelled.items())])
-    wanted = [n for n in ("q", "k", "v", "bias", "sink") if n in options.arrays and n in impl.differentiates]
+    wanted = [n for n in impl.differentiates if n in options.arrays]
     lines += _CALLS.get(impl.library, _by_forward)(impl, given, wanted, options, row.quantity)
     return "\n".join([*lines, f"# {row.why}"])
 
@@ -35,8 +35,8 @@ def _imports(impl: Implementation, place: str, name: str) -> list[str]:
 
 def _literal(impl: Implementation, a: np.ndarray, dtype: str) -> str:
     short = a if a.dtype == bool else a.astype({"float64": np.float64, "float16": np.float16}.get(dtype, np.float32))
-    numbers = np.array2string(short, separator=", ", threshold=10**6, floatmode="unique", max_line_width=10**6)
-    numbers = " ".join(numbers.split()).replace("inf", "np.inf")
+    text = np.array2string(short, separator=", ", threshold=10**6, floatmode="unique", max_line_width=10**6)
+    numbers = " ".join(text.split()).replace("inf", "np.inf")
     if a.dtype == bool:
         made = f"np.array({numbers}).reshape{a.shape}"
         return made if impl.library == "numpy" else f"{_module(impl)}({made})"

@@ -111,7 +111,7 @@ def _with_zeros(a: np.ndarray) -> Iterator[np.ndarray]:
         yield alone
     for axis, n in enumerate(a.shape):
         for i in range(n if n > 1 else 0):
-            at = (*(slice(None),) * axis, i)
+            at: Any = (*(slice(None),) * axis, i)
             if a[at].any():
                 cut = a.copy()
                 cut[at] = 0
