@@ -139,7 +139,7 @@ def test_a_ready_made_implementation_is_right_where_it_is_plain(name):
 
 
 def test_every_ready_made_name_is_told_of():
-    assert {name.partition(":")[0] for name in READY} == {"funcmha", "torch", "jax"}
+    assert {name.partition(":")[0] for name in READY} == {"funcmha", "torch", "jax", "mlx", "tinygrad"}
 
 
 def test_the_fused_kernel_of_torch_is_wrong_under_the_lowest_mask():

@@ -76,7 +76,7 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
         common += total(p * apart(np.abs(row)))
     size = total(p * (below + EXP)) + 1 + n + EXP * log_sum + np.abs(lse)
     from_scores = np.log1p(total(p * np.expm1(np.minimum(score, 700.0))))
-    size = size + 3 * fl.profile.base2 * np.abs(lse)  # times ln 2
+    size = size + (3 * np.abs(lse) if fl.profile.base2 else 0.0)  # times ln 2
     lse_error = np.where(empty, 0.0, from_scores + u * size)
 
     least = fl.tiny * (1 + fl.profile.base2)  # a row maximum rounded up to a whole number halves the weights

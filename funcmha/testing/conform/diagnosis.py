@@ -65,7 +65,8 @@ def _by_factor(case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[
         if not size:
             return
         factor = float(np.vdot(want, value)) / size
-        if factor == 0 or not np.allclose(value, factor * want, rtol=0, atol=1e-3 * abs(factor) * np.abs(want).max()):
+        near = 0.05 * abs(factor - 1) * np.abs(want).max()  # of what it is off by
+        if factor == 0 or not np.allclose(value, factor * want, rtol=0, atol=near):
             return
         found[name] = factor
     if found:

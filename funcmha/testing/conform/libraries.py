@@ -63,7 +63,10 @@ def _jax(a: Array, dtype: str, device: str | None) -> Any:
 def _mlx(a: Array, dtype: str, device: str | None) -> Any:
     import mlx.core as mx
 
-    return mx.array(a) if a.dtype == bool else mx.array(a.astype("float32")).astype(getattr(mx, dtype))
+    mx.set_default_device(mx.cpu)  # no GPU of MLX has float64
+    if a.dtype == bool or dtype == "float64":
+        return mx.array(a, dtype=mx.bool_ if a.dtype == bool else mx.float64)
+    return mx.array(a.astype("float32")).astype(getattr(mx, dtype))
 
 
 def _tinygrad(a: Array, dtype: str, device: str | None) -> Any:
@@ -124,11 +127,10 @@ def _mlx_vjp(f: Callable[..., Outputs], inputs: Sequence[Any], cotangents: Calla
 
 
 def _tinygrad_vjp(f: Callable[..., Outputs], inputs: Sequence[Any], cotangents: Callable[[Outputs], Outputs]) -> Any:
-    leaves = [x.detach().requires_grad_(True) for x in inputs]
-    outputs = f(*leaves)
+    outputs = f(*inputs)
     pairs = [(y, dy) for y, dy in zip(outputs, cotangents(outputs), strict=True) if dy is not None]
     loss = sum((y * dy).sum() for y, dy in pairs)
-    return outputs, loss.gradient(*leaves) if leaves else []
+    return outputs, loss.gradient(*inputs)
 
 
 # f(*inputs) → outputs; cotangents(outputs), None where there is none   →   outputs, gradients, None where there is none

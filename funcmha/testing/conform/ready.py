@@ -203,6 +203,58 @@ def _jax_pallas_gpu() -> Implementation:
     )
 
 
+# ── MLX and tinygrad ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _mlx() -> Implementation:
+    from importlib.metadata import version
+
+    import mlx.core as mx
+
+    def forward(
+        q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, sink: Any = None, causal: bool = False,
+        scale: Any = None,
+    ) -> Any:  # fmt: skip
+        T, S = q.shape[-2], k.shape[-2]
+        if causal and (mask is not None or bias is not None):  # which takes one or the other
+            below = mx.tri(T, S, S - T) > 0
+            mask, causal = below if mask is None else mask & below, False
+        given = bias if mask is None else mask if bias is None else mx.where(mask, bias, -float("inf"))
+        given = "causal" if causal else given
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=given, sinks=sink)
+
+    return Implementation(
+        name="mlx.core.fast.scaled_dot_product_attention",
+        forward=forward,
+        library="mlx.core",
+        dtypes=("float32", "float64"),
+        causal="bottom-right",
+        empty_row="mean",
+        arithmetic=UNCENTRED,
+        limits={"B": (1, 2**31), "T": (1, 2**31), "S": (1, 2**31)},
+        versions={"mlx": version("mlx")},
+    )
+
+
+def _tinygrad() -> Implementation:
+    from importlib.metadata import version
+
+    def forward(q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, causal: bool = False) -> Any:
+        given = bias if mask is None else mask if bias is None else mask.where(bias, -float("inf"))
+        return q.scaled_dot_product_attention(k, v, given, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+    return Implementation(
+        name="tinygrad.Tensor.scaled_dot_product_attention",
+        forward=forward,
+        library="tinygrad",
+        empty_row="nan",
+        arithmetic=UNCENTRED,
+        limits={"B": (1, 2**31), "T": (1, 2**31), "S": (1, 2**31)},
+        versions={"tinygrad": version("tinygrad")},
+    )
+
+
 READY: dict[str, Callable[[], Implementation]] = {
     **{f"funcmha:{engine}": _funcmha(engine) for engine in ("sequential", "batched", "tiled")},
     "torch:sdpa-math": _torch_sdpa("math"),
@@ -211,4 +263,6 @@ READY: dict[str, Callable[[], Implementation]] = {
     "torch:flex": _torch_flex,
     "jax:nn": _jax_nn,
     "jax:pallas-gpu": _jax_pallas_gpu,
+    "mlx:sdpa": _mlx,
+    "tinygrad:sdpa": _tinygrad,
 }

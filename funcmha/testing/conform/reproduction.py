@@ -4,6 +4,7 @@ import numpy as np
 
 from .calling import OptionsOf
 from .implementation import Implementation
+from .ready import READY
 from .shrink import Small
 
 ENTRIES = 400  # so many numbers at most are written out; more come from the seed of the problem
@@ -25,10 +26,11 @@ def reproduction(impl: Implementation, small: Small, target: str) -> str:
 
 
 def _imports(impl: Implementation, place: str, name: str) -> list[str]:
-    library = {"torch": ["import torch"], "jax": ["import jax"]}.get(impl.library, [])
+    known = {"torch": ["import torch"], "jax": ["import jax"], "numpy": []}
+    library = known.get(impl.library, ["from funcmha.testing.conform.libraries import given"])
     if place.endswith(".py"):
         return [*library, f"from {place.rpartition('/')[2].removesuffix('.py')} import {name} as impl"]
-    if ":" in f"{place}:{name}" and place in ("torch", "jax", "funcmha"):
+    if f"{place}:{name}" in READY:
         return [*library, "from funcmha.testing.conform.ready import ready", f"impl = ready({f'{place}:{name}'!r})"]
     return [*library, f"from {place} import {name} as impl"]
 
@@ -39,15 +41,14 @@ def _literal(impl: Implementation, a: np.ndarray, dtype: str) -> str:
     numbers = " ".join(text.split()).replace("inf", "np.inf")
     if a.dtype == bool:
         made = f"np.array({numbers}).reshape{a.shape}"
-        return made if impl.library == "numpy" else f"{_module(impl)}({made})"
+        as_array = {"torch": f"torch.tensor({made})", "jax": f"jax.numpy.asarray({made})", "numpy": made}
+        return as_array.get(impl.library, f"given({made}, {impl.library!r}, 'bool')")
     made = f"np.array({numbers}, float).reshape{a.shape}"
     if impl.library == "torch":
         return f"torch.tensor({made}).to(torch.{dtype})"
-    return f"jax.numpy.asarray({made}, {dtype!r})" if impl.library == "jax" else f"{made}.astype({dtype!r})"
-
-
-def _module(impl: Implementation) -> str:
-    return {"torch": "torch.tensor", "jax": "jax.numpy.asarray"}.get(impl.library, "np.asarray")
+    if impl.library == "jax":
+        return f"jax.numpy.asarray({made}, {dtype!r})"
+    return f"{made}.astype({dtype!r})" if impl.library == "numpy" else f"given({made}, {impl.library!r}, {dtype!r})"
 
 
 def _cotangents(impl: Implementation, options: OptionsOf) -> list[str]:
