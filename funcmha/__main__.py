@@ -100,6 +100,8 @@ def conform_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", type=integer, default=60, metavar="N", help="after which no case begins (60)")
     command.add_argument("--sizes", choices=("usual", "large"), default="usual", help="large: up to 16,384 keys")
     command.add_argument("--strict", action="store_true", help="fail on errors of 1 to 8 times the bound too")
+    command.add_argument("--golden", metavar="FILE.npz", help="write the problems for an implementation outside Python")
+    command.add_argument("--answers", metavar="FILE.npz", help="judge what it computed of them")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
     command.add_argument("--junit", metavar="FILE.xml", help="write JUnit XML too")
 

@@ -1,12 +1,15 @@
 """`funcmha conform`: what it prints and writes, and its exit status."""
 
 import json
+import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from published import FAULTS, implementation
 
+from funcmha import ops
 from funcmha.__main__ import main
 from funcmha.testing.conform import check
 from funcmha.testing.conform.ready import READY, ready
@@ -102,7 +105,10 @@ def test_a_feature_that_cannot_run_is_status_3(mine):
         (["numpy:float32"], "numpy:float32 must be an Implementation, got type"),
         (["funcmha:tiled", "--feature", "sinks"], "there is no feature 'sinks': there are plain, sizes"),
         (["funcmha:tiled", "--dtype", "float8"], "dtype float8 is not declared, but float64, float32"),
-        (["funcmha:tiled", "funcmha:tiled"], "one TARGET is judged at a time, got 2"),
+        (
+            ["funcmha:tiled", "funcmha:tiled"],
+            "one TARGET is judged at a time, or two after diff, got funcmha:tiled funcmha:tiled",
+        ),
     ],
 )
 def test_bad_input_is_status_2_and_one_line(arguments, message, capsys):
@@ -165,3 +171,87 @@ def test_a_published_bug_is_told_in_text(capsys):
     text = told(check(implementation((fault.old, fault.new)), select=lambda case: case.feature == fault.feature))
     assert "dq is right: the sum over a group of heads, or a tile of keys" in text
     assert text.endswith("plain: wrong (1 wrong)")
+
+
+# ── two implementations, and those outside Python ────────────────────────────────────────────────────────────────
+
+
+def test_diff_says_which_of_two_is_nearer(capsys):
+    two = ["torch:sdpa-math", "torch:sdpa-flash"]
+    assert main(["conform", "diff", *two, "--dtype", "bfloat16", "--feature", "plain", "--arithmetic", "flash"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^plain +bfloat16 +dv +0\.\d+ +\d\.\d+ +first$", out, re.MULTILINE)
+    assert "nearer: first " in out
+
+
+DECLARED = """
+from dataclasses import replace
+from funcmha.testing.conform.ready import ready
+
+
+def forward(*arrays, **options):
+    raise RuntimeError("nobody calls this")
+
+
+def only(q, k, v, *, bias, mask, sink, causal, window):
+    raise RuntimeError("nobody calls this")
+
+
+impl = replace(
+    ready("funcmha:batched"), forward=only, backward=None, gradients=("q", "k", "v", "bias", "sink"), layout="B T H D",
+    dtypes=("float32",), causal="bottom-right", lse_base="2", gqa="h % K",
+)
+"""
+
+
+def answered(problems, change=lambda name, a: a):
+    """What an implementation outside computes of the file, by its own reading of the conventions"""
+    answers = {}
+    for name in [name.removesuffix("/options") for name in problems.files if name.endswith("/options")]:
+        given = {n: problems[f"{name}/{n}"] for n in ("q", "k", "v", "bias", "sink", "mask", "do", "dlse", "dweights")
+                 if f"{name}/{n}" in problems.files}  # fmt: skip
+        options = json.loads(str(problems[f"{name}/options"]))
+        q, k, v, do = (a.swapaxes(1, 2) if a is not None else None for a in map(given.get, ("q", "k", "v", "do")))
+        T, S, group = q.shape[2], k.shape[2], q.shape[1] // max(k.shape[1], 1)
+        mask = given.get("mask", np.ones((1, 1, T, S), bool))
+        distance = np.arange(S) - np.arange(T)[:, None] - (S - T)
+        mask = mask & (distance <= 0) if options.get("causal") else mask
+        before, after = options.get("window", (S + T, S + T))
+        mask = mask & (-before <= distance) & (distance <= after)
+        heads = np.arange(q.shape[1]) % k.shape[1]
+        o, cache = ops.attention(q, k[:, heads], v[:, heads], given.get("bias"), given.get("sink"), mask=mask)
+        dlse = given["dlse"] / np.log(2) if "dlse" in given else None
+        do = np.zeros_like(o) if do is None else do
+        grads = ops.attention_vjp(cache, do, dlse=dlse, dweights=given.get("dweights"))
+        dk, dv = (g.reshape(g.shape[0], group, k.shape[1], *g.shape[2:]).sum(1) for g in grads[1:3])
+        found = {
+            "o": o.swapaxes(1, 2),
+            "lse": cache.lse / np.log(2),
+            "weights": cache.p,
+            "dbias": grads[3],
+            "dsink": grads[4],
+        }
+        found |= {"dq": grads[0].swapaxes(1, 2), "dk": dk.swapaxes(1, 2), "dv": dv.swapaxes(1, 2)}
+        with np.errstate(over="ignore"):  # the lowest float32 in base 2
+            answers |= {f"{name}/{n}": change(n, found[n]).astype(np.float32) for n in options["due"]}
+    return answers
+
+
+def test_an_implementation_outside_python_is_judged_by_files(tmp_path, capsys):
+    (tmp_path / "declared.py").write_text(DECLARED)
+    target, asked, came = f"{tmp_path / 'declared.py'}:impl", str(tmp_path / "asked.npz"), str(tmp_path / "came.npz")
+    assert main(["conform", target, "--golden", asked]) == 0
+    assert re.search(r"asked.npz: \d\d cases", capsys.readouterr().out)
+    with np.load(asked) as problems:
+        right = answered(problems)
+        wrong = answered(problems, lambda name, a: 1.01 * a if name == "dk" else a)
+    np.savez(came, **right)
+    assert main(["conform", target, "--answers", came]) == 0, capsys.readouterr().out
+    np.savez(came, **wrong)
+    assert main(["conform", target, "--answers", came]) == 1
+    assert "off by one factor: dk by 1.01" in capsys.readouterr().out
+    np.savez(came, **{name: a for name, a in right.items() if name.startswith("plain/")})
+    assert main(["conform", target, "--answers", came]) == 0
+    np.savez(came, **right, **{"plain/float32/00000000/o": np.zeros(3)})
+    assert main(["conform", target, "--answers", came]) == 2
+    assert "has 'plain/float32/00000000/o', which no case is due" in capsys.readouterr().err

@@ -100,19 +100,7 @@ class _Call:
         return given(a, self.impl.library, dtype or self.dtype, self.impl.device)
 
     def canonical(self, name: str, y: Any) -> Array:
-        """A result in float64, with the axes, the heads and the units of funcmha."""
-        a = taken(y, self.impl.library)
-        axes = {"o": "B H T D", "dq": "B H T D", "dk": "B H T D", "dv": "B H T D", "lse": "B H T"}.get(name)
-        if axes is not None:
-            a = _permuted(a, self.impl.lse_layout if name == "lse" else self.impl.layout, axes, name)
-        elif name in ("weights", "dbias") and "B" not in self.impl.layout.split():
-            a = a[None]
-        back = np.argsort(self.given.order)
-        if name in ("o", "dq", "lse", "weights") or (name == "dbias" and a.ndim > 2 and a.shape[1] > 1):
-            a = a[:, back]
-        elif name == "dsink":
-            a = a[back]
-        return a * np.log(2) if name == "lse" and self.impl.lse_base == "2" else a
+        return canonical(self.impl, self.given.order, name, taken(y, self.impl.library))
 
     def cotangents(self, outputs: Sequence[Any]) -> list[Any]:
         """Of every output in its dtype, None where there is none."""
@@ -162,6 +150,21 @@ class _Call:
         """The inputs that have other numbers than before."""
         after = {name: taken(a, self.impl.library) for name, a in self.inputs.items()}
         return tuple(n for n, a in after.items() if not np.array_equal(a, self.before[n]))
+
+
+def canonical(impl: Implementation, order: Array, name: str, a: Array) -> Array:
+    """A result with the axes, the heads and the units of funcmha"""
+    axes = {"o": "B H T D", "dq": "B H T D", "dk": "B H T D", "dv": "B H T D", "lse": "B H T"}.get(name)
+    if axes is not None:
+        a = _permuted(a, impl.lse_layout if name == "lse" else impl.layout, axes, name)
+    elif name in ("weights", "dbias") and "B" not in impl.layout.split():
+        a = a[None]
+    back = np.argsort(order)
+    if name in ("o", "dq", "lse", "weights") or (name == "dbias" and a.ndim > 2 and a.shape[1] > 1):
+        a = a[:, back]
+    elif name == "dsink":
+        a = a[back]
+    return a * np.log(2) if name == "lse" and impl.lse_base == "2" else a
 
 
 def _heads(H: int, K: int, gqa: str | None) -> Array:

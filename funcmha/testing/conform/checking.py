@@ -82,9 +82,21 @@ def check(
             continue
         progress(f"{case.feature}, {case.dtype}")
         found.setdefault((case.feature, case.dtype), []).append(judge(impl, case))
+    refused = tuple((case, why) for case, why in listed if why is not None)
+    return report_of(impl, found, refused=refused, left_out=left_out, strict=strict)
+
+
+def report_of(
+    impl: Implementation,
+    found: dict[tuple[str, str], list[list[Judged]]],
+    *,
+    refused: tuple[tuple[Case, str], ...] = (),
+    left_out: int = 0,
+    strict: bool = False,
+) -> Report:
+    """The report on what was judged, by feature and dtype"""
     order = [(feature, dtype) for dtype in impl.dtypes for feature in FEATURES | LARGE]
     features = tuple(_feature(impl, *of, found[of]) for of in order if of in found)
-    refused = tuple((case, why) for case, why in listed if why is not None)
     return Report(impl, (), features, refused, _unmet(impl, features), left_out, strict)
 
 

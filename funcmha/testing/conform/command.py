@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import golden
 from .cases import FEATURES, LARGE, Case, slug
 from .checking import EXIT, Report, check
 from .implementation import DeclarationError, Implementation
 from .ready import READY, ready
 from .reproduction import reproduction
 from .shrink import shrink
-from .text import as_json, as_junit, told
+from .text import as_json, as_junit, nearer, told
 from .verdicts import WRONG
 
 Progress = Callable[[str], None]
@@ -23,10 +24,22 @@ Progress = Callable[[str], None]
 
 def run(args: Namespace, progress: Progress) -> int:
     """The exit status: 0 all right, 1 wrong, 2 not as declared, 3 nothing could be run"""
+    if args.target[0] == "diff" and len(args.target) == 3:
+        reports = [judged(load(target), args, progress) for target in args.target[1:]]
+        progress("")
+        print(nearer(*reports))
+        return max((EXIT[report.status] for report in reports), default=0)
     if len(args.target) > 1:
-        raise DeclarationError(f"one TARGET is judged at a time, got {len(args.target)}")
-    report = judged(load(args.target[0]), args, progress)
-    small = "" if args.json else _smallest(report, args, progress)
+        raise DeclarationError(f"one TARGET is judged at a time, or two after diff, got {' '.join(args.target)}")
+    impl = load(args.target[0])
+    if args.golden:
+        print(f"{args.golden}: {golden.write(impl, args.golden, seed=args.seed, select=_selected(args))} cases")
+        return 0
+    if args.answers:
+        report = golden.judge(impl, args.answers, seed=args.seed, select=_selected(args))
+    else:
+        report = judged(impl, args, progress)
+    small = "" if args.json or args.answers else _smallest(report, args, progress)
     progress("")
     if args.junit:
         Path(args.junit).write_text(as_junit(report), encoding="utf-8")

@@ -85,7 +85,7 @@ def _rest(report: Report) -> list[str]:
         refused = dict.fromkeys(f"{case.feature} ({why})" for case, why in report.refused)
         lines.append(f"refused, as declared: {', '.join(refused)}")
     if report.left_out:
-        lines.append(f"not run, as time was out: {report.left_out} cases")
+        lines.append(f"not run: {report.left_out} cases, for which there was no time, or no answer")
     for feature in report.features:
         if feature.verdict == EXPECTED:
             reasons = {v for n, v in report.implementation.expected.items() if n.partition("/")[0] == feature.name}
@@ -100,6 +100,28 @@ def _sum(report: Report) -> str:
     }
     listed = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     return f"{report.status} ({listed})" if listed else report.status
+
+
+def nearer(one: Report, other: Report) -> str:
+    """Of two implementations, the worst error over its bound of each, and whose is smaller, by feature and quantity"""
+    judged = {(f.name, f.dtype): f.worst for f in other.features}
+    rows, wins = [], [0, 0]
+    for feature in one.features:
+        for quantity, a in feature.worst.items():
+            b = judged.get((feature.name, feature.dtype), {}).get(quantity)
+            if b is None:
+                continue
+            alike = a == b or abs(a - b) <= 0.05 * max(a, b)
+            wins[0] += not alike and a < b
+            wins[1] += not alike and b < a
+            cells = number(a), number(b), "alike" if alike else "first" if a < b else "second"
+            rows.append((feature.name, feature.dtype, quantity, *cells))
+    names = [report.implementation.name for report in (one, other)]
+    if not rows:
+        return "\n".join(told(report) for report in (one, other))
+    columns = ("feature", "dtype", "quantity", ">first", ">second", "nearer")
+    head = [f"first: {names[0]} ({one.status})", f"second: {names[1]} ({other.status})", ""]
+    return "\n".join([*head, *table(columns, rows), "", f"nearer: first {wins[0]}, second {wins[1]} of {len(rows)}"])
 
 
 # ── for machines ─────────────────────────────────────────────────────────────────────────────────────────────────

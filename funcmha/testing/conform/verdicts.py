@@ -56,6 +56,12 @@ def judge_numbers(impl: Implementation, case: Case, x: Numbers, *, laws: bool = 
     return rows
 
 
+def judge_values(impl: Implementation, case: Case, x: Numbers, values: dict[str, Array]) -> list[Judged]:
+    """What was computed elsewhere, in the form of funcmha"""
+    present = {name: np.asarray(a, np.float64) for name, a in values.items() if a is not None}
+    return list(_compared(impl, case, x, Results({**values, **present}, {})))
+
+
 def _compared(impl: Implementation, case: Case, x: Numbers, got: Results) -> Iterator[Judged]:
     """Against the answer that fits best: one for all quantities"""
     answers = expected(impl, case.problem, x, case.dtype, impl.profile)
