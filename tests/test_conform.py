@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from published import FAULTS, RIGHT, implementation
 
 from funcmha.testing.conform import DeclarationError, assert_conforms, check
 from funcmha.testing.conform.cases import FEATURES, cases
+from funcmha.testing.conform.problems import rounded
 from funcmha.testing.conform.ready import READY, ready
 from funcmha.testing.conform.verdicts import judge
 
@@ -334,6 +336,24 @@ def test_an_error_of_a_few_bounds_is_loose_and_explained():
     declared = replace(impl, arithmetic=impl.profile._replace(stored=("o", "dv"), tile=32))
     assert check(declared, **only("sizes"), strict=True).ok
     assert check(in_float16(implementation()), strict=True).ok
+
+
+def test_another_dtype_than_that_of_the_inputs_is_wrong():
+    def forward(*inputs, **options):
+        (o, *rest), saved = PLAIN.forward(*inputs, **options)
+        return (o.astype(np.float64), *rest), saved
+
+    report = check(replace(PLAIN, forward=forward), **only("plain"))
+    (row,) = [row for f in report.features for row in f.failures]
+    assert (row.quantity, row.verdict, row.why) == ("o", "wrong", "float32 in, float64 out")
+
+
+def test_numbers_are_rounded_as_their_dtype_rounds():
+    rng = np.random.default_rng(0)
+    a = np.concatenate([rng.standard_normal(1000) * 10.0 ** rng.integers(-30, 30, 1000), 1 + np.arange(64) / 512])
+    for dtype in ("float32", ml_dtypes.bfloat16):
+        want = a.astype(np.float32).astype(dtype).astype(np.float64)
+        np.testing.assert_array_equal(rounded(a, "bfloat16" if dtype is ml_dtypes.bfloat16 else dtype), want)
 
 
 def test_expected_failures_are_strict():

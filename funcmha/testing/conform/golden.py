@@ -1,8 +1,8 @@
-"""Problems and answers in an npz file, for implementations that no Python calls: written, computed elsewhere, judged here.
+"""Problems and answers in an npz file, for implementations that no Python calls: computed elsewhere, judged here.
 
-For each case the file has `NAME/q`, `NAME/k`, …, and `NAME/options`, JSON of the options, of the dtype and of the answers
-that are due. Everything is in the layout and the conventions declared, in float64 (of numbers that the dtype has) or
-boolean. Answers come as `NAME/o`, `NAME/dq`, … in any floating dtype; a case of which there is nothing was not run.
+For each case the file has `NAME/q`, `NAME/k`, …, and `NAME/options`: JSON of the options, the dtype and what is due.
+All is in the layout and the conventions declared, in float64 (of numbers that the dtype has) or boolean. Answers come
+as `NAME/o`, `NAME/dq`, … in any floating dtype; a case of which there is nothing was not run.
 """
 
 import json
@@ -33,7 +33,7 @@ def write(impl: Implementation, path: str | Path, **chosen: Any) -> int:
         told = {"dtype": case.dtype, "due": _due(impl, given), **given.static}
         arrays[f"{case.name}/options"] = np.array(json.dumps(told))
     with open(path, "wb") as file:  # np.savez adds .npz to a path that ends in something else
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
     return len(listed)
 
 
