@@ -452,6 +452,11 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
         ({"forward": 3}, "forward must be a function, got int"),
         ({"backward": 3}, "backward must be a function, got int"),
         ({"forward": lambda q, k, v, *, dropout: q}, "forward must take options out of .*, and requires 'dropout'"),
+        (
+            {"forward": lambda q, k, v, *, is_causal=False: q},
+            "forward takes 'is_causal', which is 'causal' here: rename",
+        ),
+        ({"limits": {"D": (8,)}}, r"limits\['D'\] must be"),
         ({"gradients": ("mask",)}, "gradients must be out of 'q', .*, got .'mask',."),
     ],
 )

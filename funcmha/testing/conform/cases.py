@@ -141,7 +141,10 @@ def needs(problem: Problem) -> set[str]:
 
 
 def cases(impl: Implementation, *, seed: int = 0, large: bool = False) -> Iterator[tuple[Case, str | None]]:
-    """Every case that the forward takes the options of, and why it is not run, or None; the first of each feature, …"""
+    """Every case whose options the forward takes, and why it is not run, or None
+
+    The first case of every feature comes before the second of any.
+    """
     features = FEATURES | (LARGE if large else {})
     for n in range(max(map(len, features.values()))):
         for dtype in impl.dtypes:

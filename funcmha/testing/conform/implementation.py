@@ -5,12 +5,23 @@ Axes: B batch, H query heads, K key/value heads, T queries, S keys, D query/key 
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from funcmha.testing.profiles import PROFILES, Profile, profile_of
 
 OPTIONS = ("bias", "mask", "sink", "causal", "window", "scale", "softcap")  # what a forward may take, by these names
+ELSEWHERE = {
+    "is_causal": "causal",
+    "attn_mask": "mask",
+    "attn_bias": "bias",
+    "sm_scale": "scale",
+    "softmax_scale": "scale",
+    "window_size": "window",
+    "local_window_size": "window",
+    "sinks": "sink",
+    "logits_soft_cap": "softcap",
+}  # fmt: skip — what other libraries call them
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
 OUTPUTS = ("o", "lse", "weights")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -101,6 +112,9 @@ class Implementation:
     def _check_options(self) -> None:
         takes = inspect.signature(self.forward).parameters.values()
         unknown = [p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in OPTIONS and p.default is p.empty]
+        renamed = [p.name for p in takes if p.name in ELSEWHERE]
+        if renamed:
+            raise DeclarationError(f"forward takes {renamed[0]!r}, which is {ELSEWHERE[renamed[0]]!r} here: rename it")
         if unknown:
             raise DeclarationError(f"forward must take options out of {_list(OPTIONS)}, and requires {_list(unknown)}")
         if self.gradients is not None and not {*self.gradients} <= {"q", "k", "v", *self.options} & {*DIFFERENTIABLE}:
@@ -114,7 +128,8 @@ class Implementation:
                 raise DeclarationError(f"limits must be of {_list((*LETTERS, 'G'))}, got {letter!r}")
             numbers = limit if isinstance(limit, tuple) else (limit,)
             known = limit in LETTERS if isinstance(limit, str) else all(type(n) is int and n >= 0 for n in numbers)
-            if not known or len(numbers) > 3 or (len(numbers) == 3 and numbers[2] == 0):
+            short = isinstance(limit, tuple) and len(limit) not in (2, 3)
+            if not known or short or (len(numbers) == 3 and numbers[2] == 0):
                 meant = "a number, (least, most), (least, most, multiple of), or an axis letter"
                 raise DeclarationError(f"limits[{letter!r}] must be {meant}, got {limit!r}")
 
@@ -163,8 +178,7 @@ class Implementation:
 
     def declared(self) -> dict[str, Any]:
         """The conventions by name."""
-        known = {f.name for f in fields(self)}
-        return {name: getattr(self, name) for name in (*CHOICES, "lse_includes_sink") if name in known}
+        return {name: getattr(self, name) for name in (*CHOICES, "lse_includes_sink")}
 
 
 def span(limit: int | tuple[int, ...]) -> tuple[int, int, int]:
