@@ -90,10 +90,18 @@ def aligned(q, k, v, *, causal=False, window=None, mask=None, **options):
 
 
 def with_mean(q, k, v, **options):
-    """A row that attends nothing has the mean of all values; its cotangents are 0 here"""
+    """A row that attends nothing has the mean of all values"""
     (o, lse, p), saved = PLAIN.forward(q, k, v, **options)
     mean = np.repeat(v, q.shape[1] // v.shape[1], 1).mean(-2, keepdims=True)
     return (np.where(np.isneginf(lse)[..., None], mean, o), lse, p), saved
+
+
+def with_mean_back(saved, do, **cotangents):
+    """The gradient of that mean: its cotangent, in equal parts to all values"""
+    dq, dk, dv, *rest = PLAIN.backward(saved, do, **cotangents)
+    (B, K, S, E), lse = dv.shape, saved[8]
+    of_empty = np.where(np.isneginf(lse)[..., None], do, 0).sum(2).reshape(B, K, do.shape[1] // K, 1, E).sum(2)
+    return dq, dk, dv + of_empty / np.float32(max(S, 1)), *rest
 
 
 def with_nan(q, k, v, **options):
@@ -158,7 +166,7 @@ CONVENTIONS = {
         {"forward": changed(mask=lambda mask, q: np.ones_like(mask) if mask.dtype == bool else mask == 0)},
     ),
     "window": ("exclusive", {"forward": changed(window=lambda window, q: tuple(n - 1 for n in window))}),
-    "empty_row": ("mean", {"forward": with_mean}),
+    "empty_row": ("mean", {"forward": with_mean, "backward": with_mean_back}),
     "empty_row ": ("nan", {"forward": with_nan}),
     "gqa": ("h % K", {"forward": in_turn}),
     "scale_default": ("one", {"forward": lambda q, k, v, **o: PLAIN.forward(q, k, v, **{"scale": 1.0, **o})}),

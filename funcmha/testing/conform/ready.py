@@ -1,6 +1,7 @@
 """Implementations that are ready to be judged, by name: `torch:sdpa-flash`, `jax:nn`, `funcmha:tiled`, …"""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from funcmha.testing.profiles import STRICT, Profile
@@ -38,7 +39,7 @@ def _funcmha(engine: str) -> Callable[[], Implementation]:
             forward=forward,
             backward=engines.attention_vjp,
             outputs=("o", "lse", "weights"),
-            dtypes=("float64", "float32", "float16", "bfloat16"),
+            dtypes=("float64", "float32", "float16", *(("bfloat16",) if find_spec("ml_dtypes") else ())),
             arithmetic=Profile(recomputed=True, base2=True) if engine == "tiled" else STRICT,
             versions={"funcmha": __version__},
         )
