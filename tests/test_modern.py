@@ -186,7 +186,14 @@ def test_what_is_small_is_kept(numbers):
 @pytest.mark.parametrize(("T", "S", "apart"), [(32, 32, True), (31, 32, False), (32, 31, False)])
 def test_long_sequences_go_head_by_head_forward(T, S, apart):
     """Where attention costs twenty times what the projections cost, k and v of all heads are never there at once."""
-    cache, _ = all_of(MhaProblem(**(LONG | {"T": T, "S": S})), TILED, group_numbers=0, group_columns=0, kept_numbers=2**60, kept_long=2**60)
+    cache, _ = all_of(
+        MhaProblem(**(LONG | {"T": T, "S": S})),
+        TILED,
+        group_numbers=0,
+        group_columns=0,
+        kept_numbers=2**60,
+        kept_long=2**60,
+    )
     bases = {id(np.asarray(group.q.y.base)) for group in cache.groups}
     assert len(cache.groups) == 3
     assert len(bases) == (3 if apart else 1)

@@ -14,7 +14,9 @@
     masked row) has bound 0.
 
 float16 and bfloat16 are storage: the arithmetic is that of float32, and the one rounding at the end may cost a unit in
-the last place. Weights and lse stay float32 there.
+the last place. Weights and lse stay float32 there. What an implementation rounds on its way besides is declared in a
+`Profile`: half a unit in the last place of each such number, and half the least subnormal where it underflows. These
+roundings add plainly, not as if they were independent, for equal weights are rounded equally.
 """
 
 from collections.abc import Callable
@@ -25,8 +27,11 @@ import numpy as np
 
 from funcmha._arrays import HALF, Array, unbroadcast
 
+from .profiles import STRICT, Profile
+
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "complex128": 2.0**-53}
 TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-500}  # as we take squares
+LEAST = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half the least subnormal: what rounding costs near 0
 EXP = 4.0  # exp and log have an error of at most 2 units in the last place, in NumPy, PyTorch and CUDA
 
 
@@ -82,12 +87,21 @@ class Arithmetic(NamedTuple):
 
     u: float
     tiny: float  # a result below this may be computed as 0
+    profile: Profile = STRICT
+    u_stored: float = 0.0  # of what the profile says is rounded on the way, and half the least subnormal of its dtype
+    least: float = 0.0
 
     @classmethod
-    def of(cls, dtype: Any) -> "Arithmetic":
-        """The arithmetic for arrays stored as `dtype`."""
-        name = "float32" if name_of(dtype) in HALF else name_of(dtype)
-        return cls(U[name], TINY.get(name, TINY["float64"]))
+    def of(cls, dtype: Any, profile: Profile = STRICT) -> "Arithmetic":
+        """The arithmetic for arrays stored as `dtype`, of an implementation that computes as the profile says."""
+        stored = name_of(dtype)
+        if stored not in HALF:
+            return cls(U[stored], TINY.get(stored, TINY["float64"]), profile)
+        return cls(U["float32"], TINY["float32"], profile, U[stored], LEAST[stored])
+
+    def stored(self, name: str, x: Array) -> Array:
+        """What rounding x to the dtype of the inputs costs, if the profile says that it is, else 0"""
+        return (self.u_stored * np.abs(x) + self.least * (x != 0)) * (name in self.profile.stored)
 
     def rounding(self, size: Array, n: Array | float = 0) -> Array:
         """Error of a sum of n products with Σ |terms| = size; for n = 0 of one operation with a result of that size."""
@@ -117,7 +131,9 @@ class Arithmetic(NamedTuple):
 
     def matmul(self, x: Rounded, y: Rounded) -> Rounded:
         """x y"""
-        error = self.rounding(np.abs(x.value) @ np.abs(y.value), x.value.shape[-1])
+        fl = self._replace(u=max(self.u, self.u_stored), tiny=max(self.tiny, self.least))
+        fl = fl if "sums" in self.profile.stored else self
+        error = fl.rounding(np.abs(x.value) @ np.abs(y.value), x.value.shape[-1])
         if np.any(x.error):
             error += np.sqrt(x.error**2 @ y.value**2)
         if np.any(y.error):
@@ -126,6 +142,23 @@ class Arithmetic(NamedTuple):
         for part in (*rows, *(x.value @ col for col in y.cols)):
             error += np.abs(part)
         return Rounded(x.value @ y.value, error, rows)
+
+    def product(self, x: Rounded, y: Rounded, stored: Array) -> Rounded:
+        """x y, where x is off by `stored` besides, in entries that are rounded alike"""
+        z = self.matmul(x, y)
+        return z._replace(error=z.error + stored @ np.abs(y.value)) if np.any(stored) else z
+
+    def partial(self, name: str, x: Rounded, y: Rounded) -> Array:
+        """What the running sums of x y cost, x (..., S, T), where they are stored after each tile and at the end"""
+        if name not in self.profile.stored or not self.u_stored:
+            return np.zeros(())
+        T, at = x.value.shape[-1], 0
+        total, cost = np.zeros((*x.value.shape[:-1], y.value.shape[-1])), np.zeros(())
+        while at < T:
+            rows = slice(at, at := at + (self.profile.tile or T))
+            total = total + x.value[..., rows] @ y.value[..., rows, :]
+            cost = cost + self.stored(name, total)
+        return cost
 
     def unbroadcast(self, x: Rounded, shape: tuple[int, ...]) -> Rounded:
         """The sum over the axes along which `shape` was broadcast."""

@@ -9,6 +9,8 @@
     the largest weight, the error of the sink's weight enters δ times m.
   * tanh has slopes up to 1, which grow towards 0: an error of a score moves its soft cap by at most itself times the
     largest slope on its way. An error of a query changes the slopes of all its keys, and adds plainly in dq.
+  * What a `Profile` stores in half is off by its rounding besides: the weights where they meet values and cotangents,
+    the gradient of the scores where it meets keys and queries, and the output in δ = Σ do ⊙ o, which is one for a row.
   * The gradient of a `RelativeBias` consists of sums along diagonals, to which each row contributes once.
 
 Axes: T queries, S keys, H query heads, D query/key width, E value width; `...` is batch.
@@ -26,7 +28,7 @@ from funcmha.masks import Mask, append_keys, as_mask
 from .rounding import EXP, Arithmetic, Maybe, Rounded, alike, each, exact, host, tie, total, transpose
 
 Bias = ArrayBias | RelativeBias | None
-OPTIONS = ("mask", "scale", "softcap", "dropout", "dweights", "dlse", "recomputed")
+OPTIONS = ("mask", "scale", "softcap", "dropout", "dweights", "dlse")
 
 
 def soft_cap(fl: Arithmetic, z: Rounded, softcap: Array | float) -> tuple[Rounded, Rounded]:
@@ -74,12 +76,15 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
         common += total(p * apart(np.abs(row)))
     size = total(p * (below + EXP)) + 1 + n + EXP * log_sum + np.abs(lse)
     from_scores = np.log1p(total(p * np.expm1(np.minimum(score, 700.0))))
+    size = size + (3 * np.abs(lse) if fl.profile.base2 else 0.0)  # times ln 2
     lse_error = np.where(empty, 0.0, from_scores + u * size)
+
+    least = fl.tiny * (1 + fl.profile.base2)  # a row maximum rounded up to a whole number halves the weights
 
     def weights(own: Array, common: Array) -> Rounded:
         # p grows to at most p exp(r), and to 1; first order does not suffice where scores are off by more than 1
         r = own + common
-        error = np.exp(np.minimum(r - below - log_sum, 0.0)) * -np.expm1(-r) + fl.tiny
+        error = np.exp(np.minimum(r - below - log_sum, 0.0)) * -np.expm1(-r) + least
         return Rounded(p, np.where(allowed, error, 0.0), (p * np.minimum(common, 1.0),))
 
     recomputed = weights(e_error, lse_error)  # exp(x − lse)
@@ -87,11 +92,12 @@ def softmax(fl: Arithmetic, z: Rounded, allowed: Array) -> tuple[Rounded, Rounde
 
 
 def softmax_vjp(
-    fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe, centred: bool = True
+    fl: Arithmetic, p: Rounded, dp: Rounded, dlse: Array | float, p_sink: Maybe, of_delta: Array | float = 0.0
 ) -> tuple[Rounded, Maybe]:
-    """`ops.softmax_with_sink_vjp`, or p (dp − δ + dlse) as it stands"""
+    """`ops.softmax_with_sink_vjp`, or p (dp − δ + dlse) as it stands; δ is off by `of_delta` besides"""
     delta = fl.matmul(each(lambda a: a[..., None, :], p), each(lambda a: a[..., None], dp))
     delta = each(lambda a: a[..., 0], delta)
+    delta = delta._replace(error=delta.error + of_delta)
     size, common, m = np.abs(dp.value) + np.abs(delta.value), delta.error, np.zeros(())
     if p.value.shape[-1]:
         largest = np.argmax(p.value, axis=-1, keepdims=True)
@@ -107,7 +113,7 @@ def softmax_vjp(
         along = Rounded(along, delta.error + 2 * fl.rounding(np.abs(delta.value) + np.abs(along)), (delta.error,))
         drows = fl.multiply(along, p_sink)
     own = dp.error + 2 * fl.rounding(size)
-    return (left_by_others(fl, p, own, common, g, dlse, dz, drows) if centred else dz), drows
+    return (left_by_others(fl, p, own, common, g, dlse, dz, drows) if fl.profile.centred else dz), drows
 
 
 def left_by_others(
@@ -141,9 +147,9 @@ def attention(
 ) -> tuple[Any, ...]:
     """`ops.attention` and `ops.attention_vjp` of S keys and those appended: o, p, lse, dq, dk, dv, dbias, dsink
 
-    Of p and lse the errors alone. given: the options, the other cotangents, and whether the gradient recomputes p.
+    Of p and lse the errors alone. given: the options and the other cotangents.
     """
-    mask, scale, softcap, dropout, dweights, dlse, recomputed = map(given.get, OPTIONS)
+    mask, scale, softcap, dropout, dweights, dlse = map(given.get, OPTIONS)
     scale, softcap = (np.array(x, float)[:, None, None] if np.ndim(x) else x for x in (scale, softcap))  # (H, 1, 1)
     scale = max(q.value.shape[-1], 1) ** -0.5 if scale is None else scale
     shape = *q.value.shape[:-1], k.value.shape[-2]
@@ -158,23 +164,49 @@ def attention(
     z = z._replace(rows=(*z.rows, np.sqrt(qs.error**2 @ kt.value**2)))  # an error of a query is shared by its keys
     z, slope = (z, None) if softcap is None else soft_cap(fl, z, softcap)
     z = z if added is None else fl.add(z, added)
+    z = z._replace(error=z.error + 2 * fl.rounding(np.abs(z.value))) if fl.profile.base2 else z  # times log₂ e
     p, p_recomputed, p_sink, lse = softmax_with_sink(fl, z, sink, allowed)
-    o = fl.matmul(fl.times(p, kept), vh)
-    p = p_recomputed if recomputed else p
+    of_p, of_lse = fl.stored("p", p.value * kept), fl.stored("lse", np.nan_to_num(lse.value, neginf=0.0))
+    o = fl.product(fl.times(p, kept), vh, of_p)
+    p, grown = p_recomputed if fl.profile.recomputed else p, np.expm1(np.minimum(of_lse, 700.0))[..., None]
 
     a = transpose(alike(fl.times(p, kept)))
-    dv = fl.matmul(a, do)._replace(cols=(np.sqrt(a.value**2 @ tie(do).error ** 2),))  # shared by a column of dv
+    dv = fl.product(a, do, np.swapaxes(of_p + p.value * kept * grown, -1, -2))
+    dv = dv._replace(error=dv.error + fl.partial("dv", a, do), cols=(np.sqrt(a.value**2 @ tie(do).error ** 2),))
     dp = fl.times(fl.matmul(do, transpose(vh)), kept)
     dp = dp if dweights is None else fl.add(dp, exact(dweights))
-    dz, drows = softmax_vjp(fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink, not recomputed)
-    du = dz if slope is None else fl.multiply(dz, slope)
-    dk = fl.matmul(transpose(alike(du)), qs)
-    dq = fl.matmul(du, kh)
-    if slope is not None:  # an error of a query changes the slopes of all its keys
-        dq = dq._replace(error=dq.error + (np.abs(dz.value) * sum(slope.rows)) @ np.abs(kh.value))
+    dz, drows = softmax_vjp(
+        fl, p, dp, 0.0 if dlse is None else host(dlse)[..., None], p_sink, of_delta(fl, o, do, grown)
+    )
+    dq, dk = scores_vjp(fl, q, qs, kh, scale, slope, dz, grown)
     dk, dv = per_key_head(fl, dk, group), per_key_head(fl, dv, group)
+    dz = dz._replace(error=dz.error + fl.stored("ds", dz.value) + np.abs(dz.value) * grown)
     dbias = bias_vjp(fl, bias, each(lambda a: a[..., :S], dz))
-    return o, p.error, lse.error, fl.times(dq, scale), dk, dv, dbias, None if drows is None else over_rows(fl, drows)
+    dsink = None if drows is None else over_rows(fl, drows, np.abs(drows.value) * grown)
+    return o, p.error, lse.error + of_lse, dq, dk, dv, dbias, dsink
+
+
+def of_delta(fl: Arithmetic, o: Rounded, do: Rounded, grown: Array) -> Array:
+    """The error of δ = Σ do ⊙ o, made from the stored output; or of Σ p dp, which has grown with the weights"""
+    if "o" not in fl.profile.stored:
+        return np.abs(total(do.value * o.value)) * grown
+    error = np.abs(do.value) * (o.error + fl.stored("o", o.value))
+    return total(error) + fl.rounding(total(np.abs(do.value * o.value)), o.value.shape[-1])
+
+
+def scores_vjp(
+    fl: Arithmetic, q: Rounded, qs: Rounded, kh: Rounded, scale: Any, slope: Maybe, dz: Rounded, grown: Array
+) -> tuple[Rounded, Rounded]:
+    """dq and dk: the gradient of the scores, grown with the weights, may be stored with the scale or without"""
+    du = dz if slope is None else fl.multiply(dz, slope)
+    dt, with_scale, without = transpose(alike(du)), fl.stored("ds", scale * du.value), fl.stored("ds", du.value)
+    stored = np.maximum(with_scale, np.abs(scale) * without) + np.abs(scale * du.value) * grown
+    dq, dk = fl.times(fl.matmul(du, kh), scale), fl.matmul(dt, qs)
+    dq_error = dq.error + stored @ np.abs(kh.value)
+    dk_error = dk.error + np.swapaxes(stored, -1, -2) @ np.abs(q.value) + fl.partial("dk", dt, qs)
+    if slope is not None:  # an error of a query changes the slopes of all its keys
+        dq_error = dq_error + np.abs(scale) * ((np.abs(dz.value) * sum(slope.rows)) @ np.abs(kh.value))
+    return dq._replace(error=dq_error), dk._replace(error=dk_error)
 
 
 def mask_and_bias(mask: Any, bias: Bias, shape: tuple[int, ...], S: int) -> tuple[Array, Maybe]:
@@ -217,11 +249,12 @@ def softmax_with_sink(fl: Arithmetic, z: Rounded, sink: Maybe, allowed: Array) -
     return each(lambda a: a[..., :S], p), each(lambda a: a[..., :S], recomputed), p_sink, lse
 
 
-def over_rows(fl: Arithmetic, drows: Rounded) -> Rounded:
-    """Σ over the queries and the batch: (..., H, T, 1)   →   (H,), or (T, 1)   →   ()"""
+def over_rows(fl: Arithmetic, drows: Rounded, plainly: Array) -> Rounded:
+    """Σ over the queries and the batch: (..., H, T, 1)   →   (H,), or (T, 1)   →   (); off by Σ `plainly` besides"""
     heads = drows.value.shape[-3:-2]
     rows = each(lambda a: (np.moveaxis(a, -3, 0) if heads else a).reshape(prod(heads), -1, 1), drows)
-    return each(lambda a: a.reshape(heads), fl.sum_rows(rows))
+    summed = each(lambda a: a.reshape(heads), fl.sum_rows(rows))
+    return summed._replace(error=summed.error + unbroadcast(plainly[..., 0], (*heads, 1)).reshape(heads))
 
 
 def per_key_head(fl: Arithmetic, g: Rounded, group: int) -> Rounded:

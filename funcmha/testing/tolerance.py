@@ -23,6 +23,7 @@ from funcmha.biases import ArrayBias, RelativeBias, as_bias
 from funcmha.mha import append_rows
 from funcmha.params import Params
 
+from .profiles import STRICT, Profile, profile_of
 from .rounding import TINY, Arithmetic, Maybe, Rounded, U, each, exact, host, name_of
 from .rounding_attention import attention
 from .rounding_position import position, position_vjp
@@ -122,17 +123,19 @@ def attention_bounds(
     sink: Array = None,
     dweights: Array = None,
     dlse: Array = None,
-    recomputed: bool = False,
+    arithmetic: Profile | str = STRICT,
     dtype: Any,
     **options: Unpack[AttentionOptions],
 ) -> AttentionBounds:
     """Bounds for `attention`, its weights (before dropout) and lse, and its vjp, in `dtype`.
 
-    recomputed  for implementations that keep no weights, and recompute them from the scores and lse: exp(score − lse);
-                and whose gradient is p (dp − δ) as it stands, so that a row with one heavy key loses its digits
+    arithmetic  "strict" for what is rounded once, at the end; "flash" for kernels like FlashAttention's, whose gradient
+                recomputes the weights as exp(score − lse) and is p (dp − δ) as it stands, so that a row with one heavy
+                key loses its digits, and which in half precision round weights, gradients of scores and outputs on
+                their way; or a `Profile` of `funcmha.testing.profiles`
     """
     check_names(options, AttentionOptions)
-    fl, given = Arithmetic.of(dtype), {**options, "dweights": dweights, "dlse": dlse, "recomputed": recomputed}
+    fl, given = Arithmetic.of(dtype, profile_of(arithmetic)), {**options, "dweights": dweights, "dlse": dlse}
     q, k, v, sink, do = (exact(a) for a in (q, k, v, sink, do))
     return AttentionBounds(*_bounds(attention(fl, q, k, v, as_bias(bias), sink, do, k.value.shape[-2], given), dtype))
 
@@ -150,13 +153,13 @@ def mha_bounds(
     *,
     dweights: Array = None,
     dlse: Array = None,
-    recomputed: bool = False,
+    arithmetic: Profile | str = STRICT,
     dtype: Any,
     **options: Unpack[HeadOptions],
 ) -> MhaBounds:
     """Bounds for `mha`, its weights (before dropout) and lse, and its vjp, in `dtype`; as in `attention_bounds`."""
     check_names(options, HeadOptions)
-    fl, given = Arithmetic.of(dtype), {**options, "dweights": dweights, "dlse": dlse, "recomputed": recomputed}
+    fl, given = Arithmetic.of(dtype, profile_of(arithmetic)), {**options, "dweights": dweights, "dlse": dlse}
     p = {name: exact(a) for name, a in tree.flatten(params).items()}
     zero, norm, rotary = bool(options.get("zero_attn")), options.get("qk_norm"), options.get("rotary")
     q_rotary, k_rotary = rotary if type(rotary) is tuple else (rotary, rotary)  # a table is a NamedTuple

@@ -1,0 +1,96 @@
+"""What may have gone wrong, by which results are off and how: said as a guess, beside the verdict."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from funcmha._arrays import Array
+
+from .calling import Results
+from .cases import Case
+from .implementation import Implementation
+from .problems import Numbers
+from .reference import Answer, expected
+
+FACTORS = {
+    float(np.log2(np.e)): "log₂ e: a log-sum-exp or an exponential in the other base",
+    float(np.log(2)): "ln 2: a log-sum-exp or an exponential in the other base",
+    2.0: "2: counted twice",
+    0.5: "1/2: half of it is missing",
+}
+
+
+def diagnosis(impl: Implementation, case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[str]) -> str:
+    """One line, or none where the signature is not known; `wrong` are the quantities that are"""
+    guesses = (
+        *_dropped(impl, case, x, got, wrong),
+        *_by_factor(case, x, got, answer, wrong),
+        *_by_signature(wrong, answer),
+    )
+    return next(iter(guesses), "")
+
+
+def _dropped(impl: Implementation, case: Case, x: Numbers, got: Results, wrong: set[str]) -> Iterator[str]:
+    """The gradients are those of a problem in which something is left out"""
+    grads = {name for name in wrong if name.startswith("d")}
+    if not grads or wrong - grads:
+        return
+    options = (("dlse", "the cotangent of lse"), ("dweights", "the cotangent of the weights"), ("sink", "the sink"))
+    for field, told in options:
+        if getattr(x, field) is None:
+            continue
+        other = expected(impl, case.problem, x._replace(**dict[str, Any]({field: None})), case.dtype, impl.profile)[0]
+        names = grads & {*other.values}
+        if names and all(_within(got.values[name], other, name) for name in names):
+            yield f"the gradients are those without {told}: it is dropped"
+
+
+def _within(value: Array, answer: Answer, name: str) -> bool:
+    want = answer.values[name]
+    if value is None or value.shape != want.shape:
+        return False
+    with np.errstate(invalid="ignore"):
+        return bool(np.all(np.abs(value - want) <= 8 * answer.bounds[name] + 1e-300))
+
+
+def _by_factor(case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[str]) -> Iterator[str]:
+    """Each wrong result is the right one times one number"""
+    found = {}
+    for name in wrong:
+        value, want = got.values.get(name), answer.values.get(name)
+        if value is None or want is None or value.shape != want.shape or not np.isfinite(value).all():
+            return
+        size = float(np.vdot(want, want))
+        if not size:
+            return
+        factor = float(np.vdot(want, value)) / size
+        near = 0.05 * abs(factor - 1) * np.abs(want).max()  # of what it is off by
+        if factor == 0 or not np.allclose(value, factor * want, rtol=0, atol=near):
+            return
+        found[name] = factor
+    if found:
+        listed = ", ".join(f"{name} by {factor:.4g}" for name, factor in sorted(found.items()))
+        known = FACTORS | {
+            x.q.shape[-1] ** 0.5: "√D: the scale is missing",
+            x.q.shape[-1] ** -0.5: "1/√D: the scale twice",
+        }
+        names = {told for value, told in known.items() if all(abs(f / value - 1) < 1e-3 for f in found.values())}
+        yield f"off by one factor: {listed}" + (f"; {names.pop()}" if names else "")
+
+
+def _by_signature(wrong: set[str], answer: Answer) -> Iterator[str]:
+    grads = {"dq", "dk", "dv"} & {*answer.values}
+    if wrong & {"o", "lse", "weights"} or len(grads) < 3 or not wrong & grads:
+        return
+    off = wrong & grads
+    if off == {"dq", "dk"}:
+        yield "dv is right, so the weights are: δ = Σ do ⊙ o, or the gradient of the scores"
+    elif off == {"dk", "dv"}:
+        yield "dq is right: the sum over a group of heads, or a tile of keys"
+    elif off == {"dv"}:
+        yield "dq and dk are right: the product of the weights with the cotangent"
+    elif off == {"dq"}:
+        yield "dk and dv are right: the sum over keys in dq, or its scale"
+    elif off == {"dk"}:
+        yield "dq and dv are right: the sum over queries in dk, or its scale"
