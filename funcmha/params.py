@@ -105,7 +105,10 @@ def group_params(params: Params, kv: slice) -> Params:
 
     The bias of the output projection, which is added once, goes with the first key/value head.
     """
-    readers = params["q_proj"]["w"].shape[0] // params["k_proj"]["w"].shape[0]
+    K = params["k_proj"]["w"].shape[0]
+    if kv == slice(0, K):
+        return dict(params)
+    readers = params["q_proj"]["w"].shape[0] // K
     heads = {"H": slice(kv.start * readers, kv.stop * readers), "K": kv}
     return at_heads(params, heads, [name for name in SPEC if name != "out_proj.b" or kv.start == 0])
 

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -433,15 +434,27 @@ def numpys():
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_limit_set_while_blas_is_held_is_kept(clean, again):
-    """Whether another call begins meanwhile, and hears of it, or none."""
-    with threadpool_limits(4, "blas"):
+    """Whether a call begins meanwhile on another thread, and hears of it, or none."""
+
+    def call():
+        with threads.single_threaded_blas():
+            return numpys(), threads.num_threads()
+
+    with threadpool_limits(4, "blas"), ThreadPoolExecutor(1) as other:
         with threads.single_threaded_blas():
             threadpool_limits(3, "blas")
             if again:
-                with threads.single_threaded_blas():
-                    assert numpys() == {1}
-                    assert threads.num_threads() == 3
+                assert other.submit(call).result() == ({1}, 3)
         assert numpys() == {3}
+
+
+def test_a_call_within_a_call_holds_blas_once(clean):
+    with threadpool_limits(4, "blas"):
+        with threads.single_threaded_blas():
+            with threads.single_threaded_blas():
+                assert numpys() == {1}
+            assert numpys() == {1}
+        assert numpys() == {4}
 
 
 def test_the_variable_of_funcmha_is_above_all_others(clean):

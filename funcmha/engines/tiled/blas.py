@@ -7,7 +7,7 @@ does every product itself, each on one BLAS thread, has no such neighbour. (docs
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -43,25 +43,32 @@ _found: _Libraries | None = None
 
 class _Thread(threading.local):
     depth = 0  # calls that this thread is in, one in the other
+    holds = False  # whether one of them holds BLAS
     before: Sequence[int] = ()  # what `each` had in it before the first of these
 
 
 _here = _Thread()
 
 
-@contextmanager
-def single_threaded_blas() -> Iterator[None]:
+def single_threaded_blas() -> AbstractContextManager[None]:
     """Hold every BLAS library at one thread; the last to leave puts back what the first one found.
 
     What is set to something else in the meantime is what the user wants: it is left so, or put back so if another call
     has begun since. (That somebody has set it to one thread cannot be known while it is held.)
     """
+    return nullcontext() if _here.holds else _holding()
+
+
+@contextmanager
+def _holding() -> Iterator[None]:
     token, depth, before = object(), _here.depth, _here.before
     try:
         _here.depth = depth + 1
         _hold(token)
+        _here.holds = True
         yield
     finally:
+        _here.holds = False
         _release(token)
         if depth == 0 and _here.before:
             _set(_libraries().each, _here.before)
@@ -160,6 +167,7 @@ def _after_fork() -> None:
     """A forked child is in none of its parent's calls: it has the BLAS that the user had set."""
     global _before
     _lock.release()
+    _here.holds = False
     _holders.clear()
     if _before is not None:
         _put_back(_before)

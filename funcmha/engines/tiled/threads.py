@@ -76,21 +76,23 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
     """
     threads = min(num_threads(), len(tasks)) if flops > plan.thread_flops else 1
     queue: Iterator[Any] = iter(tasks)  # whose next() is one step of the interpreter: no two get the same
+    if threads < 2:
+        _each(work, queue)
+        return
     stopped = threading.Event()
 
+    def unless_stopped() -> Iterator[Any]:
+        for task in queue:
+            if stopped.is_set():
+                return
+            yield task
+
     def worker() -> None:
-        depth = _local.depth
         try:
-            _local.depth = depth + 1
-            for task in queue:
-                if stopped.is_set():
-                    return
-                work(task)
+            _each(work, unless_stopped())
         except BaseException:
             stopped.set()
             raise
-        finally:
-            _local.depth = depth
 
     helpers: list[_Helper] = []
     try:
@@ -106,6 +108,17 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
     for helper in helpers:
         if helper.error is not None:
             raise helper.error
+
+
+def _each(work: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
+    """work(task) for these, on this thread"""
+    depth = _local.depth
+    try:
+        _local.depth = depth + 1
+        for task in tasks:
+            work(task)
+    finally:
+        _local.depth = depth
 
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
