@@ -78,7 +78,12 @@ def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Pl
     queue: Iterator[Any] = iter(tasks)  # whose next() is one step of the interpreter: no two get the same
     if threads < 2:
         _each(work, queue)
-        return
+    else:
+        _on_threads(work, queue, threads)
+
+
+def _on_threads(work: Callable[[Any], Any], queue: Iterator[Any], threads: int) -> None:
+    """work(task) for these, on so many threads"""
     stopped = threading.Event()
 
     def unless_stopped() -> Iterator[Any]:
