@@ -38,6 +38,7 @@ from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
 from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
 from funcmha.engines.table import attention_vjp
+from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.masks import Band, Bands, Mask, intersection, operands, window
 from funcmha.norms import Norm
 from funcmha.ops import round_bias
@@ -84,6 +85,7 @@ class StepCache(NamedTuple):
 
 
 @takes(StepOptions)
+@with_single_threaded_blas
 def step(
     params: Params,
     x: Array,

@@ -86,15 +86,9 @@ def _on_threads(work: Callable[[Any], Any], queue: Iterator[Any], threads: int) 
     """work(task) for these, on so many threads"""
     stopped = threading.Event()
 
-    def unless_stopped() -> Iterator[Any]:
-        for task in queue:
-            if stopped.is_set():
-                return
-            yield task
-
     def worker() -> None:
         try:
-            _each(work, unless_stopped())
+            _each(work, _until(stopped, queue))
         except BaseException:
             stopped.set()
             raise
@@ -124,6 +118,13 @@ def _each(work: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
             work(task)
     finally:
         _local.depth = depth
+
+
+def _until(stopped: threading.Event, tasks: Iterator[Any]) -> Iterator[Any]:
+    for task in tasks:
+        if stopped.is_set():
+            return
+        yield task
 
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
