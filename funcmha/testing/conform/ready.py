@@ -23,7 +23,7 @@ def ready(name: str) -> Implementation:
 
 def _funcmha(engine: str) -> Callable[[], Implementation]:
     def make() -> Implementation:
-        from funcmha import __version__, engines, masks
+        from funcmha import engines, masks
 
         def forward(
             q: Any, k: Any, v: Any, *, bias: Any = None, mask: Any = None, sink: Any = None, causal: bool = False,
@@ -41,7 +41,6 @@ def _funcmha(engine: str) -> Callable[[], Implementation]:
             outputs=("o", "lse", "weights"),
             dtypes=("float64", "float32", "float16", *(("bfloat16",) if find_spec("ml_dtypes") else ())),
             arithmetic=Profile(recomputed=True, base2=True) if engine == "tiled" else STRICT,
-            versions={"funcmha": __version__},
         )
 
     return make
