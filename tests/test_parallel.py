@@ -73,7 +73,7 @@ def test_a_ring_in_float32_is_within(problem, n, scheme):
     """The bounds of an implementation that takes p (dp − δ) as it stands; twice them, for the sums of the parts."""
     q, k, v, bias, sink = problem.inputs("float32")
     do, _, dlse = problem.cotangents("float32")
-    options = problem.static() | {"sink": sink, "dlse": dlse, "recomputed": True, "dtype": "float32"}
+    options = problem.static() | {"sink": sink, "dlse": dlse, "arithmetic": "flash", "dtype": "float32"}
     bounds = attention_bounds(q, k, v, bias, do, **options)
     wide = [
         None if a is None else a.map(np.float64) if hasattr(a, "map") else a.astype("float64")

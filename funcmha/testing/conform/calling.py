@@ -1,7 +1,7 @@
 """One call of an implementation: arrays in its layout and conventions, results as float64 in those of funcmha."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ def _run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, gradien
     if not gradients or not wanted:
         outputs, grads = call.forward(call.inputs), dict[str, Any]()
     elif impl.backward is not None:
-        outputs, grads = call.own_backward()
+        outputs, grads = call.own_backward(impl.backward)
     else:
         outputs, grads = call.autodiff(wanted)
     values = {name: call.canonical(name, y) for name, y in zip(impl.returned, outputs, strict=True)}
@@ -124,14 +124,13 @@ class _Call:
             raise CallError(f"forward must return {', '.join(names)} as outputs declares, got {len(outputs)} arrays")
         return outputs, saved
 
-    def own_backward(self) -> tuple[list[Any], dict[str, Any]]:
-        assert self.impl.backward is not None
+    def own_backward(self, backward: Callable[..., Any]) -> tuple[list[Any], dict[str, Any]]:
         outputs, saved = self._forward(self.inputs)
         dys = dict(zip(self.impl.returned, self.cotangents(outputs), strict=True))
         do = dys.pop("o")
         if do is None:
             do = self.placed(np.zeros(taken(outputs[self.impl.returned.index("o")], self.impl.library).shape))
-        grads = self.impl.backward(saved, do, **{f"d{n}": dy for n, dy in dys.items() if dy is not None})
+        grads = backward(saved, do, **{f"d{n}": dy for n, dy in dys.items() if dy is not None})
         names = [n for n in INPUTS if n in ("q", "k", "v") or n in self.impl.options]
         if not isinstance(grads, tuple | list) or len(grads) != len(names):
             count = len(grads) if isinstance(grads, tuple | list) else type(grads).__name__
