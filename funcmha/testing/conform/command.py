@@ -6,7 +6,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from . import golden
@@ -115,11 +117,8 @@ def _module(place: str) -> Any:
     path = Path(place)
     if not path.exists():
         raise DeclarationError(f"there is no file {place}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules[path.stem] = ModuleType(path.stem)
+    module.__file__ = str(path)
     sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
+    SourceFileLoader(path.stem, str(path)).exec_module(module)
     return module
