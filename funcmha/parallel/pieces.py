@@ -121,7 +121,7 @@ def attend_vjp(
 ) -> tuple[Array, Array, Array, Bias]:
     """dq, dk, dv, dbias of these keys, from the sums of all keys and r = dlse − δ (..., H, T)"""
     bias = None if bias is None else bias.map(_finite)
-    vjp = _tiles_vjp if _in_tiles(q, k) else _blocks_vjp
+    vjp = _tiles_vjp if _in_tiles(q, k) else _attend_in_blocks_vjp
     return vjp(q, k, v, bias, x, all_keys, do, r)
 
 
@@ -214,7 +214,7 @@ def _attend_in_blocks(q: Array, k: Array, v: Array, bias: Bias, x: Options) -> S
     return all_keys
 
 
-def _blocks_vjp(
+def _attend_in_blocks_vjp(
     q: Array, k: Array, v: Array, bias: Bias, x: Options, all_keys: Sums, do: Array, r: Array
 ) -> tuple[Array, Array, Array, Bias]:
     """`_attend_in_blocks` from the bottom up"""

@@ -43,6 +43,16 @@ class RingCache(NamedTuple):
     comm: Comm
 
 
+def _add_keys(cache: RingCache, step: Step, kv: tuple[Array, ...]) -> None:
+    """Add those of a part to the sums"""
+    k, v = kv
+    for pair in pairs(cache.layout, cache.comm.rank, step.source, cache.T, cache.S, cache.options.mask):
+        bias, x = pieces.of_piece(cache.bias, cache.options, pair.rows, pair.cols, pair.mask, cache.T)
+        rows = cache.sums.rows(pair.i)
+        own_q, own_k, own_v = map(upcast, (cache.q[..., pair.i, :], k[..., pair.j, :], v[..., pair.j, :]))
+        rows.become(joined(rows, pieces.attend(own_q, own_k, own_v, bias, x)))
+
+
 @with_single_threaded_blas
 @quiet_underflow
 def attend(
@@ -66,16 +76,6 @@ def attend(
         no_o = nothing(upcast(q), v.shape[-1]).o
         cache = cache._replace(sums=joined(cache.sums, Sums(no_o, total, shift)))
     return own(cache.sums.o, cache.sums.o), cache
-
-
-def _add_keys(cache: RingCache, step: Step, kv: tuple[Array, ...]) -> None:
-    """Add those of a part to the sums"""
-    k, v = kv
-    for pair in pairs(cache.layout, cache.comm.rank, step.source, cache.T, cache.S, cache.options.mask):
-        bias, x = pieces.of_piece(cache.bias, cache.options, pair.rows, pair.cols, pair.mask, cache.T)
-        rows = cache.sums.rows(pair.i)
-        own_q, own_k, own_v = map(upcast, (cache.q[..., pair.i, :], k[..., pair.j, :], v[..., pair.j, :]))
-        rows.become(joined(rows, pieces.attend(own_q, own_k, own_v, bias, x)))
 
 
 @with_single_threaded_blas

@@ -37,7 +37,7 @@ def dtype_of(x: Any) -> str:
 # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _numpy(a: Array, dtype: str, device: str | None) -> Array:
+def _in_numpy(a: Array, dtype: str, device: str | None) -> Array:
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -45,7 +45,7 @@ def _numpy(a: Array, dtype: str, device: str | None) -> Array:
     return a.astype(dtype)
 
 
-def _torch(a: Array, dtype: str, device: str | None) -> Any:
+def _in_torch(a: Array, dtype: str, device: str | None) -> Any:
     import torch
 
     return (
@@ -53,14 +53,14 @@ def _torch(a: Array, dtype: str, device: str | None) -> Any:
     )
 
 
-def _jax(a: Array, dtype: str, device: str | None) -> Any:
+def _in_jax(a: Array, dtype: str, device: str | None) -> Any:
     import jax
 
     placed = jax.numpy.asarray(a if a.dtype == bool else a.astype("float32" if dtype != "float64" else dtype), dtype)
     return placed if device is None else jax.device_put(placed, jax.devices(device)[0])
 
 
-def _mlx(a: Array, dtype: str, device: str | None) -> Any:
+def _in_mlx(a: Array, dtype: str, device: str | None) -> Any:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)  # no GPU of MLX has float64
@@ -69,7 +69,7 @@ def _mlx(a: Array, dtype: str, device: str | None) -> Any:
     return mx.array(a.astype("float32")).astype(getattr(mx, dtype))
 
 
-def _tinygrad(a: Array, dtype: str, device: str | None) -> Any:
+def _in_tinygrad(a: Array, dtype: str, device: str | None) -> Any:
     from tinygrad import Tensor, dtypes
 
     return Tensor(a if a.dtype == bool else a.astype("float32")).cast(getattr(dtypes, dtype)).realize()
@@ -79,17 +79,17 @@ def _by_asarray(library: str) -> Callable[..., Any]:
     def place(a: Array, dtype: str, device: str | None) -> Any:
         xp = importlib.import_module(library)
         extra = {} if device is None else {"device": device}
-        return xp.asarray(_numpy(a, dtype, None) if a.dtype != bool else a, dtype=getattr(xp, dtype), **extra)
+        return xp.asarray(_in_numpy(a, dtype, None) if a.dtype != bool else a, dtype=getattr(xp, dtype), **extra)
 
     return place
 
 
 _GIVEN: dict[str, Callable[..., Any]] = {
-    "numpy": _numpy,
-    "torch": _torch,
-    "jax": _jax,
-    "mlx.core": _mlx,
-    "tinygrad": _tinygrad,
+    "numpy": _in_numpy,
+    "torch": _in_torch,
+    "jax": _in_jax,
+    "mlx.core": _in_mlx,
+    "tinygrad": _in_tinygrad,
 }
 
 
