@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from published import FAULTS, RIGHT, implementation
 
-from funcmha.testing.conform import DeclarationError, assert_conforms, check
+from funcmha import attention
+from funcmha.testing.conform import DeclarationError, Implementation, assert_conforms, check
 from funcmha.testing.conform.cases import FEATURES, cases
 from funcmha.testing.conform.problems import rounded
 from funcmha.testing.conform.ready import READY, ready
@@ -476,6 +477,20 @@ def test_a_declaration_that_cannot_be_is_refused(declared, message):
 def test_only_an_implementation_is_checked():
     with pytest.raises(TypeError, match="impl must be an Implementation, got function"):
         check(PLAIN.forward)
+
+
+def test_what_raises_for_a_law_alone_is_told():
+    """As a function does that takes no batch of one: a row of the report, and the other cases go on."""
+
+    def forward(q, k, v):
+        if q.shape[0] == 1 and q.shape[2] > 16:
+            raise NotImplementedError("batch of one")
+        return attention(q, k, v)[0]
+
+    report = check(Implementation("odd", forward), select=lambda case: case.feature == "batch")
+    (feature,) = report.features
+    assert feature.verdict == "wrong"
+    assert [(row.quantity, row.why) for row in feature.failures] == [("call", "NotImplementedError: batch of one")]
 
 
 def test_assert_conforms_raises_with_the_report():

@@ -501,3 +501,31 @@ def test_memory_of_a_rank_falls_with_the_ranks():
         return most / n
 
     assert peak(8) < 0.6 * peak(2)
+
+
+# ── failing well ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rank_that_has_returned_is_not_waited_for():
+    q = np.ones((1, 4, 8))
+
+    def of_rank(comm):
+        return None if comm.rank else parallel.attention(parallel.Line(comm), q, q, q)
+
+    with pytest.raises(RuntimeError, match="rank 0 waits for rank 1, which has returned"):
+        parallel.threads(2).run(of_rank)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_bias_of_one_number_has_a_gradient_of_one(n):
+    q, bias = np.random.default_rng(0).standard_normal((2, 8, 4)), np.array(0.5)
+
+    def of_rank(comm):
+        line = parallel.Line(comm)
+        part = q[:, line.positions(8)]
+        o, cache = parallel.attention(line, part, part, part, bias)
+        return parallel.attention_vjp(cache, o)[3]
+
+    for dbias in parallel.threads(n).run(of_rank):
+        assert dbias.shape == ()
+        assert abs(dbias) < 1e-12

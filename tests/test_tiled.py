@@ -244,6 +244,38 @@ def test_how_many_heads_go_together_changes_no_bit(K, G, bias):
             assert same, name
 
 
+@pytest.mark.parametrize("T", [1, 513])
+@pytest.mark.parametrize(("K", "G"), [(1, 2), (2, 2), (1, 4)])
+def test_threads_change_no_bit_of_one_row_in_forward_mode(monkeypatch, K, G, T):
+    """A tile of one row is a product of a vector, whose bits depend on how the keys lie in memory."""
+    problem = AttentionProblem(batch=(), T=T, S=T + 4, K=K, G=G, D=16, E=24)
+    (q, k, v, *_), do = problem.inputs("float32"), problem.cotangents("float32")[0]
+    results = []
+    for n in ("1", "2", "3"):
+        monkeypatch.setenv("FUNCMHA_NUM_THREADS", n)
+        _, cache = attention(q, k, v, engine=IN_TILES)
+        results.append([*attention_jvp(cache, q[::-1], k, v), *attention_vjp_jvp(cache, do, do, q, k, v)[:3]])
+    for other in results[1:]:
+        assert all(map(np.array_equal, results[0], other))
+
+
+def test_sums_of_few_queries_are_those_of_tiles():
+    """Also where tiles have fewer rows: the weight of a single key is 1."""
+    rng = np.random.default_rng(102)
+    q, k = (100 * rng.standard_normal((1, n, 3)).astype(np.float32) for n in (3, 1))
+    o, cache = attention(q, k, v := np.ones((1, 1, 1), np.float32), engine=TILED._replace(plan=Plan(tile_rows=2)))
+    assert np.array_equal(attention_weights(cache), np.ones((1, 3, 1)))
+    assert np.array_equal(attention_vjp(cache, np.ones_like(o))[2], 3 * v)
+
+
+def test_a_tile_of_one_score_is_not_halved():
+    q = np.random.default_rng(0).standard_normal((2, 2, 4))
+    mask = np.array([[[1, 1], [1, 1]], [[0, 1], [1, 1]]], bool)
+    plan = Plan(tile_rows=1, tile_cols=1, few_queries=0)
+    o, _ = attention(q, q, q, mask=mask, engine=TILED._replace(plan=plan))
+    close(o, attention(q, q, q, mask=mask, engine=SEQUENTIAL)[0])
+
+
 @given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 600), st.integers(1, 600), st.integers(1, 5))
 def test_stacks_are_all_heads_in_order(K, readers, T, S, least):
     plan = Plan(stack_numbers=1000)

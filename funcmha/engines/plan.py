@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     # ── attention in tiles ──
     tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
     tile_cols: int = 512  # keys
-    stack_numbers: int = 2**20  # scores of a tile of each of some heads that go together (docs/decisions/0037)
+    stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products

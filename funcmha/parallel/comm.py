@@ -87,4 +87,6 @@ def bounds(n: int, parts: int, i: int) -> tuple[int, int]:
 
 def contiguous(x: Array) -> Array:
     """x as a carrier takes it: itself where its numbers lie in a row, else a copy"""
-    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else namespace(x).ascontiguousarray(x)
+    if isinstance(x, np.ndarray):
+        return x if x.flags.c_contiguous else np.ascontiguousarray(x)  # which gives a number an axis
+    return namespace(x).ascontiguousarray(x)

@@ -59,12 +59,16 @@ class _World:
         self.changed = threading.Condition()
         self.sent: dict[tuple[int, int], deque[_Message]] = {}
         self.stopped = False
+        self.returned: set[int] = set()
         self.errors: list[BaseException] = []
         self.results: dict[int, Any] = {}
 
     def work(self, f: Callable[[Comm], Any], rank: int) -> None:
         try:
             self.results[rank] = f(_Rank(self, rank))
+            with self.changed:
+                self.returned.add(rank)
+                self.changed.notify_all()
         except _StoppedError:
             pass
         except BaseException as error:
@@ -103,7 +107,8 @@ class _Rank(Comm):
             for out, source in receives:
                 box = (source, self.rank)
                 with world.changed:
-                    world.until(lambda box=box: world.sent.get(box))  # type: ignore[misc]
+                    world.until(lambda box=box: world.sent.get(box) or box[0] in world.returned)  # type: ignore[misc]
+                    self._check(bool(world.sent.get(box)), source)
                     message = world.sent[box].popleft()
                 if tuple(message.x.shape) != tuple(out.shape) or message.x.dtype != out.dtype:
                     got, wanted = f"{tuple(message.x.shape)} of {message.x.dtype}", f"{tuple(out.shape)} of {out.dtype}"
@@ -113,6 +118,14 @@ class _Rank(Comm):
                     message.x, message.taken = None, True
                     world.changed.notify_all()
             with world.changed:
-                world.until(lambda: all(message.taken for message in messages))
+                for message, (_, to) in zip(messages, sends, strict=True):
+                    world.until(lambda message=message, to=to: message.taken or to in world.returned)  # type: ignore[misc]
+                    self._check(message.taken, to)
 
         return wait
+
+    def _check(self, there: bool, other: int) -> None:
+        if not there:
+            raise RuntimeError(
+                f"rank {self.rank} waits for rank {other}, which has returned: all call the same functions"
+            )

@@ -1,7 +1,7 @@
 """Attention in tiles: `funcmha.ops.attention` and its vjp in linear memory (Dao et al. 2022).
 
-The heads come one after another; the work of a head is cut into tiles, and these are shared out among the threads. The
-result does not depend on how many there are: what is added up is added in the order of the tiles.
+The work of some heads of a sample is cut into tiles, and these are shared out among the threads. The result does not
+depend on how many there are: what is added up is added in the order of the tiles.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """

@@ -132,7 +132,8 @@ class _Forward(NamedTuple):
         pairs = [(q_dot, heads.k)] * (self.dot.q is not None) + [(q, heads_dot.k)] * (self.dot.k is not None)
         if not pairs:
             return q[..., :0], heads.k[..., :0]
-        left, right = (np.concatenate(some, axis=-1) for some in zip(*pairs, strict=True))
+        # Row after row, as a head alone has them: of keys that are repeated NumPy makes columns, whose bits are others.
+        left, right = (np.ascontiguousarray(np.concatenate(some, axis=-1)) for some in zip(*pairs, strict=True))
         return heads.rounded(heads.scale) * left, right
 
     def scores(self, heads_dot: Heads, tile: Tile, left: Array, right: Array, slope: Array) -> Array:

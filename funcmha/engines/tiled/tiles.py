@@ -186,7 +186,7 @@ def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
     answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
     if answer != "mixed":
         return [Tile(rows, cols, mixed=False)] if answer == "full" else []
-    if 4 * area <= plan.tile_rows * plan.tile_cols:
+    if 4 * area <= plan.tile_rows * plan.tile_cols or area == 1:
         return [Tile(rows, cols, mixed=True)]
     quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
     found = [tile for quarter in quarters for tile in quarter]
@@ -272,11 +272,10 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
 
 def sums(heads: Heads, row_max: Array) -> Array:
     """The sums of exponentials of all rows, the sink's included (G, T)"""
-    rows = (0, heads.q.shape[1])
-    q, row_sum = heads.scaled_q(rows), np.zeros(heads.q.shape[:-1], heads.q.dtype)
-    for tile in heads.all_tiles(rows):
+    row_sum = np.zeros(heads.q.shape[:-1], heads.q.dtype)
+    for tile in (tile for rows in blocks(row_sum.shape[-1], heads.plan.tile_rows) for tile in heads.all_tiles(rows)):
         i = slice(*tile.rows)
-        e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i])
+        e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[:, i])
         row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
     return row_sum if heads.sink is None else row_sum + of_sink(heads, row_max)
 

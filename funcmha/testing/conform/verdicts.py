@@ -49,11 +49,20 @@ def judge_numbers(impl: Implementation, case: Case, x: Numbers, *, laws: bool = 
     try:
         got = run(impl, problem, x, dtype)
     except Exception as error:  # any library's own
-        return [Judged(case, "call", np.inf, WRONG, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+        return [_raised(case, error)]
     rows = list(_compared(impl, case, x, got))
     if laws and not any(row.verdict == WRONG and " are NaN" in row.why for row in rows):
-        rows += [Judged(case, quantity, np.inf, WRONG, why, law=True) for quantity, why in broken(impl, case, x, got)]
+        try:
+            for quantity, why in broken(impl, case, x, got):
+                rows.append(Judged(case, quantity, np.inf, WRONG, why, law=True))
+        except Exception as error:  # of the same function with a batch of one, or one query
+            rows.append(_raised(case, error))
     return rows
+
+
+def _raised(case: Case, error: Exception) -> Judged:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Judged(case, "call", np.inf, WRONG, why)
 
 
 def judge_values(impl: Implementation, case: Case, x: Numbers, values: dict[str, Array]) -> list[Judged]:
