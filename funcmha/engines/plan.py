@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         return min(T, max(rows, _round(area // cols))), cols
 
     def stacks(self, H: int, K: int, T: int, S: int, least: int) -> list[list[slice]]:
-        """0 … H in ranges of heads that go together, of `stack_numbers` scores in a tile each, but at least so many ranges
+        """0 … H in ranges of heads that go together, of `stack_numbers` scores in a tile each, but so many at `least`
 
         In lists of those that read one key/value head: a range has heads of one, or, where each has its own, of many.
         """
