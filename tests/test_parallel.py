@@ -123,7 +123,7 @@ def test_tiles_and_blocks_of_a_piece_agree(bias):
     close(in_tiles.o, in_blocks.o)
     close(in_tiles.lse, in_blocks.lse)
     for sums in (in_tiles, in_blocks):
-        grads = [f(q, k, v, own, x, sums, do, dlse) for f in (pieces._tiles_vjp, pieces._blocks_vjp)]
+        grads = [f(q, k, v, own, x, sums, do, dlse) for f in (pieces._tiles_vjp, pieces._attend_in_blocks_vjp)]
         for a, b in zip(*grads, strict=True):
             close(*(getattr(g, "values", g) for g in (a, b)))
 
