@@ -23,6 +23,7 @@ from funcmha._arrays import Array, Sum, full, namespace
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.engines import BATCHED, TILED, pick
 from funcmha.engines.tiled.attention import attention_vjp as tiled_attention_vjp
+from funcmha.engines.tiled.attention import in_range
 from funcmha.engines.tiled.cache import Rest
 from funcmha.engines.tiled.tiles import BOUND
 from funcmha.masks import Range, dense
@@ -109,7 +110,7 @@ def _slice(a: range) -> slice:
 
 def attend(q: Array, k: Array, v: Array, bias: Bias, x: Options) -> Sums:
     """The sums of these keys, of arguments that are checked and upcast"""
-    bias = None if bias is None else bias.map(_finite)
+    bias = None if bias is None else bias.map(in_range)
     if not _in_tiles(q, k):
         return _attend_in_blocks(q, k, v, bias, x)
     o, cache = TILED.attend(q, k, v, bias, None, x, PLAN)
@@ -120,7 +121,7 @@ def attend_vjp(
     q: Array, k: Array, v: Array, bias: Bias, x: Options, all_keys: Sums, do: Array, r: Array
 ) -> tuple[Array, Array, Array, Bias]:
     """dq, dk, dv, dbias of these keys, from the sums of all keys and r = dlse − δ (..., H, T)"""
-    bias = None if bias is None else bias.map(_finite)
+    bias = None if bias is None else bias.map(in_range)
     vjp = _tiles_vjp if _in_tiles(q, k) else _attend_in_blocks_vjp
     return vjp(q, k, v, bias, x, all_keys, do, r)
 
@@ -128,13 +129,6 @@ def attend_vjp(
 def _in_tiles(q: Array, k: Array) -> bool:
     """Whether the tiled engine is the fastest for them"""
     return pick(None, q, max(q.shape[-2], k.shape[-2])).name == TILED.name
-
-
-def _finite(bias: Array) -> Array:
-    """A finite number stays finite times log₂e: the least of its dtype, which many write for −∞"""
-    xp = namespace(bias)
-    least = 0.69 * float(xp.finfo(bias.dtype).min)
-    return xp.where((bias < least) & (bias != -INF), least, bias)
 
 
 def _tiles_vjp(

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from funcmha._arguments import AttentionOptions, Bias, Options, check_attention, check_cotangents_of_attention
-from funcmha._arrays import Array, downcast, own, quiet_underflow, upcast
+from funcmha._arrays import Array, downcast, namespace, own, quiet_underflow, upcast
 from funcmha.biases import RelativeBias
 from funcmha.engines.plan import Plan
 from funcmha.masks.zero import zero_masked_queries, zero_unattended
@@ -23,7 +23,7 @@ from .backward import Backward
 from .cache import AttentionCache, Rest, Views, with_head_axis
 from .forward import forward, recomputed
 from .schedule import BiasGradient, RelativeBiasGradient
-from .tiles import LN2, blocks
+from .tiles import LN2, inverse_of
 
 
 @quiet_underflow
@@ -31,7 +31,7 @@ def attend(
     q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
 ) -> tuple[Array, AttentionCache]:
     """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
-    bias = None if bias is None else bias.map(_in_range)
+    bias = None if bias is None else bias.map(in_range)
     q, k, v = zero_unattended(q, k, v, x.mask)
     k = _in_rows(k)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -112,7 +112,7 @@ def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -
         of_bias = RelativeBiasGradient if isinstance(rest.bias, RelativeBias) else BiasGradient
         dbias = of_bias(rest.bias.values, (*q.shape[:-1], k.shape[-2]))
     dsink = np.zeros(x.q.shape[:-2], q.dtype)
-    inverse = np.where(x.row_sum == 0, 0.0, 1 / np.where(x.row_sum == 0, 1.0, x.row_sum))[..., None]
+    inverse = inverse_of(x.row_sum)[..., None]
     attending = None if rest.mask is None else rest.mask.attending_queries(q.shape[-2], k.shape[-2])
     cotangents = with_head_axis(zero_masked_queries(do, attending)), with_head_axis(dweights), with_head_axis(dlse, 1)
     grads = with_head_axis(dq), with_head_axis(dk), with_head_axis(dv)
@@ -130,12 +130,15 @@ def total_of_sink(dsink: Array, sink: Array, batch_axes: int) -> Array:
     return summed.reshape((*batch[:batch_axes], *sink.shape))
 
 
-def _in_range(bias: Array) -> Array:
-    """The bias, where a finite number stays finite times log₂e: the least of its dtype, which many write for −∞"""
-    least = 0.69 * np.finfo(bias.dtype).min
-    if bias.min(initial=0.0) >= least:
+def in_range(bias: Array) -> Array:
+    """The bias of any library, where a finite number stays finite times log₂e: the least of its dtype, which many write
+    for −∞
+    """
+    xp = namespace(bias)
+    least = 0.69 * xp.finfo(bias.dtype).min
+    if isinstance(bias, np.ndarray) and bias.min(initial=0.0) >= least:
         return bias
-    return np.where((bias < least) & (bias != -np.inf), bias.dtype.type(least), bias)
+    return xp.where((bias < least) & (bias != -inf), least, bias)
 
 
 def _in_rows(k: Array) -> Array:
@@ -166,9 +169,9 @@ def attention_weights(cache: AttentionCache, /) -> Array:
     p = np.zeros((*x.q.shape[:-1], x.k.shape[-2]), x.q.dtype)
     row_sum = np.where(x.row_sum == 0, 1.0, x.row_sum)[..., None]
     with threads.single_threaded_blas():
-        for b, h in ((b, h) for b in np.ndindex(*p.shape[:-3]) for h in x.stacks()):
+        for b, h in x.stacks_of_samples():
             heads = x.heads(b, h)
-            for tile in (tile for rows in blocks(p.shape[-2], x.plan.tile_rows) for tile in heads.all_tiles(rows)):
+            for tile in heads.of_all_rows():
                 at = (*b, h, slice(*tile.rows))
                 row_max = None if x.row_max is None else x.row_max[at]
                 p[(*at, slice(*tile.cols))] = heads.exponentials(heads.scaled_q(tile.rows), tile, row_max) / row_sum[at]

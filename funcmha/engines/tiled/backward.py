@@ -15,7 +15,7 @@ from . import threads
 from .cache import Views, repeated
 from .dominant import Dominant, add_to_keys
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
-from .tiles import Heads, Rows, Tile, blocks, mean_cotangent, of_sink, tile_backward
+from .tiles import Heads, Rows, Tile, mean_cotangent, of_sink, tile_backward
 
 
 class _Prepared(NamedTuple):
@@ -93,11 +93,10 @@ class Backward(NamedTuple):
         """δ = Σ p dp = Σ do o + Σ p dweights"""
         at, heads = (*b, h), self.in_rows(b, h)
         delta = np.einsum("gte,gte->gt", self.do[at], self.x.o[at])
-        for rows in blocks(delta.shape[-1], self.x.plan.tile_rows) if self.dweights is not None else ():
-            for tile in heads.all_tiles(rows):
-                i, j = slice(*tile.rows), slice(*tile.cols)
-                x = self.rows(at, heads, delta, tile.rows)
-                delta[:, i] += mean_cotangent(heads, tile, x, self.dweights[at][:, i, j])
+        for tile in heads.of_all_rows() if self.dweights is not None else ():
+            i, j = slice(*tile.rows), slice(*tile.cols)
+            x = self.rows(at, heads, delta, tile.rows)
+            delta[:, i] += mean_cotangent(heads, tile, x, self.dweights[at][:, i, j])
         total = np.zeros_like(delta) if self.dlse is None else np.where(self.x.row_sum[at] == 0, 0.0, self.dlse[at])
         r = -delta if self.dlse is None else total - delta
         if heads.sink is not None:

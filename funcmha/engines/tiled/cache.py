@@ -121,6 +121,10 @@ class Views(NamedTuple):
         """The heads that go together, enough for all threads"""
         return [h for some in self._stacks(for_threads=True) for h in some]
 
+    def stacks_of_samples(self) -> list[tuple[Any, slice]]:
+        """The same of each sample"""
+        return [(b, h) for b in np.ndindex(*self.q.shape[:-3]) for h in self.stacks()]
+
     def stacks_of_keys(self) -> list[list[slice]]:
         """The same in lists of those that read one key/value head
 

@@ -30,9 +30,8 @@ def recomputed(x: Views) -> Views:
         at = (*task[0], task[1])
         row_sum[at] = sums(x.heads(*task), None if x.row_max is None else x.row_max[at])
 
-    tasks = [(b, h) for b in np.ndindex(*row_sum.shape[:-2]) for h in x.stacks()]
     with threads.single_threaded_blas():  # whose threads would cut a product otherwise, with other bits
-        threads.run(work, tasks, flops=0.0, plan=x.plan)
+        threads.run(work, x.stacks_of_samples(), flops=0.0, plan=x.plan)
     return x._replace(row_sum=row_sum)
 
 

@@ -27,7 +27,7 @@ from .cache import AttentionCache, Views, with_head_axis
 from .dominant import inside
 from .forward import recomputed
 from .threads import scratch
-from .tiles import Heads, Tile, blocks, of_sink
+from .tiles import Heads, Tile, blocks, inverse_of, of_sink, within
 
 
 @quiet_underflow
@@ -72,7 +72,7 @@ class _Forward(NamedTuple):
         at, x = (*b, h, slice(*rows)), self.x
         heads, heads_dot = x.heads(b, h), self.x_dot.heads(b, h)
         row_max = None if x.row_max is None else x.row_max[at]
-        inverse = np.where(x.row_sum[at] == 0, 0.0, 1 / np.where(x.row_sum[at] == 0, 1.0, x.row_sum[at]))
+        inverse = inverse_of(x.row_sum[at])
         key, z_dot = None, np.zeros_like(inverse)
         if x.dominant[at].max(initial=-1) >= 0:
             key = x.dominant[at]
@@ -109,7 +109,7 @@ class _Forward(NamedTuple):
         q, (left, right) = heads.scaled_q(rows), self.factors(heads, heads_dot, rows)
         acc, mean = np.zeros((*q.shape[:-1], heads.v.shape[-1]), q.dtype), np.zeros(q.shape[:-1], q.dtype)
         for tile in heads.all_tiles(rows):
-            i, j = slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0]), slice(*tile.cols)
+            i, j = within(rows, tile), slice(*tile.cols)
             slope = None if heads.softcap is None else scratch("slope", (len(q), *tile.shape), q.dtype)
             e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i], slope)
             ez = self.scores(heads_dot, tile, left[:, i], right[:, j], slope)

@@ -31,7 +31,7 @@ from .dominant import Dominant, add_to_keys
 from .forward import recomputed
 from .forward_mode import attention_jvp, tangent_views
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
-from .tiles import Heads, Tile, add_heads, of_sink
+from .tiles import Heads, Tile, add_heads, inverse_of, of_sink
 
 
 @quiet_underflow
@@ -76,7 +76,7 @@ class _Rows(NamedTuple):
         """δ = Σ do o     δ̇ = Σ ḋo o + do ȯ"""
         row_sum, o = cache.rest.row_sum, cache.rest.o
         some = row_sum != 0
-        inverse = np.where(some, 1 / np.where(some, row_sum, 1.0), 0.0)
+        inverse = inverse_of(row_sum)
         do_dot = np.zeros_like(y.do) if y.do_dot is None else y.do_dot
         dlse, dlse_dot = (inverse.dtype.type(0) if d is None else d for d in (y.dlse, y.dlse_dot))
         dlse, dlse_dot = np.where(some, dlse, 0.0), np.where(some, dlse_dot, 0.0)
@@ -187,7 +187,7 @@ def _dropped(heads: Heads, tile: Tile, *arrays: Array) -> Any:
 def _of_sink(y: _Second) -> Array:
     """ḋsink (..., H)"""
     out = np.zeros(y.x.q.shape[:-2], y.x.q.dtype)
-    for b, h in ((b, h) for b in np.ndindex(*out.shape[:-1]) for h in y.x.stacks()):
+    for b, h in y.x.stacks_of_samples():
         _, dz_dot, _ = y.of_sink(b, h)
         out[(*b, h)] = np.sum(dz_dot, axis=-1)
     return out

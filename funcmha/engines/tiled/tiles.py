@@ -99,6 +99,10 @@ class Heads(NamedTuple):
         """The tiles of these rows, from left to right."""
         return [tile for block in self.tiles(rows) for tile in block]
 
+    def of_all_rows(self) -> list[Tile]:
+        """The tiles of all rows, in blocks as high as those of the forward."""
+        return [tile for rows in blocks(self.q.shape[1], self.plan.tile_rows) for tile in self.all_tiles(rows)]
+
     def tiles(self, rows: Range) -> list[list[Tile]]:
         """The same in blocks of columns."""
         start, stop = self.columns(rows)
@@ -214,7 +218,7 @@ def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[A
     if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
         wrong = wrong | (key >= 0) & (row_sum < FLOOR_OF_KEYS)
     if np.any(wrong):  # in whole tiles, as in the backward: a product of some of their rows would have other bits
-        some = [tile for tile in all_tiles if wrong[:, _within(rows, tile)].any()]
+        some = [tile for tile in all_tiles if wrong[:, within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(heads, q, rows, some), 0.0 if row_max is None else row_max)
         sum_again, acc_again, heavy_again = _sums(heads, q, rows, some, row_max)
         row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[..., None], acc_again, acc)
@@ -260,7 +264,7 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
     E, heavy = heads.v.shape[-1], list[Heavy]()
     row_sum, acc = np.zeros(q.shape[:-1], q.dtype), np.zeros((*q.shape[:-1], E), q.dtype)
     for tile in some:
-        i = _within(rows, tile)
+        i = within(rows, tile)
         e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i])
         row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
         if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
@@ -273,7 +277,7 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
 def sums(heads: Heads, row_max: Array) -> Array:
     """The sums of exponentials of all rows, the sink's included (G, T)"""
     row_sum = np.zeros(heads.q.shape[:-1], heads.q.dtype)
-    for tile in (tile for rows in blocks(row_sum.shape[-1], heads.plan.tile_rows) for tile in heads.all_tiles(rows)):
+    for tile in heads.of_all_rows():
         i = slice(*tile.rows)
         e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[:, i])
         row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
@@ -291,7 +295,7 @@ def _maximum(heads: Heads, q: Array, rows: Range, some: list[Tile]) -> Array:
     if heads.sink is not None:
         top[:] = heads.log2_sink
     for tile in some:
-        i = _within(rows, tile)
+        i = within(rows, tile)
         top[:, i] = np.maximum(top[:, i], _largest(heads, q[:, i], tile))
     return np.where(top == -np.inf, 0.0, np.ceil(top))
 
@@ -304,9 +308,14 @@ def _largest(heads: Heads, q: Array, tile: Tile) -> Array:
     return s.max(axis=-1)
 
 
-def _within(rows: Range, tile: Tile) -> slice:
+def within(rows: Range, tile: Tile) -> slice:
     """The rows of a tile, counted from the first of `rows`."""
     return slice(tile.rows[0] - rows[0], tile.rows[1] - rows[0])
+
+
+def inverse_of(row_sum: Array) -> Array:
+    """1 / row_sum, 0 where that is 0"""
+    return np.where(row_sum == 0, 0.0, 1 / np.where(row_sum == 0, 1.0, row_sum))
 
 
 class Rows(NamedTuple):

@@ -3,8 +3,8 @@
     impl = Implementation("mine", forward, library="torch", dtypes=("float32", "bfloat16"))
     assert_conforms(impl)
 
-From the command line: `funcmha conform FILE.py:impl`. Bounds are derived from the roundings that the implementation
-declares, none is tuned; conventions are measured before anything is judged; structural laws need no tolerance.
+From the command line: `python -m funcmha conform FILE.py:impl`. Bounds are derived from what the implementation
+declares to round, none is tuned; conventions are measured before anything is judged; structural laws need no tolerance.
 """
 
 from .checking import Feature, Report, assert_conforms, check

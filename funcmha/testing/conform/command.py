@@ -1,4 +1,4 @@
-"""`funcmha conform`: what it loads, runs and prints, and its exit status."""
+"""`python -m funcmha conform`: what it loads, runs and prints, and its exit status."""
 
 import importlib
 import importlib.util
