@@ -35,7 +35,7 @@ def _map(f: Callable[..., Any], trees: tuple[Tree, ...], path: str) -> Tree:
             raise KeyError(f"trees differ at {path or 'the root'}: {_kind(first)} and {_kind(other)}")
     if not isinstance(first, dict):
         return f(*trees)
-    return {key: _map(f, tuple(t[key] for t in trees), f"{path}.{key}".lstrip(".")) for key in first}
+    return {key: _map(f, tuple([t[key] for t in trees]), f"{path}.{key}" if path else key) for key in first}
 
 
 def _kind(tree: Tree) -> str:

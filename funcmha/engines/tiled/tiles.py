@@ -270,7 +270,7 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
         if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
             heavy.append(found)
         v = heads.v[:, slice(*tile.cols)]
-        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, terms=heads.plan.terms)
+        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, plan=heads.plan)
     return row_sum, acc, heavy
 
 
@@ -344,7 +344,7 @@ def tile_backward(
     v1 (G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (G, R, N) or None. At dominant
     keys dz is left out.
     """
-    (G, R, D), (N, E), dtype, terms = x.q.shape, dv.shape[-2:], v1.dtype, heads.plan.terms
+    (G, R, D), (N, E), dtype = x.q.shape, dv.shape[-2:], v1.dtype
     slope = None if heads.softcap is None else scratch("slope", (G, R, N), dtype)
     e = heads.exponentials(x.q, tile, x.row_max, slope)
     a = heads.drop(e, tile)
@@ -359,7 +359,7 @@ def tile_backward(
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
-    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), terms=terms)
+    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), plan=heads.plan)
     dq += np.multiply(t, heads.rounded(heads.scale), out=t)
     t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
     add_heads(dk, np.multiply(t, heads.scale_by_score_scale, out=t))
