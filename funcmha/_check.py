@@ -258,16 +258,15 @@ class Axes:
         if letters[:1] == ("...",):
             lead = len(shape) - len(letters) + 1  # the number of batch axes
             shape = (shape[:lead], *shape[lead:]) if lead >= 0 else ()
-        if len(shape) != len(letters) or not self._fits(letters, shape):
-            known = [f"{n}={self.size[n]} as in {self.owner[n]}" for n in letters if n in self.size]
+        size, fits = self.size, len(shape) == len(letters)
+        for letter, n in zip(letters, shape, strict=False):
+            fits = size.setdefault(letter, n) == n and fits
+        if not fits:
+            known = [f"{n}={size[n]} as in {self.owner[n]}" for n in letters if n in self.owner]
             spelt = f"({', '.join(letters)}){' with ' + ', '.join(known) if known else ''}"
             raise ValueError(f"{name} must be {spelt}, got {tuple(x.shape)}")
-        for letter, n in zip(letters, shape, strict=True):
-            if letter not in self.size:
-                self.size[letter], self.owner[letter] = n, name
-
-    def _fits(self, letters: tuple[str, ...], sizes: tuple[Any, ...]) -> bool:
-        return all(self.size.get(letter, n) == n for letter, n in zip(letters, sizes, strict=True))
+        for letter in letters:
+            self.owner.setdefault(letter, name)
 
     def static(self, name: str, x: Array) -> None:
         """Check that a static array is of NumPy, or of the library of the arrays."""

@@ -16,6 +16,9 @@ from typing import Any
 Tree = Any  # a dict of trees, or a leaf: anything but a container
 
 
+CONTAINERS = (list, tuple, set, frozenset, Mapping)
+
+
 def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A001 — it is `tree.map` where it is used
     """f at every leaf:  {"w": f(tree["w"], rest["w"], …), …}
 
@@ -44,7 +47,7 @@ def _kind(tree: Tree) -> str:
 
 def _check(node: Any, path: str) -> None:
     """Raise TypeError for anything but a dict or a leaf: f would get it whole, and 2 * [w] is [w, w]."""
-    if isinstance(node, dict) or not isinstance(node, list | tuple | set | frozenset | Mapping):
+    if isinstance(node, dict) or hasattr(node, "dtype") or not isinstance(node, CONTAINERS):
         return
     if not hasattr(node, "_fields"):  # a NamedTuple is a value, such as a mask
         keys = "" if isinstance(node, Mapping) else ', with the keys "0", "1", … for layers in a row'

@@ -97,7 +97,7 @@ def test_the_command_line(tmp_path):
 
 
 class Told:
-    """A process whose runs take a second of a clock and both cores, during which others take so many of the processors'."""
+    """A process whose runs take a second of a clock and both cores; others take so many more."""
 
     def __init__(self, monkeypatch, others):
         self.clock, self.others, self.runs = 0.0, iter(others), 0
