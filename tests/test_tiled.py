@@ -629,3 +629,31 @@ def test_mha_by_every_engine():
     for got in others:
         for a, b in zip(got, want, strict=True):
             close(a, b)
+
+
+MASKED = [masks.causal(), masks.lengths(np.array([3])), np.zeros((5, 7), bool)]
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "K", "mask"),
+    [(5, 7, 4, None), (0, 7, 4, None), (5, 0, 4, None), (5, 7, 2, None), (600, 7, 4, None), (5, 70000, 4, None)]
+    + [(5, 7, 4, mask) for mask in MASKED],
+)
+def test_no_gradient_is_left_unwritten(monkeypatch, T, S, K, mask):
+    """Heads of one tile write their gradients into fresh memory, which here is full of NaN."""
+    q, k, v = (np.ones((1, heads, n, 3), "f4") for heads, n in ((4, T), (K, S), (K, S)))
+    do, cache = attention(q, k, v, mask=mask, engine=TILED)
+    empty_like = np.empty_like
+    monkeypatch.setattr(np, "empty_like", lambda *args, **options: np.full_like(empty_like(*args, **options), np.nan))
+    assert all(np.isfinite(dx).all() for dx in attention_vjp(cache, do)[:3])
+
+
+@pytest.mark.parametrize(
+    ("R", "I", "N"), [(2, 2000, 100), (1, 4096, 512), (512, 4096, 1), (300, 4096, 64), (16, 1000, 16)]
+)
+def test_no_sum_of_a_product_is_long(R, I, N):
+    """A 1 added to 2²⁴ in float32 is lost, so what is missing tells how many terms were added up one after another."""
+    a, b = np.ones((R, I), "f4"), np.ones((I, N), "f4")
+    a[:, 0] = 2.0**24
+    got = product(a, b, out=np.empty((R, N), "f4"), plan=PLAN).astype("f8")
+    assert (2.0**24 + I - got <= 512).all()

@@ -337,8 +337,10 @@ def tile_backward(
     dq: Array,
     dk: Array,
     dv: Array,
+    *,
+    only: bool = False,
 ) -> Array:
-    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E)
+    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E), or write it if it is the only
     return its dz (G, R, N), good until the next tile
 
     v1 (G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (G, R, N) or None. At dominant
@@ -348,7 +350,9 @@ def tile_backward(
     slope = None if heads.softcap is None else scratch("slope", (G, R, N), dtype)
     e = heads.exponentials(x.q, tile, x.row_max, slope)
     a = heads.drop(e, tile)
-    add_heads(dv, np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=scratch("n", (G, N, E), dtype)))
+    t = np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=dv if only else scratch("n", (G, N, E), dtype))
+    if not only:
+        add_heads(dv, t)
     if heads.keep is None:
         dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", (G, R, N), dtype))
     else:
@@ -360,9 +364,13 @@ def tile_backward(
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
     t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), plan=heads.plan)
-    dq += np.multiply(t, heads.rounded(heads.scale), out=t)
+    np.multiply(t, heads.rounded(heads.scale), out=dq if only else t)
+    if not only:
+        dq += t
     t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
-    add_heads(dk, np.multiply(t, heads.scale_by_score_scale, out=t))
+    np.multiply(t, heads.scale_by_score_scale, out=dk if only else t)
+    if not only:
+        add_heads(dk, t)
     return dz
 
 
