@@ -74,8 +74,8 @@ class Plan(NamedTuple):
         size = max(self.stack_numbers // max(min(T, self.tile_rows) * min(S, self.columns(T)), 1), 1)
         size = max(min(size, H // max(least, 1)), 1)
         if H == K:
-            return [[h] for h in _evenly(0, H, size)]
-        return [_evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
+            return [[h] for h in evenly(0, H, size)]
+        return [evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         """The key/value heads whose gradient is taken at once"""
         numbers = prod(batch) * max(H // max(K, 1) * T, S) * (D + E)
         columns = min(self.group_long, self.group_columns) if self.long(T, S, C) else self.group_columns
-        return _evenly(0, K, max(self.group_numbers // max(numbers, 1), columns // max(D, 1), 1))
+        return evenly(0, K, max(self.group_numbers // max(numbers, 1), columns // max(D, 1), 1))
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
@@ -125,7 +125,7 @@ MAY_BE_ZERO = (
 )
 
 
-def _evenly(start: int, stop: int, size: int) -> list[slice]:
+def evenly(start: int, stop: int, size: int) -> list[slice]:
     """start … stop in ranges of about the same size, this at most"""
     n = -(-(stop - start) // size)
     ends = [start + (stop - start) * i // n for i in range(n + 1)] if n else [start]

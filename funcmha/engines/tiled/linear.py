@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from funcmha._arrays import Array
-from funcmha.engines.plan import Plan
+from funcmha.engines.plan import Plan, evenly
 from funcmha.ops import LinearCache
 
 from . import threads
@@ -99,8 +99,16 @@ def _pieces(y: Array, plan: Plan) -> list[tuple[slice, slice]]:
 
 
 def _blocks(y: Array, rows: int, cols: int) -> list[tuple[slice, slice]]:
-    """y (N, O) in blocks of so many rows and columns"""
-    return [(slice(i, i + rows), slice(j, j + cols)) for i in range(0, len(y), rows) for j in range(0, len(y.T), cols)]
+    """y (N, O) in blocks of so many rows and columns at most, of about the same size"""
+    return [(i, j) for i in _in_pairs(len(y), rows) for j in _in_pairs(len(y.T), cols)]
+
+
+def _in_pairs(n: int, size: int) -> list[slice]:
+    """0 … n in an even number of ranges of this size at most, or in one: then two threads end together"""
+    if n <= size:
+        return [slice(0, n)] if n else []
+    pairs = -(-n // (2 * size))
+    return evenly(0, n, -(-n // (2 * pairs)))
 
 
 def _side_by_side(parts: list[Array], rows: slice, cols: slice = slice(None)) -> Array:
