@@ -16,6 +16,9 @@ class Plan(NamedTuple):
     # ── attention in tiles ──
     tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
     tile_cols: int = 512  # keys
+    tile_cut: int = 4  # into which a tile is cut at most, for what a mask leaves out: smaller pieces make more calls
+    many_heads: int = 12  # that go together, from which on masked tiles are half as high and wide, and cut no further
+    many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0040)
     stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
@@ -48,6 +51,14 @@ class Plan(NamedTuple):
             least = 0 if name in MAY_BE_ZERO else 1
             if not n >= least:
                 raise ValueError(f"plan.{name} must be at least {least}, got {n!r}")
+
+    def of_masked(self, H: int, K: int, T: int, S: int) -> "Plan":
+        """The plan for masked attention: where many heads go together smaller tiles make fewer calls, not more"""
+        together = H if H == K else H // max(K, 1)
+        if together < self.many_heads or max(T, S) > self.many_tokens:
+            return self
+        rows, cols = max(self.tile_rows // 2, 1), max(self.tile_cols // 2, 1)
+        return self._replace(tile_rows=rows, tile_cols=cols, tile_cut=1, many_heads=maxsize)
 
     def columns(self, T: int) -> int:
         """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
@@ -109,7 +120,7 @@ class Plan(NamedTuple):
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
+LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
 

@@ -34,6 +34,8 @@ def attend(
     bias = None if bias is None else bias.map(in_range)
     q, k, v = zero_unattended(q, k, v, x.mask)
     k = _in_rows(k)
+    if x.mask is not None and q.ndim > 2:
+        plan = plan.of_masked(q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2])
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
     dominant = np.full(q.shape[:-1], -1, np.int32)

@@ -190,7 +190,7 @@ def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
     answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
     if answer != "mixed":
         return [Tile(rows, cols, mixed=False)] if answer == "full" else []
-    if 4 * area <= plan.tile_rows * plan.tile_cols or area == 1:
+    if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
         return [Tile(rows, cols, mixed=True)]
     quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
     found = [tile for quarter in quarters for tile in quarter]
