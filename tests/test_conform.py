@@ -5,6 +5,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from published import FAULTS, RIGHT, implementation
 
 from funcmha import attention
@@ -61,7 +62,8 @@ def test_what_is_right_in_another_way_is_not_called_wrong(variant):
 def test_every_engine_of_funcmha_is_right_in_all_dtypes(name):
     report = check(ready(name), seconds=600)
     assert all(feature.verdict == "ok" for feature in report.features), told(report)
-    assert {(f.name, f.dtype) for f in report.features} == {(f, d) for f in FEATURES for d in ready(name).dtypes}
+    features = {f for f in FEATURES if f != "appended key" or name == "funcmha:mha"}
+    assert {(f.name, f.dtype) for f in report.features} == {(f, d) for f in features for d in ready(name).dtypes}
 
 
 # ── conventions ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +215,8 @@ def test_a_convention_that_no_choice_fits_is_judged():
     """All samples have the mask of the first: that is no way to read a mask, and it is for the masks to say so."""
     report = check(replace(PLAIN, forward=changed(mask=lambda mask, q: mask[:1])))
     assert not report.mismatches
-    assert {f.name for f in report.features if f.verdict == "wrong"} == {"mask", "mask and causal", "empty rows", "lse"}
+    wrong = {f.name for f in report.features if f.verdict == "wrong"}
+    assert wrong == {"mask", "mask and causal", "empty rows", "lse", "appended key"}
 
 
 # ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -432,6 +435,17 @@ def test_time_is_kept_with_the_first_case_of_every_feature_first():
             "    dk, dv = dk[:, ::group], dv[:, ::group]\n",
             "the sum over a group of heads",
         ),
+        (
+            "*a.shape[2:]).sum(2) for a in (dk, dv))",
+            "*a.shape[2:]).mean(2) for a in (dk, dv))",
+            "dk by 0.5, dv by 0.5; 1/2: a mean over the heads of a group, not their sum",
+        ),
+        ("        ds = p * (dp + along)\n", "        ds = 0 * p\n", "no gradient comes through the scores"),
+        (
+            "        dv[:, :, tile] = p.mT @ do\n",
+            "        dv[:, :, tile] = 0\n",
+            "no gradient comes through the values",
+        ),
     ],
 )
 def test_what_went_wrong_is_guessed(old, new, diagnosis):
@@ -439,6 +453,47 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
     features = {"plain", "grouped heads", "lse"}
     rows = [row for case, _ in cases(impl) if case.feature in features for row in judge(impl, case)]
     assert [row for row in rows if diagnosis in row.diagnosis], [row.diagnosis for row in rows if row.diagnosis]
+
+
+def test_scores_detached_in_torch_are_guessed():
+    """Its autograd then has no gradient of q and k at all."""
+
+    def forward(q, k, v):
+        return torch.softmax((q.shape[-1] ** -0.5 * q @ k.mT).detach(), -1) @ v
+
+    report = check(Implementation("detached", forward, library="torch", gqa=None), **only("plain"))
+    told = {row.quantity: row.diagnosis for f in report.features for row in f.failures}
+    guess = "no gradient comes through the scores, or the weights after them: they are detached"
+    assert told == {"dq": guess, "dk": guess}
+
+
+def test_what_is_causal_always_is_judged_causal():
+    """As many training kernels are: without an option, and of as many keys as queries."""
+
+    def forward(q, k, v, *, sink=None):
+        return PLAIN.forward(q, k, v, sink=sink, causal=True)
+
+    def back(saved, do, **cotangents):
+        return *PLAIN.backward(saved, do, **cotangents)[:3], PLAIN.backward(saved, do, **cotangents)[4]
+
+    impl = replace(PLAIN, forward=forward, backward=back, limits={"causal": True, "S": "T"})
+    report = check(impl)
+    assert report.ok, told(report)
+    assert {f.name for f in report.features} >= {"plain", "causal", "widths", "grouped heads", "sink", "lse", "batch"}
+    not_causal = replace(impl, forward=lambda q, k, v, *, sink=None: PLAIN.forward(q, k, v, sink=sink))
+    assert {f.verdict for f in check(not_causal, **only("plain")).features} == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    ("returned", "library", "got"),
+    [(None, "numpy", "NoneType"), (3.0, "torch", "float"), (np.zeros(3), "torch", "numpy.ndarray")],
+)
+def test_what_is_no_array_of_the_library_is_told(returned, library, got):
+    impl = Implementation("odd", lambda q, k, v: returned, library=library, gradients=())
+    (feature,) = check(impl, **only("plain")).features
+    assert [row.why for row in feature.failures] == [
+        f"CallError: forward must return o as an array of {library}, got {got}"
+    ]
 
 
 # ── declarations that cannot be ──────────────────────────────────────────────────────────────────────────────────
@@ -466,6 +521,7 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
             "forward takes 'is_causal', which is 'causal' here: rename",
         ),
         ({"limits": {"D": (8,)}}, r"limits\['D'\] must be"),
+        ({"limits": {"causal": False}}, r"limits\['causal'\] must be True, of what is causal always, got False"),
         ({"gradients": ("mask",)}, "gradients must be out of 'q', .*, got .'mask',."),
     ],
 )

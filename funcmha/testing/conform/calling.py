@@ -8,7 +8,7 @@ import numpy as np
 
 from funcmha._arrays import Array
 
-from .implementation import Implementation
+from .implementation import DIFFERENTIABLE, Implementation
 from .libraries import AUTODIFF, dtype_of, given, taken
 from .problems import Numbers, Problem
 
@@ -23,7 +23,7 @@ class CallError(Exception):
     """The implementation did not return what it declares."""
 
 
-INPUTS = ("q", "k", "v", "bias", "sink")
+INPUTS = DIFFERENTIABLE
 
 
 def run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, *, gradients: bool = True) -> Results:
@@ -65,7 +65,7 @@ class OptionsOf:
             self.arrays["mask"] = ~mask if impl.mask == "True forbids" else np.where(mask, 0.0, -np.inf)
         if "dlse" in self.arrays and impl.lse_base == "2":
             self.arrays["dlse"] *= np.log(2)  # lse = ln 2 · what is returned, whose cotangent then is ln 2 · dlse
-        self.static: dict[str, Any] = {"causal": True} if problem.causal else {}
+        self.static: dict[str, Any] = {"causal": True} if problem.causal and "causal" in impl.options else {}
         if problem.window is not None:
             self.static["window"] = tuple(n + (impl.window == "exclusive") for n in problem.window)
         self.static |= {n: getattr(problem, n) for n in ("scale", "softcap") if getattr(problem, n) is not None}
@@ -73,7 +73,7 @@ class OptionsOf:
     @property
     def spelled(self) -> dict[str, str]:
         """The options as they are written in a call."""
-        named = {n: n for n in ("bias", "sink", "mask") if n in self.arrays}
+        named = {n: n for n in (*INPUTS[3:], "mask") if n in self.arrays}
         return named | {n: repr(value) for n, value in self.static.items()}
 
     def arranged(self, name: str, a: Array) -> Array:
@@ -82,6 +82,8 @@ class OptionsOf:
             a = a[:, self.order]
         elif name == "sink":
             return a[self.order]
+        elif name in ("bias_k", "bias_v"):
+            return a
         if name in ("q", "k", "v", "do"):
             return _permuted(a, "B H T D", self.impl.layout)
         if name == "dlse":
@@ -113,7 +115,7 @@ class _Call:
 
     def _forward(self, inputs: dict[str, Any]) -> tuple[list[Any], Any]:
         """The outputs, and what the forward saves for a backward of its own"""
-        extra = {name: inputs[name] for name in ("bias", "sink") if name in inputs}
+        extra = {name: inputs[name] for name in INPUTS[3:] if name in inputs}
         got, saved = self.impl.forward(inputs["q"], inputs["k"], inputs["v"], **extra, **self.options), None
         if self.impl.backward is not None:
             if not isinstance(got, tuple) or len(got) != 2:
@@ -122,6 +124,11 @@ class _Call:
         names, outputs = self.impl.returned, list(got) if isinstance(got, tuple | list) else [got]
         if len(outputs) != len(names):
             raise CallError(f"forward must return {', '.join(names)} as outputs declares, got {len(outputs)} arrays")
+        for name, y in zip(names, outputs, strict=True):
+            foreign = isinstance(y, np.ndarray) and self.impl.library != "numpy"
+            if foreign or not hasattr(y, "shape"):
+                kind = f"{type(y).__module__}.{type(y).__name__}".removeprefix("builtins.")
+                raise CallError(f"forward must return {name} as an array of {self.impl.library}, got {kind}")
         return outputs, saved
 
     def own_backward(self, backward: Callable[..., Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from . import golden
-from .cases import FEATURES, LARGE, Case, slug
+from .cases import FEATURES, LARGE, Case, cases, slug
 from .checking import EXIT, Report, check
 from .implementation import DeclarationError, Implementation
 from .ready import READY, ready
@@ -35,10 +35,10 @@ def run(args: Namespace, progress: Progress) -> int:
         raise DeclarationError(f"one TARGET is judged at a time, or two after diff, got {' '.join(args.target)}")
     impl = load(args.target[0])
     if args.golden:
-        print(f"{args.golden}: {golden.write(impl, args.golden, seed=args.seed, select=_selected(args))} cases")
+        print(f"{args.golden}: {golden.write(impl, args.golden, seed=args.seed, select=_selected(impl, args))} cases")
         return 0
     if args.answers:
-        report = golden.judge(impl, args.answers, seed=args.seed, select=_selected(args))
+        report = golden.judge(impl, args.answers, seed=args.seed, select=_selected(impl, args))
     else:
         report = judged(impl, args, progress)
     small = "" if args.json or args.answers else _smallest(report, args, progress)
@@ -61,22 +61,33 @@ def _smallest(report: Report, args: Namespace, progress: Progress) -> str:
 
 def judged(impl: Implementation, args: Namespace, progress: Progress) -> Report:
     """The report under what the command line says"""
-    known = {slug(name) for name in FEATURES | LARGE}
-    unknown = [name for name in args.feature or () if slug(name) not in known]
-    if unknown:
-        raise DeclarationError(f"there is no feature {unknown[0]!r}: there are {', '.join(FEATURES | LARGE)}")
     undeclared = [name for name in args.dtype or () if name not in impl.dtypes]
     if undeclared:
         raise DeclarationError(f"dtype {undeclared[0]} is not declared, but {', '.join(impl.dtypes)} are")
     changes: dict[str, Any] = {"dtypes": tuple(args.dtype)} if args.dtype else {}
     changes |= {"arithmetic": args.arithmetic} if args.arithmetic else {}
-    large = args.sizes == "large" or "large" in (args.feature or ())
     impl = replace(impl, **changes) if changes else impl
-    options = {"seed": args.seed, "large": large, "strict": args.strict, "seconds": float(args.seconds)}
-    return check(impl, select=_selected(args), progress=progress, **options)
+    options = {"seed": args.seed, "large": _large(args), "strict": args.strict, "seconds": float(args.seconds)}
+    return check(impl, select=_selected(impl, args), progress=progress, **options)
 
 
-def _selected(args: Namespace) -> Callable[[Case], bool]:
+def _large(args: Namespace) -> bool:
+    return args.sizes == "large" or "large" in (args.feature or ())
+
+
+def _selected(impl: Implementation, args: Namespace) -> Callable[[Case], bool]:
+    """What --feature and --case name; DeclarationError for a name that nothing has, with those that there are"""
+    known = {slug(name) for name in FEATURES | LARGE}
+    unknown = [name for name in args.feature or () if slug(name) not in known]
+    if unknown:
+        raise DeclarationError(f"there is no feature {unknown[0]!r}: there are {', '.join(FEATURES | LARGE)}")
+    listed = [case.name for case, _ in cases(impl, seed=args.seed, large=_large(args))] if args.case else []
+    for name in args.case or ():
+        if name not in listed:
+            feature = name.partition("/")[0]
+            near = [other for other in listed if other.partition("/")[0] == feature] or listed
+            raise DeclarationError(f"there is no case {name!r} with --seed {args.seed}: there are {', '.join(near)}")
+
     def select(case: Case) -> bool:
         named = not args.case or case.name in args.case
         return named and (not args.feature or slug(case.feature) in map(slug, args.feature))

@@ -25,6 +25,7 @@ def diagnosis(impl: Implementation, case: Case, x: Numbers, got: Results, answer
     """One line, or none where the signature is not known; `wrong` are the quantities that are"""
     guesses = (
         *_dropped(impl, case, x, got, wrong),
+        *_detached(got, answer, wrong),
         *_by_factor(case, x, got, answer, wrong),
         *_by_signature(wrong, answer),
     )
@@ -54,12 +55,30 @@ def _within(value: Array, answer: Answer, name: str) -> bool:
         return bool(np.all(np.abs(value - want) <= 8 * answer.bounds[name] + 1e-300))
 
 
+PATHS = {  # by the gradients of q, k and v that are 0: what none of it comes through
+    ("dk", "dq"): "the scores, or the weights after them: they are detached",
+    ("dv",): "the values: they are detached",
+    ("dk",): "the keys: they are detached",
+    ("dq",): "the queries: they are detached",
+    ("dk", "dv"): "keys and values: they are detached",
+    ("dk", "dq", "dv"): "the output: it is detached",
+}
+
+
+def _detached(got: Results, answer: Answer, wrong: set[str]) -> Iterator[str]:
+    """Of some gradients there is nothing, and no result but gradients is wrong"""
+    nothing = {n for n in wrong if n in answer.values and (got.values[n] is None or not got.values[n].any())}
+    path = PATHS.get(tuple(sorted(nothing & {"dq", "dk", "dv"})))
+    if path is not None and nothing == wrong and all(name.startswith("d") for name in wrong):
+        yield f"no gradient comes through {path}"
+
+
 def _by_factor(case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[str]) -> Iterator[str]:
     """Each wrong result is the right one times one number"""
     found = {}
     for name in wrong:
         value, want = got.values.get(name), answer.values.get(name)
-        if value is None or want is None or value.shape != want.shape or not np.isfinite(value).all():
+        if value is None or want is None or value.shape != want.shape or not np.isfinite(value * want).all():
             return
         size = float(np.vdot(want, want))
         if not size:
@@ -75,6 +94,9 @@ def _by_factor(case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[
             x.q.shape[-1] ** 0.5: "√D: the scale is missing",
             x.q.shape[-1] ** -0.5: "1/√D: the scale twice",
         }
+        group = x.q.shape[1] // max(x.k.shape[1], 1)
+        if group > 1 and {*found} <= {"dk", "dv"}:
+            known |= {1 / group: f"1/{group}: a mean over the heads of a group, not their sum"}
         names = {told for value, told in known.items() if all(abs(f / value - 1) < 1e-3 for f in found.values())}
         yield f"off by one factor: {listed}" + (f"; {names.pop()}" if names else "")
 

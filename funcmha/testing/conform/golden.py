@@ -17,7 +17,7 @@ from funcmha._arrays import Array
 from .calling import OptionsOf, canonical
 from .cases import Case, cases
 from .checking import Report, report_of
-from .implementation import DeclarationError, Implementation
+from .implementation import DIFFERENTIABLE, DeclarationError, Implementation
 from .problems import Numbers, numbers
 from .reference import allowed, without_cotangents
 from .verdicts import Judged, judge_values
@@ -60,7 +60,7 @@ def judge(impl: Implementation, path: str | Path, **chosen: Any) -> Report:
     return report_of(impl, judged, left_out=left_out)
 
 
-_INPUTS = ("q", "k", "v", "bias", "sink", "mask", "do", "dlse", "dweights")
+_INPUTS = (*DIFFERENTIABLE, "mask", "do", "dlse", "dweights")
 
 
 def _problems(impl: Implementation, **chosen: Any) -> Iterator[tuple[Case, Numbers]]:
@@ -72,5 +72,5 @@ def _problems(impl: Implementation, **chosen: Any) -> Iterator[tuple[Case, Numbe
 
 
 def _due(impl: Implementation, given: OptionsOf) -> list[str]:
-    grads = impl.gradients if impl.gradients is not None else ("q", "k", "v", "bias", "sink")
+    grads = impl.gradients if impl.gradients is not None else DIFFERENTIABLE
     return [*impl.returned, *(f"d{n}" for n in grads if n in given.arrays)]

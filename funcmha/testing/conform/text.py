@@ -76,7 +76,7 @@ def failure(row: Judged) -> list[str]:
     ratio = "" if isinf(row.ratio) else f", {number(row.ratio)} times the bound"
     lines = ["", f"{row.verdict.upper()}  {row.case.feature}, {row.case.dtype}: {row.quantity}{ratio}", f"  {row.why}"]
     lines += [f"  {row.diagnosis}"] if row.diagnosis else []
-    return [*lines, f"  {row.case.told()}", f"  replay: --case {row.case.name}"]
+    return [*lines, f"  {row.case.told()}", f"  replay: {row.case.replay}"]
 
 
 def _rest(report: Report) -> list[str]:
@@ -177,7 +177,7 @@ def as_junit(report: Report) -> str:
         for name in names:
             rows = [row for row in feature.failures if row.quantity == name and row.verdict in bad]
             known = feature.verdict == EXPECTED
-            text = "\n".join(f"{row.why}\n{row.case.told()}\n--case {row.case.name}" for row in rows)
+            text = "\n".join(f"{row.why}\n{row.case.told()}\n{row.case.replay}" for row in rows)
             _element(suite, f"{feature.name}.{feature.dtype}", name, None if known or not rows else text)
         if feature.verdict not in (OK, LOOSE, WRONG, EXPECTED):
             _element(suite, f"{feature.name}.{feature.dtype}", "expected", feature.verdict)
