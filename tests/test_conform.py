@@ -10,8 +10,8 @@ from published import FAULTS, RIGHT, implementation
 
 from funcmha import attention
 from funcmha.testing.conform import DeclarationError, Implementation, assert_conforms, check
-from funcmha.testing.conform.cases import FEATURES, cases
-from funcmha.testing.conform.problems import rounded
+from funcmha.testing.conform.cases import FEATURES, Case, cases
+from funcmha.testing.conform.problems import Problem, rounded
 from funcmha.testing.conform.ready import READY, ready
 from funcmha.testing.conform.verdicts import judge
 
@@ -485,15 +485,45 @@ def test_what_is_causal_always_is_judged_causal():
 
 
 @pytest.mark.parametrize(
-    ("returned", "library", "got"),
-    [(None, "numpy", "NoneType"), (3.0, "torch", "float"), (np.zeros(3), "torch", "numpy.ndarray")],
+    ("forward", "declared", "message"),
+    [
+        (lambda q, k, v: None, {}, "forward must return o as an array of numpy, got NoneType"),
+        (lambda q, k, v: 3.0, {"library": "torch"}, "forward must return o as an array of torch, got float"),
+        (
+            lambda q, k, v: q.numpy(),
+            {"library": "torch"},
+            "forward must return o as an array of torch, got numpy.ndarray",
+        ),
+        (lambda q, k, v: torch.tensor(q), {}, "forward must return o as an array of numpy, got torch.Tensor"),
+        (lambda q, k, v: (q, q), {}, "forward must return o as outputs declares, got 2 arrays"),
+        (lambda q, k, v: q, {"outputs": ("o", "lse")}, "forward must return o, lse as outputs declares, got 1 arrays"),
+        (lambda q, k, v: q, {"backward": lambda saved, do: None}, r"forward must return \(outputs, saved\)"),
+        (
+            lambda q, k, v: q,
+            {"library": "pytorch"},
+            "no float32 array of library='pytorch' can be made: ModuleNotFound",
+        ),
+        (lambda q, k, v: q, {"library": "torch", "device": "gpu"}, "of library='torch' on device='gpu' can be made"),
+        (lambda q, k, v: torch.softmax(q, -1), {}, "takes no arrays of library='numpy', so declare whose: TypeError"),
+    ],
 )
-def test_what_is_no_array_of_the_library_is_told(returned, library, got):
-    impl = Implementation("odd", lambda q, k, v: returned, library=library, gradients=())
-    (feature,) = check(impl, **only("plain")).features
-    assert [row.why for row in feature.failures] == [
-        f"CallError: forward must return o as an array of {library}, got {got}"
-    ]
+def test_what_no_call_can_be_of_is_a_wrong_declaration(forward, declared, message):
+    with pytest.raises(DeclarationError, match=message):
+        check(Implementation("odd", forward, **declared), **only("plain"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"window": (3, 1)}, {"softcap": 2.0, "gain": 8.0}, {"causal": True}, {"mask": "dense"}]
+)
+def test_an_option_that_is_ignored_is_guessed(option):
+    """As backends do that take an argument for another's sake."""
+    impl = replace(PLAIN, forward=lambda q, k, v, **options: PLAIN.forward(q, k, v))
+    told = {
+        row.quantity: row.diagnosis for row in judge(impl, Case("plain", Problem(**option), "float32")) if not row.law
+    }
+    assert {told[name] for name in ("o", "lse", "dq", "dv")} == {told["o"]}
+    assert told["o"].startswith("the results are those without the ")
+    assert told["o"].endswith(": it is ignored")
 
 
 # ── declarations that cannot be ──────────────────────────────────────────────────────────────────────────────────
@@ -514,6 +544,9 @@ def test_what_is_no_array_of_the_library_is_told(returned, library, got):
         ({"limits": {"D": (8, 256, 0)}}, r"limits\['D'\] must be"),
         ({"limits": {"E": "X"}}, r"limits\['E'\] must be"),
         ({"forward": 3}, "forward must be a function, got int"),
+        ({"forward": lambda qkv: qkv}, "forward must take q, k and v by position, .*: it takes 'qkv'"),
+        ({"forward": lambda q, k, v, mask: q}, "forward must take q, k and v by position, .*: it takes .*'mask'"),
+        ({"name": 3}, "name must be a string, got int"),
         ({"backward": 3}, "backward must be a function, got int"),
         ({"forward": lambda q, k, v, *, dropout: q}, "forward must take options out of .*, and requires 'dropout'"),
         (

@@ -8,9 +8,9 @@ import numpy as np
 
 from funcmha._arrays import Array
 
-from .implementation import DIFFERENTIABLE, Implementation
+from .implementation import DIFFERENTIABLE, DeclarationError, Implementation
 from .libraries import AUTODIFF, dtype_of, given, taken
-from .problems import Numbers, Problem
+from .problems import Numbers, Problem, numbers
 
 
 class Results(NamedTuple):
@@ -21,6 +21,27 @@ class Results(NamedTuple):
 
 class CallError(Exception):
     """The implementation did not return what it declares."""
+
+
+def try_a_call(impl: Implementation, problem: Problem) -> None:
+    """DeclarationError where arrays cannot be made as declared, or what comes back is not what is declared"""
+    dtype, x = impl.dtypes[0], numbers(problem, impl.dtypes[0])
+    try:
+        given(x.q, impl.library, dtype, impl.device)
+    except Exception as error:  # any library's own, and of what is no library
+        told = f"{type(error).__name__}: {error}"
+        where = "" if impl.device is None else f" on device={impl.device!r}"
+        raise DeclarationError(f"no {dtype} array of library={impl.library!r}{where} can be made: {told}") from None
+    try:
+        run(impl, problem, x, dtype, gradients=False)
+    except CallError as error:
+        raise DeclarationError(str(error)) from None
+    except (TypeError, AttributeError) as error:
+        if impl.library == "numpy" and "numpy.ndarray" in str(error):
+            told = f"{type(error).__name__}: {error}"
+            raise DeclarationError(f"forward takes no arrays of library='numpy', so declare whose: {told}") from None
+    except Exception:  # it raises: that is for the cases to tell
+        return
 
 
 INPUTS = DIFFERENTIABLE
@@ -125,7 +146,7 @@ class _Call:
         if len(outputs) != len(names):
             raise CallError(f"forward must return {', '.join(names)} as outputs declares, got {len(outputs)} arrays")
         for name, y in zip(names, outputs, strict=True):
-            foreign = isinstance(y, np.ndarray) and self.impl.library != "numpy"
+            foreign = isinstance(y, np.ndarray | np.generic) != (self.impl.library == "numpy")
             if foreign or not hasattr(y, "shape"):
                 kind = f"{type(y).__module__}.{type(y).__name__}".removeprefix("builtins.")
                 raise CallError(f"forward must return {name} as an array of {self.impl.library}, got {kind}")

@@ -14,6 +14,7 @@ from typing import Any
 from . import golden
 from .cases import FEATURES, LARGE, Case, cases, slug
 from .checking import EXIT, Report, check
+from .html import as_html
 from .implementation import DeclarationError, Implementation
 from .ready import READY, ready
 from .reproduction import reproduction
@@ -27,6 +28,9 @@ Progress = Callable[[str], None]
 def run(args: Namespace, progress: Progress) -> int:
     """The exit status: 0 all right, 1 wrong, 2 not as declared, 3 nothing could be run"""
     if args.target[0] == "diff" and len(args.target) == 3:
+        given = [name for name in ("json", "junit", "html", "golden", "answers") if getattr(args, name)]
+        if given:
+            raise DeclarationError(f"diff prints one table: leave out --{given[0]}, or judge each target by itself")
         reports = [judged(load(target), args, progress) for target in args.target[1:]]
         progress("")
         print(nearer(*reports))
@@ -45,6 +49,11 @@ def run(args: Namespace, progress: Progress) -> int:
     progress("")
     if args.junit:
         Path(args.junit).write_text(as_junit(report), encoding="utf-8")
+    if args.html:
+        progress("a picture of each failure")
+        page = as_html(report, args.target[0], again=not args.answers)
+        Path(args.html).write_text(page, encoding="utf-8")
+        progress("")
     print(as_json(report) if args.json else told(report, small))
     return EXIT[report.status]
 

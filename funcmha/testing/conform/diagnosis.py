@@ -1,6 +1,7 @@
 """What may have gone wrong, by which results are off and how: said as a guess, beside the verdict."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from funcmha._arrays import Array
 from .calling import Results
 from .cases import Case
 from .implementation import Implementation
-from .problems import Numbers
+from .problems import Numbers, Problem
 from .reference import Answer, expected
 
 FACTORS = {
@@ -24,7 +25,7 @@ FACTORS = {
 def diagnosis(impl: Implementation, case: Case, x: Numbers, got: Results, answer: Answer, wrong: set[str]) -> str:
     """One line, or none where the signature is not known; `wrong` are the quantities that are"""
     guesses = (
-        *_dropped(impl, case, x, got, wrong),
+        *_left_out(impl, case, x, got, wrong),
         *_detached(got, answer, wrong),
         *_by_factor(case, x, got, answer, wrong),
         *_by_signature(wrong, answer),
@@ -32,19 +33,34 @@ def diagnosis(impl: Implementation, case: Case, x: Numbers, got: Results, answer
     return next(iter(guesses), "")
 
 
-def _dropped(impl: Implementation, case: Case, x: Numbers, got: Results, wrong: set[str]) -> Iterator[str]:
-    """The gradients are those of a problem in which something is left out"""
-    grads = {name for name in wrong if name.startswith("d")}
-    if not grads or wrong - grads:
-        return
-    options = (("dlse", "the cotangent of lse"), ("dweights", "the cotangent of the weights"), ("sink", "the sink"))
-    for field, told in options:
-        if getattr(x, field) is None:
+LEFT_OUT = {  # fields of Numbers, then of Problem
+    "dlse": "the cotangent of lse",
+    "dweights": "the cotangent of the weights",
+    "sink": "the sink",
+    "bias": "the bias",
+    "mask": "the mask",
+    "causal": "the causal mask",
+    "window": "the window",
+    "softcap": "the soft cap",
+    "scale": "the scale that is given",
+}
+CHOSEN = ("causal", "window", "softcap", "scale")
+
+
+def _left_out(impl: Implementation, case: Case, x: Numbers, got: Results, wrong: set[str]) -> Iterator[str]:
+    """What is wrong is right of a problem in which something is left out"""
+    usual, kind = Problem(), "gradients" if all(name.startswith("d") for name in wrong) else "results"
+    for field, told in LEFT_OUT.items():
+        if getattr(x, field, None) is not None:
+            problem, other = case.problem, x._replace(**dict[str, Any]({field: None}))
+        elif field in CHOSEN and getattr(case.problem, field) != getattr(usual, field):
+            problem, other = replace(case.problem, **dict[str, Any]({field: getattr(usual, field)})), x
+        else:
             continue
-        other = expected(impl, case.problem, x._replace(**dict[str, Any]({field: None})), case.dtype, impl.profile)[0]
-        names = grads & {*other.values}
-        if names and all(_within(got.values[name], other, name) for name in names):
-            yield f"the gradients are those without {told}: it is dropped"
+        answer = expected(impl, problem, other, case.dtype, impl.profile)[0]
+        names = wrong & {*answer.values}
+        if names and all(_within(got.values[name], answer, name) for name in names):
+            yield f"the {kind} are those without {told}: it is {'dropped' if kind == 'gradients' else 'ignored'}"
 
 
 def _within(value: Array, answer: Answer, name: str) -> bool:

@@ -92,6 +92,8 @@ class Implementation:
     versions: Mapping[str, str] = field(default_factory=dict)  # shown in the report
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise DeclarationError(f"name must be a string, got {type(self.name).__name__}")
         for what, names, allowed in (("outputs", self.returned, OUTPUTS), ("dtypes", self.dtypes, DTYPES)):
             if isinstance(names, str) or not names or [name for name in names if name not in allowed]:
                 raise DeclarationError(f"{what} must be a tuple out of {_list(allowed)}, got {getattr(self, what)!r}")
@@ -113,6 +115,12 @@ class Implementation:
 
     def _check_options(self) -> None:
         takes = inspect.signature(self.forward).parameters.values()
+        by_place = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        needed = [p.name for p in by_place if p.default is p.empty]
+        if len(needed) > 3 or (len(by_place) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in takes)):
+            raise DeclarationError(
+                f"forward must take q, k and v by position, and the rest by name: it takes {_list(needed)}"
+            )
         unknown = [p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in OPTIONS and p.default is p.empty]
         renamed = [p.name for p in takes if p.name in ELSEWHERE]
         if renamed:

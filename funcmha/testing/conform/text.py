@@ -15,7 +15,7 @@ from .verdicts import LOOSE, OK, WRONG, Judged
 def told(report: Report, small: str = "") -> str:
     """One line a feature, then what is wrong, a small case of it, what was refused and what there was no time for."""
     impl = report.implementation
-    lines = [_head(report), f"conventions: {' · '.join(f'{n} {v}' for n, v in _conventions(report).items())}"]
+    lines = [head(report), f"conventions: {' · '.join(f'{n} {v}' for n, v in _conventions(report).items())}"]
     if report.mismatches:
         return "\n".join([*lines, "", *(str(m) for m in report.mismatches), "", "nothing was judged"])
     shown = [q for q in (*QUANTITIES, "call") if any(q in f.worst for f in report.features)]
@@ -31,10 +31,11 @@ def told(report: Report, small: str = "") -> str:
         *(f"    {line}".rstrip() for line in small.splitlines()),
     ] * bool(small)
     lines += _rest(report)
-    return "\n".join([*lines, "", f"{impl.name}: {_sum(report)}"])
+    return "\n".join([*lines, "", f"{impl.name}: {summary(report)}"])
 
 
-def _head(report: Report) -> str:
+def head(report: Report) -> str:
+    """The name, the versions, the device and the arithmetic"""
     impl = report.implementation
     versions = ", ".join(f"{name} {version}" for name, version in impl.versions.items())
     profile = impl.arithmetic if isinstance(impl.arithmetic, str) else impl.profile
@@ -94,7 +95,8 @@ def _rest(report: Report) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
-def _sum(report: Report) -> str:
+def summary(report: Report) -> str:
+    """The status, and how many features have which verdict"""
     counts = {
         v: sum(f.verdict == v for f in report.features) for v in dict.fromkeys(f.verdict for f in report.features)
     }
