@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FINDINGS = ROOT / "docs/findings.md"
 COLUMNS = "| target | versions | feature | dtypes | what came | case |\n"  # of the table that is written
-SECONDS = 90  # for one implementation: those that are interpreted are slow
+SECONDS = 300  # for one implementation at most: those that are interpreted are slow
 NEEDED = ("numpy>=2.0", "threadpoolctl", "ml_dtypes")  # of funcmha
 AFTER = {  # what is installed when the rest is: nothing is compiled, but torch is imported
     "flash-attn": ("--no-deps", "--no-build-isolation", "--no-binary", "flash-attn", "flash-attn==2.8.3.post2")
@@ -81,20 +81,32 @@ def rows(target: str, report: dict) -> list[str]:
     begin = f"| `{target}` | {versions} |"
     listed = [f"{begin} conventions | | {m['field']} is {m['measured']!r} | |\n" for m in report["mismatches"]]
     wrong: dict[str, list[dict]] = {}
-    for feature in report["features"]:
-        if feature["verdict"] != "ok":
+    for dtype in dict.fromkeys(feature["dtype"] for feature in report["features"]):
+        of_dtype = [feature for feature in report["features"] if feature["dtype"] == dtype]
+        bad = [feature for feature in of_dtype if feature["verdict"] != "ok"]
+        if bad and len(bad) == len(of_dtype):
+            listed.append(f"{begin} all {len(bad)} features | {dtype} | {_told(bad[0])} |\n")
+            continue
+        for feature in bad:
             wrong.setdefault(feature["name"], []).append(feature)
     for name, features in wrong.items():
         dtypes = ", ".join(feature["dtype"] for feature in features)
-        worst = max((f for feature in features[-1:] for f in feature["failures"]), key=_badness)
-        quantities = ", ".join(dict.fromkeys(f["quantity"] for f in features[-1]["failures"]))
-        what = f"{quantities}: {worst['why']}".replace("|", "\\|")[:240]
-        listed.append(f"{begin} {name} | {dtypes} | {what} | `{worst['problem']}`, `--case {worst['case']}` |\n")
+        listed.append(f"{begin} {name} | {dtypes} | {_told(features[-1])} |\n")
     right = [feature for feature in report["features"] if feature["verdict"] == "ok"]
     dtypes = ", ".join(dict.fromkeys(feature["dtype"] for feature in right))
     features = len({feature["name"] for feature in right} - {*wrong})
     empty = f"; an empty row is {report['conventions']['empty_row']}"
+    empty += f"; {report['left_out']} cases not run for time" if report["left_out"] else ""
     return [*listed, f"{begin} {features} features | {dtypes} | ok{_worst(right)}{empty} | |\n"]
+
+
+def _told(feature: dict) -> str:
+    """Its worst failure, with the guess at a cause, and the case"""
+    worst = max(feature["failures"], key=_badness)
+    quantities = ", ".join(dict.fromkeys(failure["quantity"] for failure in feature["failures"]))
+    guess = f" ({worst['diagnosis']})" if worst["diagnosis"] else ""
+    what = f"{quantities}: {worst['why'][:280]}{guess}".replace("|", "\\|")
+    return f"{what} | `{worst['problem']}`, `--case {worst['case']}`"
 
 
 def _badness(failure: dict) -> tuple[bool, float]:

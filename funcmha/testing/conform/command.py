@@ -113,12 +113,15 @@ def load(target: str) -> Implementation:
     if not place or not name.isidentifier():
         known = ", ".join(READY)
         raise DeclarationError(f"TARGET must be FILE.py:name, module:name, or one of {known}, got {target!r}")
-    found = getattr(_made(target, lambda: _module(place)), name, None)
+    module = _made(target, lambda: _module(place))
+    found = getattr(module, name, None)
     if isinstance(found, Implementation):
         return found
     if found is None and ":" not in place and not place.endswith(".py") and importlib.util.find_spec(place) is None:
         raise DeclarationError(f"there is no ready-made {target!r}: there are {', '.join(READY)}")
-    raise DeclarationError(f"{target} must be an Implementation, got {type(found).__name__}")
+    there = ", ".join(n for n, value in vars(module).items() if isinstance(value, Implementation))
+    got = f"got {type(found).__name__}" if hasattr(module, name) else f"and {place} has no {name!r}"
+    raise DeclarationError(f"{target} must be an Implementation, {got}; there {f'are {there}' if there else 'is none'}")
 
 
 def _made(target: str, make: Callable[[], Any]) -> Any:

@@ -21,7 +21,7 @@ def told(report: Report, small: str = "") -> str:
     shown = [q for q in (*QUANTITIES, "call") if any(q in f.worst for f in report.features)]
     columns = ("feature", "dtype", ">cases", *(f">{q}" for q in shown), "verdict")
     rows = [(f.name, f.dtype, str(f.cases), *(_cell(f, q) for q in shown), f.verdict) for f in report.features]
-    lines += ["", *(table(columns, rows) if rows else ["nothing could be run"])]
+    lines += ["", *(table(columns, rows) if rows else [_why_nothing(report)])]
     for feature in report.features:
         lines += [line for row in feature.failures for line in failure(row)]
     lines += [
@@ -32,6 +32,12 @@ def told(report: Report, small: str = "") -> str:
     ] * bool(small)
     lines += _rest(report)
     return "\n".join([*lines, "", f"{impl.name}: {summary(report)}"])
+
+
+def _why_nothing(report: Report) -> str:
+    impl = report.implementation
+    options = ", ".join(impl.options) or "no options"
+    return f"nothing could be run: forward takes {options}, and returns {', '.join(impl.returned)}"
 
 
 def head(report: Report) -> str:
