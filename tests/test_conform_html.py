@@ -95,6 +95,7 @@ def test_what_is_written_is_escaped():
 
     _, text = page_of(Implementation("<i>", forward), "plain")
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in text
+    assert "<b>a & b" not in text
     assert "<i>" not in text.replace('<i style="background', "")
 
 

@@ -44,9 +44,6 @@ def try_a_call(impl: Implementation, problem: Problem) -> None:
         return
 
 
-INPUTS = DIFFERENTIABLE
-
-
 def run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, *, gradients: bool = True) -> Results:
     """The outputs, and the gradients of what has one, of `only` alone where the problem says so"""
     with np.errstate(all="ignore"), warnings.catch_warnings():  # what a kernel warns of is seen in its results
@@ -56,7 +53,7 @@ def run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, *, gradi
 
 def _run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, gradients: bool) -> Results:
     call = _Call(impl, problem, x, dtype)
-    wanted = [n for n in INPUTS if n in call.inputs and n in impl.differentiates and problem.only in (None, n)]
+    wanted = [n for n in DIFFERENTIABLE if n in call.inputs and n in impl.differentiates and problem.only in (None, n)]
     if not gradients or not wanted:
         outputs, grads = call.forward(call.inputs), dict[str, Any]()
     elif impl.backward is not None:
@@ -79,7 +76,7 @@ class OptionsOf:
 
     def __init__(self, impl: Implementation, problem: Problem, x: Numbers) -> None:
         self.impl, self.order = impl, _heads(x.q.shape[1], x.k.shape[1], impl.gqa)
-        names = (*INPUTS, "mask", *(f"d{n}" for n in impl.returned))
+        names = (*DIFFERENTIABLE, "mask", *(f"d{n}" for n in impl.returned))
         self.arrays = {n: self.arranged(n, a) for n in names if (a := getattr(x, n)) is not None}
         if x.mask is not None and impl.mask != "True attends":
             mask = self.arrays["mask"]
@@ -94,7 +91,7 @@ class OptionsOf:
     @property
     def spelled(self) -> dict[str, str]:
         """The options as they are written in a call."""
-        named = {n: n for n in (*INPUTS[3:], "mask") if n in self.arrays}
+        named = {n: n for n in (*DIFFERENTIABLE[3:], "mask") if n in self.arrays}
         return named | {n: repr(value) for n, value in self.static.items()}
 
     def arranged(self, name: str, a: Array) -> Array:
@@ -115,7 +112,7 @@ class OptionsOf:
 class _Call:
     def __init__(self, impl: Implementation, problem: Problem, x: Numbers, dtype: str) -> None:
         self.impl, self.dtype, self.given = impl, dtype, OptionsOf(impl, problem, x)
-        self.inputs = {name: self.placed(a) for name, a in self.given.arrays.items() if name in INPUTS}
+        self.inputs = {name: self.placed(a) for name, a in self.given.arrays.items() if name in DIFFERENTIABLE}
         self.options = {n: self.placed(a) for n, a in self.given.arrays.items() if n == "mask"} | self.given.static
         self.before = {name: taken(a, impl.library) for name, a in self.inputs.items()}
 
@@ -136,7 +133,7 @@ class _Call:
 
     def _forward(self, inputs: dict[str, Any]) -> tuple[list[Any], Any]:
         """The outputs, and what the forward saves for a backward of its own"""
-        extra = {name: inputs[name] for name in INPUTS[3:] if name in inputs}
+        extra = {name: inputs[name] for name in DIFFERENTIABLE[3:] if name in inputs}
         got, saved = self.impl.forward(inputs["q"], inputs["k"], inputs["v"], **extra, **self.options), None
         if self.impl.backward is not None:
             if not isinstance(got, tuple) or len(got) != 2:
@@ -159,7 +156,7 @@ class _Call:
         if do is None:
             do = self.placed(np.zeros(taken(outputs[self.impl.returned.index("o")], self.impl.library).shape))
         grads = backward(saved, do, **{f"d{n}": dy for n, dy in dys.items() if dy is not None})
-        names = [n for n in INPUTS if n in ("q", "k", "v") or n in self.impl.options]
+        names = [n for n in DIFFERENTIABLE if n in ("q", "k", "v") or n in self.impl.options]
         if not isinstance(grads, tuple | list) or len(grads) != len(names):
             count = len(grads) if isinstance(grads, tuple | list) else type(grads).__name__
             raise CallError(f"backward must return a tuple of {', '.join(f'd{n}' for n in names)}, got {count}")
