@@ -52,7 +52,8 @@ def _left_out(impl: Implementation, case: Case, x: Numbers, got: Results, wrong:
     usual, kind = Problem(), "gradients" if all(name.startswith("d") for name in wrong) else "results"
     for field, told in LEFT_OUT.items():
         if getattr(x, field, None) is not None:
-            problem, other = case.problem, x._replace(**dict[str, Any]({field: None}))
+            problem = replace(case.problem, lowest=False) if field == "bias" else case.problem
+            other = x._replace(**dict[str, Any]({field: None}))
         elif field in CHOSEN and getattr(case.problem, field) != getattr(usual, field):
             problem, other = replace(case.problem, **dict[str, Any]({field: getattr(usual, field)})), x
         else:

@@ -26,7 +26,10 @@ def attention(name: str, run: Any, versions: dict[str, str], **declared: Any) ->
         softcap: Any = None,
     ) -> Any:  # fmt: skip
         given = one_mask(mask, bias, np.where)
-        inputs = {"Q": q, "K": k, "V": v} | ({} if given is None else {"attn_mask": given.astype(given.dtype)})
+        inputs = {"Q": q, "K": k, "V": v}
+        if given is not None:  # by the definition a last axis that is shorter is filled up with −∞, not broadcast
+            given = np.broadcast_to(given, (*given.shape[:-1], k.shape[-2]))
+            inputs["attn_mask"] = np.ascontiguousarray(given)
         options = {"is_causal": int(causal), "scale": scale, "softcap": softcap}
         kinds = tuple((n, a.dtype.name, a.ndim) for n, a in inputs.items())
         set_ = tuple((n, value) for n, value in options.items() if value is not None)
