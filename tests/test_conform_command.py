@@ -297,8 +297,15 @@ def test_an_implementation_outside_python_is_judged_by_files(tmp_path, capsys):
     np.savez(came, **wrong)
     assert main(["conform", target, "--answers", came]) == 1
     assert "off by one factor: dk by 1.01" in capsys.readouterr().out
-    np.savez(came, **{name: a for name, a in right.items() if name.startswith("plain/")})
+    plain = {name: a for name, a in right.items() if name.startswith("plain/")}
+    np.savez(came, **plain)
     assert main(["conform", target, "--answers", came]) == 0
+    capsys.readouterr()
+    np.savez(came, **{name: a for name, a in plain.items() if not name.endswith("/dq")})
+    assert main(["conform", target, "--answers", came]) == 1
+    assert re.search(
+        r"there is no plain/float32/\w+/dq\n  if it is not among what has a gradient", capsys.readouterr().out
+    )
     np.savez(came, **right, **{"plain/float32/00000000/o": np.zeros(3)})
     assert main(["conform", target, "--answers", came]) == 2
     assert "has 'plain/float32/00000000/o', which no case is due" in capsys.readouterr().err

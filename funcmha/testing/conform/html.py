@@ -45,16 +45,19 @@ def as_html(report: Report, target: str, *, again: bool = True, seconds: float =
 
 
 def _shown(impl: Implementation, row: Judged, target: str, seconds: float) -> Shown:
-    if row.quantity == "call":
-        return Shown(row, [], _script(impl, row, target, seconds))
-    drawn = [] if row.law else maps(row.quantity, errors(impl, row.case)[row.quantity])
-    return Shown(row, drawn, _script(impl, row, target, seconds))
-
-
-def _script(impl: Implementation, row: Judged, target: str, seconds: float) -> str:
     if row.verdict != WRONG:
-        return ""
-    return reproduction(impl, shrink(impl, row, seconds=min(seconds, SECONDS)), target)
+        return Shown(row, _drawn(impl, row), "")
+    small = shrink(impl, row, seconds=min(seconds, SECONDS))
+    return Shown(row, _drawn(impl, row), reproduction(impl, small, target))
+
+
+def _drawn(impl: Implementation, row: Judged) -> list[Map]:
+    if row.law or row.quantity == "call":
+        return []
+    try:
+        return maps(row.quantity, errors(impl, row.case)[row.quantity])
+    except Exception:  # it raises now and then
+        return []
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
