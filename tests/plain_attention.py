@@ -8,11 +8,17 @@ import numpy as np
 TILE = 32
 
 
-def forward(q, k, v, *, bias=None, mask=None, sink=None, causal=False, window=None, scale=None, softcap=None):
+def forward(
+    q, k, v, *, bias=None, mask=None, sink=None, bias_k=None, bias_v=None, causal=False, window=None, scale=None,
+    softcap=None,
+):  # fmt: skip
     """(o, lse, weights), saved     q (B, H, T, D)   k (B, K, S, D)   v (B, K, S, E)"""
     scale = q.dtype.type(q.shape[-1] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else q.dtype.type(softcap)
-    group = q.shape[1] // k.shape[1]
+    group, appended = q.shape[1] // k.shape[1], bias_k is not None
+    if appended:
+        k, v = append(k, bias_k), append(v, bias_v)
+        mask = None if mask is None else np.pad(mask, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
     kh, vh = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     allowed = np.ones((1, 1, q.shape[2], k.shape[2]), bool)
     distance = np.arange(k.shape[2]) - np.arange(q.shape[2])[:, None]
@@ -22,6 +28,8 @@ def forward(q, k, v, *, bias=None, mask=None, sink=None, causal=False, window=No
         allowed = allowed & (distance >= -window[0]) & (distance <= window[1])
     if mask is not None:
         allowed = allowed & mask
+    if appended:
+        allowed = allowed | (np.arange(k.shape[2]) == k.shape[2] - 1)
 
     s = (scale * q) @ kh.mT
     c = s if softcap is None else softcap * np.tanh(s / softcap)
@@ -38,12 +46,12 @@ def forward(q, k, v, *, bias=None, mask=None, sink=None, causal=False, window=No
     lse = np.where(empty, -np.inf, top + np.log(total))[..., 0].astype(q.dtype)
     p = e / total
     o = p @ vh
-    return (o, lse, p), (q, kh, vh, bias, sink, scores, top, total, lse, c, o, scale, softcap, group)
+    return (o, lse, p), (q, kh, vh, bias, sink, scores, top, total, lse, c, o, scale, softcap, group, appended)
 
 
 def backward(saved, do, *, dlse=None, dweights=None):
-    """dq, dk, dv, dbias, dsink"""
-    q, kh, vh, bias, sink, scores, top, total, lse, c, o, scale, softcap, group = saved  # noqa: RUF059 — for what is planted
+    """dq, dk, dv, dbias, dsink, dbias_k, dbias_v"""
+    q, kh, vh, bias, sink, scores, top, total, lse, c, o, scale, softcap, group, appended = saved  # noqa: RUF059 — for what is planted
     do = do.astype(q.dtype)
     delta = (do * o).sum(-1, keepdims=True)
     if dweights is not None:
@@ -70,7 +78,15 @@ def backward(saved, do, *, dlse=None, dweights=None):
     dsink = None
     if sink is not None:
         dsink = (np.exp(sink[:, None, None] - top) / total * along).sum((0, 2, 3))
-    return dq, dk, dv, dbias, dsink
+    dbias_k = dbias_v = None
+    if appended:
+        dk, dbias_k, dv, dbias_v = dk[:, :, :-1], dk[:, :, -1].sum(0), dv[:, :, :-1], dv[:, :, -1].sum(0)
+    return dq, dk, dv, dbias, dsink, dbias_k, dbias_v
+
+
+def append(a, row):
+    """The key or value after the others of each sample"""
+    return np.concatenate([a, np.broadcast_to(row[:, None], (*a.shape[:2], 1, a.shape[-1]))], axis=2)
 
 
 def unbroadcast(a, shape):

@@ -43,17 +43,15 @@ def implementation(*changes: tuple[str, str], arithmetic: Profile = ARITHMETIC, 
 
 UNCHANGED = "    do = do.astype(q.dtype)\n"
 TILES = "for start in range(0, kh.shape[2], TILE):"
-LAST = "    return dq, dk, dv, dbias, dsink\n"
+LAST = "    return dq, dk, dv, dbias, dsink, dbias_k, dbias_v\n"
 EXP = "        p = np.exp(scores[..., tile] - top) / total\n"
 DP = "        dp = do @ vh[:, :, tile].mT\n"
 TOTAL = "    total = e.sum(-1, keepdims=True) + e_sink\n"
 GROUPS = "    dk, dv = (a.reshape(a.shape[0], a.shape[1] // group, group, *a.shape[2:]).sum(2) for a in (dk, dv))\n"
 DBIAS = "    dbias = None if bias is None else unbroadcast(dz, bias.shape)\n"
-REPEAT = "kh, vh = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)\n"
-SAVED = "(q, kh, vh, bias, sink, scores, top, total, lse, c, o, scale, softcap, group)\n\n"
 
 FAULTS = (
-    Fault("flash-attention 2424", "the backward drops the mask", "mask", ", sink, scores, top, total, lse, c, o, scale, softcap, group)\n\n", ", sink, z + 0 * scores.astype(bool), top, total, lse, c, o, scale, softcap, group)\n\n"),
+    Fault("flash-attention 2424", "the backward drops the mask", "mask", ", sink, scores, top, total, lse, c, o, scale, softcap, group, appended)\n\n", ", sink, z + 0 * scores.astype(bool), top, total, lse, c, o, scale, softcap, group, appended)\n\n"),
     Fault("flash-attention 2623", "a mask of blocks walks its tiles backwards in the gradient", "mask", "        dv[:, :, tile] = p.mT @ do\n", "        dv[:, :, tile] = (p[..., ::-1] if np.isneginf(scores).any() else p).mT @ do\n"),
     Fault("flash-attention 2481", "δ is that of the call before", "plain", "    along = -delta\n", "    stale = globals().get('stale')\n    globals()['stale'] = delta\n    delta = stale if stale is not None and stale.shape == delta.shape else delta\n    along = -delta\n"),
     Fault("flash-attention 443", "0 / 0 in a row that attends nothing", "empty_row", "    total = np.where(empty, q.dtype.type(1), total)\n", "    total = total\n"),
@@ -79,7 +77,7 @@ FAULTS = (
     Fault("mlx 2909", "the gradient of a bias is 0", "bias", DBIAS, "    dbias = None if bias is None else np.zeros_like(bias)\n"),
     Fault("mlx 3452", "one query alone has no sink", "sink", TOTAL, "    total = e.sum(-1, keepdims=True) + (e_sink if q.shape[2] > 1 else 0)\n"),
     Fault("xformers 854", "the gradient of a broadcast bias is not reduced over the batch", "bias", DBIAS, "    dbias = None if bias is None else unbroadcast(dz if bias.shape[0] > 1 else dz[:1], bias.shape)\n"),
-    Fault("aprender 2203", "dq does not come", "plain", LAST, "    return None, dk, dv, dbias, dsink\n"),
+    Fault("aprender 2203", "dq does not come", "plain", LAST, "    return None, dk, dv, dbias, dsink, dbias_k, dbias_v\n"),
     Fault("diffusers 12761", "a gradient too few", "plain", LAST, "    return dq, dk, dv\n"),
     Fault("jax-flash-attn2 1", "a cotangent of 0 has a gradient", "plain", UNCHANGED, UNCHANGED + "    do = np.where(do == 0, do.dtype.type(1e-6), do)\n"),
     Fault("KernelBench 82", "the call writes to its input", "plain", "    s = (scale * q) @ kh.mT\n", "    s = (scale * q) @ kh.mT\n    v *= q.dtype.type(1.0000002)\n"),
@@ -90,6 +88,7 @@ FAULTS = (
     Fault("TransformerEngine, masks", "all heads have the mask of the first", "mask", "        allowed = allowed & mask\n", "        allowed = allowed & mask[:, :1]\n"),
     Fault("nested tensors", "all samples have the mask of the first", "mask", "        allowed = allowed & mask\n", "        allowed = allowed & mask[:1]\n"),
     Fault("flash-attention, local", "the window of the gradient has one key too few", "window", "    o = p @ vh\n", "    o = p @ vh\n    if window is not None:\n        scores = np.where(distance == -window[0], -np.inf, scores)\n"),
+    Fault("torch, is_causal beside bias_kv", "the causal mask hides the appended key", "appended key", "        allowed = allowed | (np.arange(k.shape[2]) == k.shape[2] - 1)\n", "        allowed = allowed\n"),
     Fault("cudnn-frontend 385", "the gradient of the weights is dropped", "weights", "            dp = dp + dweights[..., tile]\n", "            dp = dp\n"),
 )  # fmt: skip
 
@@ -101,7 +100,7 @@ RIGHT = (
     Variant("tiles of 8 keys", (("TILE = 32", "TILE = 8"),)),
     Variant("one tile", (("TILE = 32", "TILE = 4096"),)),
     Variant("tiles from the last to the first", ((TILES, "for start in reversed(range(0, kh.shape[2], TILE)):"),)),
-    Variant("float64 inside", ((UNCHANGED, "    q, kh, vh, do, scores, top, total, o = (np.float64(a) for a in (q, kh, vh, do, scores, top, total, o))\n"), (LAST, "    return [None if a is None else np.float32(a) for a in (dq, dk, dv, dbias, dsink)]\n"))),
+    Variant("float64 inside", ((UNCHANGED, "    q, kh, vh, do, scores, top, total, o = (np.float64(a) for a in (q, kh, vh, do, scores, top, total, o))\n"), (LAST, "    return [None if a is None else np.float32(a) for a in (dq, dk, dv, dbias, dsink, dbias_k, dbias_v)]\n"))),
     Variant("sums by einsum, in another order", (EINSUM,)),
     Variant("weights from the log-sum-exp", ((EXP, "        p = np.exp(scores[..., tile] - top - np.log(total))\n"),), Profile(("o",), True, False)),
     Variant("powers of two", ((EXP, "        two = q.dtype.type(np.log2(np.e))\n        p = np.exp2((scores[..., tile] - top) * two) / total\n"),), Profile(("o",), True, False, True)),

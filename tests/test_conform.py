@@ -5,12 +5,13 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from published import FAULTS, RIGHT, implementation
 
 from funcmha import attention
 from funcmha.testing.conform import DeclarationError, Implementation, assert_conforms, check
-from funcmha.testing.conform.cases import FEATURES, cases
-from funcmha.testing.conform.problems import rounded
+from funcmha.testing.conform.cases import FEATURES, Case, cases
+from funcmha.testing.conform.problems import Problem, rounded
 from funcmha.testing.conform.ready import READY, ready
 from funcmha.testing.conform.verdicts import judge
 
@@ -61,7 +62,8 @@ def test_what_is_right_in_another_way_is_not_called_wrong(variant):
 def test_every_engine_of_funcmha_is_right_in_all_dtypes(name):
     report = check(ready(name), seconds=600)
     assert all(feature.verdict == "ok" for feature in report.features), told(report)
-    assert {(f.name, f.dtype) for f in report.features} == {(f, d) for f in FEATURES for d in ready(name).dtypes}
+    features = {f for f in FEATURES if f != "appended key" or name == "funcmha:mha"}
+    assert {(f.name, f.dtype) for f in report.features} == {(f, d) for f in features for d in ready(name).dtypes}
 
 
 # ── conventions ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +215,8 @@ def test_a_convention_that_no_choice_fits_is_judged():
     """All samples have the mask of the first: that is no way to read a mask, and it is for the masks to say so."""
     report = check(replace(PLAIN, forward=changed(mask=lambda mask, q: mask[:1])))
     assert not report.mismatches
-    assert {f.name for f in report.features if f.verdict == "wrong"} == {"mask", "mask and causal", "empty rows", "lse"}
+    wrong = {f.name for f in report.features if f.verdict == "wrong"}
+    assert wrong == {"mask", "mask and causal", "empty rows", "lse", "appended key"}
 
 
 # ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -432,6 +435,17 @@ def test_time_is_kept_with_the_first_case_of_every_feature_first():
             "    dk, dv = dk[:, ::group], dv[:, ::group]\n",
             "the sum over a group of heads",
         ),
+        (
+            "*a.shape[2:]).sum(2) for a in (dk, dv))",
+            "*a.shape[2:]).mean(2) for a in (dk, dv))",
+            "dk by 0.5, dv by 0.5; 1/2: a mean over the heads of a group, not their sum",
+        ),
+        ("        ds = p * (dp + along)\n", "        ds = 0 * p\n", "no gradient comes through the scores"),
+        (
+            "        dv[:, :, tile] = p.mT @ do\n",
+            "        dv[:, :, tile] = 0\n",
+            "no gradient comes through the values",
+        ),
     ],
 )
 def test_what_went_wrong_is_guessed(old, new, diagnosis):
@@ -439,6 +453,77 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
     features = {"plain", "grouped heads", "lse"}
     rows = [row for case, _ in cases(impl) if case.feature in features for row in judge(impl, case)]
     assert [row for row in rows if diagnosis in row.diagnosis], [row.diagnosis for row in rows if row.diagnosis]
+
+
+def test_scores_detached_in_torch_are_guessed():
+    """Its autograd then has no gradient of q and k at all."""
+
+    def forward(q, k, v):
+        return torch.softmax((q.shape[-1] ** -0.5 * q @ k.mT).detach(), -1) @ v
+
+    report = check(Implementation("detached", forward, library="torch", gqa=None), **only("plain"))
+    told = {row.quantity: row.diagnosis for f in report.features for row in f.failures}
+    guess = "no gradient comes through the scores, or the weights after them: they are detached"
+    assert told == {"dq": guess, "dk": guess}
+
+
+def test_what_is_causal_always_is_judged_causal():
+    """As many training kernels are: without an option, and of as many keys as queries."""
+
+    def forward(q, k, v, *, sink=None):
+        return PLAIN.forward(q, k, v, sink=sink, causal=True)
+
+    def back(saved, do, **cotangents):
+        return *PLAIN.backward(saved, do, **cotangents)[:3], PLAIN.backward(saved, do, **cotangents)[4]
+
+    impl = replace(PLAIN, forward=forward, backward=back, limits={"causal": True, "S": "T"})
+    report = check(impl)
+    assert report.ok, told(report)
+    assert {f.name for f in report.features} >= {"plain", "causal", "widths", "grouped heads", "sink", "lse", "batch"}
+    not_causal = replace(impl, forward=lambda q, k, v, *, sink=None: PLAIN.forward(q, k, v, sink=sink))
+    assert {f.verdict for f in check(not_causal, **only("plain")).features} == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    ("forward", "declared", "message"),
+    [
+        (lambda q, k, v: None, {}, "forward must return o as an array of numpy, got NoneType"),
+        (lambda q, k, v: 3.0, {"library": "torch"}, "forward must return o as an array of torch, got float"),
+        (
+            lambda q, k, v: q.numpy(),
+            {"library": "torch"},
+            "forward must return o as an array of torch, got numpy.ndarray",
+        ),
+        (lambda q, k, v: torch.tensor(q), {}, "forward must return o as an array of numpy, got torch.Tensor"),
+        (lambda q, k, v: (q, q), {}, "forward must return o as outputs declares, got 2 arrays"),
+        (lambda q, k, v: q, {"outputs": ("o", "lse")}, "forward must return o, lse as outputs declares, got 1 arrays"),
+        (lambda q, k, v: q, {"backward": lambda saved, do: None}, r"forward must return \(outputs, saved\)"),
+        (
+            lambda q, k, v: q,
+            {"library": "pytorch"},
+            "no float32 array of library='pytorch' can be made: ModuleNotFound",
+        ),
+        (lambda q, k, v: q, {"library": "torch", "device": "gpu"}, "of library='torch' on device='gpu' can be made"),
+        (lambda q, k, v: torch.softmax(q, -1), {}, "takes no arrays of library='numpy', so declare whose: TypeError"),
+    ],
+)
+def test_what_no_call_can_be_of_is_a_wrong_declaration(forward, declared, message):
+    with pytest.raises(DeclarationError, match=message):
+        check(Implementation("odd", forward, **declared), **only("plain"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"window": (3, 1)}, {"softcap": 2.0, "gain": 8.0}, {"causal": True}, {"mask": "dense"}]
+)
+def test_an_option_that_is_ignored_is_guessed(option):
+    """As backends do that take an argument for another's sake."""
+    impl = replace(PLAIN, forward=lambda q, k, v, **options: PLAIN.forward(q, k, v))
+    told = {
+        row.quantity: row.diagnosis for row in judge(impl, Case("plain", Problem(**option), "float32")) if not row.law
+    }
+    assert {told[name] for name in ("o", "lse", "dq", "dv")} == {told["o"]}
+    assert told["o"].startswith("the results are those without the ")
+    assert told["o"].endswith(": it is ignored")
 
 
 # ── declarations that cannot be ──────────────────────────────────────────────────────────────────────────────────
@@ -459,6 +544,9 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
         ({"limits": {"D": (8, 256, 0)}}, r"limits\['D'\] must be"),
         ({"limits": {"E": "X"}}, r"limits\['E'\] must be"),
         ({"forward": 3}, "forward must be a function, got int"),
+        ({"forward": lambda qkv: qkv}, "forward must take q, k and v by position, .*: it takes 'qkv'"),
+        ({"forward": lambda q, k, v, mask: q}, "forward must take q, k and v by position, .*: it takes .*'mask'"),
+        ({"name": 3}, "name must be a string, got int"),
         ({"backward": 3}, "backward must be a function, got int"),
         ({"forward": lambda q, k, v, *, dropout: q}, "forward must take options out of .*, and requires 'dropout'"),
         (
@@ -466,6 +554,7 @@ def test_what_went_wrong_is_guessed(old, new, diagnosis):
             "forward takes 'is_causal', which is 'causal' here: rename",
         ),
         ({"limits": {"D": (8,)}}, r"limits\['D'\] must be"),
+        ({"limits": {"causal": False}}, r"limits\['causal'\] must be True, of what is causal always, got False"),
         ({"gradients": ("mask",)}, "gradients must be out of 'q', .*, got .'mask',."),
     ],
 )

@@ -167,8 +167,8 @@ def unknown_names(text):
 
 def unknown_verbs(text):
     """`make something` that the Makefile does not know."""
-    known = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
-    return set(re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE)) - {(v, "") for v in known} - {
+    known = set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+    return set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", text, re.MULTILINE)) - {(v, "") for v in known} - {
         ("", v) for v in known
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from .conform.cases import cases, slug
 from .conform.checking import EXPECTED, Feature, Report, check
 from .conform.command import load
-from .conform.implementation import Implementation
+from .conform.implementation import DeclarationError, Implementation
 from .conform.text import failure
 from .conform.verdicts import OK, WRONG
 
@@ -70,7 +70,10 @@ class ConformItem(pytest.Item):
     def runtest(self) -> None:
         """Fail with what the report says."""
         name, dtype, quantity = self.of
-        report = self.judged.report(name, dtype)
+        try:
+            report = self.judged.report(name, dtype)
+        except DeclarationError as error:
+            pytest.fail(str(error), pytrace=False)
         if report.mismatches:
             pytest.fail("\n".join(map(str, report.mismatches)), pytrace=False)
         if not report.features:

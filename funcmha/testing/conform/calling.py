@@ -8,9 +8,9 @@ import numpy as np
 
 from funcmha._arrays import Array
 
-from .implementation import Implementation
+from .implementation import DIFFERENTIABLE, DeclarationError, Implementation
 from .libraries import AUTODIFF, dtype_of, given, taken
-from .problems import Numbers, Problem
+from .problems import Numbers, Problem, numbers
 
 
 class Results(NamedTuple):
@@ -23,7 +23,25 @@ class CallError(Exception):
     """The implementation did not return what it declares."""
 
 
-INPUTS = ("q", "k", "v", "bias", "sink")
+def try_a_call(impl: Implementation, problem: Problem) -> None:
+    """DeclarationError where arrays cannot be made as declared, or what comes back is not what is declared"""
+    dtype, x = impl.dtypes[0], numbers(problem, impl.dtypes[0])
+    try:
+        given(x.q, impl.library, dtype, impl.device)
+    except Exception as error:  # any library's own, and of what is no library
+        told = f"{type(error).__name__}: {error}"
+        where = "" if impl.device is None else f" on device={impl.device!r}"
+        raise DeclarationError(f"no {dtype} array of library={impl.library!r}{where} can be made: {told}") from None
+    try:
+        run(impl, problem, x, dtype, gradients=False)
+    except CallError as error:
+        raise DeclarationError(str(error)) from None
+    except (TypeError, AttributeError) as error:
+        if impl.library == "numpy" and "numpy.ndarray" in str(error):
+            told = f"{type(error).__name__}: {error}"
+            raise DeclarationError(f"forward takes no arrays of library='numpy', so declare whose: {told}") from None
+    except Exception:  # it raises: that is for the cases to tell
+        return
 
 
 def run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, *, gradients: bool = True) -> Results:
@@ -35,7 +53,7 @@ def run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, *, gradi
 
 def _run(impl: Implementation, problem: Problem, x: Numbers, dtype: str, gradients: bool) -> Results:
     call = _Call(impl, problem, x, dtype)
-    wanted = [n for n in INPUTS if n in call.inputs and n in impl.differentiates and problem.only in (None, n)]
+    wanted = [n for n in DIFFERENTIABLE if n in call.inputs and n in impl.differentiates and problem.only in (None, n)]
     if not gradients or not wanted:
         outputs, grads = call.forward(call.inputs), dict[str, Any]()
     elif impl.backward is not None:
@@ -58,14 +76,14 @@ class OptionsOf:
 
     def __init__(self, impl: Implementation, problem: Problem, x: Numbers) -> None:
         self.impl, self.order = impl, _heads(x.q.shape[1], x.k.shape[1], impl.gqa)
-        names = (*INPUTS, "mask", *(f"d{n}" for n in impl.returned))
+        names = (*DIFFERENTIABLE, "mask", *(f"d{n}" for n in impl.returned))
         self.arrays = {n: self.arranged(n, a) for n in names if (a := getattr(x, n)) is not None}
         if x.mask is not None and impl.mask != "True attends":
             mask = self.arrays["mask"]
             self.arrays["mask"] = ~mask if impl.mask == "True forbids" else np.where(mask, 0.0, -np.inf)
         if "dlse" in self.arrays and impl.lse_base == "2":
             self.arrays["dlse"] *= np.log(2)  # lse = ln 2 · what is returned, whose cotangent then is ln 2 · dlse
-        self.static: dict[str, Any] = {"causal": True} if problem.causal else {}
+        self.static: dict[str, Any] = {"causal": True} if problem.causal and "causal" in impl.options else {}
         if problem.window is not None:
             self.static["window"] = tuple(n + (impl.window == "exclusive") for n in problem.window)
         self.static |= {n: getattr(problem, n) for n in ("scale", "softcap") if getattr(problem, n) is not None}
@@ -73,7 +91,7 @@ class OptionsOf:
     @property
     def spelled(self) -> dict[str, str]:
         """The options as they are written in a call."""
-        named = {n: n for n in ("bias", "sink", "mask") if n in self.arrays}
+        named = {n: n for n in (*DIFFERENTIABLE[3:], "mask") if n in self.arrays}
         return named | {n: repr(value) for n, value in self.static.items()}
 
     def arranged(self, name: str, a: Array) -> Array:
@@ -82,6 +100,8 @@ class OptionsOf:
             a = a[:, self.order]
         elif name == "sink":
             return a[self.order]
+        elif name in ("bias_k", "bias_v"):
+            return a
         if name in ("q", "k", "v", "do"):
             return _permuted(a, "B H T D", self.impl.layout)
         if name == "dlse":
@@ -92,7 +112,7 @@ class OptionsOf:
 class _Call:
     def __init__(self, impl: Implementation, problem: Problem, x: Numbers, dtype: str) -> None:
         self.impl, self.dtype, self.given = impl, dtype, OptionsOf(impl, problem, x)
-        self.inputs = {name: self.placed(a) for name, a in self.given.arrays.items() if name in INPUTS}
+        self.inputs = {name: self.placed(a) for name, a in self.given.arrays.items() if name in DIFFERENTIABLE}
         self.options = {n: self.placed(a) for n, a in self.given.arrays.items() if n == "mask"} | self.given.static
         self.before = {name: taken(a, impl.library) for name, a in self.inputs.items()}
 
@@ -113,7 +133,7 @@ class _Call:
 
     def _forward(self, inputs: dict[str, Any]) -> tuple[list[Any], Any]:
         """The outputs, and what the forward saves for a backward of its own"""
-        extra = {name: inputs[name] for name in ("bias", "sink") if name in inputs}
+        extra = {name: inputs[name] for name in DIFFERENTIABLE[3:] if name in inputs}
         got, saved = self.impl.forward(inputs["q"], inputs["k"], inputs["v"], **extra, **self.options), None
         if self.impl.backward is not None:
             if not isinstance(got, tuple) or len(got) != 2:
@@ -122,6 +142,11 @@ class _Call:
         names, outputs = self.impl.returned, list(got) if isinstance(got, tuple | list) else [got]
         if len(outputs) != len(names):
             raise CallError(f"forward must return {', '.join(names)} as outputs declares, got {len(outputs)} arrays")
+        for name, y in zip(names, outputs, strict=True):
+            foreign = isinstance(y, np.ndarray | np.generic) != (self.impl.library == "numpy")
+            if foreign or not hasattr(y, "shape"):
+                kind = f"{type(y).__module__}.{type(y).__name__}".removeprefix("builtins.")
+                raise CallError(f"forward must return {name} as an array of {self.impl.library}, got {kind}")
         return outputs, saved
 
     def own_backward(self, backward: Callable[..., Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -131,7 +156,7 @@ class _Call:
         if do is None:
             do = self.placed(np.zeros(taken(outputs[self.impl.returned.index("o")], self.impl.library).shape))
         grads = backward(saved, do, **{f"d{n}": dy for n, dy in dys.items() if dy is not None})
-        names = [n for n in INPUTS if n in ("q", "k", "v") or n in self.impl.options]
+        names = [n for n in DIFFERENTIABLE if n in ("q", "k", "v") or n in self.impl.options]
         if not isinstance(grads, tuple | list) or len(grads) != len(names):
             count = len(grads) if isinstance(grads, tuple | list) else type(grads).__name__
             raise CallError(f"backward must return a tuple of {', '.join(f'd{n}' for n in names)}, got {count}")

@@ -13,6 +13,8 @@ from .conventions import fitted
 from .implementation import Implementation
 from .problems import BIASES, Problem
 
+SEEDS = 1000  # more than any problem has: the seed of a run counts in these
+
 
 @dataclass(frozen=True)
 class Case:
@@ -24,6 +26,12 @@ class Case:
     def name(self) -> str:
         """The feature, the dtype and a hash of the problem, by which it is found again."""
         return f"{slug(self.feature)}/{self.dtype}/{zlib.crc32(repr(self.problem).encode()):08x}"
+
+    @property
+    def replay(self) -> str:
+        """The arguments of the command line that run it."""
+        seed = self.problem.seed // SEEDS
+        return f"--case {self.name}" + (f" --seed {seed}" if seed else "")
 
     def told(self) -> str:
         """The problem, without what is as usual."""
@@ -113,6 +121,12 @@ FEATURES: dict[str, tuple[Problem, ...]] = {
         Problem(sink=0.0, H=6, K=2, D=80, E=24, seed=4),
         Problem(sink=1.0, T=1, S=33, seed=5),
     ),
+    "appended key": (
+        Problem(appended=True),
+        Problem(appended=True, causal=True, T=17, S=17, seed=1),
+        Problem(appended=True, mask="dense", T=33, seed=2),
+        Problem(appended=True, causal=True, T=13, S=29, seed=3),
+    ),
     "sink and lse": (Problem(sink=0.0, cotangents=("o", "lse")), Problem(sink=3.0, cotangents=("lse",), seed=1)),
     "saturated": (
         Problem(gain=1e3),
@@ -136,6 +150,7 @@ def needs(problem: Problem) -> set[str]:
     """The options that a forward must take for this problem."""
     by_option = {"bias": problem.bias, "sink": problem.sink, "window": problem.window, "scale": problem.scale}
     by_option |= {"softcap": problem.softcap, "causal": problem.causal or None}
+    by_option |= dict.fromkeys(("bias_k", "bias_v"), problem.appended or None)
     by_option |= {"mask": None if problem.mask == "none" else True}
     return {name for name, value in by_option.items() if value is not None}
 
@@ -152,13 +167,14 @@ def cases(impl: Implementation, *, seed: int = 0, large: bool = False) -> Iterat
                 for problem in problems[n : n + 1]:
                     if _takes(impl, problem):
                         yield from _fitted(
-                            impl, Case(feature, replace(problem, seed=problem.seed + 1000 * seed), dtype)
+                            impl, Case(feature, replace(problem, seed=problem.seed + SEEDS * seed), dtype)
                         )
 
 
 def _takes(impl: Implementation, problem: Problem) -> bool:
     judged = problem.only is None or problem.only in impl.differentiates
-    return judged and needs(problem) <= {*impl.options} and {*problem.cotangents} <= {*impl.returned}
+    takes = {*impl.options, *(["causal"] if impl.always_causal else [])}
+    return judged and needs(problem) <= takes and {*problem.cotangents} <= {*impl.returned}
 
 
 def _fitted(impl: Implementation, case: Case) -> Iterator[tuple[Case, str | None]]:

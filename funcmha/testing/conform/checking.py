@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import NamedTuple
 
+from .calling import try_a_call
 from .cases import FEATURES, LARGE, Case, cases
-from .conventions import Mismatch, mismatches
+from .conventions import Mismatch, fitted, mismatches
 from .implementation import Implementation
+from .problems import Problem
 from .verdicts import LOOSE, OK, WRONG, Judged, judge
 
 EXPECTED, UNEXPECTED = "expected", "unexpected pass"
@@ -70,6 +72,9 @@ def check(
         raise TypeError(f"impl must be an Implementation, got {type(impl).__name__}")
     end = monotonic() + seconds
     progress("conventions")
+    plain = fitted(impl, Problem())
+    if plain is not None:
+        try_a_call(impl, plain)
     wrong = tuple(mismatches(impl))
     if wrong:
         return Report(impl, wrong, (), (), (), 0, strict)

@@ -61,6 +61,7 @@ def mismatches(impl: Implementation) -> Iterator[Mismatch]:
     for probe in PROBES:
         problem = fitted(impl, probe.problem)
         taken = {*probe.needs} <= {*impl.options} and probe.reads in impl.returned
+        taken = taken or (probe.field == "causal" and impl.always_causal)
         if problem is None or not taken or (probe.field == "gqa" and (impl.gqa is None or problem.H == problem.K)):
             continue
         declared = getattr(impl, probe.field)
@@ -91,7 +92,7 @@ def fitted(impl: Implementation, problem: Problem) -> Problem | None:
     for letter, limit in impl.limits.items():
         if isinstance(limit, str) and letter in sizes:
             sizes[letter] = sizes[limit]
-    found = replace(problem, **sizes)
+    found = replace(problem, **sizes, causal=problem.causal or impl.always_causal)
     too_large = prod(max(n, 1) for n in (found.B, found.H, found.T, found.S)) > MOST_SCORES
     return None if too_large or impl.refuses(**found.sizes()) else found
 

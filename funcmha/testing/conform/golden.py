@@ -17,10 +17,10 @@ from funcmha._arrays import Array
 from .calling import OptionsOf, canonical
 from .cases import Case, cases
 from .checking import Report, report_of
-from .implementation import DeclarationError, Implementation
+from .implementation import DIFFERENTIABLE, DeclarationError, Implementation
 from .problems import Numbers, numbers
 from .reference import allowed, without_cotangents
-from .verdicts import Judged, judge_values
+from .verdicts import OK, Judged, judge_values
 
 
 def write(impl: Implementation, path: str | Path, **chosen: Any) -> int:
@@ -53,14 +53,22 @@ def judge(impl: Implementation, path: str | Path, **chosen: Any) -> Report:
             left_out += 1
             continue
         values = {n: None if a is None else canonical(impl, given.order, n, a) for n, a in got.items()}
-        judged.setdefault((case.feature, case.dtype), []).append(judge_values(impl, case, x, values))
+        rows = [_or_missing(row, values) for row in judge_values(impl, case, x, values)]
+        judged.setdefault((case.feature, case.dtype), []).append(rows)
     unknown = next((n for n in answers if n.rpartition("/")[2] not in (*_INPUTS, "options")), None)
     if unknown is not None:
         raise DeclarationError(f"{path} has {unknown!r}, which no case is due: --golden says what is, under options")
     return report_of(impl, judged, left_out=left_out)
 
 
-_INPUTS = ("q", "k", "v", "bias", "sink", "mask", "do", "dlse", "dweights")
+def _or_missing(row: Judged, values: dict[str, Array]) -> Judged:
+    if row.verdict == OK or values[row.quantity] is not None:
+        return row
+    why, named = f"there is no {row.case.name}/{row.quantity}", "what has a gradient, say so by gradients=(…)"
+    return row._replace(why=why, diagnosis=f"if it is not among {named}" if row.quantity[0] == "d" else "")
+
+
+_INPUTS = (*DIFFERENTIABLE, "mask", "do", "dlse", "dweights")
 
 
 def _problems(impl: Implementation, **chosen: Any) -> Iterator[tuple[Case, Numbers]]:
@@ -72,5 +80,5 @@ def _problems(impl: Implementation, **chosen: Any) -> Iterator[tuple[Case, Numbe
 
 
 def _due(impl: Implementation, given: OptionsOf) -> list[str]:
-    grads = impl.gradients if impl.gradients is not None else ("q", "k", "v", "bias", "sink")
+    grads = impl.gradients if impl.gradients is not None else DIFFERENTIABLE
     return [*impl.returned, *(f"d{n}" for n in grads if n in given.arrays)]

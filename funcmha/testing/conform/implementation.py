@@ -10,7 +10,7 @@ from typing import Any
 
 from funcmha.testing.profiles import PROFILES, Profile, profile_of
 
-OPTIONS = ("bias", "mask", "sink", "causal", "window", "scale", "softcap")  # what a forward may take, by these names
+OPTIONS = ("bias", "mask", "sink", "bias_k", "bias_v", "causal", "window", "scale", "softcap")  # of a forward, by name
 ELSEWHERE = {
     "is_causal": "causal",
     "attn_mask": "mask",
@@ -22,7 +22,7 @@ ELSEWHERE = {
     "sinks": "sink",
     "logits_soft_cap": "softcap",
 }  # fmt: skip — what other libraries call them
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sink", "bias_k", "bias_v")
 OUTPUTS = ("o", "lse", "weights")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LETTERS = ("B", "H", "K", "T", "S", "D", "E")
@@ -48,16 +48,18 @@ class DeclarationError(ValueError):
 class Implementation:
     """An attention to be judged, and what its author declares of it.
 
-    forward    f(q, k, v, *, …) takes arrays of `library` and any of the options bias, mask, sink, causal, window, scale
-               and softcap by name, and is called with those alone that a case sets. It returns `outputs`; with a
-               backward of its own, (outputs, saved)
-    backward   f(saved, do, *, dlse=…, dweights=…) → dq, dk, dv, then dbias and dsink if the forward takes a bias and a
-               sink. None: the library's autodiff, of PyTorch, JAX, MLX and tinygrad; else the forward alone is judged
+    forward    f(q, k, v, *, …) takes arrays of `library` and any of OPTIONS by name, and is called with those alone
+               that a case sets. It returns `outputs`; with a backward of its own, (outputs, saved). bias_k (K, D) and
+               bias_v (K, E) are a key and a value more, which every query attends
+    backward   f(saved, do, *, dlse=…, dweights=…) → dq, dk, dv, then dbias, dsink, dbias_k and dbias_v of those that
+               the forward takes. None: the autodiff of PyTorch, JAX, MLX, tinygrad and Paddle; of another library the
+               forward alone is judged
     outputs    "o", or ("o", "lse", …): what the forward returns, in this order, out of o, lse and weights
     library    "numpy", "torch", "jax", or the name of any module with `asarray`, which arrays are given in
-    gradients  what has a gradient, out of q, k, v, bias and sink; None: all that the forward takes
+    gradients  what has a gradient, out of q, k, v, bias, sink, bias_k and bias_v; None: all that the forward takes
     limits     sizes that it takes, by axis letter: a number, (least, most), (least, most, multiple of), or another
-               letter that it equals; "G" is H / K. What is outside is listed as refused, not failed
+               letter that it equals; "G" is H / K. What is outside is listed as refused, not failed. {"causal": True}:
+               it is causal always, with or without an option of that name
     expected   {"feature/quantity": why}: known failures; one that no longer fails is a failure of its own
 
     The rest are conventions, each one of `CHOICES`: they are measured before anything is judged. The causal alignment
@@ -90,6 +92,8 @@ class Implementation:
     versions: Mapping[str, str] = field(default_factory=dict)  # shown in the report
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise DeclarationError(f"name must be a string, got {type(self.name).__name__}")
         for what, names, allowed in (("outputs", self.returned, OUTPUTS), ("dtypes", self.dtypes, DTYPES)):
             if isinstance(names, str) or not names or [name for name in names if name not in allowed]:
                 raise DeclarationError(f"{what} must be a tuple out of {_list(allowed)}, got {getattr(self, what)!r}")
@@ -111,6 +115,12 @@ class Implementation:
 
     def _check_options(self) -> None:
         takes = inspect.signature(self.forward).parameters.values()
+        by_place = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        needed = [p.name for p in by_place if p.default is p.empty]
+        if len(needed) > 3 or (len(by_place) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in takes)):
+            raise DeclarationError(
+                f"forward must take q, k and v by position, and the rest by name: it takes {_list(needed)}"
+            )
         unknown = [p.name for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in OPTIONS and p.default is p.empty]
         renamed = [p.name for p in takes if p.name in ELSEWHERE]
         if renamed:
@@ -124,8 +134,12 @@ class Implementation:
 
     def _check_limits(self) -> None:
         for letter, limit in self.limits.items():
-            if letter not in (*LETTERS, "G"):
-                raise DeclarationError(f"limits must be of {_list((*LETTERS, 'G'))}, got {letter!r}")
+            if letter not in (*LETTERS, "G", "causal"):
+                raise DeclarationError(f"limits must be of {_list((*LETTERS, 'G', 'causal'))}, got {letter!r}")
+            if letter == "causal":
+                if limit is not True:
+                    raise DeclarationError(f"limits['causal'] must be True, of what is causal always, got {limit!r}")
+                continue
             numbers = limit if isinstance(limit, tuple) else (limit,)
             known = limit in LETTERS if isinstance(limit, str) else all(type(n) is int and n >= 0 for n in numbers)
             short = isinstance(limit, tuple) and len(limit) not in (2, 3)
@@ -153,7 +167,7 @@ class Implementation:
             return self.gradients
         from .libraries import AUTODIFF
 
-        taken = ("q", "k", "v", *(name for name in ("bias", "sink") if name in self.options))
+        taken = tuple(name for name in DIFFERENTIABLE if name in ("q", "k", "v", *self.options))
         return taken if self.backward is not None or self.library in AUTODIFF else ()
 
     @property
@@ -161,10 +175,19 @@ class Implementation:
         """The arithmetic, as a profile."""
         return PROFILES[self.arithmetic] if isinstance(self.arithmetic, str) else self.arithmetic
 
+    @property
+    def always_causal(self) -> bool:
+        """Whether it has no other mode."""
+        return "causal" in self.limits
+
     def refuses(self, **sizes: int) -> str | None:
         """Why these sizes are outside of the limits, or None"""
         for letter, limit in self.limits.items():
             n = sizes[letter]
+            if letter == "causal":
+                if not n:
+                    return "not causal, declared causal always"
+                continue
             if isinstance(limit, str):
                 if n != sizes[limit]:
                     return f"{letter}={n}, declared {limit}"

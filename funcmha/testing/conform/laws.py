@@ -118,10 +118,10 @@ def future_cotangents(t: _Tried) -> Iterator[Broken]:
     for name in ("dk", "dv"):
         g = got.values.get(name)
         if g is not None and g.shape[:3] == reached.shape and (g[~reached] != 0).any():
-            yield name, f"the cotangent of query {row} reaches keys that it does not attend"
+            yield name, "the cotangent of one query reaches keys that it does not attend"
     g = got.values.get("dq")
     if g is not None and g.shape == t.x.q.shape and np.delete(g, row, axis=2).any():
-        yield "dq", f"the cotangent of query {row} reaches other queries"
+        yield "dq", "the cotangent of one query reaches other queries"
 
 
 # ── against itself ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,6 +196,7 @@ LAWS: dict[str, tuple[Callable[[_Tried], Iterator[Broken]], ...]] = {
     "grouped heads": (groups_are_repeated,),
     "bias": (zero_cotangents,),
     "sink": (zero_cotangents, last_query_alone),
+    "appended key": (zero_cotangents, future_cotangents),
     "lse": (zero_cotangents,),
     "batch": (batch_is_its_samples, repeats),
     "widths": (repeats,),

@@ -24,7 +24,7 @@ def taken(x: Any, library: str) -> Array:
     """An array of the library as NumPy's, in float64"""
     if library in ("mlx.core", "tinygrad") and dtype_of(x) != "float64":  # no NumPy has bfloat16
         x = x.astype(importlib.import_module(library).float32) if library == "mlx.core" else x.float()
-    a: np.ndarray = host(x.numpy() if library == "tinygrad" else x)
+    a: np.ndarray = host(x.numpy() if library in ("tinygrad", "paddle") else x)
     return a
 
 
@@ -75,6 +75,12 @@ def _in_tinygrad(a: Array, dtype: str, device: str | None) -> Any:
     return Tensor(a if a.dtype == bool else a.astype("float32")).cast(getattr(dtypes, dtype)).realize()
 
 
+def _in_paddle(a: Array, dtype: str, device: str | None) -> Any:
+    import paddle
+
+    return paddle.to_tensor(np.array(a, order="C"), place=device).astype(dtype)
+
+
 def _by_asarray(library: str) -> Callable[..., Any]:
     def place(a: Array, dtype: str, device: str | None) -> Any:
         xp = importlib.import_module(library)
@@ -90,6 +96,7 @@ _GIVEN: dict[str, Callable[..., Any]] = {
     "jax": _in_jax,
     "mlx.core": _in_mlx,
     "tinygrad": _in_tinygrad,
+    "paddle": _in_paddle,
 }
 
 
@@ -133,10 +140,24 @@ def _tinygrad_vjp(f: Callable[..., Outputs], inputs: Sequence[Any], cotangents: 
     return outputs, loss.gradient(*inputs)
 
 
+def _paddle_vjp(f: Callable[..., Outputs], inputs: Sequence[Any], cotangents: Callable[[Outputs], Outputs]) -> Any:
+    import paddle
+
+    for x in inputs:
+        x.stop_gradient = False
+    outputs = f(*inputs)
+    pairs = [(y, dy) for y, dy in zip(outputs, cotangents(outputs), strict=True) if dy is not None]
+    attached = [(y, dy) for y, dy in pairs if not y.stop_gradient]
+    if not attached:
+        return outputs, [None] * len(inputs)
+    return outputs, paddle.grad([y for y, _ in attached], list(inputs), [dy for _, dy in attached], allow_unused=True)
+
+
 # f(*inputs) → outputs; cotangents(outputs), None where there is none   →   outputs, gradients, None where there is none
 AUTODIFF: dict[str, Callable[..., Any]] = {
     "torch": _torch_vjp,
     "jax": _jax_vjp,
     "mlx.core": _mlx_vjp,
     "tinygrad": _tinygrad_vjp,
+    "paddle": _paddle_vjp,
 }

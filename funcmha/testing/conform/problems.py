@@ -32,6 +32,7 @@ class Problem:
     bias: str | None = None  # its axes, 1 where it is broadcast
     lowest: bool = False  # the bias is the least number of the dtype all along some rows, and 0 elsewhere
     sink: float | None = None  # what normal numbers are moved by
+    appended: bool = False  # a key and a value more, which every query attends
     scale: float | None = None
     softcap: float | None = None
     gain: float = 1.0  # of the queries
@@ -42,9 +43,9 @@ class Problem:
     seed: int = 0
 
     def sizes(self) -> dict[str, int]:
-        """By axis letter, and G = H / K."""
+        """By axis letter, G = H / K, and whether it is causal: what limits may be of."""
         named = {letter: getattr(self, letter) for letter in "BHKTSDE"}
-        return named | {"G": self.H // max(self.K, 1)}
+        return named | {"G": self.H // max(self.K, 1), "causal": self.causal}
 
 
 class Numbers(NamedTuple):
@@ -59,6 +60,8 @@ class Numbers(NamedTuple):
     do: Array  # (B, H, T, E)
     dlse: Array  # (B, H, T)
     dweights: Array  # (B, H, T, S)
+    bias_k: Array = None  # (K, D), the appended key
+    bias_v: Array = None  # (K, E)
 
 
 def numbers(problem: Problem, dtype: str) -> Numbers:
@@ -78,9 +81,9 @@ def numbers(problem: Problem, dtype: str) -> Numbers:
         name: normal(f"d{name}", axes) if name in x.cotangents else None for name, axes in OUTPUT_AXES.items()
     }
     sink = None if x.sink is None else normal("sink", "H", offset=x.sink)
-    return Numbers(
-        q, k, normal("v", "B K S E", offset=x.offset), _bias(x, normal, dtype), _mask(x), sink, *cotangents.values()
-    )
+    row = {"bias_k": normal("bias_k", "K D"), "bias_v": normal("bias_v", "K E")} if x.appended else {}
+    v, bias, mask = normal("v", "B K S E", offset=x.offset), _bias(x, normal, dtype), _mask(x)
+    return Numbers(q, k, v, bias, mask, sink, *cotangents.values(), **row)
 
 
 OUTPUT_AXES = {"o": "B H T E", "lse": "B H T", "weights": "B H T S"}

@@ -17,7 +17,8 @@ from funcmha.testing.tolerance import attention_bounds
 from .implementation import Implementation
 from .problems import Numbers, Problem
 
-QUANTITIES = ("o", "lse", "weights", "dq", "dk", "dv", "dbias", "dsink")
+OF_ATTENTION = ("o", "lse", "weights", "dq", "dk", "dv", "dbias", "dsink")
+QUANTITIES = (*OF_ATTENTION, "dbias_k", "dbias_v")
 Values = dict[str, Array]
 
 
@@ -71,6 +72,8 @@ def _scale(impl: Implementation, problem: Problem, x: Numbers) -> float:
 
 
 def _answer(x: Numbers, options: dict[str, Any], dtype: str, profile: Profile) -> Answer:
+    if x.bias_k is not None:
+        return _with_appended_key(x, options, dtype, profile)
     do = np.zeros((*x.q.shape[:-1], x.v.shape[-1])) if x.do is None else x.do
     cotangents: dict[str, Any] = {"dlse": x.dlse, "dweights": x.dweights}
     with np.errstate(all="ignore"):
@@ -80,7 +83,7 @@ def _answer(x: Numbers, options: dict[str, Any], dtype: str, profile: Profile) -
             x.q, x.k, x.v, x.bias, do, sink=x.sink, **options, **cotangents, dtype=dtype, arithmetic=profile
         )
     bounds = b.o, _half(b.lse, cache.lse, dtype), _half(b.weights, cache.p, dtype), *b[3:]
-    named = dict(zip(QUANTITIES, values, strict=True)), dict(zip(QUANTITIES, bounds, strict=True))
+    named = dict(zip(OF_ATTENTION, values, strict=True)), dict(zip(OF_ATTENTION, bounds, strict=True))
     return Answer(*({name: a for name, a in some.items() if a is not None} for some in named))
 
 
@@ -88,6 +91,26 @@ def _half(bound: Array, value: Array, dtype: str) -> Array:
     """lse and weights may be returned in half"""
     with np.errstate(invalid="ignore"):
         return bound + (U[name_of(dtype)] * np.nan_to_num(np.abs(value), posinf=0.0) if dtype in HALF else 0.0)
+
+
+def _with_appended_key(x: Numbers, options: dict[str, Any], dtype: str, profile: Profile) -> Answer:
+    """One key and value more, after the others: every query of every sample attends them"""
+    B = x.k.shape[0]
+    k, v = (
+        np.concatenate([a, np.broadcast_to(row[:, None], (B, len(row), 1, a.shape[-1]))], axis=-2)
+        for a, row in ((x.k, x.bias_k), (x.v, x.bias_v))
+    )
+    mask = options["mask"]
+    mask = None if mask is None else np.pad(mask, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
+    x = x._replace(k=k, v=v, bias_k=None, bias_v=None)
+    values, bounds = (dict(part) for part in _answer(x, options | {"mask": mask}, dtype, profile))
+    for name in ("k", "v"):
+        rows, allowed_off = values[f"d{name}"][..., -1, :], bounds[f"d{name}"][..., -1, :]
+        values[f"dbias_{name}"] = rows.sum(0)
+        bounds[f"dbias_{name}"] = allowed_off.sum(0) + U[dtype] * B * np.abs(rows).sum(0)  # the sum over samples
+        for part in (values, bounds):
+            part[f"d{name}"] = part[f"d{name}"][..., :-1, :]
+    return Answer(values, bounds)
 
 
 def _with_lse_of_scores(x: Numbers, options: dict[str, Any], dtype: str, profile: Profile) -> Answer:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .calling import OptionsOf
-from .implementation import Implementation
+from .implementation import DIFFERENTIABLE, Implementation
 from .ready import READY
 from .shrink import Small
 
@@ -15,7 +15,7 @@ def reproduction(impl: Implementation, small: Small, target: str) -> str:
     case, x, row = small
     options = OptionsOf(impl, case.problem, x)
     if sum(a.size for a in options.arrays.values()) > ENTRIES:
-        return f"# too large to write out: --case {row.case.name}"
+        return f"# too large to write out: {row.case.replay}"
     place, _, name = target.rpartition(":")
     lines = ["import numpy as np", *_imports(impl, place, name), ""]
     lines += [f"{n} = {_literal(impl, a, case.dtype)}" for n, a in options.arrays.items()]
@@ -85,7 +85,7 @@ def _by_forward(impl: Implementation, given: str, wanted: list[str], options: Op
     dys = {n: dy for n, dy in zip(impl.returned, _cotangents(impl, options), strict=True) if dy != "None"}
     do = dys.pop("o", None)
     more = "".join(f", d{n}={dy}" for n, dy in dys.items())
-    names = [f"d{n}" for n in ("q", "k", "v", "bias", "sink") if n in ("q", "k", "v") or n in impl.options]
+    names = [f"d{n}" for n in DIFFERENTIABLE if n in ("q", "k", "v", *impl.options)]
     lines = [f"y, saved = impl.forward({given})"]
     if quantity[0] != "d":
         return [*lines, f"print(y[{impl.returned.index(quantity)}])" if len(impl.returned) > 1 else "print(y)"]

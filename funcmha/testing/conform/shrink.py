@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cases import Case
-from .implementation import Implementation
+from .implementation import DIFFERENTIABLE, Implementation
 from .problems import Numbers, Problem, numbers, rounded
 from .verdicts import WRONG, Judged, judge_numbers
 
@@ -90,7 +90,7 @@ def _simpler(case: Case, x: Numbers) -> Iterator[Numbers]:
     if not (problem.causal or problem.window):  # which depend on where rows and keys are
         yield from (_without_row(x, i) for i in range(x.q.shape[2]) if x.q.shape[2] > 1)
         yield from (_without_key(x, j) for j in range(x.k.shape[2]) if x.k.shape[2] > 1)
-    for name in ("do", "dlse", "dweights", "bias", "q", "k", "v"):
+    for name in ("do", "dlse", "dweights", *DIFFERENTIABLE):
         a = getattr(x, name)
         if a is None or not a.size:
             continue

@@ -15,13 +15,13 @@ from .verdicts import LOOSE, OK, WRONG, Judged
 def told(report: Report, small: str = "") -> str:
     """One line a feature, then what is wrong, a small case of it, what was refused and what there was no time for."""
     impl = report.implementation
-    lines = [_head(report), f"conventions: {' · '.join(f'{n} {v}' for n, v in _conventions(report).items())}"]
+    lines = [head(report), f"conventions: {' · '.join(f'{n} {v}' for n, v in _conventions(report).items())}"]
     if report.mismatches:
         return "\n".join([*lines, "", *(str(m) for m in report.mismatches), "", "nothing was judged"])
     shown = [q for q in (*QUANTITIES, "call") if any(q in f.worst for f in report.features)]
     columns = ("feature", "dtype", ">cases", *(f">{q}" for q in shown), "verdict")
     rows = [(f.name, f.dtype, str(f.cases), *(_cell(f, q) for q in shown), f.verdict) for f in report.features]
-    lines += ["", *(table(columns, rows) if rows else ["nothing could be run"])]
+    lines += ["", *(table(columns, rows) if rows else [_why_nothing(report)])]
     for feature in report.features:
         lines += [line for row in feature.failures for line in failure(row)]
     lines += [
@@ -31,10 +31,17 @@ def told(report: Report, small: str = "") -> str:
         *(f"    {line}".rstrip() for line in small.splitlines()),
     ] * bool(small)
     lines += _rest(report)
-    return "\n".join([*lines, "", f"{impl.name}: {_sum(report)}"])
+    return "\n".join([*lines, "", f"{impl.name}: {summary(report)}"])
 
 
-def _head(report: Report) -> str:
+def _why_nothing(report: Report) -> str:
+    impl = report.implementation
+    options = ", ".join(impl.options) or "no options"
+    return f"nothing could be run: forward takes {options}, and returns {', '.join(impl.returned)}"
+
+
+def head(report: Report) -> str:
+    """The name, the versions, the device and the arithmetic"""
     impl = report.implementation
     versions = ", ".join(f"{name} {version}" for name, version in impl.versions.items())
     profile = impl.arithmetic if isinstance(impl.arithmetic, str) else impl.profile
@@ -76,7 +83,7 @@ def failure(row: Judged) -> list[str]:
     ratio = "" if isinf(row.ratio) else f", {number(row.ratio)} times the bound"
     lines = ["", f"{row.verdict.upper()}  {row.case.feature}, {row.case.dtype}: {row.quantity}{ratio}", f"  {row.why}"]
     lines += [f"  {row.diagnosis}"] if row.diagnosis else []
-    return [*lines, f"  {row.case.told()}", f"  replay: --case {row.case.name}"]
+    return [*lines, f"  {row.case.told()}", f"  replay: {row.case.replay}"]
 
 
 def _rest(report: Report) -> list[str]:
@@ -94,7 +101,8 @@ def _rest(report: Report) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
-def _sum(report: Report) -> str:
+def summary(report: Report) -> str:
+    """The status, and how many features have which verdict"""
     counts = {
         v: sum(f.verdict == v for f in report.features) for v in dict.fromkeys(f.verdict for f in report.features)
     }
@@ -177,7 +185,7 @@ def as_junit(report: Report) -> str:
         for name in names:
             rows = [row for row in feature.failures if row.quantity == name and row.verdict in bad]
             known = feature.verdict == EXPECTED
-            text = "\n".join(f"{row.why}\n{row.case.told()}\n--case {row.case.name}" for row in rows)
+            text = "\n".join(f"{row.why}\n{row.case.told()}\n{row.case.replay}" for row in rows)
             _element(suite, f"{feature.name}.{feature.dtype}", name, None if known or not rows else text)
         if feature.verdict not in (OK, LOOSE, WRONG, EXPECTED):
             _element(suite, f"{feature.name}.{feature.dtype}", "expected", feature.verdict)

@@ -62,7 +62,15 @@ def judge_numbers(impl: Implementation, case: Case, x: Numbers, *, laws: bool = 
 
 def _raised(case: Case, error: Exception) -> Judged:
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return Judged(case, "call", np.inf, WRONG, why)
+    return Judged(case, "call", np.inf, WRONG, why, DECLARE.get(case.feature, ""))
+
+
+DECLARE = {  # what says that a feature is refused on purpose
+    "grouped heads": "if it takes as many key/value heads as query heads alone, declare gqa=None",
+    "widths": 'if it refuses them on purpose, declare limits={"E": "D"}, or which D it takes',
+    "size 0": 'if it refuses them on purpose, declare limits={"T": (1, 2**31)}, and so on',
+    "causal, fewer keys": 'if it takes as many queries as keys alone, declare limits={"S": "T"}',
+}
 
 
 def judge_values(impl: Implementation, case: Case, x: Numbers, values: dict[str, Array]) -> list[Judged]:
@@ -72,16 +80,11 @@ def judge_values(impl: Implementation, case: Case, x: Numbers, values: dict[str,
 
 
 def _compared(impl: Implementation, case: Case, x: Numbers, got: Results) -> Iterator[Judged]:
-    """Against the answer that fits best: one for all quantities"""
-    answers = expected(impl, case.problem, x, case.dtype, impl.profile)
-    names = [name for name in answers[0].values if name in got.values]
-    each = [{name: ratios(got.values[name], answer, name) for name in names} for answer in answers]
-    worst = [max((float(np.max(r, initial=0.0)) for r in of.values()), default=0.0) for of in each]
-    best = int(np.argmin(worst))
-    wrong = {name for name in names if np.max(each[best][name], initial=0.0) > LIMITS[LOOSE]}
-    guess = diagnosis(impl, case, x, got, answers[best], wrong) if wrong else ""
-    for name in names:
-        r, kind = each[best][name], got.dtypes.get(name, case.dtype)
+    answer, all_ratios = _against_the_best(impl, case, x, got)
+    wrong = {name for name, r in all_ratios.items() if np.max(r, initial=0.0) > LIMITS[LOOSE]}
+    guess = diagnosis(impl, case, x, got, answer, wrong) if wrong else ""
+    for name, r in all_ratios.items():
+        kind = got.dtypes.get(name, case.dtype)
         ratio = float(np.max(r, initial=0.0))
         if name in ("o", "dq", "dk", "dv") and kind != case.dtype:
             yield Judged(case, name, ratio, WRONG, f"{case.dtype} in, {kind} out")
@@ -92,7 +95,24 @@ def _compared(impl: Implementation, case: Case, x: Numbers, got: Results) -> Ite
             yield Judged(case, name, ratio, LOOSE, why)
         else:
             rounding = _explained(impl, case, x, got, name) if case.dtype in HALF and np.isfinite(ratio) else ""
-            yield Judged(case, name, ratio, WRONG, _worst(got, answers[best], name, r), rounding or guess)
+            yield Judged(case, name, ratio, WRONG, _worst(got, answer, name, r), rounding or guess)
+
+
+def errors(impl: Implementation, case: Case) -> dict[str, Array]:
+    """|got − want| / bound of every quantity of a case, entry by entry"""
+    x = numbers(case.problem, case.dtype)
+    x = without_cotangents(impl, x, allowed(impl, case.problem, x))
+    return _against_the_best(impl, case, x, run(impl, case.problem, x, case.dtype))[1]
+
+
+def _against_the_best(impl: Implementation, case: Case, x: Numbers, got: Results) -> tuple[Answer, dict[str, Array]]:
+    """The answer that fits best, one for all quantities, and the ratios under it"""
+    answers = expected(impl, case.problem, x, case.dtype, impl.profile)
+    names = [name for name in answers[0].values if name in got.values]
+    each = [{name: ratios(got.values[name], answer, name) for name in names} for answer in answers]
+    worst = [max((float(np.max(r, initial=0.0)) for r in of.values()), default=0.0) for of in each]
+    best = int(np.argmin(worst))
+    return answers[best], each[best]
 
 
 def ratios(got: Array, answer: Answer, name: str) -> Array:
