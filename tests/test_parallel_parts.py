@@ -15,8 +15,7 @@ from funcmha import biases, dropout, masks, parallel
 from funcmha._arrays import unset
 from funcmha.parallel import schedule
 from funcmha.parallel.agreement import agree
-from funcmha.parallel.line import Layout
-from funcmha.parallel.pieces import bias_place
+from funcmha.parallel.line import Layout, placed
 from funcmha.testing.strategies import BIASES, RELATIVE, AttentionProblem, attention_problems
 
 SCHEMES = ("contiguous", "zigzag", "striped")
@@ -68,7 +67,7 @@ def test_all_of_a_causal_mask_is_shared_evenly_by_zigzag(n, m, extra):
             if pair.mask is None
             else pair.mask.dense(len(pair.rows), len(pair.cols)).sum()
             for source in range(n)
-            for pair in schedule.pairs(layout, rank, source, T, T, mask)
+            for pair in schedule.pairs(placed(layout.ring_pieces(T, rank)), layout, source, T, mask)
         )
         for rank in range(n)
     ]
@@ -137,7 +136,7 @@ def test_a_piece_of_a_bias_is_that_of_its_array(name, step):
     problem = AttentionProblem(T=11, S=13, bias=name)
     bias = biases.as_bias(problem.inputs("float64")[3])
     rows, cols = range(2, 11, step), range(1, 13, step)
-    part = type(bias)(bias.values[bias_place(bias, rows, cols, 11)])
+    part = bias.select(rows, cols, 11)
     whole = np.broadcast_to(bias.dense(11, 13), np.broadcast_shapes(np.shape(bias.dense(11, 13)), (11, 13)))
     got = np.broadcast_to(part.dense(len(rows), len(cols)), (*whole.shape[:-2], len(rows), len(cols)))
     np.testing.assert_array_equal(got, whole[..., list(rows), :][..., list(cols)])

@@ -25,6 +25,12 @@ RING = ("contiguous", "zigzag", "striped")
 SCHEMES = (*RING, "heads")
 
 
+def placed(pieces: Pieces) -> list[tuple[range, slice]]:
+    """Some tokens, and where each piece of them is among all"""
+    stops = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    return [(piece, slice(stop - len(piece), stop)) for piece, stop in zip(pieces, stops, strict=True)]
+
+
 class Layout(NamedTuple):
     """Who has what, of ranks that need not exist: rank = ring · heads + head, so heads are cut within a machine."""
 

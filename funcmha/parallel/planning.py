@@ -10,7 +10,7 @@ import numpy as np
 from funcmha import _check
 from funcmha.masks import Mask, as_mask
 
-from .line import RING, Layout, check_heads
+from .line import RING, Layout, check_heads, placed
 from .schedule import Ways, pairs, steps
 
 SMALL = 256  # rows and columns of a block whose booleans are counted, not halved
@@ -134,10 +134,11 @@ def _cost(
 
 def _of_rank(layout: Layout, ring: int, T: int, S: int, mask: Mask | None) -> tuple[np.ndarray, int]:
     """Which parts a rank of the ring needs, and the pairs of query and key that it attends"""
+    queries = placed(layout.ring_pieces(T, ring))
     counts = [
         [
             _count(pair.mask, (0, len(pair.rows)), (0, len(pair.cols)))
-            for pair in pairs(layout, ring, source, T, S, mask)
+            for pair in pairs(queries, layout, source, S, mask)
         ]
         for source in range(layout.ring)
     ]

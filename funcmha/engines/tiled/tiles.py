@@ -349,13 +349,7 @@ def tile_backward(
     e = heads.exponentials(x.q, tile, x.row_max, slope)
     a = heads.drop(e, tile)
     add_heads(dv, np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=scratch("n", (G, N, E), dtype)))
-    if heads.keep is None:
-        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", (G, R, N), dtype))
-    else:
-        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
-    if dweights is not None:
-        dp += _of_some(e, dweights) * x.inverse
-    dz = np.multiply(e, dp, out=dp)
+    dz = score_cotangent(heads, tile, x, e, v1, dweights)
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
@@ -364,6 +358,18 @@ def tile_backward(
     t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
     add_heads(dk, np.multiply(t, heads.scale_by_score_scale, out=t))
     return dz
+
+
+def score_cotangent(heads: Heads, tile: Tile, x: Rows, e: Array, v1: Array, dweights: Array) -> Array:
+    """dz = e (dp − δ + dlse) · inverse (G, R, N), good until the next tile     of the exponentials e"""
+    E = v1.shape[-1] - 1
+    if heads.keep is None:
+        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", e.shape, v1.dtype))
+    else:
+        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
+    if dweights is not None:
+        dp += _of_some(e, dweights) * x.inverse
+    return np.multiply(e, dp, out=dp)
 
 
 def add_heads(total: Array, x: Array) -> None:
