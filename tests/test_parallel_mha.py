@@ -28,7 +28,7 @@ from funcmha import (
 from funcmha.testing.strategies import MODERN, MODERN_MHA, MhaProblem, mha_problems
 
 LINES = ["zigzag", "striped", "heads", (2, 2), (2, 3), (4, 2), (3, 1)]
-FAIR = {"gain": st.sampled_from([1e-3, 1.0])}
+FAIR = {"gain": st.sampled_from([0.1, 1.0])}  # less makes rounding errors of torch large, by the norms
 
 
 def ranks_of(scheme, n):
