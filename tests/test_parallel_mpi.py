@@ -132,5 +132,5 @@ def test_a_message_is_cut_where_counts_end(monkeypatch):
 
 def test_without_mpi4py_the_carrier_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ImportError, match="mpi4py"):
+    with pytest.raises(ImportError, match=r"parallel.mpi needs mpi4py and an MPI .*: pip install 'funcmha\[mpi\]', or"):
         parallel.mpi()
