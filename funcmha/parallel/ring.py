@@ -22,6 +22,7 @@ from funcmha._arguments import Bias, Options
 from funcmha._arrays import Array, Sum, full, namespace, own, quiet_underflow, sum_over_batch, to_host, unset, upcast
 from funcmha.biases import as_bias, spelt
 from funcmha.engines.tiled.threads import with_single_threaded_blas
+from funcmha.engines.tiled.tiles import blocks
 from funcmha.masks import append_keys
 
 from . import pieces
@@ -155,13 +156,14 @@ def _cotangents(cache: RingCache, do: Array, dweights: Array, dlse: Array) -> tu
 
 
 def _with_dominant(cache: RingCache, dominant: Array) -> Queries:
-    """The queries of this rank from the first to the last of each piece that have a dominant key, in any head"""
+    """The queries of this rank that have a dominant key in any head: of each block from the first to the last"""
     in_any_head, found = np.any(to_host(dominant >= 0), axis=tuple(range(dominant.ndim - 1))), []
     for tokens, i in cache.queries:
-        some = np.flatnonzero(in_any_head[i])
-        if some.size:
-            start, stop = int(some[0]), int(some[-1]) + 1
-            found.append((tokens[start:stop], slice(i.start + start, i.start + stop)))
+        for first, last in blocks(len(tokens), pieces.PLAN.tile_rows):
+            some = first + np.flatnonzero(in_any_head[i][first:last])
+            if some.size:
+                start, stop = int(some[0]), int(some[-1]) + 1
+                found.append((tokens[start:stop], slice(i.start + start, i.start + stop)))
     return found
 
 
