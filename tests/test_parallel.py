@@ -20,7 +20,7 @@ from test_ops import close
 
 from funcmha import attention, attention_vjp, attention_weights, biases, dropout, log_sum_exp, masks, parallel
 from funcmha._arguments import check_attention
-from funcmha.parallel import pieces, ring
+from funcmha.parallel import pieces, travel
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
 
@@ -380,17 +380,16 @@ def own_mean(attend_vjp):
 def stale(travelling):
     """diffusers #14265: the gradient takes this rank's own keys and values every time."""
 
-    def wrong(cache, ways):
-        for step, kv in travelling(cache, ways):
-            own = cache.problem[1:3]
-            yield step, kv and tuple(mine[..., : a.shape[-2], :] for mine, a in zip(own, kv, strict=True))
+    def wrong(comm, layout, kv, S, ways):
+        for step, here in travelling(comm, layout, kv, S, ways):
+            yield step, here and tuple(own[..., : a.shape[-2], :] for own, a in zip(kv, here, strict=True))
 
     return wrong
 
 
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
-    [(pieces, "attend_vjp", own_statistics), (pieces, "attend_vjp", own_mean), (ring, "_travelling", stale)],
+    [(pieces, "attend_vjp", own_statistics), (pieces, "attend_vjp", own_mean), (travel, "travelling", stale)],
     ids=["tt-metal 53205", "picotron 37", "diffusers 14265"],
 )
 def test_a_published_bug_is_seen(monkeypatch, where, name, fault):

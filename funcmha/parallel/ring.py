@@ -19,19 +19,18 @@ import numpy as np
 
 from funcmha import engines
 from funcmha._arguments import Bias, Options
-from funcmha._arrays import Array, Sum, full, namespace, own, quiet_underflow, sum_over_batch, to_host, unset, upcast
+from funcmha._arrays import Array, Sum, full, namespace, own, quiet_underflow, sum_over_batch, to_host, upcast
 from funcmha.biases import as_bias, spelt
 from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.engines.tiled.tiles import blocks
 from funcmha.masks import append_keys
 
-from . import pieces
-from .comm import Comm, Wait, contiguous
+from . import pieces, travel
+from .comm import Comm, contiguous
 from .line import Layout, placed
 from .pieces import Cotangents, Piece, Sums, joined, nothing, of_log, weightless
-from .schedule import Pair, Queries, Step, Ways, needed, pairs, steps
-
-KV = tuple[Array, ...]  # keys and values; () for none
+from .schedule import Pair, Queries, Step, Ways, needed, pairs
+from .travel import KV, agreed_ways
 
 
 class Problem(NamedTuple):
@@ -61,6 +60,10 @@ class RingCache(NamedTuple):
         """Those of this rank"""
         return placed(self.layout.ring_pieces(self.problem.T, self.comm.rank))
 
+    def travelling(self, ways: Ways) -> Iterator[tuple[Step, KV]]:
+        """The keys and values of this rank, and those that come by"""
+        return travel.travelling(self.comm, self.layout, self.problem[1:3], self.problem.S, ways)
+
 
 class OneRankCache(NamedTuple):
     attention: Any  # the engine's cache, of all keys
@@ -77,7 +80,7 @@ def attend(comm: Comm, layout: Layout, problem: Problem) -> tuple[Array, Any]:
     q, k, v, _, sink, x, T, S, _ = problem
     problem = problem._replace(k=contiguous(k), v=contiguous(v))
     sums, queries = nothing(upcast(q), v.shape[-1]), placed(layout.ring_pieces(T, comm.rank))
-    ways = _ways(comm, needed(queries, layout, S, x.mask))
+    ways = agreed_ways(comm, needed(queries, layout, S, x.mask))
     cache = RingCache(problem, sums, sums.total != 0, ways, layout, comm)
 
     def add(pair: Pair, piece: Piece) -> None:
@@ -106,14 +109,15 @@ def attend_vjp(
     y, p_sink = _cotangents(cache, xp.where(cache.attending[..., None], do, 0.0), dweights, dlse)
     dq, dk, dv = (full(tuple(a.shape), 0.0, like) for a in (q, k, v))
     dappended = tuple(full(tuple(a.shape), 0.0, like) for a in cache.problem.appended)
-    dbias, travel = None if bias is None else Sum(tuple(bias.values.shape), like), _Gradients(cache, dk, dv)
-    for step, kv in _travelling(cache, cache.ways):
-        dkv = travel.of(step)
+    dbias = None if bias is None else Sum(tuple(bias.values.shape), like)
+    on_their_way = travel.Gradients(cache.comm, cache.layout, (dk, dv), cache.problem.S, cache.ways)
+    for step, kv in cache.travelling(cache.ways):
+        dkv = on_their_way.of(step)
         if kv and dkv:
             _add_gradients(cache, _pieces(cache, step.source, kv, cache.queries), y, dq, dkv, dbias)
-        travel.send(step, dkv)
+        on_their_way.send(step, dkv)
         del kv, dkv
-    travel.end()
+    on_their_way.end()
     _add_gradients(cache, _appended(cache, cache.queries), y, dq, dappended, None)
     dsink = None if sink is None else sum_over_batch(xp.sum(p_sink * y.r, axis=-1), sink.ndim, batch_axes)
     return dq, dk, dv, None if dbias is None else bias._replace(values=dbias.total()), dsink, dappended
@@ -146,7 +150,7 @@ def _cotangents(cache: RingCache, do: Array, dweights: Array, dlse: Array) -> tu
     p_sink = None if sink is None else _share_of_sink(sink, sums)
     dominant = sums.dominant
     some = _with_dominant(cache, dominant)
-    ways = _ways(cache.comm, needed(some, cache.layout, cache.problem.S, cache.problem.options.mask))
+    ways = agreed_ways(cache.comm, needed(some, cache.layout, cache.problem.S, cache.problem.options.mask))
     if not some and not ways.last.any():
         return y, p_sink
     of_keys = y._replace(dominant=dominant)
@@ -254,7 +258,7 @@ def _over_keys(
 ) -> None:
     """f of each piece of these queries and the keys that they attend, which go round; of all queries for None"""
     queries = cache.queries if queries is None else queries
-    for step, kv in _travelling(cache, cache.ways if ways is None else ways):
+    for step, kv in cache.travelling(cache.ways if ways is None else ways):
         if kv:
             _each(f, _pieces(cache, step.source, kv, queries))
         del kv  # or a third part would be alive while the next one comes
@@ -282,84 +286,3 @@ def _appended(cache: RingCache, queries: Queries) -> Iterator[tuple[Pair, Piece]
         k, v = appended
         pair = Pair(rows, range(S, S + k.shape[-2]), i, slice(0, k.shape[-2]), None)
         yield pair, Piece(upcast(q[..., i, :]), k, v, *pieces.select(None, x, rows, pair.cols, None, T))
-
-
-# ── on the way ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _ways(comm: Comm, own: np.ndarray) -> Ways:
-    """Each rank tells the others which parts it needs."""
-    out = np.empty((comm.size, comm.size), np.uint8)
-    comm.all_gather(own.astype(np.uint8), list(out))
-    return Ways.of(out != 0)
-
-
-def _travelling(cache: RingCache, ways: Ways) -> Iterator[tuple[Step, KV]]:
-    """The keys and values of this rank, and those that come by; the next are on their way meanwhile. () for none"""
-    comm, all_steps, here = cache.comm, steps(cache.comm.rank, ways), cache.problem[1:3]
-    before, after = _neighbours(comm)
-    for step, following in zip(all_steps, [*all_steps[1:], None], strict=True):
-        coming: KV = ()
-        if following is not None and following.arrives:
-            n = cache.layout.ring_count(cache.problem.S, following.source)
-            coming = tuple(_rows_like(a, n) for a in cache.problem[1:3])
-        wait = comm.shift([(a, after) for a in here if step.leaves], [(a, before) for a in coming])
-        yield step, here
-        wait()
-        del wait  # which keeps what was sent
-        here = coming
-
-
-class _Gradients:
-    """dk and dv on their way: with the part that they belong to, and home from the last rank that needs it"""
-
-    def __init__(self, cache: RingCache, dk: Array, dv: Array) -> None:
-        self.cache, self.own = cache, (dk, dv)
-        self.steps = steps(cache.comm.rank, cache.ways)
-        self.wait: Wait = lambda: None
-        self.coming: KV = ()  # of the part that comes by next
-        self.homecoming: KV = ()  # of this rank's own
-
-    def of(self, step: Step) -> KV:
-        """Where to add those of this rank's queries"""
-        if step.t == 0 or not step.carries:
-            return self.own if step.t == 0 else ()
-        n = self.cache.layout.ring_count(self.cache.problem.S, step.source)
-        return tuple(full((*a.shape[:-2], n, a.shape[-1]), 0.0, a) for a in self.own)
-
-    def send(self, step: Step, dkv: KV) -> None:
-        """Add what came along, and begin to send it on"""
-        self.end()
-        if step.t == 0:
-            return
-        for total, grad in zip(dkv, self.coming, strict=False):
-            total += grad
-        before, after = _neighbours(self.cache.comm)
-        following = self.steps[step.t + 1] if step.t + 1 < len(self.steps) else None
-        self.coming = ()
-        if following is not None and following.gathered:
-            n = self.cache.layout.ring_count(self.cache.problem.S, following.source)
-            self.coming = tuple(_rows_like(a, n) for a in self.own)
-        if step.owner >= 0:
-            self.homecoming = tuple(_rows_like(a, a.shape[-2]) for a in self.own)
-        sends = [(a, step.source if step.home else after) for a in dkv if step.carries]
-        receives = [(a, before) for a in self.coming] + [(a, step.owner) for a in self.homecoming]
-        self.wait = self.cache.comm.shift(sends, receives)
-
-    def end(self) -> None:
-        """Wait for what is on its way, and add what came home"""
-        self.wait()
-        self.wait = lambda: None
-        for total, grad in zip(self.own, self.homecoming, strict=False):
-            total += grad
-        self.homecoming = ()
-
-
-def _neighbours(comm: Comm) -> tuple[int, int]:
-    """The ranks before and after"""
-    return (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-
-
-def _rows_like(a: Array, n: int) -> Array:
-    """Room for n rows, else like a (..., rows, width)"""
-    return unset((*a.shape[:-2], n, a.shape[-1]), a)
