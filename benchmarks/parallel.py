@@ -95,7 +95,7 @@ def of_processes(mpiexec: str, T: int, repeats: int) -> None:
             sys.exit(done.stderr)
         times, steps = (np.max(a, axis=0) for a in json.loads(done.stdout.splitlines()[-1]))  # of the slowest rank
         of_one = of_one or tuple(times)
-        clock, used = (f"{t:.2f} | {one / (n * t):.2f}" for t, one in zip(times, of_one, strict=True))
+        clock, used = (f"{t:.3g} | {one / (n * t):.2f}" for t, one in zip(times, of_one, strict=True))
         balance = parallel.plan(T=T, H=H, D=D, ranks=n, mask=masks.causal(), itemsize=4).balance
         step = "" if n == 1 else f"{1e6 * steps[0] / (2 * n):.0f} µs"
         print(f"| {n} | {clock} | {used} | {balance:.3f} | {step} |", flush=True)
