@@ -67,13 +67,13 @@ class Bias(NamedTuple("_Values", [("values", Array)])):
         """Of the heads `h`, where it has a head axis."""
         return type(self)(of_heads(self.values, h, self.rank))
 
-    def part(self, rows: Range, cols: Range, T: int) -> Self:
-        """Of these of the T queries and these keys alone, which are 0, 1, … of it"""
-        return type(self)(cut(self.values, self.place(rows, cols, T)))
-
     def select(self, rows: range, cols: range, T: int) -> Self:
         """Of the queries and keys in two ranges of one step, neither empty"""
         return type(self)(cut(self.values, self.place(spelt(rows), spelt(cols), T)))
+
+    def part(self, rows: Range, cols: Range, T: int) -> Self:
+        """Of these of the T queries and these keys alone, which are 0, 1, … of it"""
+        return type(self)(cut(self.values, self.place(rows, cols, T)))
 
     def part_vjp(self, rows: Range, cols: Range, T: int, dpart: Self) -> Self:
         """The gradient of this bias from that of a part: 0 elsewhere"""
