@@ -73,7 +73,8 @@ def million():
 
 
 if __name__ == "__main__":
-    if find_spec("mpi4py"):
-        main(parallel.mpi())
+    comm = parallel.mpi() if find_spec("mpi4py") else None
+    if comm is not None and comm.size > 1:
+        main(comm)
     else:
         parallel.threads(2).run(main)

@@ -1,5 +1,7 @@
 """Multi-head attention as pure functions with explicit gradients, for NumPy and CuPy arrays."""
 
+from typing import TYPE_CHECKING
+
 from . import (
     biases,
     derivatives,
@@ -12,7 +14,6 @@ from . import (
     npz,
     ops,
     packing,
-    parallel,
     params,
     rotary,
     surgery,
@@ -33,6 +34,19 @@ from .engines import (
 from .npz import ParameterFileError, load, save
 from .ops import linear, linear_vjp, softmax, softmax_vjp
 from .params import head_params, init, sizes
+
+if TYPE_CHECKING:
+    from . import parallel
+else:
+
+    def __getattr__(name):
+        """`funcmha.parallel`, imported when it is first asked for: what one process does not need"""
+        if name != "parallel":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(f"{__name__}.parallel")
+
 
 __version__ = "0.2.0"
 

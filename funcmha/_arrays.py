@@ -259,10 +259,10 @@ def outline(x: Array) -> Array:
 
 # ── a whole, part by part ────────────────────────────────────────────────────────────────────────────────────────
 
-Place = tuple[tuple[int, int], ...]  # start and stop along each of the last axes
+Place = tuple[tuple[int, ...], ...]  # start, stop, and a step that is not 1, along each of the last axes
 
 
-def rows_and_columns(a: Array, rows: tuple[int, int], cols: tuple[int, int]) -> Place:
+def rows_and_columns(a: Array, rows: tuple[int, ...], cols: tuple[int, ...]) -> Place:
     """Where those are in a (..., T or 1, S or 1), of which one axis or both may be absent"""
     n = min(a.ndim, 2)
     sizes = a.shape[a.ndim - n :]
@@ -275,7 +275,10 @@ def cut(a: Array, place: Place) -> Array:
 
 
 class Sum:
-    """Σ of arrays, each added at its place in an array of `shape` that is 0 elsewhere"""
+    """Σ of arrays, each added at its place in an array of `shape` that is 0 elsewhere
+
+    A place with a step is for libraries that can write.
+    """
 
     def __init__(self, shape: tuple[int, ...], like: Array) -> None:
         self.shape, self.like = shape, like
@@ -301,7 +304,7 @@ def joined(parts: dict[Place, Array], shape: tuple[int, ...], like: Array) -> Ar
         return full(shape, 0.0, like)
     if () in parts:
         return parts[()]
-    rows: dict[tuple[int, int], dict[Place, Array]] = {}
+    rows: dict[tuple[int, ...], dict[Place, Array]] = {}
     for (some, *others), part in parts.items():
         rows.setdefault(some, {})[tuple(others)] = part
     axis = len(shape) - len(next(iter(parts)))

@@ -67,6 +67,10 @@ class Bias(NamedTuple("_Values", [("values", Array)])):
         """Of the heads `h`, where it has a head axis."""
         return type(self)(of_heads(self.values, h, self.rank))
 
+    def select(self, rows: range, cols: range, T: int) -> Self:
+        """Of the queries and keys in two ranges of one step, neither empty"""
+        return type(self)(cut(self.values, self.place(spelt(rows), spelt(cols), T)))
+
     def part(self, rows: Range, cols: Range, T: int) -> Self:
         """Of these of the T queries and these keys alone, which are 0, 1, … of it"""
         return type(self)(cut(self.values, self.place(rows, cols, T)))
@@ -77,8 +81,8 @@ class Bias(NamedTuple("_Values", [("values", Array)])):
         whole.add(self.place(rows, cols, T), dpart.values)
         return type(self)(whole.total())
 
-    def place(self, rows: Range, cols: Range, T: int) -> Place:
-        """Where in the values those of a part are, along the last axes"""
+    def place(self, rows: tuple[int, ...], cols: tuple[int, ...], T: int) -> Place:
+        """Where in the values those of a part are, along the last axes     rows and cols may be `spelt` ranges"""
         raise NotImplementedError
 
     def with_head_axis(self) -> Self:
@@ -121,7 +125,7 @@ class ArrayBias(Bias):
         """The gradient from that of the scores (..., H, T, S): Σ dz over every axis that was broadcast"""
         return ArrayBias(unbroadcast(dz, tuple(self.values.shape)))
 
-    def place(self, rows: Range, cols: Range, T: int) -> Place:
+    def place(self, rows: tuple[int, ...], cols: tuple[int, ...], T: int) -> Place:
         """Rows and columns, as far as it has them"""
         return rows_and_columns(self.values, rows, cols)
 
@@ -163,10 +167,10 @@ class RelativeBias(Bias):
         """Σ dz along each diagonal, and over the axes that were broadcast"""
         return RelativeBias(unbroadcast(diagonal_sums(dz), tuple(self.values.shape)))
 
-    def place(self, rows: Range, cols: Range, T: int) -> Place:
+    def place(self, rows: tuple[int, ...], cols: tuple[int, ...], T: int) -> Place:
         """The diagonals that the part has"""
-        of = diagonals(rows, cols, T)
-        return ((of.start, of.stop),)
+        of = diagonals(rows[:2], cols[:2], T)
+        return ((of.start, of.stop, *rows[2:]),)
 
     def append_keys(self, S: int, extra: int) -> "RelativeBias":
         """Raises ValueError where there are more keys: they have no position."""
@@ -183,6 +187,12 @@ class RelativeBias(Bias):
         check_relative("bias", self, axes["T"], axes["S"])
         axes.size["T+S-1"] = self.values.shape[-1]
         axes.broadcast(self.name, tuple(self.values.shape), scores.replace("T S", "T+S-1"))
+
+
+def spelt(some: range) -> tuple[int, ...]:
+    """start, the last one + 1, and the step unless it is 1     of a range that is not empty"""
+    ends = some.start, some[-1] + 1
+    return ends if some.step == 1 else (*ends, some.step)
 
 
 def as_bias(x: Any) -> ArrayBias | RelativeBias | None:
@@ -235,7 +245,7 @@ def toeplitz(values: Array, rows: Range, cols: Range, T: int) -> Array:
     return xp.reshape(xp.take(part, xp.reshape(index, (-1,)), axis=-1), (*part.shape[:-1], R, N))
 
 
-def diagonals(rows: Range, cols: Range, T: int) -> slice:
+def diagonals(rows: tuple[int, ...], cols: tuple[int, ...], T: int) -> slice:
     """The values of a tile among all T + S − 1, so that a gradient adds up tile by tile:
 
     whole[..., diagonals(rows, cols, T)] += diagonal_sums(dz)

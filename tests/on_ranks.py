@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from funcmha import biases, init, masks, parallel, tree
+from funcmha import attention_weights, biases, init, log_sum_exp, masks, parallel, tree
 from funcmha.dropout import seeded
 
 T, S, H, K = 37, 41, 4, 2
@@ -25,6 +25,7 @@ def results(comm):
     for scheme in schemes:
         line = parallel.Line(comm, scheme)
         found += attention(line, (q, k, v, do), bias, sink, {"mask": mask, "dropout": seeded(7, 0.2)})
+        found += attention(line, (20 * q, k, v, do), bias, sink, {"mask": mask})  # rows with one heavy key
     found += layer(parallel.Line(comm), rng)
     if comm.size > 1:
         line = parallel.grid(comm, H=H, K=K)
@@ -43,16 +44,17 @@ def attention(line, arrays, bias, sink, options):
 
 
 def layer(line, rng):
-    params = init(0, 16, H, num_kv_heads=K, sink=True)
+    params = init(0, 16, H, num_kv_heads=K, sink=True, bias_kv=True)
     whole = np.random.default_rng(1).standard_normal((2, T, 16)).astype("float32")
     x = parallel.scatter(line, whole if line.comm.rank == 0 else None)
-    y, cache = parallel.self_attention(line, parallel.shard(params, line), x, mask=masks.causal())
-    dparams, dx, _ = parallel.self_attention_vjp(cache, y)
+    y, cache = parallel.self_attention(line, parallel.shard(params, line), x, mask=masks.causal(), zero_attn=True)
+    p, lse = attention_weights(cache), log_sum_exp(cache)
+    dparams, dx, _ = parallel.self_attention_vjp(cache, y, dweights=p, dlse=lse, per_sample=True)
     back = parallel.gather(line, x)
     assert (back is None) == (line.comm.rank > 0)
     assert back is None or np.array_equal(back, whole)
     total = parallel.all_reduce(line, tree.map(lambda a: a * (1 + line.comm.rank), params))
-    return [y, dx, *tree.flatten(parallel.unshard(dparams, line)).values(), *tree.flatten(total).values()]
+    return [y, p, lse, dx, *tree.flatten(parallel.unshard(dparams, line)).values(), *tree.flatten(total).values()]
 
 
 def half(comm, arrays):

@@ -32,11 +32,17 @@ SETTINGS = {
 
 
 @pytest.fixture(params=NAMES)
-def mpi(request):
-    """A command that starts n processes with a script of tests/, and a token that is in the command line of each."""
-    binaries = ROOT / ".mpi" / request.param / "bin"
-    if not (binaries / "mpiexec").exists():
+def binaries(request):
+    """The folder of an MPI's commands, and of a Python that has it."""
+    folder = ROOT / ".mpi" / request.param / "bin"
+    if not (folder / "mpiexec").exists():
         pytest.skip(f"{request.param} is not installed: make mpi")
+    return folder
+
+
+@pytest.fixture
+def mpi(binaries):
+    """A command that starts n processes with a script of tests/, and a token that is in the command line of each."""
 
     def start(n, *arguments, script="tests/on_ranks.py"):
         python = [str(binaries / "python"), "-W", "error", "-m", "mpi4py", script]
@@ -82,6 +88,19 @@ def test_an_example_runs_on_two_processes(mpi, script):
     out, err = process.communicate(timeout=170)
     assert process.returncode == 0, err
     assert out.strip()
+
+
+def test_the_benchmark_times_processes(binaries):
+    command = [str(binaries / "python"), "-m", "benchmarks.parallel", "96", "--repeats", "1"]
+    command += ["--mpi", str(binaries / "mpiexec")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert [row[5] for row in rows] == ["1.000", "1.000"]
+    assert rows[0][2] == rows[0][4] == "1.00"
+    assert all(float(number) > 0 for row in rows for number in row[1:5])
+    assert re.fullmatch(r"\d+ µs", rows[1][6])
 
 
 def test_a_rank_that_raises_ends_all(mpi):
@@ -132,5 +151,5 @@ def test_a_message_is_cut_where_counts_end(monkeypatch):
 
 def test_without_mpi4py_the_carrier_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ImportError, match="mpi4py"):
+    with pytest.raises(ImportError, match=r"parallel.mpi needs mpi4py and an MPI .*: pip install 'funcmha\[mpi\]', or"):
         parallel.mpi()

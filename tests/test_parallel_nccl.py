@@ -10,7 +10,7 @@ import ranks
 from hypothesis import example, given
 from test_ops import close
 
-from funcmha import init, masks, parallel, tree
+from funcmha import attention_weights, init, log_sum_exp, masks, parallel, tree
 from funcmha.testing.strategies import MODERN, AttentionProblem, attention_problems
 
 cp = fake_cupy.MODULE
@@ -85,18 +85,23 @@ def test_every_dtype_travels(dtype):
 
 
 def test_a_layer_and_its_gradient_match_those_of_numpy():
-    params = init(0, 12, 4, num_kv_heads=2, sink=True, dtype=np.float64)
-    x = np.random.default_rng(0).standard_normal((2, 11, 12))
+    """With appended keys, gradients of single samples, and cotangents of weights and of lse."""
+    params = init(0, 12, 4, num_kv_heads=2, sink=True, bias_kv=True, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    x, dweights, dlse = rng.standard_normal((2, 11, 12)), rng.standard_normal((2, 4, 11, 13)), rng.random((2, 4, 11))
 
     def of_rank(comm, moved=lambda a: a):
         line = parallel.grid(comm, heads=2, ring=2)
         mine = tree.map(moved, parallel.shard(params, line))
         part = parallel.scatter(line, moved(x) if comm.rank == 0 else None)
-        y, cache = parallel.self_attention(line, mine, part, mask=masks.causal())
-        dmine, dx, _ = parallel.self_attention_vjp(cache, y)
+        y, cache = parallel.self_attention(line, mine, part, mask=masks.causal(), zero_attn=True)
+        i = line.positions(11)
+        more = {"dweights": moved(dweights[:, :, i]), "dlse": moved(dlse[:, :, i]), "per_sample": True}
+        dmine, dx, _ = parallel.self_attention_vjp(cache, y, **more)
         whole = parallel.gather(line, y)
         total = parallel.all_reduce(line, dmine["out_proj"])
-        return [dx, *tree.flatten(parallel.unshard(dmine, line)).values(), *total.values()], whole
+        grads = tree.flatten(parallel.unshard(dmine, line)).values()
+        return [dx, attention_weights(cache), log_sum_exp(cache), *grads, *total.values()], whole
 
     want = parallel.threads(4).run(of_rank)
     got = fake_nccl.run(lambda comm: of_rank(comm, fake_nccl.on_device), 4)
@@ -109,7 +114,7 @@ def test_a_layer_and_its_gradient_match_those_of_numpy():
 
 
 def test_the_host_waits_for_the_comparison_of_arguments_alone():
-    """One gather forward and one backward, and one of what a mask needs: nothing else of a ring is looked at."""
+    """Two gathers forward, two backward, and which rows are saturated: nothing else of a ring is looked at."""
     x = cp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)))
 
     def of_rank(comm):
@@ -119,8 +124,25 @@ def test_the_host_waits_for_the_comparison_of_arguments_alone():
 
     with fake_cupy.traffic() as seen:
         fake_nccl.run(of_rank, 2)
-    assert len(seen.waits) == 2 * 3
+    assert len(seen.waits) == 2 * 5
     assert all(wait.startswith("get") for wait in seen.waits)
+
+
+def test_saturated_rows_keep_their_digits():
+    """One key for each query, queries times 100 and values 100 from 0: dq and dk are 0."""
+    q, k, v, do = np.random.default_rng(0).standard_normal((4, 1, 24, 8), dtype=np.float32)
+
+    def of_rank(comm):
+        line = parallel.Line(comm)
+        i = line.positions(24)
+        parts = (fake_nccl.on_device(a[:, i]) for a in (100 * q, k, 100 + v))
+        _, cache = parallel.attention(line, *parts, mask=masks.segments(np.arange(24), 23 - np.arange(24)))
+        return parallel.attention_vjp(cache, fake_nccl.on_device(do[:, i]))
+
+    for dq, dk, dv, *_ in fake_nccl.run(of_rank, 3):
+        assert not dq.get().any()
+        assert not dk.get().any()
+        assert dv.get().all()
 
 
 def test_a_transfer_waits_for_what_it_sends_and_the_stream_for_it():

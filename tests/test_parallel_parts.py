@@ -1,9 +1,13 @@
 """What attention on many ranks is made of: who has what, pieces of masks and dropout, steps, carriers, checks."""
 
 import re
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,8 +19,7 @@ from funcmha import biases, dropout, masks, parallel
 from funcmha._arrays import unset
 from funcmha.parallel import schedule
 from funcmha.parallel.agreement import agree
-from funcmha.parallel.line import Layout
-from funcmha.parallel.pieces import bias_place
+from funcmha.parallel.line import Layout, placed
 from funcmha.testing.strategies import BIASES, RELATIVE, AttentionProblem, attention_problems
 
 SCHEMES = ("contiguous", "zigzag", "striped")
@@ -51,7 +54,9 @@ def test_positions_are_those_of_the_schemes():
     assert of(2, "heads", 7) == [[0, 1, 2, 3], [4, 5, 6]]
 
 
-@pytest.mark.parametrize(("n", "H", "K", "heads"), [(8, 28, 4, 4), (6, 8, 8, 2), (5, 8, 8, 1), (4, 32, 8, 4)])
+@pytest.mark.parametrize(
+    ("n", "H", "K", "heads"), [(8, 28, 4, 4), (6, 8, 8, 2), (5, 8, 8, 1), (4, 32, 8, 4), (6, 4, None, 2)]
+)
 def test_a_grid_chooses_itself(n, H, K, heads):
     (layout, *_) = parallel.threads(n).run(lambda comm: parallel.grid(comm, H=H, K=K).layout)
     assert layout == Layout("zigzag", n // heads, heads)
@@ -68,7 +73,7 @@ def test_all_of_a_causal_mask_is_shared_evenly_by_zigzag(n, m, extra):
             if pair.mask is None
             else pair.mask.dense(len(pair.rows), len(pair.cols)).sum()
             for source in range(n)
-            for pair in schedule.pairs(layout, rank, source, T, T, mask)
+            for pair in schedule.pairs(placed(layout.ring_pieces(T, rank)), layout, source, T, mask)
         )
         for rank in range(n)
     ]
@@ -137,7 +142,7 @@ def test_a_piece_of_a_bias_is_that_of_its_array(name, step):
     problem = AttentionProblem(T=11, S=13, bias=name)
     bias = biases.as_bias(problem.inputs("float64")[3])
     rows, cols = range(2, 11, step), range(1, 13, step)
-    part = type(bias)(bias.values[bias_place(bias, rows, cols, 11)])
+    part = bias.select(rows, cols, 11)
     whole = np.broadcast_to(bias.dense(11, 13), np.broadcast_shapes(np.shape(bias.dense(11, 13)), (11, 13)))
     got = np.broadcast_to(part.dense(len(rows), len(cols)), (*whole.shape[:-2], len(rows), len(cols)))
     np.testing.assert_array_equal(got, whole[..., list(rows), :][..., list(cols)])
@@ -332,7 +337,12 @@ def test_heads_that_cannot_be_cut_are_told_what_to_use():
         (lambda comm: parallel.Line(object()), "comm must be one of parallel.mpi, parallel.nccl or parallel.threads"),
         (lambda comm: parallel.grid(comm, heads=2, ring=2),
          "heads · ring must be the number of ranks, 1, got heads=2 and ring=2"),
-        (lambda comm: parallel.grid(comm), "grid chooses by the number of heads"),
+        (lambda comm: parallel.grid(comm),
+         "grid must have heads= or ring=, or choose them by H= (and K=) heads, got heads=None, ring=None, H=None"),
+        (lambda comm: parallel.grid(comm, K=4), "got heads=None, ring=None, H=None, K=4"),
+        (lambda comm: parallel.grid(comm, heads=1, H=4), "got heads=1, ring=None, H=4, K=None"),
+        (lambda comm: parallel.grid(comm, ring=1, K=4), "got heads=None, ring=1, H=None, K=4"),
+        (lambda comm: parallel.grid(comm, H=4, K=3), "q has H=4 heads, which must be a multiple of K=3"),
         (lambda comm: parallel.grid(comm, heads=1, scheme="heads"), "scheme must be one of 'contiguous'"),
         (lambda comm: parallel.attention(comm, A, A, A), "line must be a Line of funcmha.parallel"),
         (lambda comm: parallel.Line(comm).positions(-1), "T must be at least 0"),
@@ -370,3 +380,24 @@ def test_agreement_is_one_gather_of_a_few_words():
 
     parallel.threads(3).run(lambda comm: agree(Counted(comm), lambda: ({"x": "1"}, (comm.rank,))))
     assert sent == [128] * 6
+
+
+def test_it_is_loaded_when_it_is_asked_for():
+    code = """
+import sys, funcmha
+assert "funcmha.parallel" not in sys.modules
+try:
+    funcmha.paralel
+except AttributeError as error:
+    assert str(error) == "module 'funcmha' has no attribute 'paralel'", error
+assert funcmha.parallel.threads(1).run(lambda comm: comm.size) == [1]
+assert funcmha.parallel is sys.modules["funcmha.parallel"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(parallel.__file__).parents[2])
+
+
+def test_without_cupy_the_carrier_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    backend = SimpleNamespace(rank=0, _n_devices=1, send=None, recv=None)
+    with pytest.raises(ImportError, match=r"parallel.nccl needs CuPy with NCCL .*: pip install 'funcmha\[cuda12\]' or"):
+        parallel.nccl(backend)

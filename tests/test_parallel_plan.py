@@ -1,7 +1,9 @@
 """`parallel.plan` says what ranks do: its pairs, bytes and steps are those of a run, and of the formulae."""
 
 import re
+import sys
 from itertools import pairwise
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +13,10 @@ from hypothesis import example, given
 from test_parallel import Recorded, bytes_sent
 
 from funcmha import masks, parallel
+from funcmha.parallel.pieces import Sums
 from funcmha.testing.strategies import AttentionProblem, attention_problems
+
+NONE = property(lambda sums: np.full_like(sums.key, -1))  # no row is saturated
 
 
 @given(
@@ -23,7 +28,8 @@ from funcmha.testing.strategies import AttentionProblem, attention_problems
 def test_bytes_and_pairs_are_those_of_a_run(problem, scheme, n):
     heads, ring = scheme if isinstance(scheme, tuple) else (1, n)
     log = []
-    ranks.run(problem, heads * ring, scheme, "float32", wrap=lambda comm: Recorded(comm, log))
+    with patch.object(Sums, "dominant", NONE):
+        ranks.run(problem, heads * ring, scheme, "float32", wrap=lambda comm: Recorded(comm, log))
     mask = problem.static()["mask"]
     cost = parallel.plan(
         B=problem.batch[0] if problem.batch else 1, T=problem.T, S=problem.S, H=problem.H, K=4, D=problem.D,
@@ -41,6 +47,28 @@ def test_bytes_and_pairs_are_those_of_a_run(problem, scheme, n):
     for rank in range(heads * ring):
         own = [i for piece in layout.ring_pieces(T, rank // heads) for i in piece]
         assert cost.pairs[rank] == allowed[own].sum()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_saturated_rows_take_one_round_more(n):
+    """Each query has a key of its own, on any rank."""
+    T, D, log = 30, 6, []
+    own = np.eye(T)[np.arange(T) * 7 % T]
+    k, q = np.eye(T), 40.0 * own
+
+    def of_rank(comm):
+        line = parallel.Line(Recorded(comm, log), "striped")
+        i = line.positions(T)
+        o, cache = parallel.attention(line, q[i], k[i], np.ones((len(i), D)), scale=1.0)
+        parallel.attention_vjp(cache, o)
+
+    parallel.threads(n).run(of_rank)
+    wide = {"T": T, "H": 1, "D": T, "E": D, "ranks": n, "scheme": "striped", "itemsize": 8}
+    cost = parallel.plan(**wide, saturated=True)
+    sent = bytes_sent(log)
+    # dk and dv are float64 here, which the plan takes for the dtype that travels
+    np.testing.assert_array_equal([sent[rank] for rank in range(n)], cost.sent)
+    np.testing.assert_allclose(cost.flops / parallel.plan(**wide).flops, 1 + (2 * T + 2 * D) / (8 * T + 6 * D))
 
 
 @pytest.mark.parametrize(("mask", "pairs"), [(None, 2048**2), (masks.causal(), 2048 * 2049 // 2)])
@@ -84,6 +112,25 @@ def test_it_prints_a_table():
     text = str(parallel.plan(T=4096, H=4, D=8, ranks=4, heads=2, mask=masks.causal()))
     assert text.startswith("ranks               4: 2 for heads, 2 in a ring, zigzag\nqueries of a rank   1024 … 1024\n")
     assert re.search(r"^balance +1.000$", text, re.MULTILINE)
+
+
+def test_it_draws_the_seconds_of_each_rank():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'funcmha[plot]'")
+    cost = parallel.plan(T=1000, H=4, D=8, ranks=6, mask=masks.causal(), scheme="contiguous", bandwidth=1e7)
+    axes = cost.plot()
+    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], cost.compute)
+    (ticks,) = (lines for lines in axes.collections)
+    np.testing.assert_allclose([y for ((_, y), _) in ticks.get_segments()], cost.transfer)
+    (line,) = axes.lines
+    assert set(line.get_ydata()) == {cost.seconds}
+    assert cost.plot(axes) is axes
+    axes.figure.canvas.draw()
+
+
+def test_without_matplotlib_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plot needs matplotlib .*: pip install 'funcmha\[plot\]'"):
+        parallel.plan(T=8, H=1, D=8, ranks=2).plot()
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from funcmha._arguments import (
 )
 from funcmha._arrays import Array, downcast, dtype_name, full, namespace, own, upcast
 from funcmha.biases import as_bias
-from funcmha.engines import log_sum_exp
+from funcmha.engines import attention_weights, log_sum_exp
 from funcmha.ops import round_bias
 
 from . import ring
 from .agreement import Facts, agree, described
 from .comm import Comm
-from .heads import cotangents_to_heads, from_heads, gradients_from_heads, of_all_heads, own_heads, to_heads
+from .heads import gather_heads, gather_tokens, num_heads, of_all_heads, to_heads
 from .line import Line, check_heads
 
 
@@ -58,8 +58,8 @@ def attention(
 
     A ring keeps O(H T) numbers beside its part, and receives those parts of keys and values that its mask needs. On one
     rank the bits are those of `funcmha.attention`. Half types travel as they are; sums, and the gradients of keys and
-    values on their way, are float32. In the gradient p (dp − δ) is taken as it stands: `parallel.specification` keeps
-    the digits of saturated rows, at the memory of all keys.
+    values on their way, are float32. `attention_weights(cache)` is (..., H, T, S of all ranks), for which keys go round
+    once more: all ranks ask for it.
 
     Raises on every rank what `funcmha.attention` would raise on any, and ValueError where arguments differ between
     ranks, before any array is sent. Liu, Zaharia and Abbeel 2023; Jacobs et al. 2023 for parts of the heads.
@@ -67,26 +67,35 @@ def attention(
     T, S, x = agreed(line, q, k, v, bias, sink, options)
     bias, dtype = as_bias(bias), q.dtype
     bias = None if bias is None else bias.map(upcast)
-    own_q, own_k, own_v, own_bias, own_sink, own_x = to_heads(line, q, k, v, bias, upcast(sink), x, T, S)
-    o, cache = ring.attend(line.ring, line.layout, own_q, own_k, own_v, own_bias, own_sink, own_x, T, S)
-    lse = cache.sums.lse if isinstance(cache, ring.RingCache) else log_sum_exp(cache)
-    o, lse = from_heads(line, o, lse, q, T)
-    return downcast(o, dtype), AttentionCache(q, k, v, bias, sink, lse, cache, T, S, line)
+    problem = to_heads(line, ring.Problem(q, k, v, bias, upcast(sink), x, T, S))
+    own_o, of_heads = ring.attend(line.ring, line.layout, problem)
+    o = gather_heads(line, downcast(own_o, dtype), *num_heads(q, k), T)
+    lse = gather_heads(line, ring.log_sum_exp(of_heads)[..., None], *num_heads(q, k), T)[..., 0]
+    return o, AttentionCache(q, k, v, bias, sink, lse, of_heads, T, S, line)
 
 
-def attention_vjp(cache: AttentionCache, do: Array, /, *, dlse: Array = None) -> tuple[Any, ...]:
+def attention_vjp(
+    cache: AttentionCache, do: Array, /, *, dweights: Array = None, dlse: Array = None, batch_axes: int = 0
+) -> tuple[Any, ...]:
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up, on all ranks together
-    from the cotangents of o (..., H, T, E) and, where given, of lse (..., H, T), of this rank's tokens
+    from the cotangents of o (..., H, T, E) and, where given, of the weights (..., H, T, S of all ranks) and lse
+    (..., H, T), of this rank's tokens
 
-    dq, dk and dv are of this rank's part; dbias and dsink are those of all tokens, and the same on every rank.
+    dq, dk and dv are of this rank's part; dbias and dsink are those of all tokens, and the same on every rank. dsink is
+    (H,), or with batch_axes=n it keeps the first n axes of the batch before it. Keys and values go round once; once
+    more before that for a cotangent of weights, and where a row has a key with more than half of its weight.
     """
     _check.cache(cache, AttentionCache, "parallel.attention")
-    q, k, v, bias, sink, lse, of_heads, T, S, line = cache
-    agree_on_cotangents(line.comm, do, dlse, lse, v.shape[-1])
-    own_do, own_dlse = cotangents_to_heads(line, do, dlse, T)
-    dq, dk, dv, dbias, dsink = ring.attend_vjp(of_heads, upcast(own_do), upcast(own_dlse))
-    dq, dk, dv = gradients_from_heads(line, (dq, dk, dv), (q, k, v), (T, S, S), do.dtype)
-    h = own_heads(line, q, k)
+    q, k, v, bias, sink, _, of_heads, T, S, line = cache
+    agree_on_cotangents(line.comm, do, dweights, dlse, batch_axes, q, (*q.shape[:-1], v.shape[-1]), S)
+    H, K = num_heads(q, k)
+    own_do, own_dweights = (upcast(gather_tokens(line, a, K, T)) for a in (do, dweights))
+    own_dlse = None if dlse is None else upcast(gather_tokens(line, dlse[..., None], K, T)[..., 0])
+    dq, dk, dv, dbias, dsink, _ = ring.attend_vjp(
+        of_heads, own_do, dweights=own_dweights, dlse=own_dlse, batch_axes=batch_axes
+    )
+    lengths, h = ((dq, H, T), (dk, K, S), (dv, K, S)), line.layout.query_heads(H, K, line.comm.rank)
+    dq, dk, dv = (gather_heads(line, downcast(g, do.dtype), heads, K, n) for g, heads, n in lengths)
     dbias = None if bias is None else bias._replace(values=of_all_heads(line, dbias.values, bias.values, bias.rank, h))
     dsink = None if sink is None else of_all_heads(line, dsink, sink, 1, h)
     return dq, dk, dv, round_bias(dbias, do.dtype), downcast(dsink, do.dtype)
@@ -95,6 +104,12 @@ def attention_vjp(cache: AttentionCache, do: Array, /, *, dlse: Array = None) ->
 @log_sum_exp.register
 def _(cache: AttentionCache, /) -> Array:
     return own(cache.lse, cache.lse)
+
+
+@attention_weights.register
+def _(cache: AttentionCache, /) -> Array:
+    p = ring.attention_weights(cache.of_heads)
+    return gather_heads(cache.line, p, *num_heads(cache.q, cache.k), cache.T)
 
 
 def agreed(line: Line, q: Array, k: Array, v: Array, bias: Any, sink: Array, options: Any) -> tuple[int, int, Options]:
@@ -121,15 +136,25 @@ def agreed(line: Line, q: Array, k: Array, v: Array, bias: Any, sink: Array, opt
     return T, S, x
 
 
-def agree_on_cotangents(comm: Comm, do: Array, dlse: Array, lse: Array, E: int) -> None:
+def agree_on_cotangents(
+    comm: Comm, do: Array, dweights: Array, dlse: Array, batch_axes: int, q: Array, o: tuple[int, ...], S: int
+) -> None:
     """Raise on all ranks unless the cotangents fit on all."""
 
     def local() -> tuple[Facts, tuple[int, ...]]:
-        _check.cotangent("do", do, (*lse.shape, E), lse, "... H T E")
-        _check.cotangent("dlse", dlse, tuple(lse.shape), lse, "... H T", optional=True)
-        return {"do": f"an array of {do.dtype}", "dlse": "None" if dlse is None else f"an array of {dlse.dtype}"}, ()
+        like = upcast(q[..., :0])
+        _check.cotangent("do", do, o, like, "... H T E")
+        _check.cotangent("dweights", dweights, (*o[:-1], S), like, "... H T S", optional=True)
+        _check.cotangent("dlse", dlse, o[:-1], like, "... H T", optional=True)
+        _check.batch_axes(batch_axes, max(len(o) - 3, 0))
+        return facts_of(do=do, dweights=dweights, dlse=dlse) | {"batch_axes": str(batch_axes)}, ()
 
     agree(comm, local)
+
+
+def facts_of(**cotangents: Array) -> Facts:
+    """What must be the same of cotangents, whose numbers are of each rank"""
+    return {name: "None" if a is None else f"an array of {a.dtype}" for name, a in cotangents.items()}
 
 
 def check_line(line: Any) -> None:

@@ -25,6 +25,12 @@ RING = ("contiguous", "zigzag", "striped")
 SCHEMES = (*RING, "heads")
 
 
+def placed(pieces: Pieces) -> list[tuple[range, slice]]:
+    """Some tokens, and where each piece of them is among all"""
+    stops = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    return [(piece, slice(stop - len(piece), stop)) for piece, stop in zip(pieces, stops, strict=True)]
+
+
 class Layout(NamedTuple):
     """Who has what, of ranks that need not exist: rank = ring · heads + head, so heads are cut within a machine."""
 
@@ -117,17 +123,21 @@ def grid(
     """A line of heads · ring ranks: heads are cut among neighbours, tokens between the groups that these form
 
     heads, ring   whose product is the number of ranks. One may be left out. Where both are, H query heads and K
-                  key/value heads decide: as many parts of the heads as divide H, K and the ranks, the ring for the rest
+                  key/value heads, H of them unless given, decide: as many parts of the heads as divide K and the ranks,
+                  the ring for the rest
     scheme        of the ring
     """
     _check_comm(comm)
     if scheme not in RING:
         raise ValueError(f"scheme must be one of {', '.join(map(repr, RING))}, got {scheme!r}")
     n = comm.size
-    if heads is None and ring is None:
-        if H is None or K is None:
-            raise ValueError("grid chooses by the number of heads: write grid(comm, H=…, K=…), or heads= and ring=")
-        heads = gcd(_check.integer("H", H, 1), _check.integer("K", K, 1), n)
+    if (H is None) == (heads is None and ring is None) or (H is None and K is not None):
+        got = ", ".join(f"{name}={x}" for name, x in zip(("heads", "ring", "H", "K"), (heads, ring, H, K), strict=True))
+        raise ValueError(f"grid must have heads= or ring=, or choose them by H= (and K=) heads, got {got}")
+    if H is not None:
+        H, K = _check.integer("H", H, 1), _check.integer("K", H if K is None else K, 1)
+        _check.multiple("q", H, "k", K)
+        heads = gcd(K, n)
     if heads is None:
         heads = n // max(_check.integer("ring", ring, 1), 1)
     heads = _check.integer("heads", heads, 1)

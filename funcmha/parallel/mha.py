@@ -6,48 +6,45 @@ sequence parallelism: Korthikanti et al. 2022). Between those groups keys and va
 
     gather tokens → project → normalise and rotate → ring attention → output projection → sum over heads, scattered
 
+Every rank has the keys that `bias_kv` and `zero_attn` append, of its heads: they go nowhere.
+
 Axes: T queries and S keys of this rank, H query heads and K key/value heads of this rank, D query/key width, E value
-width, O output width, Cq Ck Cv input widths; `...` is batch.
+width, O output width, Cq Ck Cv input widths, A appended keys; `...` is batch.
 """
 
-from hashlib import blake2b
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
-
-import numpy as np
 
 from funcmha import _check, tree
 from funcmha import engines as one_process
-from funcmha._arguments import Bias, HeadOptions, Options, check_mha, check_names, name_of, takes, values_of
+from funcmha._arguments import Bias, HeadOptions, Options, takes
 from funcmha._arrays import (
     Array,
     downcast,
-    from_host,
     full,
     heads_first,
     heads_last,
-    namespace,
     quiet_underflow,
-    unset,
+    sum_over_batch,
     upcast,
 )
 from funcmha.biases import as_bias
-from funcmha.engines import Plan
-from funcmha.engines.grouped import Position, positioned, positioned_vjp
+from funcmha.engines import Plan, attention_weights, log_sum_exp
+from funcmha.engines.grouped import Position, append_rows, append_rows_vjp, positioned, positioned_vjp
 from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_vjp
-from funcmha.masks.zero import zero_tokens
 from funcmha.mha import round_gradients
-from funcmha.params import SPEC, Params, drop_absent, in_order_of, leaf
+from funcmha.params import Params, drop_absent, in_order_of, leaf
 
 from . import ring
-from .agreement import Facts, agree, described
-from .attention import check_lengths, check_line, check_real, whole_of
-from .comm import contiguous
-from .heads import of_all_heads
+from .agreement import Facts, agree
+from .attention import check_line, facts_of
+from .heads import gather_heads, gather_tokens, of_all_heads
 from .line import Line
+from .mha_checks import agreed
+from .tokens import gathered, gathered_inputs, gathered_table, scattered, zeroed
 from .trees import heads_axis, total
 
 PLAN = Plan()
-NO_KEYS = "an appended key is on no rank: bias_kv and zero_attn are for one process"
 
 
 class Projected(NamedTuple):
@@ -64,19 +61,27 @@ class Heads(NamedTuple):
     v: Projected
     attention: Any  # the cache of the ring
     out: CombineCache
+    bias_kv: Params  # k (K, D) and v (K, E), or {}
 
 
 class MhaCache(NamedTuple):
     params: Params  # of this rank's heads
     heads: Heads | None  # None on a rank without
     bias: Bias  # of all heads and tokens, broadcasts to (..., all H, all T, all S), or None
-    h: slice  # which of all query heads this rank has
     query: Array  # (..., T, Cq, 0), of the inputs of this rank nothing but their shape, as are key and value
     key: Array
     value: Array
     T: int  # of all ranks
     S: int
+    A: int
+    H: int  # of all ranks
+    K: int
     line: Line
+
+    @property
+    def h(self) -> slice:
+        """Which of all query heads this rank has"""
+        return self.line.layout.query_heads(self.H, self.K, self.line.comm.rank)
 
 
 @takes(HeadOptions)
@@ -90,64 +95,70 @@ def mha(
 
     query, key and value are this rank's part, x[..., line.positions(n), :] of what one process would have; `params` is
     `shard(params, line)`; tables of `rotary` are those of `line.positions(n)`. Everything else is of all tokens and
-    heads, and the same on every rank. Options are those of `funcmha.mha`, without appended keys.
+    heads, and the same on every rank. Options are those of `funcmha.mha`.
 
     On one rank the bits are those of `funcmha.mha`. Raises as `parallel.attention` does, on every rank. Parameters are
-    compared by their shapes alone.
+    compared by their shapes alone. `log_sum_exp(cache)` (..., all H, T) and `attention_weights(cache)` (..., all H, T,
+    all S + A) are of this rank's tokens; all ranks ask for them.
     """
-    T, S, h, x = _agreed(line, params, query, key, value, bias, options)
+    T, S, H, K, x = agreed(line, params, query, key, value, bias, options)
     if line.comm.size == 1:
         whole: tuple[Array, Any] = one_process.mha(params, query, key, value, bias, **options)
         return whole
     dtype, outline = query.dtype, [_outline(a) for a in (query, key, value)]
     params, given = tree.map(upcast, params), as_bias(bias)
     wide = None if given is None else given.map(upcast)
-    inputs = _gathered_inputs(line, _zeroed(line, query, key, value, x, T, S), T, S)
-    tables = tuple(_gathered_table(line, table, n) for table, n in zip(x.rotary, (T, S), strict=True))
+    A, h = ("bias_kv" in params) + x.zero_attn, line.layout.query_heads(H, K, line.comm.rank)
+    inputs = gathered_inputs(line, zeroed(line, query, key, value, x, T, S, bool(A)), T, S)
+    tables = tuple(gathered_table(line, table, n) for table, n in zip(x.rotary, (T, S), strict=True))
     y, heads = _no_heads(inputs[0], params), None
     if h.stop > h.start:
         own = None if wide is None else wide.heads(h)
         y, heads = _attend(line, params, inputs, own, x.heads(h)._replace(rotary=tables), T, S)
-    y, b = _scattered(line, y, T), leaf(params, "out_proj.b")
+    y, b = scattered(line, y, T), leaf(params, "out_proj.b")
     y = y if b is None else y + b
     query, key, value = outline
-    return downcast(y, dtype), MhaCache(params, heads, wide, h, query, key, value, T, S, line)
+    return downcast(y, dtype), MhaCache(params, heads, wide, query, key, value, T, S, A, H, K, line)
 
 
-def mha_vjp(cache: Any, dy: Array, /) -> tuple[Any, ...]:
+def mha_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
     """dparams, dquery, dkey, dvalue, dbias: `mha` from the bottom up, on all ranks together
+    from the cotangents of y and, where given, of the weights (..., all H, T, all S + A) and lse (..., all H, T),
+    of this rank's tokens
 
     dquery, dkey and dvalue are of this rank's tokens, dparams of its heads and all tokens, dbias of all.
+
+    per_sample   each leaf of dparams with the batch before it, as in `funcmha.mha_vjp`
     """
     if not isinstance(cache, MhaCache):
-        return one_process.mha_vjp(cache, dy)
-    dparams, dxs, dbias = _mha_vjp(cache, dy)
+        return one_process.mha_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    dparams, dxs, dbias = _mha_vjp(cache, dy, dweights, dlse, per_sample)
     lengths = cache.T, cache.S, cache.S
-    dxs = tuple(_scattered(cache.line, dx, n) for dx, n in zip(dxs, lengths, strict=True))
+    dxs = tuple(scattered(cache.line, dx, n) for dx, n in zip(dxs, lengths, strict=True))
     return round_gradients((dparams, *dxs, dbias), dy.dtype)
 
 
 @quiet_underflow
-def _mha_vjp(cache: MhaCache, dy: Array) -> tuple[Params, tuple[Array, ...], Bias]:
+def _mha_vjp(
+    cache: MhaCache, dy: Array, dweights: Array, dlse: Array, per_sample: bool
+) -> tuple[Params, tuple[Array, ...], Bias]:
     """dparams; dquery, dkey and dvalue of all tokens of its part of the ring, from its heads alone; dbias"""
-    line, params = cache.line, cache.params
-
-    def local() -> tuple[Facts, tuple[int, ...]]:
-        like = leaf(params, "out_proj.w")
-        _check.cotangent("dy", dy, (*cache.query.shape[:-2], like.shape[0]), like, "... T O")
-        return {"dy": f"an array of {dy.dtype}"}, ()
-
-    agree(line.comm, local)
-    g = upcast(dy)
-    dparams: Params = tree.map(lambda a: full(tuple(a.shape), 0.0, a), params)
+    line, params, T, K = cache.line, cache.params, cache.T, cache.K
+    _agree_on_cotangents(cache, dy, dweights, dlse, per_sample)
+    g, batch = upcast(dy), tuple(dy.shape[:-2]) if per_sample else ()
+    dparams: Params = tree.map(lambda a: full((*batch, *a.shape), 0.0, a), params)
     if "b" in params["out_proj"]:
-        dparams["out_proj"]["b"] = namespace(g).sum(g, axis=tuple(range(g.ndim - 1)))
-    g, dbias = _gathered(line, g, cache.T), None
+        dparams["out_proj"]["b"] = sum_over_batch(g, 1, len(batch))
+    dweights = gather_tokens(line, upcast(dweights), K, T)
+    dlse = None if dlse is None else gather_tokens(line, upcast(dlse)[..., None], K, T)[..., 0]
+    g, dbias = gathered(line, g, T), None
     if cache.heads is None:
         inputs = (cache.query, cache.T), (cache.key, cache.S), (cache.value, cache.S)
         dxs = tuple(_zeros_of(line, outline, n) for outline, n in inputs)
     else:
-        dheads, dxs, dbias = _attend_vjp(cache.heads, g)
+        dheads, dxs, dbias = _attend_vjp(cache.heads, g, dweights, dlse, len(batch))
         dparams = {name: branch | dheads.get(name, {}) for name, branch in dparams.items()}
     if cache.bias is not None:
         own = full(tuple(cache.bias.heads(cache.h).values.shape), 0.0, g) if dbias is None else dbias.values
@@ -163,23 +174,77 @@ def _attend(
     q, of_q = _projected(params, "q", inputs[0], x.qk_norm, x.rotary[0])
     k, of_k = _projected(params, "k", inputs[1], x.qk_norm, x.rotary[1])
     v, of_v = _projected(params, "v", inputs[2], None, None)
+    rows, appended = params.get("bias_kv", {}), ()
+    if rows or x.zero_attn:
+        appended = tuple(
+            heads_first(append_rows(heads_last(a[..., :0, :]), rows.get(name), x.zero_attn))
+            for a, name in ((k, "k"), (v, "v"))
+        )
     x = x._replace(rotary=(None, None), qk_norm=None)
-    o, cache = ring.attend(line.ring, line.layout, q, k, v, bias, leaf(params, "sink.w"), x, T, S)
+    problem = ring.Problem(q, k, v, bias, leaf(params, "sink.w"), x, T, S, appended)
+    o, cache = ring.attend(line.ring, line.layout, problem)
     y, out = combine({"w": leaf(params, "out_proj.w")}, heads_last(o), plan=PLAN)
-    return y, Heads(of_q, of_k, of_v, cache, out)
+    return y, Heads(of_q, of_k, of_v, cache, out, rows)
 
 
-def _attend_vjp(heads: Heads, dy: Array) -> tuple[Params, tuple[Array, ...], Bias]:
+def _attend_vjp(
+    heads: Heads, dy: Array, dweights: Array, dlse: Array, batch_axes: int
+) -> tuple[Params, tuple[Array, ...], Bias]:
     """dparams, dquery, dkey and dvalue, dbias: `_attend` from the bottom up"""
-    dout, do = combine_vjp(heads.out, dy, plan=PLAN)
-    dq, dk, dv, dbias, dsink = ring.attend_vjp(heads.attention, heads_first(do), None)
-    (dv_proj, dvalue, _), (dk_proj, dkey, dk_norm), (dq_proj, dquery, dq_norm) = (
-        _projected_vjp(heads.v, heads_last(dv)),
-        _projected_vjp(heads.k, heads_last(dk)),
-        _projected_vjp(heads.q, heads_last(dq)),
+    dout, do = combine_vjp(heads.out, dy, batch_axes=batch_axes, plan=PLAN)
+    dq, dk, dv, dbias, dsink, dappended = ring.attend_vjp(
+        heads.attention, heads_first(do), dweights=dweights, dlse=dlse, batch_axes=batch_axes
     )
-    dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout, "sink": {"w": dsink}}
-    return drop_absent(dparams | {"q_norm": dq_norm, "k_norm": dk_norm}), (dquery, dkey, dvalue), dbias
+    drows = {
+        name: append_rows_vjp(0, heads.bias_kv.get(name), heads_last(a), batch_axes)[1]
+        for name, a in zip("kv", dappended, strict=False)  # none, where nothing is appended
+    }
+    (dv_proj, dvalue, _), (dk_proj, dkey, dk_norm), (dq_proj, dquery, dq_norm) = (
+        _projected_vjp(heads.v, heads_last(dv), batch_axes),
+        _projected_vjp(heads.k, heads_last(dk), batch_axes),
+        _projected_vjp(heads.q, heads_last(dq), batch_axes),
+    )
+    dparams = {"q_proj": dq_proj, "k_proj": dk_proj, "v_proj": dv_proj, "out_proj": dout, "bias_kv": drows}
+    dparams |= {"sink": {"w": dsink}, "q_norm": dq_norm, "k_norm": dk_norm}
+    return drop_absent(dparams), (dquery, dkey, dvalue), dbias
+
+
+def _agree_on_cotangents(cache: MhaCache, dy: Array, dweights: Array, dlse: Array, per_sample: bool) -> None:
+    """Raise on all ranks unless the cotangents fit on all."""
+    rows, like = tuple(cache.query.shape[:-2]), leaf(cache.params, "out_proj.w")
+    of_heads = (*rows[:-1], cache.H, rows[-1])
+
+    def local() -> tuple[Facts, tuple[int, ...]]:
+        _check.flag("per_sample", per_sample)
+        _check.cotangent("dy", dy, (*rows, like.shape[0]), like, "... T O")
+        _check.cotangent("dweights", dweights, (*of_heads, cache.S + cache.A), like, "... H T S'", optional=True)
+        _check.cotangent("dlse", dlse, of_heads, like, "... H T", optional=True)
+        return facts_of(dy=dy, dweights=dweights, dlse=dlse) | {"per_sample": str(per_sample)}, ()
+
+    agree(cache.line.comm, local)
+
+
+# ── what the cache can tell ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@log_sum_exp.register
+def _(cache: MhaCache, /) -> Array:
+    return _of_all_heads(cache, lambda of_ring: ring.log_sum_exp(of_ring)[..., None], 1)[..., 0]
+
+
+@attention_weights.register
+def _(cache: MhaCache, /) -> Array:
+    return _of_all_heads(cache, ring.attention_weights, cache.S + cache.A)
+
+
+def _of_all_heads(cache: MhaCache, read: Callable[[Any], Array], width: int) -> Array:
+    """Of all heads and this rank's tokens (..., all H, T, width), from what each rank reads of its heads"""
+    line, (*batch, _, _, _) = cache.line, cache.query.shape
+    if cache.heads is None:
+        own = full((*batch, 0, line.layout.ring_count(cache.T, line.ring.rank), width), 0.0, cache.query)
+    else:
+        own = read(cache.heads.attention)
+    return gather_heads(line, own, cache.H, cache.K, cache.T)
 
 
 # ── self-attention ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,6 +252,10 @@ def _attend_vjp(heads: Heads, dy: Array) -> tuple[Params, tuple[Array, ...], Bia
 
 class SelfAttentionCache(NamedTuple):
     mha: MhaCache
+
+
+for _read in (log_sum_exp, attention_weights):
+    _read.register(SelfAttentionCache, lambda cache, read=_read: read(cache.mha))
 
 
 @takes(HeadOptions)
@@ -205,158 +274,18 @@ def self_attention(
     return y, SelfAttentionCache(cache)
 
 
-def self_attention_vjp(cache: Any, dy: Array, /) -> tuple[Any, ...]:
+def self_attention_vjp(
+    cache: Any, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
     """dparams, dx, dbias      dx = dquery + dkey + dvalue; the rest as in `parallel.mha_vjp`"""
     if not isinstance(cache, SelfAttentionCache):
-        return one_process.self_attention_vjp(cache, dy)
-    dparams, dxs, dbias = _mha_vjp(cache.mha, dy)
-    dx = _scattered(cache.mha.line, sum(dxs[1:], dxs[0]), cache.mha.T)
+        return one_process.self_attention_vjp(cache, dy, dweights=dweights, dlse=dlse, per_sample=per_sample)
+    dparams, dxs, dbias = _mha_vjp(cache.mha, dy, dweights, dlse, per_sample)
+    dx = scattered(cache.mha.line, sum(dxs[1:], dxs[0]), cache.mha.T)
     return round_gradients((dparams, dx, dbias), dy.dtype)
 
 
-# ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _agreed(
-    line: Line, params: Params, query: Array, key: Array, value: Array, bias: Any, options: Any
-) -> tuple[int, int, slice, Options]:
-    """The tokens of all ranks, this rank's heads, and the options, checked on all of them"""
-    check_line(line)
-    inputs = {"query": query, "key": key, "value": value}
-
-    def local() -> tuple[Facts, tuple[int, ...]]:
-        check_names(options, HeadOptions)
-        if "bias_kv" in params or options.get("zero_attn"):
-            raise ValueError(f"params must have no bias_kv, and zero_attn be False, on many ranks: {NO_KEYS}")
-        H, K = (params[name]["w"].shape[0] for name in ("q_proj", "k_proj"))
-        of_tokens = {name: options[name] for name in ("qk_norm", "rotary") if name in options}
-        check_mha(params if H else _with_heads(params, 1, 1), query, key, value, None, of_tokens)
-        check_real("query", query)
-        given = as_bias(bias)
-        facts = {"line": str(line.layout), "params": ", ".join(_widths(params))}
-        facts |= {
-            name: f"({', '.join([*map(str, x.shape[:-2]), 'any', str(x.shape[-1])])}) of {x.dtype}"
-            for name, x in inputs.items()
-        }
-        facts |= {name_of(given): described(values_of(given)), "rotary": str(options.get("rotary") is None)}
-        facts |= {name: described(x) for name, x in options.items() if name != "rotary"}
-        return facts, (query.shape[-2], key.shape[-2], H, K, _fingerprint(params) if H else 0)
-
-    table = agree(line.comm, local)
-    T, S = check_lengths(line, table[:, :2], ("query", "key"))
-    H, K = (int(n) for n in table[: line.layout.heads, 2:4].sum(axis=0))
-    same = [rank for rank, row in enumerate(table[: line.layout.heads]) if row[4] and row[4] in table[:rank, 4]]
-    if same:
-        raise ValueError(f"params must be shard(params, line), got on rank {same[0]} the heads of a rank before it")
-    for rank, (own_H, own_K) in enumerate(table[:, 2:4]):
-        h, kv = line.layout.query_heads(H, K, rank), line.layout.kv_heads(K, rank)
-        if (own_H, own_K) != (h.stop - h.start, kv.stop - kv.start):
-            wanted = f"H={h.stop - h.start} and K={kv.stop - kv.start} of {H} and {K} heads on rank {rank}"
-            raise ValueError(f"params must be shard(params, line), {wanted}, got H={own_H} and K={own_K}")
-    rest = {name: x for name, x in options.items() if name not in ("rotary", "qk_norm", "zero_attn")}
-    _, _, x = check_mha(_with_heads(params, H, K), whole_of(query, T), whole_of(key, S), whole_of(value, S), bias, rest)
-    given = options.get("rotary")
-    rotary = given if type(given) is tuple else (given, given)
-    return (
-        T,
-        S,
-        line.layout.query_heads(H, K, line.comm.rank),
-        x._replace(qk_norm=options.get("qk_norm"), rotary=rotary),
-    )
-
-
-def _fingerprint(params: Params) -> int:
-    """A number for the first rows of NumPy's parameters, to see whether they are another rank's; 0 for no such"""
-    rows = [leaf(params, f"{name}_proj.w")[0, 0] for name in "qkv"] + [leaf(params, "out_proj.w")[0, 0]]
-    if not isinstance(rows[0], np.ndarray) or all((row == row[:1]).all() for row in rows):  # as after init with 0
-        return 0
-    return int.from_bytes(blake2b(b"".join(row.tobytes() for row in rows), digest_size=7).digest(), "little")
-
-
-def _with_heads(params: Params, H: int, K: int) -> Params:
-    """Arrays that stand for the parameters of so many heads in checks: no memory"""
-    sizes = {"H": H, "K": K}
-
-    def stand_in(name: str, a: Array) -> Array:
-        shape = (sizes.get(axis, n) for axis, n in zip(SPEC[name].split(), a.shape, strict=True))
-        return namespace(a).broadcast_to(full((1,), 0.0, a), tuple(shape))
-
-    norms = ("q_norm", "k_norm")
-    return tree.unflatten(
-        {n: stand_in(n, a) for n, a in tree.flatten(params).items() if n.partition(".")[0] not in norms}
-    )
-
-
-def _widths(params: Params) -> list[str]:
-    """What must be the same of every leaf: its axes but those of heads"""
-    found = []
-    for name, a in tree.flatten(params).items():
-        axes = SPEC.get(name, "").split()
-        sizes = (axis if axis in "HK" else str(n) for axis, n in zip(axes, a.shape, strict=False))
-        found.append(f"{name} ({', '.join(sizes)}) of {a.dtype}")
-    return found
-
-
-# ── from tokens to heads, and back ───────────────────────────────────────────────────────────────────────────────
-
-
-def _zeroed(
-    line: Line, query: Array, key: Array, value: Array, x: Options, T: int, S: int
-) -> tuple[Array, Array, Array]:
-    """The inputs, upcast, with 0 at fully masked queries and at unattended keys, of any rank"""
-    if query is key is value:
-        query = key = value = upcast(query)
-    else:
-        query, key, value = upcast(query), upcast(key), upcast(value)
-    if x.mask is None:
-        return query, key, value
-    attended = x.mask.attended_keys(T, S, query)
-    attending = namespace(query).matrix_transpose(x.mask.attending_queries(T, S, query))
-    return zero_tokens(query, key, value, _at(line, attended, S, query), _at(line, attending, T, query))
-
-
-def _at(line: Line, a: Array, n: int, like: Array) -> Array:
-    """a (..., n or 1) at this rank's tokens"""
-    return a if a.shape[-1] != n or n == 1 else namespace(a).take(a, from_host(line.positions(n), like), axis=-1)
-
-
-def _gathered_inputs(line: Line, inputs: tuple[Array, ...], T: int, S: int) -> tuple[Array, ...]:
-    """The inputs of the tokens of this part of the ring; one where they are one"""
-    query, key, value = inputs
-    if query is key is value:
-        x = _gathered(line, query, T)
-        return x, x, x
-    return _gathered(line, query, T), _gathered(line, key, S), _gathered(line, value, S)
-
-
-def _gathered(line: Line, x: Array, n: int) -> Array:
-    """x (..., T of this rank, C)   →   (..., T of its part of the ring, C), of n tokens"""
-    comm, first = line.heads, line.comm.rank - line.heads.rank
-    if comm.size == 1:
-        return x
-    out = [unset((*x.shape[:-2], line.layout.num_tokens(n, first + r), x.shape[-1]), x) for r in range(comm.size)]
-    comm.all_gather(contiguous(x), out)
-    return namespace(x).concat(out, axis=-2)
-
-
-def _scattered(line: Line, x: Array, n: int) -> Array:
-    """Σ x over the heads' ranks (..., T of its part of the ring, C)   →   (..., T of this rank, C): the adjoint"""
-    comm, first = line.heads, line.comm.rank - line.heads.rank
-    if comm.size == 1:
-        return x
-    parts, start = [], 0
-    for r in range(comm.size):
-        stop = start + line.layout.num_tokens(n, first + r)
-        parts.append(contiguous(x[..., start:stop, :]))
-        start = stop
-    return comm.reduce_scatter(parts)
-
-
-def _gathered_table(line: Line, table: Any, n: int) -> Any:
-    """A rotary table of the tokens of this part of the ring"""
-    if table is None or line.heads.size == 1:
-        return table
-    return table._replace(cos=_gathered(line, table.cos, n), sin=_gathered(line, table.sin, n))
+# ── the parts of it ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _projected(params: Params, name: str, x: Array, norm: Any, table: Any) -> tuple[Array, Projected]:
@@ -366,10 +295,10 @@ def _projected(params: Params, name: str, x: Array, norm: Any, table: Any) -> tu
     return heads_first(y), Projected(cache, position, None if norm is None else before)
 
 
-def _projected_vjp(p: Projected, dy: Array) -> tuple[Params, Array, Params]:
+def _projected_vjp(p: Projected, dy: Array, batch_axes: int) -> tuple[Params, Array, Params]:
     """dparams, dx, dparams of the norm     of dy (..., T, H, D)"""
-    dy, dnorm = positioned_vjp(p.position, p.before, dy, 0)
-    dparams, dx = project_vjp(p.project, dy, plan=PLAN)
+    dy, dnorm = positioned_vjp(p.position, p.before, dy, batch_axes)
+    dparams, dx = project_vjp(p.project, dy, batch_axes=batch_axes, plan=PLAN)
     return dparams, dx, dnorm
 
 

@@ -47,8 +47,11 @@ def mpi(comm: Any = None) -> Comm:
     mix with these. Every process of it calls this, once. Start processes by `mpiexec -n 4 python -m mpi4py script.py`:
     then an exception on one ends all. Raises ImportError where there is no mpi4py or no MPI.
     """
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        instead = "pip install 'funcmha[mpi]', or, where a cluster has an MPI, mpi4py alone beside it"
+        raise ImportError(f"parallel.mpi needs mpi4py and an MPI ({error}): {instead}") from error
     comm = MPI.COMM_WORLD if comm is None else comm
     if not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm must be a communicator of mpi4py, or None for all processes, got {type(comm).__name__}")

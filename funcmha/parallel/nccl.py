@@ -15,8 +15,12 @@ from .comm import Comm, Wait
 
 class _Nccl(Comm):
     def __init__(self, backend: Any) -> None:
-        import cupy
-        from cupy.cuda import nccl as library
+        try:
+            import cupy
+            from cupy.cuda import nccl as library
+        except ImportError as error:
+            instead = "pip install 'funcmha[cuda12]' or 'funcmha[cuda13]'"
+            raise ImportError(f"parallel.nccl needs CuPy with NCCL ({error}): {instead}") from error
 
         self.cupy, self.library, self.backend = cupy, library, backend
         self.rank, self.size = backend.rank, backend._n_devices

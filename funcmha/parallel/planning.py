@@ -10,7 +10,7 @@ import numpy as np
 from funcmha import _check
 from funcmha.masks import Mask, as_mask
 
-from .line import RING, Layout, check_heads
+from .line import RING, Layout, check_heads, placed
 from .schedule import Ways, pairs, steps
 
 SMALL = 256  # rows and columns of a block whose booleans are counted, not halved
@@ -63,11 +63,44 @@ class Cost(NamedTuple):
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
+    def plot(self, axes: Any = None) -> Any:
+        """Draw how long each rank computes and transfers, on these axes of matplotlib or new ones, and return them
+
+            cost.plot().figure.savefig("plan.png")
+
+        What lies between a bar and the line is waiting; a tick above it is a transfer that computation does not hide.
+        Raises ImportError without matplotlib.
+        """
+        axes, (scheme, r, u), n = _new_axes() if axes is None else axes, self.layout, self.layout.ranks
+        ranks, width = np.arange(n), 0.9 if n <= 64 else 1.0
+        ends = ranks - width / 2, ranks + width / 2
+        drawn = [
+            axes.bar(ranks, self.compute, width, color="#56b4e9", label="computation"),
+            axes.hlines(self.transfer, *ends, color="#d55e00", linewidth=2, label="transfers"),
+            axes.axhline(self.seconds, color="black", linewidth=1, linestyle="--", label="time"),
+        ]
+        axes.set_title(f"{n} ranks, {u} for heads × {r} in a ring, {scheme}: {100 * self.efficiency:.0f} % in use")
+        axes.set_xlabel("rank")
+        axes.set_ylabel("seconds, forward and backward")
+        axes.set_xlim(-1, self.layout.ranks)
+        axes.set_ylim(0, 1.25 * self.seconds or 1.0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(handles=drawn, loc="upper right", ncols=3, frameon=False)
+        return axes
+
+
+def _new_axes() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plot needs matplotlib ({error}): pip install 'funcmha[plot]'") from error
+    return Figure(figsize=(8, 4), layout="constrained").subplots()
+
 
 def plan(
     *, T: int, S: int | None = None, H: int, K: int | None = None, D: int, E: int | None = None, B: int = 1,
     ranks: int, heads: int = 1, scheme: str = "zigzag", mask: Any = None, itemsize: int = 2, flops: float = 1e12,
-    bandwidth: float = 1e10,
+    bandwidth: float = 1e10, saturated: bool = False,
 ) -> Cost:  # fmt: skip
     """The cost of `parallel.attention` and its vjp on so many ranks, of which none need exist
 
@@ -76,6 +109,8 @@ def plan(
     itemsize       bytes of a number as it travels: 2 for half types
     flops          per second, of one rank
     bandwidth      bytes per second, from one rank to the next
+    saturated      whether rows everywhere have a key with more than half of the weight: then the gradient takes one
+                   round more of the keys and values. Where there are some such rows it takes a part of that
 
     Pairs, bytes and steps are those that the ranks run, from the same schedule. Time is a model: computation of the
     pairs at this rate, and transfers of these bytes, hidden as far as it lasts; latency is none.
@@ -96,7 +131,8 @@ def plan(
     mask = None if mask is None else as_mask(mask)
     if mask is not None:
         mask.shape(T, S)
-    return _cost(layout, sizes, B, mask, itemsize, flops, bandwidth)
+    _check.flag("saturated", saturated)
+    return _cost(layout, sizes, B, mask, itemsize, flops, bandwidth, rounds=3 if saturated else 2)
 
 
 def _positive(name: str, x: Any) -> float:
@@ -107,8 +143,9 @@ def _positive(name: str, x: Any) -> float:
 
 
 def _cost(
-    layout: Layout, sizes: dict[str, int], B: int, mask: Mask | None, itemsize: int, flops: float, bandwidth: float
-) -> Cost:
+    layout: Layout, sizes: dict[str, int], B: int, mask: Mask | None, itemsize: int, flops: float, bandwidth: float,
+    rounds: int,
+) -> Cost:  # fmt: skip
     T, S, H, K, D, E = sizes.values()
     u, r = layout.heads, layout.ring
     of_ring = [_of_rank(layout, ring, T, S, mask) for ring in range(r)]
@@ -119,7 +156,7 @@ def _cost(
     own_keys = np.array([layout.num_tokens(S, rank) for rank in range(layout.ranks)])
     rows, home, arrivals = (np.repeat(column, u) for column in travel.T)
     wide, of_key = max(itemsize, FULL_PRECISION), B * K // u * (D + E)
-    sent = of_key * (2 * rows * itemsize + home * wide)
+    sent = of_key * (rounds * rows * itemsize + home * wide)
     ring_rows, ring_keys = (np.repeat([layout.ring_count(n, ring) for ring in range(r)], u) for n in (T, S))
     to_heads = B * (u - 1) * (D + E) * (H // u * tokens + K // u * own_keys)  # q, k and v, and do
     from_heads = B * (D + E) * (H // u * (ring_rows - tokens) + K // u * (ring_keys - own_keys))  # o, dq, dk and dv
@@ -128,16 +165,18 @@ def _cost(
     held = B * H // u * (D + E) * ring_rows * (itemsize + wide) + of_key * ring_keys * (itemsize + wide)
     held = held + (r > 1) * of_key * largest * 2 * (itemsize + wide)
     of_pair = 2.0 * (D + E) + (6 * D + 4 * E)  # q kᵀ and a v; and q kᵀ again, do vᵀ, dv, dk and dq
+    of_pair += (rounds - 2) * 2 * (D + E)  # q kᵀ and do vᵀ
     work = of_pair * B * (H // u) * own_pairs
     return Cost(layout, tokens, own_pairs, work, sent, held, arrivals, work / flops, sent / bandwidth)
 
 
 def _of_rank(layout: Layout, ring: int, T: int, S: int, mask: Mask | None) -> tuple[np.ndarray, int]:
     """Which parts a rank of the ring needs, and the pairs of query and key that it attends"""
+    queries = placed(layout.ring_pieces(T, ring))
     counts = [
         [
             _count(pair.mask, (0, len(pair.rows)), (0, len(pair.cols)))
-            for pair in pairs(layout, ring, source, T, S, mask)
+            for pair in pairs(queries, layout, source, S, mask)
         ]
         for source in range(layout.ring)
     ]

@@ -7,14 +7,14 @@ of them, and from the last one home.
 Axes: T queries, S keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from funcmha.masks import Mask
 
-from .line import Layout
+from .line import Layout, placed
 
 
 class Pair(NamedTuple):
@@ -27,25 +27,22 @@ class Pair(NamedTuple):
     mask: Mask | None  # of these alone; None where all are attended
 
 
-def pairs(layout: Layout, rank: int, source: int, T: int, S: int, mask: Mask | None) -> Iterator[Pair]:
-    """Those of the queries of a rank of the ring and the keys of another one"""
-    i = 0
-    for rows in layout.ring_pieces(T, rank):
-        j, own = 0, slice(i, i + len(rows))
-        i = own.stop
-        for cols in layout.ring_pieces(S, source):
+Queries = Sequence[tuple[range, slice]]  # tokens, and where they are among those of the rank
+
+
+def pairs(queries: Queries, layout: Layout, source: int, S: int, mask: Mask | None) -> Iterator[Pair]:
+    """Those of some queries and the keys of a rank of the ring"""
+    for rows, i in queries:
+        for cols, j in placed(layout.ring_pieces(S, source)):
             part = None if mask is None else mask.select(rows, cols)
             answer = "full" if part is None else part.block((0, len(rows)), (0, len(cols)))
             if answer != "empty":
-                yield Pair(rows, cols, own, slice(j, j + len(cols)), None if answer == "full" else part)
-            j += len(cols)
+                yield Pair(rows, cols, i, j, None if answer == "full" else part)
 
 
-def needed(layout: Layout, rank: int, T: int, S: int, mask: Mask | None) -> np.ndarray:
-    """Booleans (n,): whether a rank of the ring attends any key of each part"""
-    if mask is None and layout.ring_count(T, rank):
-        return np.array([layout.ring_count(S, source) > 0 for source in range(layout.ring)])
-    some = (pairs(layout, rank, source, T, S, mask) for source in range(layout.ring))
+def needed(queries: Queries, layout: Layout, S: int, mask: Mask | None) -> np.ndarray:
+    """Booleans (n,): whether these queries attend any key of each part"""
+    some = (pairs(queries, layout, source, S, mask) for source in range(layout.ring))
     return np.array([next(each, None) is not None for each in some])
 
 

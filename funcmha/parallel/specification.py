@@ -11,9 +11,9 @@ batch.
 from typing import Any, NamedTuple, Unpack
 
 from funcmha import _check, merge
-from funcmha._arguments import AttentionOptions, Bias, Options, takes
-from funcmha._arrays import Array, downcast, full, namespace, own, unset, upcast
-from funcmha.biases import as_bias
+from funcmha._arguments import AttentionOptions, Bias, Options, takes, values_of
+from funcmha._arrays import Array, Sum, downcast, full, namespace, own, unset, upcast
+from funcmha.biases import as_bias, spelt
 from funcmha.engines import attention as engines_attention
 from funcmha.engines import attention_vjp as engines_attention_vjp
 from funcmha.engines import log_sum_exp
@@ -21,8 +21,8 @@ from funcmha.ops import round_bias
 
 from .attention import agree_on_cotangents, agreed
 from .comm import Comm, contiguous
-from .line import Line
-from .pieces import bias_place, of_piece
+from .line import Line, placed
+from .pieces import select
 
 INF = float("inf")
 
@@ -63,12 +63,10 @@ def attention(
     bias = None if bias is None else bias.map(upcast)
     all_k, all_v = (tuple(map(upcast, _gathered(line, a, S))) for a in (k, v))
     o, lse, parts = full((*q.shape[:-1], v.shape[-1]), 0.0, q), full(tuple(q.shape[:-1]), -INF, q), []
-    for rows, i in _placed(line, T, comm.rank):
+    for rows, i in placed(line.layout.pieces(T, comm.rank)):
         for rank in range(comm.size):
-            for cols, j in _placed(line, S, rank):
-                own_bias, own_x = of_piece(
-                    bias, x, rows, cols, None if x.mask is None else x.mask.select(rows, cols), T
-                )
+            for cols, j in placed(line.layout.pieces(S, rank)):
+                own_bias, own_x = select(bias, x, rows, cols, None if x.mask is None else x.mask.select(rows, cols), T)
                 of_part = q[..., i, :], all_k[rank][..., j, :], all_v[rank][..., j, :]
                 o_part, cache = engines_attention(
                     *of_part, None if own_bias is None else own_bias.given, **_named(own_x)
@@ -88,37 +86,30 @@ def attention_vjp(cache: AttentionCache, do: Array, /, *, dlse: Array = None) ->
     """dq, dk, dv, dbias, dsink: `attention` from the bottom up     as `parallel.attention_vjp`"""
     _check.cache(cache, AttentionCache, "parallel.specification.attention")
     parts, of_sink, lse, q, all_k, all_v, bias, sink, T, comm = cache
-    agree_on_cotangents(comm, do, dlse, lse, all_v[comm.rank].shape[-1])
+    agree_on_cotangents(comm, do, None, dlse, 0, q, (*q.shape[:-1], all_v[comm.rank].shape[-1]), 0)
     dtype, do, xp = do.dtype, own(upcast(do), do), namespace(q)
     dlse, dsink = full(tuple(lse.shape), 0.0, q) if dlse is None else own(upcast(dlse), dlse), None
     if sink is not None:
         do, dlse, _, drows = merge.merge_vjp(of_sink, do, dlse=dlse)
         dsink = comm.all_reduce(xp.sum(drows, axis=(*range(drows.ndim - 1 - sink.ndim), -1)))
     dq, all_dk, all_dv = full(tuple(q.shape), 0.0, q), _zeros(all_k), _zeros(all_v)
-    dbias = None if bias is None else full(tuple(bias.values.shape), 0.0, q)
+    of_bias = None if bias is None else Sum(tuple(bias.values.shape), q)
     for rows, cols, i, rank, j, of_part, joined in reversed(parts):
         do[..., i, :], dlse[..., i], do_part, dlse_part = merge.merge_vjp(joined, do[..., i, :], dlse=dlse[..., i])
         dq_part, dk, dv, dbias_part, _ = engines_attention_vjp(of_part, do_part, dlse=dlse_part)
         for total, part in ((dq[..., i, :], dq_part), (all_dk[rank][..., j, :], dk), (all_dv[rank][..., j, :], dv)):
             total += part
-        if dbias is not None:
-            dbias[bias_place(bias, rows, cols, T)] += as_bias(dbias_part).values  # type: ignore[union-attr]
+        if of_bias is not None:
+            of_bias.add(bias.place(spelt(rows), spelt(cols), T), values_of(dbias_part))
     dk, dv = comm.reduce_scatter(all_dk), comm.reduce_scatter(all_dv)
-    dbias = None if bias is None else round_bias(bias._replace(values=comm.all_reduce(dbias)), dtype)
+    dbias = None if of_bias is None else bias._replace(values=comm.all_reduce(of_bias.total()))
     dq, dk, dv, dsink = (downcast(a, dtype) for a in (dq, dk, dv, dsink))
-    return dq, dk, dv, dbias, dsink
+    return dq, dk, dv, round_bias(dbias, dtype), dsink
 
 
 @log_sum_exp.register
 def _(cache: AttentionCache, /) -> Array:
     return own(cache.lse, cache.lse)
-
-
-def _placed(line: Line, n: int, rank: int) -> list[tuple[range, slice]]:
-    """The pieces of a rank, and where they are among its tokens"""
-    pieces = line.layout.pieces(n, rank)
-    stops = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
-    return [(piece, slice(stop - len(piece), stop)) for piece, stop in zip(pieces, stops, strict=True)]
 
 
 def _gathered(line: Line, x: Array, n: int) -> list[Array]:

@@ -82,16 +82,29 @@ def attention_vjp(
     """
     q, k, v, rest = cache
     check_cotangents_of_attention(do, dweights, dlse, q, k, v, batch_axes)
-    factor = _factor(do, dweights, dlse)
-    cotangents = (None if a is None else upcast(a) if factor == 1 else factor * upcast(a) for a in (do, dweights, dlse))
-
-    def scaled_back(dx: Array) -> Array:
-        return dx if factor == 1 else dx / factor
-
-    *grads, dbias, dsink = _gradients(cache, *cotangents)
+    *grads, dbias, dsink = _gradients(cache, upcast(do), upcast(dweights), upcast(dlse))
     dsink = None if dsink is None else total_of_sink(dsink, rest.sink, batch_axes)
-    dq, dk, dv, dsink = (None if dx is None else downcast(scaled_back(dx), do.dtype) for dx in (*grads, dsink))
-    return dq, dk, dv, None if dbias is None else round_bias(dbias.map(scaled_back), do.dtype), dsink
+    dq, dk, dv, dsink = (downcast(dx, do.dtype) for dx in (*grads, dsink))
+    return dq, dk, dv, round_bias(dbias, do.dtype), dsink
+
+
+@quiet_underflow
+def some_keys_vjp(cache: AttentionCache, do: Array, dweights: Array, r: Array, dz: Array) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias as a bias, of some of the keys of a softmax, where the sums of the cache are those of all
+
+    r (..., H, T) is dlse − δ of all keys, and dz (..., H, T) what the dominant keys get: see `row_sums`.
+    """
+    return _gradients(cache, do, dweights, r, dz)[:-1]
+
+
+@quiet_underflow
+def row_sums(cache: AttentionCache, do: Array, dweights: Array, r: Array) -> Array:
+    """Σ dz (..., H, T) over such keys but the dominant ones"""
+    factor = _factor(do, dweights, r)
+    work, *_ = _backward(cache, *_times(factor, do, dweights, r, r))
+    with threads.single_threaded_blas():
+        total = work.row_sums().reshape(r.shape)
+    return _times(1 / factor, total)[0]
 
 
 def _factor(*cotangents: Array) -> float:
@@ -105,8 +118,25 @@ def _factor(*cotangents: Array) -> float:
     return 2.0 ** -max(min(frexp(largest)[1], 100), -100) if 0 < largest < inf else 1.0
 
 
-def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
-    """dq, dk, dv, dbias as a bias, dsink (..., H), in the dtype to compute in"""
+def _times(factor: float, *arrays: Array) -> tuple[Array, ...]:
+    return arrays if factor == 1 else tuple(None if a is None else factor * a for a in arrays)
+
+
+def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array, known: Array = None) -> tuple[Any, ...]:
+    """dq, dk, dv, dbias as a bias, dsink as the sink of each sample (..., H), in the dtype to compute in"""
+    factor = _factor(do, dweights, dlse)
+    work, *grads = _backward(cache, *_times(factor, do, dweights, dlse, known))
+    with threads.single_threaded_blas():
+        work.run()
+    dsink, dbias = None if cache.rest.sink is None else work.dsink, work.dbias
+    *grads, dsink, dvalues = _times(1 / factor, *grads, dsink, None if dbias is None else dbias.total())
+    return *grads, None if dbias is None else cache.rest.bias._replace(values=dvalues), dsink
+
+
+def _backward(
+    cache: AttentionCache, do: Array, dweights: Array, dlse: Array, known: Array
+) -> tuple[Backward, Array, Array, Array]:
+    """The backward of a cache, and dq, dk and dv, which it fills"""
     q, k, v, rest = cache
     dbias, x = None, recomputed(Views.of(cache))
     like = np.empty_like if x.has_one_tile else np.zeros_like
@@ -119,10 +149,7 @@ def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -
     attending = None if rest.mask is None else rest.mask.attending_queries(q.shape[-2], k.shape[-2])
     cotangents = with_head_axis(zero_masked_queries(do, attending)), with_head_axis(dweights), with_head_axis(dlse, 1)
     grads = with_head_axis(dq), with_head_axis(dk), with_head_axis(dv)
-    with threads.single_threaded_blas():
-        Backward(x, inverse, *cotangents, *grads, dbias, dsink).run()
-    dbias_of_kind = None if dbias is None else rest.bias._replace(values=dbias.total())
-    return dq, dk, dv, dbias_of_kind, None if rest.sink is None else dsink
+    return Backward(x, inverse, *cotangents, *grads, dbias, dsink, with_head_axis(known, 1)), dq, dk, dv
 
 
 def total_of_sink(dsink: Array, sink: Array, batch_axes: int) -> Array:

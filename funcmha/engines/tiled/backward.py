@@ -13,9 +13,9 @@ from funcmha.masks import Range
 
 from . import threads
 from .cache import Views, repeated
-from .dominant import Dominant, add_to_keys
+from .dominant import Dominant, add_to_keys, inside
 from .schedule import BiasGradient, RelativeBiasGradient, wavefronts
-from .tiles import Heads, Rows, Tile, mean_cotangent, of_sink, tile_backward
+from .tiles import Heads, Rows, Tile, mean_cotangent, of_sink, score_cotangent, tile_backward
 
 
 class _Prepared(NamedTuple):
@@ -39,6 +39,9 @@ class Backward(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
     dsink: Array  # (..., H)
+    known: Array = (
+        None  # (..., H, T), dz of the dominant keys, where these keys are some of a softmax: dlse is dlse − δ
+    )
 
     def run(self) -> None:
         """Every tile once. What a row or a column is added up from comes in the order of `wavefronts`, on one thread or
@@ -93,7 +96,7 @@ class Backward(NamedTuple):
         """δ = Σ p dp = Σ do o + Σ p dweights"""
         at, heads = (*b, h), self.in_rows(b, h)
         delta = np.einsum("gte,gte->gt", self.do[at], self.x.o[at])
-        for tile in heads.of_all_rows() if self.dweights is not None else ():
+        for tile in heads.of_all_rows() if self.dweights is not None and self.known is None else ():
             i, j = slice(*tile.rows), slice(*tile.cols)
             x = self.rows(at, heads, delta, tile.rows)
             delta[:, i] += mean_cotangent(heads, tile, x, self.dweights[at][:, i, j])
@@ -108,6 +111,27 @@ class Backward(NamedTuple):
         v1[..., :-1] = v
         dominant = Dominant.of(self.x.dominant[at], v.dtype, 1, 1)
         return _Prepared(heads, repeated(v1, len(r)), r, total, dominant)
+
+    def row_sums(self) -> Array:
+        """Σ dz of each row, but for its dominant key (..., H, T)"""
+        total = np.zeros(self.x.q.shape[:-1], self.dq.dtype)
+
+        def add(task: tuple[Any, slice]) -> None:
+            (b, h), p = task, self.prepare(*task)
+            at = (*b, h)
+            for tile in p.heads.of_all_rows():
+                i, j = slice(*tile.rows), slice(*tile.cols)
+                cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
+                x = self.rows(at, p.heads, p.r, tile.rows)
+                e = p.heads.exponentials(x.q, tile, x.row_max)
+                dz = score_cotangent(p.heads, tile, x, e, p.v1[:, j], cotangent)
+                dz[inside(self.x.dominant[at][:, i], tile.cols)] = 0.0
+                total[at][:, i] += dz @ np.ones(dz.shape[-1], dz.dtype)
+
+        *batch, H, T, D = self.x.q.shape
+        S, E = self.x.v.shape[-2:]
+        threads.run(add, self.x.stacks_of_samples(), flops=2.0 * prod(batch) * H * T * S * (D + E), plan=self.x.plan)
+        return total
 
     def in_rows(self, b: Any, h: slice) -> Heads:
         """Some heads, with the keys row after row"""
@@ -145,7 +169,7 @@ class Backward(NamedTuple):
             return
         at, (g, i) = (*b, h), p.dominant.found()
         j, (rest,), (slope,) = p.dominant.key[g, i], p.dominant.rest, p.dominant.others
-        dz = (p.sum - rest)[g, i]
+        dz = (p.sum - rest if self.known is None else self.known[at])[g, i]
         du = (dz * slope[g, i] * p.heads.rounded(p.heads.scale[g, 0, 0]))[:, None]
         self.dq[at][g, i] += du * p.heads.k[g, j]
         add_to_keys(self.dk[self.x.key_heads(b, h)], g, j, du * p.heads.q[g, i])

@@ -353,13 +353,7 @@ def tile_backward(
     t = np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=dv if only else scratch("n", (G, N, E), dtype))
     if not only:
         add_heads(dv, t)
-    if heads.keep is None:
-        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", (G, R, N), dtype))
-    else:
-        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
-    if dweights is not None:
-        dp += _of_some(e, dweights) * x.inverse
-    dz = np.multiply(e, dp, out=dp)
+    dz = score_cotangent(heads, tile, x, e, v1, dweights)
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
@@ -372,6 +366,18 @@ def tile_backward(
     if not only:
         add_heads(dk, t)
     return dz
+
+
+def score_cotangent(heads: Heads, tile: Tile, x: Rows, e: Array, v1: Array, dweights: Array) -> Array:
+    """dz = e (dp − δ + dlse) · inverse (G, R, N), good until the next tile     of the exponentials e"""
+    E = v1.shape[-1] - 1
+    if heads.keep is None:
+        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", e.shape, v1.dtype))
+    else:
+        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
+    if dweights is not None:
+        dp += _of_some(e, dweights) * x.inverse
+    return np.multiply(e, dp, out=dp)
 
 
 def add_heads(total: Array, x: Array) -> None:
