@@ -55,17 +55,22 @@ def _forward(whole: Whole, rows: Range) -> tuple[Array, Array, Array]:
     q, xp, sink = whole.queries(rows), namespace(whole.q), whole.rest.sink
     top, row_sum, o = (full((*q.shape[:-1], n), x, q) for n, x in ((1, -INF), (1, 0.0), (whole.v.shape[-1], 0.0)))
     for block in whole.blocks(rows):
-        z, _ = whole.scores(q, block)
-        top, shift, fade = _raised(top, row_maxima(z))
-        e = exp_less(z, shift)
-        row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
-        o = into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v))
+        top, row_sum, o = _next(whole, q, block, top, row_sum, o)
     if sink is None:
         return o / xp.where(row_sum == 0, 1.0, row_sum), row_sum, xp.where(top == -INF, 0.0, top)
     top, shift, fade = _raised(top, sink[..., None, None])
     row_sum = row_sum * fade
     total = row_sum + xp.exp(sink[..., None, None] - shift)
     return o * fade / xp.where(total == 0, 1.0, total), row_sum, shift
+
+
+def _next(whole: Whole, q: Array, block: Block, top: Array, row_sum: Array, o: Array) -> tuple[Array, Array, Array]:
+    """The largest score, Σ e and Σ dropout(e) v with one block more"""
+    xp, (z, _) = namespace(q), whole.scores(q, block)
+    top, shift, fade = _raised(top, row_maxima(z))
+    e = exp_less(z, shift)
+    row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
+    return top, row_sum, into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v))
 
 
 def _raised(top: Array, other: Array) -> tuple[Array, Array, Array]:
@@ -126,26 +131,31 @@ def attention_vjp(
 
 def _rows_vjp(whole: Whole, x: Rows, y: "Cotangents", grads: Gradients) -> None:
     """`_forward` from the bottom up"""
-    xp, (q, k, v, rest, *_), dq = namespace(x.q), whole, None
-    m, r, dsink = row_gradient(whole, x, y)
+    dq, (m, r, dsink) = None, row_gradient(whole, x, y)
     for block in whole.blocks(x.rows):
-        # o = dropout(e) v / row_sum
-        e, t = whole.exponentials(x, block)
-        grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v))
-        dp = y.of_weights(whole, e, block)
-        # e = exp(z − row_max)
-        dz = into(dp, xp.multiply, shifted(dp, m, r), e)
-        # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
-        if grads.bias is not None:
-            grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
-        du = dz if t is None else (1 - t * t) * dz
-        part = times_rows(du, block.k)
-        dq = part if dq is None else into(dq, xp.add, dq, part)
-        grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k))
+        part = _block_vjp(whole, x, y, block, (m, r), grads)
+        dq = part if dq is None else into(dq, namespace(dq).add, dq, part)
     if dq is not None:
-        grads.q.add(place(x.rows, q), rest.scale * dq)
+        grads.q.add(place(x.rows, whole.q), whole.rest.scale * dq)
     if grads.sink is not None:
         grads.sink.add((x.rows,), dsink[..., 0])
+
+
+def _block_vjp(whole: Whole, x: Rows, y: "Cotangents", block: Block, centre: Any, grads: Gradients) -> Array:
+    """The share of one block in dq / scale; a function of its own, whose arrays are gone before the next block's"""
+    xp, (q, k, v, rest, *_) = namespace(x.q), whole
+    # o = dropout(e) v / row_sum
+    e, t = whole.exponentials(x, block)
+    grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v))
+    dp = y.of_weights(whole, e, block)
+    # e = exp(z − row_max)
+    dz = into(dp, xp.multiply, shifted(dp, *centre), e)
+    # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
+    if grads.bias is not None:
+        grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
+    du = dz if t is None else (1 - t * t) * dz
+    grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k))
+    return times_rows(du, block.k)
 
 
 class Cotangents(NamedTuple):
