@@ -248,6 +248,14 @@ def replaced(own: Array, where: Array, value: float) -> Array:
     return own
 
 
+def product_of_transposed(a: Array, b: Array) -> Array:
+    """aᵀ b     a (..., R, N)   b (..., R, D)   →   (..., N, D)"""
+    xp = namespace(a)
+    if xp.__name__ == "cupy":  # whose product copies what is transposed: b, and not a
+        return xp.matrix_transpose(xp.matrix_transpose(b) @ a)
+    return xp.matrix_transpose(a) @ b
+
+
 def outline(x: Array) -> Array:
     """Of x nothing but its shape, library, dtype and device, for a cache: (*x.shape, 0). None stays None."""
     return None if x is None else full((*x.shape, 0), 0.0, x)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias
-from funcmha._arrays import Array, Place, dtype_name, into, namespace, replaced
+from funcmha._arrays import Array, Place, dtype_name, into, namespace, product_of_transposed, replaced
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 from funcmha.ops import drop
@@ -157,7 +157,7 @@ def times_rows(a: Array, k: Array) -> Array:
 
 def sum_over_rows(a: Array, b: Array, k: Array) -> Array:
     """aᵀ b, summed over the heads that read one     a (..., H, R, N)   b (..., H, R, D)   →   (..., K, N, D) as k"""
-    return namespace(a).matrix_transpose(_together(a, k)) @ _together(b, k)
+    return product_of_transposed(_together(a, k), _together(b, k))
 
 
 def _together(a: Array, k: Array) -> Array:
