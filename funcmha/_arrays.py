@@ -248,12 +248,29 @@ def replaced(own: Array, where: Array, value: float) -> Array:
     return own
 
 
-def product_of_transposed(a: Array, b: Array) -> Array:
-    """aᵀ b     a (..., R, N)   b (..., R, D)   →   (..., N, D)"""
+def half_of_factors(x: Array) -> str | None:
+    """The half type of x, where its library sums products of that type in float32, and gives them so; else None
+
+    JAX does. CuPy's product of more than two axes converts its factors to float32 first, PyTorch's rounds what it sums.
+    """
+    name = dtype_name(x)
+    return name if name in HALF and namespace(x).__name__ == "jax.numpy" else None
+
+
+def product(a: Array, b: Array, half: str | None = None) -> Array:
+    """a b, or of both rounded to a half type, summed in float32"""
+    if half is None:
+        return a @ b
+    xp = namespace(a)
+    return xp.matmul(a.astype(half), b.astype(half), preferred_element_type=xp.float32)
+
+
+def product_of_transposed(a: Array, b: Array, half: str | None = None) -> Array:
+    """aᵀ b     a (..., R, N)   b (..., R, D)   →   (..., N, D)     as `product`"""
     xp = namespace(a)
     if xp.__name__ == "cupy":  # whose product copies what is transposed: b, and not a
         return xp.matrix_transpose(xp.matrix_transpose(b) @ a)
-    return xp.matrix_transpose(a) @ b
+    return product(xp.matrix_transpose(a), b, half)
 
 
 def outline(x: Array) -> Array:
