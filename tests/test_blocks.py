@@ -301,6 +301,17 @@ def test_other_products_are_those_of_float32(engine, dtype, do):
     assert len(halves) == (0 if do is None else 2)  # the forward knows of no cotangent
 
 
+def test_weights_of_half_types_are_normalised_below_the_least_number():
+    """There log Σ exp is nothing beside a score, and exp(z − lse) is no weight."""
+    q, k, v, do = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 3, 4)), "bfloat16")
+    bias, grads = jnp.full((3, 3), jnp.finfo("bfloat16").min), []
+    for engine in (HALVES, FLOATS):
+        _, cache = attention(q, k, v, bias, engine=engine)
+        grads.append([np.asarray(g, np.float32) for g in attention_vjp(cache, do)[:3]])
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("to", [np.array, torch.tensor], ids=["NumPy", "PyTorch"])
 def test_libraries_without_such_products_take_float32(to):
     x = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float16)

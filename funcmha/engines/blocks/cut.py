@@ -37,17 +37,18 @@ class Rows(NamedTuple):
 
     rows: Range
     q: Array  # (..., H, R, D), as `Whole.queries` gives it
-    top: Array  # (..., H, R, 1), what is subtracted from the scores: the row maxima, or lse
-    keys: Array  # (..., H, R, 1), Σ exp(z − top)
+    top: Array  # (..., H, R, 1), the row maxima
+    norm: Array  # (..., H, R, 1), what exponentials are divided by, or None
+    keys: Array  # (..., H, R, 1), Σ exp(z − top) / norm
     total: Array  # (..., H, R, 1), that with the sink's share; 1 where it is 0
     attending: Array  # booleans (..., H, R, 1), whether there is a weight that is not 0
-    sink: Array  # (..., H, R, 1), exp(sink − top), or None
+    sink: Array  # (..., H, R, 1), exp(sink − top) / norm, or None
 
     def normalised(self) -> "Rows":
         """So that an exponential is a weight"""
-        xp, (_, _, top, keys, total, _, sink) = namespace(self.q), self
-        sink = None if sink is None else sink / total
-        return self._replace(top=top + xp.log(total), keys=keys / total, total=xp.ones_like(total), sink=sink)
+        total, sink = self.total, None if self.sink is None else self.sink / self.total
+        one = namespace(total).ones_like(total)
+        return self._replace(norm=total, keys=self.keys / total, total=one, sink=sink)
 
 
 class Whole(NamedTuple):
@@ -87,7 +88,7 @@ class Whole(NamedTuple):
         if rest.sink is not None:
             sink = xp.exp(rest.sink[..., None, None] - top)
             total = keys + sink
-        found = Rows(rows, self.queries(rows), top, keys, xp.where(total == 0, 1.0, total), keys != 0, sink)
+        found = Rows(rows, self.queries(rows), top, None, keys, xp.where(total == 0, 1.0, total), keys != 0, sink)
         return found if self.half is None else found.normalised()
 
     def blocks(self, rows: Range) -> Iterator[Block]:
@@ -129,9 +130,10 @@ class Whole(NamedTuple):
         return z if block.allowed is None else replaced(z, block.allowed, -INF), t
 
     def exponentials(self, x: Rows, block: Block) -> tuple[Array, Array]:
-        """e = exp(z − row_max), so that a weight is e / row_sum     and t"""
+        """e = exp(z − row_max) / norm, so that a weight is e / total     and t"""
         z, t = self.scores(x.q, block)
-        return exp_less(z, x.top), t
+        e = exp_less(z, x.top)
+        return e if x.norm is None else e / x.norm, t
 
 
 def exp_less(z: Array, top: Array) -> Array:
