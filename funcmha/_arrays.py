@@ -192,9 +192,24 @@ def heads_last(x: Array) -> Array:
     return namespace(x).moveaxis(x, -3, -2)
 
 
-def has_words(like: Array) -> bool:
-    """Whether the library of `like`, another than NumPy, computes with 64 bits: JAX may not, and PyTorch does not"""
-    return like is not None and not isinstance(like, np.ndarray) and namespace(like).__name__ == "cupy"
+def words(like: Array) -> Any:
+    """NumPy's type of the words that the library of `like`, another than NumPy, draws with, or None
+
+    JAX may not have 64 bits, and PyTorch shifts no unsigned number.
+    """
+    known = {"cupy": np.uint64, "jax.numpy": np.uint32}
+    return None if like is None or isinstance(like, np.ndarray) else known.get(namespace(like).__name__)
+
+
+def repeat(n: int, f: Callable[..., Any], x: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x = f(i, *x) for i of 0 … n − 1, as a loop that JAX compiles once"""
+    if namespace(x[0]).__name__ == "jax.numpy":
+        from jax.lax import fori_loop
+
+        return fori_loop(0, n, lambda i, x: f(i, *x), x)  # type: ignore[no-any-return]
+    for i in range(n):
+        x = f(i, *x)
+    return x
 
 
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
