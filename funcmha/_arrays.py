@@ -196,9 +196,24 @@ def _swapped(x: Array) -> Array:
     return x.swapaxes(-2, -3) if isinstance(x, np.ndarray) else namespace(x).moveaxis(x, -2, -3)  # a tenth of the time
 
 
-def has_words(like: Array) -> bool:
-    """Whether the library of `like`, another than NumPy, computes with 64 bits: JAX may not, and PyTorch does not"""
-    return like is not None and not isinstance(like, np.ndarray) and namespace(like).__name__ == "cupy"
+def words(like: Array) -> Any:
+    """NumPy's type of the words that the library of `like`, another than NumPy, draws with, or None
+
+    JAX may not have 64 bits, and PyTorch shifts no unsigned number.
+    """
+    known = {"cupy": np.uint64, "jax.numpy": np.uint32}
+    return None if like is None or isinstance(like, np.ndarray) else known.get(namespace(like).__name__)
+
+
+def repeat(n: int, f: Callable[..., Any], x: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x = f(i, *x) for i of 0 … n − 1, as a loop that JAX compiles once"""
+    if namespace(x[0]).__name__ == "jax.numpy":
+        from jax.lax import fori_loop
+
+        return fori_loop(0, n, lambda i, x: f(i, *x), x)  # type: ignore[no-any-return]
+    for i in range(n):
+        x = f(i, *x)
+    return x
 
 
 def full(shape: tuple[int, ...], value: float | bool, like: Array) -> Array:
@@ -250,6 +265,31 @@ def replaced(own: Array, where: Array, value: float) -> Array:
         return namespace(own).where(where, own, value)
     np.copyto(own, value, where=~where)
     return own
+
+
+def half_of_factors(x: Array) -> str | None:
+    """The half type of x, where its library sums products of that type in float32, and gives them so; else None
+
+    JAX does. CuPy's product of more than two axes converts its factors to float32 first, PyTorch's rounds what it sums.
+    """
+    name = dtype_name(x)
+    return name if name in HALF and namespace(x).__name__ == "jax.numpy" else None
+
+
+def product(a: Array, b: Array, half: str | None = None) -> Array:
+    """a b, or of both rounded to a half type, summed in float32"""
+    if half is None:
+        return a @ b
+    xp = namespace(a)
+    return xp.matmul(a.astype(half), b.astype(half), preferred_element_type=xp.float32)
+
+
+def product_of_transposed(a: Array, b: Array, half: str | None = None) -> Array:
+    """aᵀ b     a (..., R, N)   b (..., R, D)   →   (..., N, D)     as `product`"""
+    xp = namespace(a)
+    if xp.__name__ == "cupy":  # whose product copies what is transposed: b, and not a
+        return xp.matrix_transpose(xp.matrix_transpose(b) @ a)
+    return product(xp.matrix_transpose(a), b, half)
 
 
 def outline(x: Array) -> Array:

@@ -16,12 +16,12 @@ Axes: T queries, S keys, H heads; `...` is batch, whose elements are the samples
 
 from math import prod
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _check
-from ._arrays import Array, arange, cut, from_host, has_words, in_library_of, namespace, of_heads, rows_and_columns
+from ._arrays import Array, arange, cut, from_host, in_library_of, namespace, of_heads, repeat, rows_and_columns, words
 from .masks import Range
 
 LOW = 2**32 - 1
@@ -54,6 +54,27 @@ def philox(counter: tuple[Array | int, ...], key: tuple[int, int], /) -> tuple[A
         b, d = r, p
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return a, b, c, d
+
+
+def philox_of_halves(counter: tuple[Array, ...], key: tuple[int, int], /) -> tuple[Array, Array, Array, Array]:
+    """`philox` of arrays of uint32, which no number here exceeds, and of one shape: products go by halves of 16 bits"""
+    keys = np.array([[(k + n * step) & LOW for k, step in zip(key, WEYL, strict=True)] for n in range(10)], np.uint32)
+    rounds = from_host(keys, counter[0])
+
+    def again(n: Any, a: Array, b: Array, c: Array, d: Array) -> tuple[Array, ...]:
+        (p_high, p), (r_high, r) = _product(a, MULTIPLIERS[0]), _product(c, MULTIPLIERS[1])
+        return r_high ^ b ^ rounds[n, 0], r, p_high ^ d ^ rounds[n, 1], p
+
+    return repeat(10, again, counter)
+
+
+def _product(a: Array, m: int) -> tuple[Array, Array]:
+    """The high and the low word of a m"""
+    low, high, m_low, m_high = a & 0xFFFF, a >> 16, m & 0xFFFF, m >> 16
+    first = low * m_low
+    second = high * m_low + (first >> 16)
+    third = low * m_high + (second & 0xFFFF)
+    return high * m_high + (second >> 16) + (third >> 16), (third & 0xFFFF) << 16 | (first & 0xFFFF)
 
 
 class Masked(NamedTuple):
@@ -122,7 +143,7 @@ class Seeded(NamedTuple):
         h, _ = _place("head", self.first_head, (head, head + 1), 2**32)
         i = range(*_place("rows", self.first_query, self._apart(rows), 2**32), self.step)
         j = range(*_place("cols", self.first_key, self._apart(cols), 2**34), self.step)
-        if has_words(like):
+        if words(like):
             return _draw_there(self, b, h, i, j, like)
         return from_host(_draw(self.seed, _threshold(self.rate), b, h, i, j), like)
 
@@ -139,7 +160,7 @@ class Seeded(NamedTuple):
             raise ValueError(f"shape must be (..., H, T, S) or (T, S), got {shape}")
         *outer, T, S = shape
         heads = outer[-1] if outer else 1
-        if has_words(like) and min(shape) > 0:
+        if words(like) and min(shape) > 0:
             return _draw_all_there(self, (prod(outer) // heads, heads, T, S), shape, like)
         keep = np.empty((prod(outer), T, S), bool)
         for n in range(keep.shape[0]):
@@ -219,14 +240,24 @@ def _words(cols: range) -> slice | list[int]:
 
 def _draw_there(drop: Seeded, sample: Array | int, head: Array | int, rows: range, cols: range, like: Array) -> Array:
     """`_draw` by the library of `like`: nothing is sent. Several samples and heads are (n, 1, 1)"""
-    xp, first, step = namespace(like), cols.start // 4, cols.step
+    xp, word, first = namespace(like), words(like), cols.start // 4
     n = -(-cols.stop // 4) - first  # every one between, of which a step leaves out some afterwards
-    blocks = xp.astype(arange(n, like) + first, xp.uint64)
-    queries = xp.astype(step * arange(len(rows), like) + rows.start, xp.uint64)[:, None]
-    words = philox((blocks, queries, head, sample), (drop.seed & LOW, drop.seed >> 32))
-    keep = xp.stack([word >= _threshold(drop.rate) for word in words], axis=-1)
+    queries = _in_words(arange(len(rows), like), rows.start, rows.step)[:, None]
+    counter, key = (_in_words(arange(n, like), first), queries, head, sample), (drop.seed & LOW, drop.seed >> 32)
+    if word is np.uint64:
+        drawn = philox(counter, key)
+    else:
+        own = (word(x) if isinstance(x, int) else x for x in counter)
+        drawn = philox_of_halves(tuple(xp.broadcast_arrays(*own)), key)
+    keep = xp.stack([x >= word(_threshold(drop.rate)) for x in drawn], axis=-1)
     begin = cols.start % 4
-    return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols.stop - cols.start : step]
+    return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols.stop - cols.start : cols.step]
+
+
+def _in_words(n: Array, first: int, step: int = 1) -> Array:
+    """first + step n"""
+    word = words(n)
+    return namespace(n).astype(n, word) * word(step) + word(first)
 
 
 def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...], like: Array) -> Array:
@@ -235,7 +266,7 @@ def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...]
     b, _ = _place("sample", drop.first_sample, (0, B), 2**32)
     h, _ = _place("head", drop.first_head, (0, H), 2**32)
     n, step = arange(B * H, like)[:, None, None], max(AT_ONCE // (B * H * S), 1)
-    samples, heads = xp.astype(n // H + b, xp.uint64), xp.astype(n % H + h, xp.uint64)
+    samples, heads = _in_words(n // H, b), _in_words(n % H, h)
     cols = range(*_place("cols", drop.first_key, drop._apart((0, S)), 2**34), drop.step)
     blocks = (drop._apart((i, min(i + step, T))) for i in range(0, T, step))
     some = (range(*_place("rows", drop.first_query, rows, 2**32), drop.step) for rows in blocks)

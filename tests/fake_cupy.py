@@ -131,6 +131,7 @@ class Traffic:
     def __init__(self) -> None:
         self.waits: list[str] = []  # what makes the host wait for the device, and the line of funcmha that does it
         self.sent = 0  # bytes from the host
+        self.copied: list[tuple[int, ...]] = []  # the shapes of what products copied, as it was not contiguous
 
 
 _watching: list[Traffic] = []
@@ -616,6 +617,10 @@ def matmul(a: Any, b: Any) -> ndarray:
     _on_current(a, b)
     dtype, axes = np.result_type(*values), max(x.ndim for x in values)
     wide = np.dtype("float32") if dtype.char in "eE" else dtype
+    for x in values if axes > 2 else ():
+        if not x.flags.c_contiguous:
+            for seen in _watching:
+                seen.copied.append(x.shape)
     copied = [_new(np.ascontiguousarray(x, wide)) if axes > 2 or x.dtype != wide else _new(x) for x in values]
     with np.errstate(all="ignore"):
         result = _new(np.matmul(*(x._a for x in copied)))

@@ -16,8 +16,9 @@ from funcmha._arrays import Sum
 from funcmha.biases import RelativeBias, as_bias
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp
 from funcmha.dropout import masked, seeded
-from funcmha.engines import BATCHED, SEQUENTIAL, batched, blocks
+from funcmha.engines import BATCHED, BATCHED_HALF, SEQUENTIAL, batched, blocks
 from funcmha.testing.strategies import AttentionProblem
+from funcmha.testing.tolerance import attention_bounds, worst_ratio
 
 PROBLEM = AttentionProblem(
     T=13, S=17, mask="window", bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, rate=0.3,
@@ -241,6 +242,81 @@ def test_the_weights_after_dropout_are_those_of_the_specification():
     drop = seeded(5, 0.4, first_query=3, first_key=2)
     kept = [attention(q, k, v, dropout=drop, engine=engine)[0] != 0 for engine in (BLOCKS, SEQUENTIAL)]
     assert np.array_equal(*kept)
+
+
+# ── products of half types ───────────────────────────────────────────────────────────────────────────────────────
+
+HALVES = BATCHED_HALF._replace(plan=BLOCKS.plan._replace(half_products=True, block_side=13))
+FLOATS = HALVES._replace(plan=HALVES.plan._replace(half_products=False))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_of_half_types_are_those_of_flash(dtype):
+    """Within its bounds, and outside those of what is rounded once. Oracle: float64."""
+    arrays, cotangents, static = PROBLEM.inputs(dtype), PROBLEM.cotangents(dtype)[::2], PROBLEM.static()
+    exact, exact_cotangents = jax.tree.map(lambda a: a.astype(np.float64), (arrays, cotangents))
+    wanted = results(exact, exact_cotangents, static | {"engine": SEQUENTIAL})
+    got = jax.jit(lambda *args: results(*args, static | {"engine": HALVES}))(arrays, cotangents)
+    (*exact, sink), (do, dlse), worst = exact, exact_cotangents, {}
+    for arithmetic in ("strict", "flash"):
+        bounds = attention_bounds(*exact, do, sink=sink, dlse=dlse, dtype=dtype, arithmetic=arithmetic, **static)
+        each = zip(got, wanted, bounds, strict=True)
+        worst[arithmetic] = max(worst_ratio(*map(values_of, some)) for some in each)
+    assert worst["flash"] < 1
+    assert worst["strict"] > 10
+
+
+def results(arrays, cotangents, static):
+    """o, p, lse and the gradients"""
+    (o, cache), (do, dlse) = attention(*arrays, **static), cotangents
+    return [o, attention_weights(cache), log_sum_exp(cache), *attention_vjp(cache, do, dlse=dlse)]
+
+
+def factors_of(engine, dtype, do_dtype=None):
+    """The dtypes of every product of forward and vjp, (left, right, result)"""
+    q, k, v, do = (jnp.zeros((2, 9, 4), dtype) for _ in range(4))
+
+    def both(q, k, v, do):
+        o, cache = attention(q, k, v, engine=engine)
+        return o, attention_vjp(cache, do)
+
+    traced = jax.make_jaxpr(both)(q, k, v, do if do_dtype is None else do.astype(do_dtype))
+    dots = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+    return [tuple(x.aval.dtype.name for x in (*e.invars, *e.outvars)) for e in dots]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_products_take_half_types_and_give_float32(dtype):
+    """Two of the forward, five of the gradient, and two that center it."""
+    assert factors_of(HALVES, dtype) == 9 * [(dtype, dtype, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "do"),
+    [(FLOATS, "bfloat16", None), (HALVES, "float32", None), (HALVES, "bfloat16", "float32")],
+    ids=["by default", "float32", "a cotangent in float32"],
+)
+def test_other_products_are_those_of_float32(engine, dtype, do):
+    halves = [factors for factors in factors_of(engine, dtype, do) if "bfloat16" in factors]
+    assert len(halves) == (0 if do is None else 2)  # the forward knows of no cotangent
+
+
+def test_weights_of_half_types_are_normalised_below_the_least_number():
+    """There log Σ exp is nothing beside a score, and exp(z − lse) is no weight."""
+    q, k, v, do = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 3, 4)), "bfloat16")
+    bias, grads = jnp.full((3, 3), jnp.finfo("bfloat16").min), []
+    for engine in (HALVES, FLOATS):
+        _, cache = attention(q, k, v, bias, engine=engine)
+        grads.append([np.asarray(g, np.float32) for g in attention_vjp(cache, do)[:3]])
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("to", [np.array, torch.tensor], ids=["NumPy", "PyTorch"])
+def test_libraries_without_such_products_take_float32(to):
+    x = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float16)
+    want, got = (results((to(x),) * 3, (to(x), None), {"engine": engine}) for engine in (FLOATS, HALVES))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(want[:-2], got[:-2], strict=True))
 
 
 # ── arrays that are not NumPy's ──────────────────────────────────────────────────────────────────────────────────

@@ -191,6 +191,19 @@ def test_no_derivative_by_blocks_waits(calls):
         assert seen.waits == []
 
 
+def test_no_product_copies_scores():
+    """CuPy copies a factor that is transposed: of blocks of 8 × 8 that is q, k, v or do, 2 or 3 wide."""
+    q, k, v, do = (cp.asarray(np.zeros((1, 4, 16, n), np.float32)) for n in (2, 2, 3, 3))
+    engine = BLOCKS._replace(plan=BLOCKS.plan._replace(block_side=8))
+    with fake_cupy.traffic() as seen:
+        _, cache = attention(q, k, v, engine=engine)
+        funcmha.attention_vjp(cache, do)
+        derivatives.attention_jvp(cache, q, k, v)
+        derivatives.attention_vjp_jvp(cache, do, do, q, k, v)
+    assert seen.copied
+    assert all(min(shape[-2:]) <= 3 for shape in seen.copied)
+
+
 @portable_engines
 @pytest.mark.parametrize("calls", GROUPS, ids=lambda calls: calls.__name__)
 def test_no_derivative_waits_or_sends(calls, engine):

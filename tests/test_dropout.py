@@ -3,6 +3,7 @@
 import pickle
 from math import sqrt
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,6 +148,26 @@ def test_a_mask_is_one_of_jax():
     got = seeded(7, 0.4).dense((2, 5, 7), jnp.zeros(2))
     assert isinstance(got, jnp.ndarray)
     np.testing.assert_array_equal(np.asarray(got), seeded(7, 0.4).dense((2, 5, 7)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 11), (3, 5, 4), (5, 7), (2, 3, 0, 7)], ids=str)
+def test_jax_draws_the_same_bits(shape):
+    """From words of 32 bits, at the ends of what a counter holds too. Oracle: NumPy's words of 64."""
+    first = {"first_sample": 1, "first_head": 2**32 - 3, "first_query": 2**32 - 6, "first_key": 2**34 - 13}
+    drop = seeded(2**64 - 2**33 + 7, 0.6, **first)
+    like = jnp.zeros(1)
+    np.testing.assert_array_equal(drop.dense(shape, like), drop.dense(shape))
+    np.testing.assert_array_equal(drop.tile(1, 2, (3, 5), (2, 9), like), drop.tile(1, 2, (3, 5), (2, 9)))
+    apart = drop.part((0, 5), (0, 9))._replace(step=2, first_query=1, first_key=3)
+    np.testing.assert_array_equal(apart.tile(1, 2, (3, 5), (2, 9), like), apart.tile(1, 2, (3, 5), (2, 9)))
+
+
+def test_a_traced_seed_puts_no_booleans_into_the_program():
+    """Nor does the program grow with the rounds, which are a loop."""
+    drop = seeded(7, 0.5)
+    traced = jax.make_jaxpr(lambda x: drop.dense((2, 3, 64, 64), x))(jnp.zeros(1))
+    assert sum(np.asarray(a).nbytes for a in traced.consts) < 100
+    assert len(traced.jaxpr.eqns) < 60
 
 
 def test_a_seeded_mask_is_a_value():

@@ -241,3 +241,14 @@ def test_what_is_sent_is_counted(cupy):
         cupy.zeros((7, 5))
         cupy.asarray(cupy.asarray(A))
     assert seen.sent == A.nbytes
+
+
+def test_what_products_copy_is_noted(cupy):
+    """Of more than two axes what is not contiguous, as a transposed array is."""
+    x, y = cupy.asarray(np.zeros((2, 3, 5))), cupy.asarray(np.zeros((2, 5, 3)))
+    with fake_cupy.traffic() as seen:
+        cupy.matmul(x, y)
+        cupy.matmul(y.mT, y)
+        cupy.matmul(x, x[:, :2].mT)
+        cupy.matmul(x[0], x[0].mT)
+    assert seen.copied == [(2, 3, 5), (2, 5, 2)]

@@ -27,6 +27,7 @@ from .table import attention_vjp, attention_weights, log_sum_exp
 
 __all__ = [
     "BATCHED",
+    "BATCHED_HALF",
     "ENGINES",
     "SEQUENTIAL",
     "TILED",
@@ -95,6 +96,7 @@ BATCHED = TILED._replace(
     numpy_only=False,
 )
 TILED_LEAN = TILED._replace(plan=LEAN)
+BATCHED_HALF = BATCHED._replace(plan=Plan(half_products=True))
 ENGINES = {engine.name: engine for engine in (SEQUENTIAL, BATCHED, TILED)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from funcmha import ops
 from funcmha._arguments import Bias, Options, check_attention
-from funcmha._arrays import Array, downcast, of_heads, own, upcast
+from funcmha._arrays import Array, downcast, half_of_factors, of_heads, own, upcast
 
 from . import blocks
 from .plan import Plan
@@ -72,11 +72,14 @@ class AttentionCache(NamedTuple):
 
 @with_single_threaded_blas
 def attend(
-    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan, half: str | None = None
 ) -> tuple[Array, AttentionCache | blocks.AttentionCache]:
-    """`attention`, of arguments that are checked and upcast; o may be the cache's own"""
-    if blocks.block_sizes(q, k, plan) != (q.shape[-2], k.shape[-2]):
-        return blocks.attend(q, k, v, bias, sink, x, plan)
+    """`attention`, of arguments that are checked and upcast; o may be the cache's own
+
+    With products of a half type, of which q, k and v have numbers.
+    """
+    if half is not None or blocks.block_sizes(q, k, plan) != (q.shape[-2], k.shape[-2]):
+        return blocks.attend(q, k, v, bias, sink, x, plan, half)
     o, cache = ops.attend(q, k, v, bias, sink, x)
     rest = Rest(*cache[3:], plan if isinstance(cache.q, np.ndarray) else None)
     return o, rest.with_qkv(cache.q, cache.k, cache.v)
@@ -88,7 +91,8 @@ def attention(
     """o = dropout(softmax(softcap · tanh(scale · q kᵀ / softcap) + bias, sink)) v     as `funcmha.ops.attention`"""
     bias, x = check_attention(q, k, v, bias, sink, options)
     bias = None if bias is None else bias.map(upcast)
-    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan)
+    half = half_of_factors(q) if plan.half_products else None
+    o, cache = attend(upcast(q), upcast(k), upcast(v), bias, upcast(sink), x, plan, half)
     o_own = cache.rest.o if isinstance(cache, blocks.AttentionCache) else None
     return own(downcast(o, q.dtype), o_own), cache
 

@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     # ── attention in blocks ──
     score_bytes: int = 2**24  # of scores of all heads and samples held at once, and of a block where there are more
     numpy_bytes: int = 2**21  # the same of NumPy's arrays, as fits a processor's cache (docs/decisions/0035)
+    half_products: bool = False  # of half types, of factors rounded to them and summed in float32, where a library can
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
     joined: int = 512  # columns of q, k or v, up to which those of one input are one product: a tenth faster than three
@@ -131,8 +132,8 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "few_queries", "joined", "wide", "small_product", "copied_rows", "thread_flops"),
-    *("kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
+    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "joined", "wide", "small_product", "copied_rows"),
+    *("thread_flops", "kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 
 

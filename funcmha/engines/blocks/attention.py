@@ -13,6 +13,7 @@ from funcmha._arrays import (
     Array,
     Sum,
     downcast,
+    dtype_name,
     full,
     into,
     namespace,
@@ -36,12 +37,12 @@ from .cut import INF, Block, Rows, Whole, centred, exp_less, place, sum_over_row
 @with_single_threaded_blas
 @quiet_underflow
 def attend(
-    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan
+    q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options, plan: Plan, half: str | None
 ) -> tuple[Array, AttentionCache]:
     """`attention`, of arguments that are checked and upcast; o is that of the cache, not to be written to"""
     q, k, v = zero_unattended(q, k, v, x.mask)
-    rest = begun(q, k, bias, sink, x, plan)
-    whole, rows = Whole.of(rest.with_qkv(q, k, v)), tuple(q.shape[:-1])
+    rest = begun(q, k, bias, sink, x, plan, half)
+    whole, rows = Whole.of(rest.with_qkv(q, k, v), half), tuple(q.shape[:-1])
     o, row_sum, row_max = sums = Sum((*rows, v.shape[-1]), q), Sum((*rows, 1), q), Sum((*rows, 1), q)
     for some in whole.all_rows():
         for total, part in zip(sums, _forward(whole, some), strict=True):
@@ -55,17 +56,26 @@ def _forward(whole: Whole, rows: Range) -> tuple[Array, Array, Array]:
     q, xp, sink = whole.queries(rows), namespace(whole.q), whole.rest.sink
     top, row_sum, o = (full((*q.shape[:-1], n), x, q) for n, x in ((1, -INF), (1, 0.0), (whole.v.shape[-1], 0.0)))
     for block in whole.blocks(rows):
-        z, _ = whole.scores(q, block)
-        top, shift, fade = _raised(top, row_maxima(z))
-        e = exp_less(z, shift)
-        row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
-        o = into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v))
+        top, row_sum, o = _next(whole, q, block, top, row_sum, o)
     if sink is None:
         return o / xp.where(row_sum == 0, 1.0, row_sum), row_sum, xp.where(top == -INF, 0.0, top)
     top, shift, fade = _raised(top, sink[..., None, None])
     row_sum = row_sum * fade
     total = row_sum + xp.exp(sink[..., None, None] - shift)
     return o * fade / xp.where(total == 0, 1.0, total), row_sum, shift
+
+
+def _next(whole: Whole, q: Array, block: Block, top: Array, row_sum: Array, o: Array) -> tuple[Array, Array, Array]:
+    """The largest score, Σ e and Σ dropout(e) v with one block more"""
+    xp, (z, _) = namespace(q), whole.scores(q, block)
+    top, shift, fade = _raised(top, row_maxima(z))
+    e = exp_less(z, shift)
+    row_sum = row_sum * fade + xp.sum(e, axis=-1, keepdims=True)
+    return (
+        top,
+        row_sum,
+        into(o, xp.add, into(o, xp.multiply, o, fade), times_rows(whole.drop(e, block), block.v, whole.half)),
+    )
 
 
 def _raised(top: Array, other: Array) -> tuple[Array, Array, Array]:
@@ -116,7 +126,8 @@ def attention_vjp(
     from the cotangents of o and, where given, of the weights (..., H, T, S) and lse (..., H, T)
     """
     check_cotangents_of_attention(do, dweights, dlse, *cache[:3], batch_axes)
-    rest, whole, grads = cache.rest, Whole.of(cache), Gradients.of(cache)
+    rest, grads, half = cache.rest, Gradients.of(cache), cache.rest.known.half
+    whole = Whole.of(cache, half if dtype_name(do) == half else None)
     g = zero_masked_queries(upcast(do), (rest.row_sum != 0)[..., None])
     for rows in reversed(whole.all_rows()):
         x = whole.found(rows)
@@ -126,26 +137,31 @@ def attention_vjp(
 
 def _rows_vjp(whole: Whole, x: Rows, y: "Cotangents", grads: Gradients) -> None:
     """`_forward` from the bottom up"""
-    xp, (q, k, v, rest, *_), dq = namespace(x.q), whole, None
-    m, r, dsink = row_gradient(whole, x, y)
+    dq, (m, r, dsink) = None, row_gradient(whole, x, y)
     for block in whole.blocks(x.rows):
-        # o = dropout(e) v / row_sum
-        e, t = whole.exponentials(x, block)
-        grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v))
-        dp = y.of_weights(whole, e, block)
-        # e = exp(z − row_max)
-        dz = into(dp, xp.multiply, shifted(dp, m, r), e)
-        # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
-        if grads.bias is not None:
-            grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
-        du = dz if t is None else (1 - t * t) * dz
-        part = times_rows(du, block.k)
-        dq = part if dq is None else into(dq, xp.add, dq, part)
-        grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k))
+        part = _block_vjp(whole, x, y, block, (m, r), grads)
+        dq = part if dq is None else into(dq, namespace(dq).add, dq, part)
     if dq is not None:
-        grads.q.add(place(x.rows, q), rest.scale * dq)
+        grads.q.add(place(x.rows, whole.q), dq if whole.half is not None else whole.rest.scale * dq)
     if grads.sink is not None:
         grads.sink.add((x.rows,), dsink[..., 0])
+
+
+def _block_vjp(whole: Whole, x: Rows, y: "Cotangents", block: Block, centre: Any, grads: Gradients) -> Array:
+    """The share of one block in dq / scale; a function of its own, whose arrays are gone before the next block's"""
+    xp, (q, k, v, rest, *_) = namespace(x.q), whole
+    # o = dropout(e) v / row_sum
+    e, t = whole.exponentials(x, block)
+    grads.v.add(place(block.cols, v), sum_over_rows(whole.drop(e, block), y.do, v, whole.half))
+    dp = y.of_weights(whole, e, block)
+    # e = exp(z − row_max)
+    dz = into(dp, xp.multiply, shifted(dp, *centre), e)
+    # z = softcap · t + bias   with   t = tanh(scale · q kᵀ / softcap)
+    if grads.bias is not None:
+        grads.bias.add(rest.bias.place(x.rows, block.cols, q.shape[-2]), block.bias.dense_vjp(dz).values)
+    du = whole.scaled(dz if t is None else (1 - t * t) * dz)
+    grads.k.add(place(block.cols, k), sum_over_rows(du, x.q, k, whole.half))
+    return times_rows(du, block.k, whole.half)
 
 
 class Cotangents(NamedTuple):
@@ -171,7 +187,7 @@ class Cotangents(NamedTuple):
     def of_weights(self, whole: Whole, e: Array, block: Block) -> Array:
         """dp (..., H, R, N)"""
         j, xp = slice(*block.cols), namespace(e)
-        first, *others = (times_keys(do, v[..., j, :]) for do, v in self.products)
+        first, *others = (times_keys(do, v[..., j, :], whole.half) for do, v in self.products)
         dp = whole.drop(sum(others, first), block)
         if self.dweights is None:
             return dp
@@ -187,8 +203,8 @@ def row_gradient(whole: Whole, x: Rows, y: Cotangents) -> tuple[Array, Array, Ar
     m, mean = _mean_cotangent(whole, x, y)
     r, dsink = y.dlse - mean, None
     if x.sink is not None:
-        keys = whole.rest.row_sum[..., slice(*x.rows), None]  # not the total less the sink, which may be nearly all
-        dsink = x.sink / x.total * (r if m is None else r - m * keys)
+        # Σ of the keys is not the total less the sink, which may be nearly all
+        dsink = x.sink / x.total * (r if m is None else r - m * x.keys)
         r = r if m is None else r + m * x.sink
     return m, xp.where(x.attending, r / x.total, 0.0), dsink
 

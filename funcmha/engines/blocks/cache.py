@@ -22,6 +22,7 @@ class Host(NamedTuple):
     dropout: Seeded | None
     keys: int  # S
     plan: Plan
+    half: str | None  # whose products the forward took
 
 
 class Rest(NamedTuple):
@@ -104,11 +105,11 @@ def attended(cache: AttentionCache) -> tuple[Array, Array]:
     return keys, (rest.row_sum != 0)[..., None]
 
 
-def begun(q: Array, k: Array, bias: Bias, sink: Array, x: Options, plan: Plan) -> Rest:
+def begun(q: Array, k: Array, bias: Bias, sink: Array, x: Options, plan: Plan, half: str | None) -> Rest:
     """The `Rest` before there is any row"""
     mask, outside = _by_place(x.mask, q, k.shape[-2])
     seeded, keep = (x.dropout, None) if isinstance(x.dropout, Seeded) else (None, x.dropout)
-    host = Host(mask, seeded, k.shape[-2], plan)
+    host = Host(mask, seeded, k.shape[-2], plan, half)
     scale, softcap = per_head(x.scale, q), per_head(x.softcap, q)
     held = host if isinstance(q, np.ndarray) else {host: None}
     return Rest(bias, sink, None, None, None, outside, keep, scale, softcap, held)

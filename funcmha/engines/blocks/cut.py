@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from funcmha._arguments import Bias
-from funcmha._arrays import Array, Place, dtype_name, into, namespace, replaced
+from funcmha._arrays import Array, Place, dtype_name, into, namespace, product, product_of_transposed, replaced
 from funcmha.engines.plan import Plan
 from funcmha.masks import Mask, Range
 from funcmha.ops import drop
@@ -36,11 +36,19 @@ class Rows(NamedTuple):
     """Some queries, and what the forward found of them."""
 
     rows: Range
-    q: Array  # (..., H, R, D), times the scale
+    q: Array  # (..., H, R, D), as `Whole.queries` gives it
     top: Array  # (..., H, R, 1), the row maxima
-    total: Array  # (..., H, R, 1), the row sums with the sink's share; 1 where that is 0
+    norm: Array  # (..., H, R, 1), what exponentials are divided by, or None
+    keys: Array  # (..., H, R, 1), Σ exp(z − top) / norm
+    total: Array  # (..., H, R, 1), that with the sink's share; 1 where it is 0
     attending: Array  # booleans (..., H, R, 1), whether there is a weight that is not 0
-    sink: Array  # (..., H, R, 1), exp(sink − row_max), or None
+    sink: Array  # (..., H, R, 1), exp(sink − top) / norm, or None
+
+    def normalised(self) -> "Rows":
+        """So that an exponential is a weight"""
+        total, sink = self.total, None if self.sink is None else self.sink / self.total
+        one = namespace(total).ones_like(total)
+        return self._replace(norm=total, keys=self.keys / total, total=one, sink=sink)
 
 
 class Whole(NamedTuple):
@@ -52,29 +60,36 @@ class Whole(NamedTuple):
     rest: Rest
     mask: Mask | None
     sizes: tuple[int, int]  # rows and columns of a block, but for the last ones
+    half: str | None  # whose products are taken: then p is one factor and the scale none, to be rounded once at most
 
     @staticmethod
-    def of(cache: AttentionCache) -> "Whole":
+    def of(cache: AttentionCache, half: str | None = None) -> "Whole":
         """That of a cache"""
-        return Whole(*cache, cache.rest.whole_mask, block_sizes(cache.q, cache.k, cache.rest.plan))
+        return Whole(*cache, cache.rest.whole_mask, block_sizes(cache.q, cache.k, cache.rest.plan), half)
 
     def all_rows(self) -> list[Range]:
         """The queries, block by block"""
         return ranges((0, self.q.shape[-2]), self.sizes[0])
 
     def queries(self, rows: Range) -> Array:
-        """q (..., H, R, D), times the scale"""
-        return self.rest.scale * self.q[..., slice(*rows), :]
+        """q (..., H, R, D), times the scale unless that is left to `scaled`"""
+        q = self.q[..., slice(*rows), :]
+        return q if self.half is not None else self.rest.scale * q
+
+    def scaled(self, a: Array) -> Array:
+        """a (..., H, R, N), times the scale unless q is"""
+        return a if self.half is None else self.rest.scale * a
 
     def found(self, rows: Range) -> Rows:
         """What the forward found of some rows"""
         xp, rest, i = namespace(self.q), self.rest, slice(*rows)
-        top, total, sink = rest.row_max[..., i, None], rest.row_sum[..., i, None], None
-        attending = total != 0
+        top, keys, sink = rest.row_max[..., i, None], rest.row_sum[..., i, None], None
+        total = keys
         if rest.sink is not None:
             sink = xp.exp(rest.sink[..., None, None] - top)
-            total = total + sink
-        return Rows(rows, self.queries(rows), top, xp.where(total == 0, 1.0, total), attending, sink)
+            total = keys + sink
+        found = Rows(rows, self.queries(rows), top, None, keys, xp.where(total == 0, 1.0, total), keys != 0, sink)
+        return found if self.half is None else found.normalised()
 
     def blocks(self, rows: Range) -> Iterator[Block]:
         """The keys that these rows may attend, block by block: without what the mask empties"""
@@ -106,7 +121,7 @@ class Whole(NamedTuple):
     def scores(self, q: Array, block: Block) -> tuple[Array, Array]:
         """z (..., H, R, N) = softcap · t + bias, −∞ where not mask     and t = tanh(q kᵀ / softcap), or None"""
         xp, softcap, t = namespace(q), self.rest.softcap, None
-        z = times_keys(q, block.k)
+        z = self.scaled(times_keys(q, block.k, self.half))
         if softcap is not None:
             t = into(z, xp.tanh, into(z, xp.divide, z, softcap))
             z = softcap * t
@@ -115,9 +130,10 @@ class Whole(NamedTuple):
         return z if block.allowed is None else replaced(z, block.allowed, -INF), t
 
     def exponentials(self, x: Rows, block: Block) -> tuple[Array, Array]:
-        """e = exp(z − row_max), so that a weight is e / row_sum     and t"""
+        """e = exp(z − row_max) / norm, so that a weight is e / total     and t"""
         z, t = self.scores(x.q, block)
-        return exp_less(z, x.top), t
+        e = exp_less(z, x.top)
+        return e if x.norm is None else e / x.norm, t
 
 
 def exp_less(z: Array, top: Array) -> Array:
@@ -145,19 +161,19 @@ def place(some: Range, like: Array) -> Place:
 # ── the heads that read one are rows of one product ──────────────────────────────────────────────────────────────
 
 
-def times_keys(a: Array, k: Array) -> Array:
+def times_keys(a: Array, k: Array, half: str | None = None) -> Array:
     """a kᵀ     a (..., H, R, D)   k (..., K, N, D)   →   (..., H, R, N)"""
-    return _apart(_together(a, k) @ namespace(a).matrix_transpose(k), a)
+    return _apart(product(_together(a, k), namespace(a).matrix_transpose(k), half), a)
 
 
-def times_rows(a: Array, k: Array) -> Array:
+def times_rows(a: Array, k: Array, half: str | None = None) -> Array:
     """a k     a (..., H, R, N)   k (..., K, N, D)   →   (..., H, R, D)"""
-    return _apart(_together(a, k) @ k, a)
+    return _apart(product(_together(a, k), k, half), a)
 
 
-def sum_over_rows(a: Array, b: Array, k: Array) -> Array:
+def sum_over_rows(a: Array, b: Array, k: Array, half: str | None = None) -> Array:
     """aᵀ b, summed over the heads that read one     a (..., H, R, N)   b (..., H, R, D)   →   (..., K, N, D) as k"""
-    return namespace(a).matrix_transpose(_together(a, k)) @ _together(b, k)
+    return product_of_transposed(_together(a, k), _together(b, k), half)
 
 
 def _together(a: Array, k: Array) -> Array:
