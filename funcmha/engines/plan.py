@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     tile_cols: int = 512  # keys
     tile_cut: int = 4  # into which a tile is cut at most, for what a mask leaves out: smaller pieces make more calls
     many_heads: int = 12  # that go together, from which on masked tiles are half as high and wide, and cut no further
-    many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0040)
+    many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0042)
     stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
