@@ -9,8 +9,8 @@ help: ## this list
 verify: .venv/torch ## compare funcmha with torch.nn.MultiheadAttention, value by value
 	$(BIN)/python -m funcmha verify
 
-test: .venv/ready ## the test suite
-	$(BIN)/python -m pytest
+test: .venv/ready ## the test suite, on all cores
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/ready ## formatting, lint and types
 	$(BIN)/ruff format --check .

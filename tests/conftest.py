@@ -1,6 +1,7 @@
 """What every test shares: hypothesis profiles, and the array libraries to run on."""
 
 import importlib
+import os
 from typing import Any, NamedTuple
 
 import array_api_strict
@@ -12,15 +13,17 @@ import torch
 
 from funcmha import engines, tree
 
-# The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
-hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
+# The same examples on every machine; CI draws more of them, and the night most: HYPOTHESIS_PROFILE=ci make test
+hypothesis.settings.register_profile("dev", max_examples=20, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"), max_examples=50)
 # To see a fault caught, by the first example that fails: the least one can take minutes to find.
 found = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("dev"), phases=found)
+hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("ci"), phases=found)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
-hypothesis.settings.load_profile(__import__("os").environ.get("HYPOTHESIS_PROFILE", "dev"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 torch.set_num_threads(1)  # the problems are small
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each runs once, and takes twice as long to optimise
 
 
 class Library(NamedTuple):
