@@ -97,6 +97,7 @@ def verify(
     heads: int = 6,
     dtypes: Sequence[str] = ("float32", "float64"),
     seed: int = 0,
+    engine: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """The comparison, row by row; `progress` is called with what is being computed
@@ -110,7 +111,7 @@ def verify(
     for dtype in dtypes:
         for name, problem, bound in zip(PROBLEMS, problems, bounds, strict=True):
             progress(f"{name}, {dtype}")
-            yield from _compare(name, dtype, problem.astype(dtype), bound)
+            yield from _compare(name, dtype, problem.astype(dtype), bound, engine)
 
 
 def _bounds_of_all(problems: Sequence[Problem]) -> list[dict[str, Array]]:
@@ -125,8 +126,8 @@ def _bounds_of_all(problems: Sequence[Problem]) -> list[dict[str, Array]]:
     return bounds
 
 
-def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array]) -> Iterator[Row]:
-    got, want = run_funcmha(problem), run_torch(problem)
+def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array], engine: str | None) -> Iterator[Row]:
+    got, want = run_funcmha(problem, engine), run_torch(problem)
     exact = want if dtype == "float64" else run_torch(problem.astype("float64"))
     roundoff = unit_roundoff(dtype) / unit_roundoff("float32")
     for quantity, x in want.items():
@@ -171,9 +172,9 @@ def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
 # ── the two sides, and the bounds ────────────────────────────────────────────────────────────────────────────────
 
 
-def run_funcmha(problem: Problem) -> dict[str, Array]:
+def run_funcmha(problem: Problem, engine: str | None = None) -> dict[str, Array]:
     """Every value by name."""
-    y, cache = mha(*problem.inputs, **problem.options)
+    y, cache = mha(*problem.inputs, **problem.options, engine=engine)
     dparams, *dinputs, dbias = mha_vjp(cache, problem.dy, dweights=problem.dweights)
     return _named(problem, y, attention_weights(cache), dparams, dinputs, dbias)
 
