@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
     command.add_argument("--engine", choices=tuple(ENGINES), help="who computes funcmha's side (default: the fastest)")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--html", metavar="FILE.html", help="write a page with a picture of all errors too")
     command.set_defaults(run=verify.run)
 
     command = commands.add_parser("conform", help="judge an implementation of attention, forward and every gradient")
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="list a parameter file")
     command.add_argument("file", metavar="FILE.npz")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the norms and the numbers of each head too")
     command.set_defaults(run=inspect.run)
 
     command = commands.add_parser("info", help="versions, BLAS, threads, engines, GPU: what a report of a fault needs")

@@ -1,7 +1,12 @@
 """What every test shares: hypothesis profiles, and the array libraries to run on."""
 
+import ast
 import importlib
 import os
+from functools import cache
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import array_api_strict
@@ -9,7 +14,6 @@ import fake_cupy
 import hypothesis
 import numpy as np
 import pytest
-import torch
 
 from funcmha import engines, tree
 
@@ -22,8 +26,33 @@ hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile(
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-torch.set_num_threads(1)  # the problems are small
+if find_spec("torch"):
+    importlib.import_module("torch").set_num_threads(1)  # the problems are small
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each runs once, and takes twice as long to optimise
+
+
+HERE = Path(__file__).parent
+
+
+@cache
+def lacking(name: str) -> frozenset[str]:
+    """What a file of tests, or one beside it, imports in its first lines, and is not here."""
+    found = set()
+    _, *body = ast.parse((HERE / name).read_text(encoding="utf-8")).body
+    for node in takewhile(lambda node: isinstance(node, ast.Import | ast.ImportFrom), body):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        for module in {module.partition(".")[0] for module in modules}:
+            beside = f"{module}.py"
+            found |= lacking(beside) if (HERE / beside).exists() else set() if find_spec(module) else {module}
+    return frozenset(found)
+
+
+collect_ignore = [path.name for path in sorted(HERE.glob("test_*.py")) if lacking(path.name)]
+
+
+def pytest_report_header() -> list[str]:
+    """Which files are left out, and why: none where `make test` has set up what they need."""
+    return [f"left out without {', '.join(sorted(lacking(name)))}: {name}" for name in collect_ignore]
 
 
 class Library(NamedTuple):

@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadInputError(f"argument --width: must be a multiple of --heads {args.heads}, got {args.width}")
     from funcmha.testing.verify import TOLERANCE, verify
 
+    if args.html:
+        _check_html(args.html)
+
     dtypes = (args.dtype,) if args.dtype else ("float32", "float64")
     sides = {name: getattr(args, name) for name in ("batch", "length", "width", "heads", "seed")}
     if not args.json:
@@ -33,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     rows = list(verify(**sides, dtypes=dtypes, engine=args.engine, progress=show_progress))
     show_progress("")
     failed = [row for row in rows if not row.ok]
+    if args.html:
+        _write_html(args, rows, sides)
 
     if args.json:
         listed = [{name: _finite(x) for name, x in row._asdict().items()} | {"ok": row.ok} for row in rows]
@@ -49,6 +55,29 @@ def run(args: argparse.Namespace) -> int:
     count = f"{len(failed)} of {len(rows)} values do not" if failed else f"All {len(rows)} values"
     print(f"\n{count} agree with PyTorch.")
     return int(bool(failed))
+
+
+def _check_html(path: str) -> None:
+    """Before the work: OSError for a file that cannot be written, BadInputError without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise BadInputError("--html draws by matplotlib, which is not installed: pip install 'funcmha[plot]'")
+    with open(path, "a"):
+        pass
+
+
+def _write_html(args: argparse.Namespace, rows: list[Any], sides: dict[str, int]) -> None:
+    """The page: what was run, and on what, the picture and the table"""
+    from funcmha.testing.pictures import errors_html
+
+    failed = sum(not row.ok for row in rows)
+    lines = (
+        ", ".join(f"{name} {number}" for name, number in _versions().items()),
+        "B, T, C, H = {batch}, {length}, {width}, {heads}, seed {seed}".format(**sides),
+        f"Engine: {args.engine or 'the fastest'}",
+        f"{failed} of {len(rows)} values do not agree." if failed else f"All {len(rows)} values agree with PyTorch.",
+    )
+    page = errors_html(rows, title="funcmha against PyTorch", lines=lines)
+    Path(args.html).write_text(page, encoding="utf-8")
 
 
 def _cells(row: Any) -> tuple[str, ...]:
