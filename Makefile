@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FLASH := 2.8.3.post2
+WORKERS ?= auto
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -9,8 +10,8 @@ help: ## this list
 verify: .venv/torch ## compare funcmha with torch.nn.MultiheadAttention, value by value
 	$(BIN)/python -m funcmha verify
 
-test: .venv/ready ## the test suite, on all cores
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: .venv/ready ## the test suite, on all cores; WORKERS=0: in one process
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: .venv/ready ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -22,6 +23,9 @@ bench: .venv/ready ## forward and backward against PyTorch, timed
 
 mutants: .venv/ready ## plant the faults of tests/faults.txt and a sample of mutations, and see the suite catch them
 	$(BIN)/python tests/mutants.py
+
+matrix: .venv/ready ## the wheel in Python 3.11 to 3.13, with the oldest and the newest NumPy, without PyTorch and JAX
+	$(BIN)/nox
 
 kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside funcmha; fetches 0.3 GB
 	TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PYTHONPATH=.kernels/flash_attn-$(FLASH):.kernels \
@@ -87,6 +91,6 @@ peers: .peers/ready ## judge MLX's and tinygrad's attention by the referee, in a
 	@touch $@
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .peers .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .kernels .contract .peers .mpi .nox .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help verify test check bench mutants kernels peers contract mpi clean
+.PHONY: help verify test check bench mutants matrix kernels peers contract mpi clean

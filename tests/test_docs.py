@@ -264,6 +264,13 @@ def test_the_readme_is_at_most_120_lines():
     assert len(README.splitlines()) <= 120
 
 
+def test_one_version_is_named_everywhere():
+    version = funcmha.__version__
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+
+
 def test_decisions_are_numbered_in_a_row_and_have_one_form():
     assert [page.name[:5] for page in DECISIONS] == [f"{i:04}-" for i in range(1, len(DECISIONS) + 1)]
     for page in DECISIONS:
