@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,8 @@ from funcmha.testing.verify import (
     self_attention_problem,
     verify,
 )
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
 
 SMALL = ["--batch", "3", "--length", "11", "--width", "14", "--heads", "2"]
 SIZES = {"batch": 3, "length": 11, "width": 14, "heads": 2}
@@ -118,6 +121,7 @@ def test_float32_inputs_are_those_of_float64_rounded():
     assert {x.dtype for x in run_funcmha(problem).values()} == {np.dtype("float64")}
 
 
+@needs_torch
 def test_verify_prints_tables_and_succeeds(capsys):
     assert main(["verify", *SMALL]) == 0
     out, err = capsys.readouterr()
@@ -132,6 +136,7 @@ def test_verify_prints_tables_and_succeeds(capsys):
     assert err == ""
 
 
+@needs_torch
 def test_verify_in_one_precision_with_another_seed(capsys):
     assert main(["verify", *SMALL, "--dtype", "float64", "--seed", "7"]) == 0
     out = capsys.readouterr().out
@@ -140,6 +145,7 @@ def test_verify_in_one_precision_with_another_seed(capsys):
     assert out.endswith("All 22 values agree with PyTorch.\n")
 
 
+@needs_torch
 @pytest.mark.parametrize("engine", ["sequential", "batched", "tiled"])
 def test_verify_is_of_the_engine_that_is_named(engine, monkeypatch, capsys):
     seen = []
@@ -152,6 +158,7 @@ def test_verify_is_of_the_engine_that_is_named(engine, monkeypatch, capsys):
     assert seen == 4 * [engine]
 
 
+@needs_torch
 def test_verify_prints_json(capsys):
     assert main(["verify", *SMALL, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -168,6 +175,7 @@ def plant(monkeypatch, wrong):
     monkeypatch.setattr(funcmha.testing.verify, "mha_vjp", lambda *args, **kwargs: wrong(right(*args, **kwargs)))
 
 
+@needs_torch
 def test_verify_fails_on_a_fault(monkeypatch, capsys):
     """A gradient of the queries that lacks a factor."""
     plant(monkeypatch, lambda grads: (grads[0], 1.001 * grads[1], *grads[2:]))
@@ -178,6 +186,7 @@ def test_verify_fails_on_a_fault(monkeypatch, capsys):
     assert out.endswith("\n4 of 44 values do not agree with PyTorch.\n")
 
 
+@needs_torch
 def test_verify_fails_on_nan_and_its_json_can_be_read(monkeypatch, capsys):
     plant(monkeypatch, lambda grads: (grads[0], np.nan * grads[1], *grads[2:]))
     assert main(["verify", *SMALL, "--json"]) == 1
@@ -188,6 +197,7 @@ def test_verify_fails_on_nan_and_its_json_can_be_read(monkeypatch, capsys):
     assert {row["error"] for row in failed} == {None}
 
 
+@needs_torch
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 5e-5), ("float64", 1e-13)])
 def test_verify_fails_on_an_error_below_the_tolerance(dtype, error, monkeypatch, capsys):
     """A bias gradient of 0.2 at most, off by less than the tolerance: the bound knows better."""
@@ -217,6 +227,7 @@ def test_the_bound_is_held_against_torch_in_float64(monkeypatch):
         assert row.of_bound == wanted.of_bound
 
 
+@needs_torch
 def test_verify_runs_as_a_command():
     run = subprocess.run(
         [sys.executable, "-m", "funcmha", "verify", *SMALL],
@@ -229,6 +240,7 @@ def test_verify_runs_as_a_command():
     assert run.stderr == ""
 
 
+@needs_torch
 def test_progress_is_told_on_a_terminal_only(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(["verify", *SMALL]) == 0
@@ -309,6 +321,7 @@ sys.exit(main(["inspect", {file!r}]))
 
 
 def test_tables_on_a_terminal_are_by_rich(file, monkeypatch, capsys):
+    pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["inspect", file]) == 0
@@ -329,7 +342,7 @@ def test_info_says_what_a_report_needs(monkeypatch, capsys):
     assert found["funcmha"].startswith(f"{funcmha.__version__}, ")
     assert found["NumPy"] == np.__version__
     assert found["threads"].startswith("3, FUNCMHA_NUM_THREADS=3")
-    assert f"torch {version('torch')}" in found["libraries"]
+    assert f"hypothesis {version('hypothesis')}" in found["libraries"]
     assert found["GPU"] == "none: CuPy is not installed"
 
 

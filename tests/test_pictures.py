@@ -139,7 +139,7 @@ def test_what_cannot_be_drawn_gets_one_line_and_status_2(tmp_path, capsys):
         (["inspect", str(tmp_path / "none.npz"), "--plot", "x.png"], "nothing to plot"),
         (["inspect", str(tmp_path / "one.npz"), "--plot", str(tmp_path / "x.what")], "'what' is not supported"),
         (["inspect", str(tmp_path / "one.npz"), "--plot", "/nowhere/x.png"], "/nowhere/x.png: No such file"),
-        (["verify", "--html", "/nowhere/x.html"], "/nowhere/x.html: No such file"),
+        (["verify", "--html", "/nowhere/x.html"], "/nowhere/x.html: No such file"),  # before any work
     ):
         assert main(argv) == 2
         err = capsys.readouterr().err
