@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FLASH := 2.8.3.post2
+WORKERS ?= auto
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-verify: .venv/ready ## compare funcmha with torch.nn.MultiheadAttention, value by value
+verify: .venv/torch ## compare funcmha with torch.nn.MultiheadAttention, value by value
 	$(BIN)/python -m funcmha verify
 
-test: .venv/ready ## the test suite
-	$(BIN)/python -m pytest
+test: .venv/ready ## the test suite, on all cores; WORKERS=0: in one process
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: .venv/ready ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -22,6 +23,9 @@ bench: .venv/ready ## forward and backward against PyTorch, timed
 
 mutants: .venv/ready ## plant the faults of tests/faults.txt and a sample of mutations, and see the suite catch them
 	$(BIN)/python tests/mutants.py
+
+matrix: .venv/ready ## the wheel in Python 3.11 to 3.13, with the oldest and the newest NumPy, without PyTorch and JAX
+	$(BIN)/nox
 
 kernels: .kernels/ready ## run flash-attention's own kernels, on the CPU, beside funcmha; fetches 0.3 GB
 	TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE PYTHONPATH=.kernels/flash_attn-$(FLASH):.kernels \
@@ -37,10 +41,18 @@ mpi: .mpi/ready ## attention on processes of two MPIs beside threads; fetches 0.
 conform-peers: .venv/ready ## judge the attentions of other libraries, each in an environment of its own, and write docs/findings.md; fetches 2 GB
 	$(BIN)/python tests/peers
 
-.venv/ready: pyproject.toml constraints.txt tests/side_by_side.txt
+# In two steps: NumPy and PyTorch are soon there, and are all that `make verify` needs. Compiled as imported: --no-compile
+# saves 20 s of PyTorch alone.
+.venv/torch: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcmha needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "Installing NumPy and PyTorch into .venv: 0.9 GB …"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[torch]'
+	@touch $@
+
+.venv/ready: .venv/torch tests/side_by_side.txt
+	@echo "Installing what the tests need into .venv: 1.2 GB more …"
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/side_by_side.txt
 	@touch $@
 
@@ -72,6 +84,6 @@ conform-peers: .venv/ready ## judge the attentions of other libraries, each in a
 	@touch $@
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .mpi .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .kernels .contract .mpi .nox .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help verify test check bench mutants kernels conform-peers contract mpi clean
+.PHONY: help verify test check bench mutants matrix kernels conform-peers contract mpi clean

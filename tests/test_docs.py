@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -234,11 +235,40 @@ def test_links_and_names_of_a_page_lead_somewhere(page):
     assert not unknown_tests(text)
 
 
+# ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def formulas_of_the_picture(names):
+    """Those of docs/pipeline.py, as axes.md writes them."""
+    for formula in (*names["FORWARD"].values(), *names["REVERSE"].values(), *names["GRADIENTS"].values()):
+        text = " ".join(line.strip() for line in formula)
+        yield from re.split(r",  | (?=(?:z|dk) = )", text)
+
+
+def test_the_picture_is_what_its_script_draws():
+    names = runpy.run_path(str(ROOT / "docs/pipeline.py"))
+    assert (ROOT / "docs/pipeline.svg").read_text(encoding="utf-8") == names["picture"]()
+
+
+def test_the_formulas_of_the_picture_are_those_of_axes_md():
+    lines = {re.split(r" {3,}", line.strip())[0] for line in (ROOT / "docs/axes.md").read_text().splitlines()}
+    drawn = [*formulas_of_the_picture(runpy.run_path(str(ROOT / "docs/pipeline.py")))]
+    assert len(drawn) == 16
+    assert set(drawn) <= lines
+
+
 # ── the form of the pages ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_readme_is_at_most_120_lines():
     assert len(README.splitlines()) <= 120
+
+
+def test_one_version_is_named_everywhere():
+    version = funcmha.__version__
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
 
 
 def test_decisions_are_numbered_in_a_row_and_have_one_form():

@@ -19,7 +19,7 @@ LAYERS = (  # a module is found by its own name, or by that of the folder that i
     ("derivatives", "kv_cache", "surgery", "merge", "packing", "npz"),
     ("interop", "parallel"),
     ("testing",),
-    ("__main__",),
+    ("commands", "__main__"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")  # which imports them all
