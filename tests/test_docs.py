@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -232,6 +233,28 @@ def test_links_and_names_of_a_page_lead_somewhere(page):
     assert not list(unknown_names(text))
     assert not unknown_verbs(text)
     assert not unknown_tests(text)
+
+
+# ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def formulas_of_the_picture(names):
+    """Those of docs/pipeline.py, as axes.md writes them."""
+    for formula in (*names["FORWARD"].values(), *names["REVERSE"].values(), *names["GRADIENTS"].values()):
+        text = " ".join(line.strip() for line in formula)
+        yield from re.split(r",  | (?=(?:z|dk) = )", text)
+
+
+def test_the_picture_is_what_its_script_draws():
+    names = runpy.run_path(str(ROOT / "docs/pipeline.py"))
+    assert (ROOT / "docs/pipeline.svg").read_text(encoding="utf-8") == names["picture"]()
+
+
+def test_the_formulas_of_the_picture_are_those_of_axes_md():
+    lines = {re.split(r" {3,}", line.strip())[0] for line in (ROOT / "docs/axes.md").read_text().splitlines()}
+    drawn = [*formulas_of_the_picture(runpy.run_path(str(ROOT / "docs/pipeline.py")))]
+    assert len(drawn) == 16
+    assert set(drawn) <= lines
 
 
 # ── the form of the pages ────────────────────────────────────────────────────────────────────────────────────────
