@@ -13,7 +13,6 @@ import funcmha  # noqa: E402
 
 project = "funcmha"
 version = release = funcmha.__version__
-copyright = "the authors of funcmha"  # noqa: A001 — the name that Sphinx asks for
 
 extensions = [
     "myst_nb",
@@ -31,7 +30,7 @@ default_role = "py:obj"
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # `make docs` has run the notebook
@@ -52,6 +51,7 @@ html_title = f"funcmha {release}"
 html_static_path = ["_site/static", str(Path(mathjax.__path__[0], "static/mathjax/es5/tex-svg.js"))]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"svg": {"fontCache": "global"}, "options": {"enableMenu": False}}

@@ -2,15 +2,17 @@
 
 import re
 
+from sphinx.util import inspect
+from sphinx.util.nodes import make_refnode
+
+NAME = re.compile(r"[A-Za-z]\w*(\.\w+)*(\(.*\))?")
 ARGUMENT = re.compile(r"(?P<names>[\w*][\w*, ]*?)(?:  +|: )(?P<text>\S.*)")
 
 
-def rendered(docstring):
-    """The lines of a docstring, converted paragraph by paragraph."""
-    formula, *rest = re.split(r"\n\s*\n", docstring.strip("\n"))
-    yield from literal(formula, ":class: formula")
-    for paragraph in rest:
-        yield from converted(paragraph)
+def rendered(docstring, formula):
+    """The lines of a docstring, converted paragraph by paragraph; the first may be a formula."""
+    for i, paragraph in enumerate(re.split(r"\n\s*\n", docstring.strip("\n"))):
+        yield from literal(paragraph, ":class: formula") if formula and i == 0 else converted(paragraph)
 
 
 def converted(paragraph):
@@ -49,17 +51,19 @@ def literal(text, *options):
 
 
 def escaped(line):
-    """A line of prose in which only backticks mean anything."""
-    parts = line.split("`")
-    return "`".join(re.sub(r"([*|_\\])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    """A line of prose in which only backticks mean anything: code, and a link where it is a name."""
+    prose_and_code = line.split("`")
+    prose_and_code[::2] = [re.sub(r"([*|_\\])", r"\\\1", prose) for prose in prose_and_code[::2]]
+    prose_and_code[1::2] = [f"`{x}`" if NAME.fullmatch(x) else f"``{x}``" for x in prose_and_code[1::2]]
+    return "".join(prose_and_code)
 
 
 def process(app, what, name, obj, options, lines):
     """The event of autodoc: `lines` is changed in place."""
-    if not getattr(obj, "__doc__", None) or is_of_namedtuple(obj):
+    if what == "data" or not getattr(obj, "__doc__", None) or is_of_namedtuple(obj):
         lines[:] = []
-    elif what != "module":
-        lines[:] = rendered("\n".join(lines))
+    else:
+        lines[:] = rendered("\n".join(lines), formula=what in ("function", "method"))
 
 
 def is_of_namedtuple(obj):
@@ -67,7 +71,21 @@ def is_of_namedtuple(obj):
     return isinstance(obj, type) and obj.__doc__.startswith(f"{obj.__name__}(")
 
 
+def find(app, env, node, content):
+    """The link of a name that is dotted or a class, and the end of one public name, as `biases.alibi(…)` is."""
+    name = node["reftarget"].partition("(")[0]
+    if "." in name or name[:1].isupper():
+        objects = env.get_domain("py").objects
+        found = sorted((key for key in objects if key.endswith(f".{name}")), key=lambda key: key.count("."))
+        if found and (len(found) == 1 or found[0].count(".") < found[1].count(".")):
+            entry = objects[found[0]]
+            return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, found[0])
+    return None
+
+
 def setup(app):
     """What Sphinx calls."""
     app.connect("autodoc-process-docstring", process)
+    app.connect("missing-reference", find)
+    inspect.is_singledispatch_function = lambda function: False  # the signatures of all caches are one
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,7 @@ from sphinx import addnodes
 from sphinx.util.osutil import relative_uri
 
 ROOT = Path(__file__).parents[2]
-SHOWN = [path for folder in ("funcmha", "examples", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+SHOWN = {*(ROOT / "funcmha").rglob("*.py"), *(ROOT / "examples").glob("*.py")}  # and what pages link to
 OF_THE_ROOT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
 
 
@@ -26,7 +26,7 @@ def source_page(path):
 def pages(app):
     """Each file, highlighted, with an anchor L-n on line n."""
     formatter = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True, wrapcode=True)
-    for path in SHOWN:
+    for path in sorted(SHOWN):
         name = path.relative_to(ROOT).as_posix()
         code = highlight(path.read_text(), get_lexer_for_filename(name), formatter)
         context = {"title": name, "body": f"<h1><code>{name}</code></h1>{code}", "toc": "", "display_toc": False}
@@ -51,22 +51,33 @@ def link_to_sources(app, doctree):
     docname = app.env.docname
     for node in list(doctree.findall(addnodes.download_reference)):
         path = (Path(app.env.doc2path(docname)).parent / node["reftarget"].lstrip("/")).resolve()
-        if path in SHOWN:
+        if path.suffix == ".py" and path.is_relative_to(ROOT):
+            SHOWN.add(path)
             here = app.builder.get_target_uri(docname)
             link = nodes.reference("", "", *node.children, refuri=relative_uri(here, f"{source_page(path)}.html"))
             node.replace_self(link)
 
 
-def read_page_of_the_root(app, docname, source):
-    """`changelog` and `contributing` are files of the root, whose links start there."""
+def read_page(app, docname, source):
+    """`changelog` and `contributing` are files of the root, whose links start there; a link to a package is one to its
+    `__init__.py`.
+    """
+    folder = Path(app.env.doc2path(docname)).parent
     if docname in OF_THE_ROOT:
-        text = (ROOT / OF_THE_ROOT[docname]).read_text()
-        source[0] = re.sub(r"\]\((?!\w+:|#)([^)]+)\)", lambda m: f"]({relpath(ROOT / m[1], ROOT / 'docs')})", text)
+        source[0], folder = (ROOT / OF_THE_ROOT[docname]).read_text(), ROOT
+
+    def led_from_docs(match):
+        path, _, heading = match[1].partition("#")
+        target = folder / path
+        target = target / "__init__.py" if (target / "__init__.py").exists() else target
+        return f"]({relpath(target, Path(app.env.doc2path(docname)).parent)}{heading and '#'}{heading})"
+
+    source[0] = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", led_from_docs, source[0])
 
 
 def setup(app):
     """What Sphinx calls."""
-    app.connect("source-read", read_page_of_the_root)
+    app.connect("source-read", read_page)
     app.connect("doctree-read", link_to_sources, priority=100)
     app.connect("html-collect-pages", pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
