@@ -86,7 +86,7 @@ docs: .docs/ready ## the site, with the notebook executed, in docs/_build/html
 	cp $(NOTEBOOK).ipynb docs
 	@echo "Building the pages …"
 	.docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
-	.docs/bin/python -m pytest --quiet tests/test_site.py
+	.docs/bin/python -m pytest --quiet docs/_site
 	@echo "The site is docs/_build/html/index.html"
 
 # Beside .venv: what builds pages changes nothing that the tests run with.
