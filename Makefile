@@ -82,7 +82,7 @@ peers: .peers/ready ## judge MLX's and tinygrad's attention by the referee, in a
 docs: .docs/ready ## the site, with the notebook executed, in docs/_build/html
 	@echo "Running the notebook …"
 	.docs/bin/jupytext --quiet --to ipynb --output $(NOTEBOOK).ipynb $(NOTEBOOK).py
-	.docs/bin/jupyter execute --kernel_name=python3 --inplace $(NOTEBOOK).ipynb
+	@.docs/bin/jupyter execute --kernel_name=python3 --inplace $(NOTEBOOK).ipynb 2>.docs/log || { cat .docs/log; exit 1; }
 	cp $(NOTEBOOK).ipynb docs
 	@echo "Building the pages …"
 	.docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html

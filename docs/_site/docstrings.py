@@ -5,6 +5,7 @@ import re
 from sphinx.util import inspect
 from sphinx.util.nodes import make_refnode
 
+FORMULA = re.compile(r"[=→≤⌊⟨]|\S {3,}\S")
 NAME = re.compile(r"[A-Za-z]\w*(\.\w+)*(\(.*\))?")
 ARGUMENT = re.compile(r"(?P<names>[\w*][\w*, ]*?)(?:  +|: )(?P<text>\S.*)")
 
@@ -12,7 +13,8 @@ ARGUMENT = re.compile(r"(?P<names>[\w*][\w*, ]*?)(?:  +|: )(?P<text>\S.*)")
 def rendered(docstring, formula):
     """The lines of a docstring, converted paragraph by paragraph; the first may be a formula."""
     for i, paragraph in enumerate(re.split(r"\n\s*\n", docstring.strip("\n"))):
-        yield from literal(paragraph, ":class: formula") if formula and i == 0 else converted(paragraph)
+        is_formula = formula and i == 0 and FORMULA.search(paragraph)
+        yield from literal(paragraph, ":class: formula") if is_formula else converted(paragraph)
 
 
 def converted(paragraph):
@@ -71,6 +73,11 @@ def is_of_namedtuple(obj):
     return isinstance(obj, type) and obj.__doc__.startswith(f"{obj.__name__}(")
 
 
+def is_field(app, what, name, obj, skip, options):
+    """A field of a NamedTuple is in the signature, and has no entry of its own."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def find(app, env, node, content):
     """The link of a name that is dotted or a class, and the end of one public name, as `biases.alibi(…)` is."""
     name = node["reftarget"].partition("(")[0]
@@ -86,6 +93,7 @@ def find(app, env, node, content):
 def setup(app):
     """What Sphinx calls."""
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-skip-member", is_field)
     app.connect("missing-reference", find)
     inspect.is_singledispatch_function = lambda function: False  # the signatures of all caches are one
     return {"parallel_read_safe": True, "parallel_write_safe": True}
