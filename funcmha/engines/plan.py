@@ -25,12 +25,14 @@ class Plan(NamedTuple):
     numpy_bytes: int = 2**21  # the same of NumPy's arrays, as fits a processor's cache (docs/decisions/0035)
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
-    wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
+    joined: int = 512  # columns of q, k or v, up to which those of one input are one product: a tenth faster than three
+    wide: int = 256  # the same of their gradients, up to which dx is of one product
     copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
     linear_rows: int = 512  # of x in one task: fixed, so that no result depends on the number of threads
     linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
     weight_block: int = 384  # rows and columns of dw in one task: larger is faster, but then one thread waits
-    terms: int = 384  # of a sum before it is added to the others (docs/decisions/0037)
+    terms: int = 384  # of a sum before it is added to the others, where BLAS does not do that (docs/decisions/0037)
+    small_product: int = 10**6  # multiplications up to which OpenBLAS does not, but adds up all terms in turn
     # ── several heads at once ──
     kept_numbers: int = maxsize  # of o, up to which q, k and v are kept; with more, they are projected again
     kept_long: int = 2**18  # the same of long sequences, whose q, k and v are projected again for next to no time
@@ -107,7 +109,7 @@ class Plan(NamedTuple):
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
+LEAN = Plan(stack_numbers=2**18, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
 
@@ -118,7 +120,7 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "few_queries", "wide", "copied_rows", "thread_flops"),
+    *("score_bytes", "numpy_bytes", "few_queries", "joined", "wide", "small_product", "copied_rows", "thread_flops"),
     *("kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 

@@ -106,8 +106,9 @@ def _factor(*cotangents: Array) -> float:
 def _gradients(cache: AttentionCache, do: Array, dweights: Array, dlse: Array) -> tuple[Any, ...]:
     """dq, dk, dv, dbias as a bias, dsink (..., H), in the dtype to compute in"""
     q, k, v, rest = cache
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias, x = None, recomputed(Views.of(cache))
+    like = np.empty_like if x.has_one_tile else np.zeros_like
+    dq, dk, dv = like(q), like(k), like(v)
     if rest.bias is not None:
         of_bias = RelativeBiasGradient if isinstance(rest.bias, RelativeBias) else BiasGradient
         dbias = of_bias(rest.bias.values, (*q.shape[:-1], k.shape[-2]))

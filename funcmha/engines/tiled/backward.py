@@ -135,7 +135,7 @@ class Backward(NamedTuple):
         cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
         grads = self.dq[at][:, i], self.dk[of_keys][:, j], self.dv[of_keys][:, j]
         x = self.rows(at, p.heads, p.r, tile.rows)
-        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads)
+        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads, only=self.x.has_one_tile)
         if self.dbias is not None:
             self.dbias.add(b, h, tile, dz)
 
