@@ -1,6 +1,12 @@
 """What every test shares: hypothesis profiles, and the array libraries to run on."""
 
+import ast
 import importlib
+import os
+from functools import cache
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import array_api_strict
@@ -8,19 +14,45 @@ import fake_cupy
 import hypothesis
 import numpy as np
 import pytest
-import torch
 
 from funcmha import engines, tree
 
-# The same examples on every machine, and more of them when asked: HYPOTHESIS_PROFILE=nightly make test
-hypothesis.settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, database=None)
+# The same examples on every machine; CI draws more of them, and the night most: HYPOTHESIS_PROFILE=ci make test
+hypothesis.settings.register_profile("dev", max_examples=20, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"), max_examples=50)
 # To see a fault caught, by the first example that fails: the least one can take minutes to find.
 found = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("dev"), phases=found)
+hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("ci"), phases=found)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
-hypothesis.settings.load_profile(__import__("os").environ.get("HYPOTHESIS_PROFILE", "dev"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-torch.set_num_threads(1)  # the problems are small
+if find_spec("torch"):
+    importlib.import_module("torch").set_num_threads(1)  # the problems are small
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each runs once, and takes twice as long to optimise
+
+
+HERE = Path(__file__).parent
+
+
+@cache
+def lacking(name: str) -> frozenset[str]:
+    """What a file of tests, or one beside it, imports in its first lines, and is not here."""
+    found = set()
+    _, *body = ast.parse((HERE / name).read_text(encoding="utf-8")).body
+    for node in takewhile(lambda node: isinstance(node, ast.Import | ast.ImportFrom), body):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        for module in {module.partition(".")[0] for module in modules}:
+            beside = f"{module}.py"
+            found |= lacking(beside) if (HERE / beside).exists() else set() if find_spec(module) else {module}
+    return frozenset(found)
+
+
+collect_ignore = [path.name for path in sorted(HERE.glob("test_*.py")) if lacking(path.name)]
+
+
+def pytest_report_header() -> list[str]:
+    """Which files are left out, and why: none where `make test` has set up what they need."""
+    return [f"left out without {', '.join(sorted(lacking(name)))}: {name}" for name in collect_ignore]
 
 
 class Library(NamedTuple):

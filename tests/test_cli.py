@@ -1,15 +1,22 @@
 """The command line: its tables, its JSON, its exit status, and that it fails when funcmha is wrong."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import funcmha.testing.verify
-from funcmha import init, npz, tree
-from funcmha.__main__ import main
+from funcmha import attention, init, npz, tree
+from funcmha.__main__ import command, main
+from funcmha.commands.info import info
 from funcmha.testing.tolerance import mha_bounds
 from funcmha.testing.verify import (
     PROBLEMS,
@@ -70,7 +77,7 @@ def test_the_tolerance_is_that_of_allclose(monkeypatch):
     monkeypatch.setattr(funcmha.testing.verify, "run_bounds", lambda problem: {"output": np.array([1.0, 1.0])})
     for factor in (0.9, 1.1):
         got = {"output": want["output"] + np.array([0, factor * (1e-5 + 1e-5 * 100)], np.float32)}
-        monkeypatch.setattr(funcmha.testing.verify, "run_funcmha", lambda problem, got=got: got)
+        monkeypatch.setattr(funcmha.testing.verify, "run_funcmha", lambda problem, engine, got=got: got)
         (row, *_) = verify(**SIZES, dtypes=["float32"])
         assert row.ok == np.allclose(got["output"], want["output"], rtol=1e-5, atol=1e-5) == (factor < 1)
 
@@ -131,6 +138,18 @@ def test_verify_in_one_precision_with_another_seed(capsys):
     assert "seed 7" in out
     assert "float32" not in out
     assert out.endswith("All 22 values agree with PyTorch.\n")
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched", "tiled"])
+def test_verify_is_of_the_engine_that_is_named(engine, monkeypatch, capsys):
+    seen = []
+    right = funcmha.testing.verify.mha
+    monkeypatch.setattr(
+        funcmha.testing.verify, "mha", lambda *x, **options: (seen.append(options["engine"]), right(*x, **options))[1]
+    )
+    assert main(["verify", *SMALL, "--engine", engine]) == 0
+    assert f"seed 0, engine {engine}\n" in capsys.readouterr().out
+    assert seen == 4 * [engine]
 
 
 def test_verify_prints_json(capsys):
@@ -281,7 +300,8 @@ def test_inspect_needs_numpy_alone(file):
 import sys
 for name in ("torch", "rich", "ml_dtypes", "hypothesis", "jax", "array_api_compat"):
     sys.modules[name] = None
-from funcmha.__main__ import main
+from funcmha.__main__ import command, main
+from funcmha.commands.info import info
 sys.exit(main(["inspect", {file!r}]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60, check=True)
@@ -295,6 +315,72 @@ def test_tables_on_a_terminal_are_by_rich(file, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "┏" in out
     assert "blocks.0.attn.q_proj.w" in out
+
+
+# ── info ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_info_says_what_a_report_needs(monkeypatch, capsys):
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "3")
+    monkeypatch.setattr("funcmha.commands.info.find_spec", lambda name: None)
+    assert main(["info"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    found = {name: text.strip() for name, text in lines.items()}
+    assert found["funcmha"].startswith(f"{funcmha.__version__}, ")
+    assert found["NumPy"] == np.__version__
+    assert found["threads"].startswith("3, FUNCMHA_NUM_THREADS=3")
+    assert f"torch {version('torch')}" in found["libraries"]
+    assert found["GPU"] == "none: CuPy is not installed"
+
+
+def test_info_names_the_blas_that_numpy_has_loaded(capsys):
+    """Oracle: threadpoolctl, of the library under NumPy's own folder."""
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    assert blas
+    for library in blas:
+        assert f"{library['version']}, kernels for {library['architecture']}" in found["BLAS"]
+
+
+def test_info_says_which_engine_is_picked():
+    text = info()["default engine"]
+    for n in (8, 80, 81, 500):
+        q = np.zeros((n, 4), np.float32)
+        _, cache = attention(q, q, q)
+        name = type(cache).__module__.split(".")[2]
+        stated = text.partition("beyond")[0].split(", ")[n > 80]
+        assert name in stated
+    assert text.endswith("of all others batched")
+
+
+def test_info_names_the_devices_of_cupy(monkeypatch):
+    device = {"name": b"NVIDIA H200", "major": 9, "minor": 0}
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda i: device,
+        runtimeGetVersion=lambda: 12090,
+        driverGetVersion=lambda: 13000,
+    )
+    here = SimpleNamespace(__version__="14.0", is_available=lambda: True, cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr("funcmha.commands.info.find_spec", lambda name: name == "cupy")
+    monkeypatch.setitem(sys.modules, "cupy", here)
+    assert info()["GPU"] == "NVIDIA H200, sm_90; NVIDIA H200, sm_90; CUDA 12090, driver 13000"
+    here.is_available = lambda: False
+    assert info()["GPU"] == "none: CuPy 14.0 finds no CUDA device"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"funcmha {funcmha.__version__}\n"
+
+
+def test_the_console_script_is_the_command():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    (module, name) = scripts["funcmha"].split(":")
+    assert getattr(importlib.import_module(module), name) is command
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -314,7 +400,8 @@ def test_tables_on_a_terminal_are_by_rich(file, monkeypatch, capsys):
         (["inspect"], "the following arguments are required: FILE.npz"),
         (["inspect", "/nowhere/model.npz"], "/nowhere/model.npz: No such file or directory"),
         (["inspect", "/"], "/: Is a directory"),
-        (["inspect", __file__], "test_cli.py: "),
+        (["inspect", str(Path(__file__).with_name("peers.txt"))], "peers.txt: no npz file: it starts with '# Whose '"),
+        (["verify", "--engine", "fastest"], "argument --engine: invalid choice: 'fastest'"),
         (["verify", "--length", "99999999"], "Unable to allocate"),
     ],
 )
@@ -328,7 +415,7 @@ def test_bad_input_gets_one_line_and_status_2(argv, message, capsys):
 
 
 def test_verify_without_torch(monkeypatch, capsys):
-    monkeypatch.setattr("funcmha.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("funcmha.commands.verify.find_spec", lambda name: None)
     assert main(["verify"]) == 2
     assert capsys.readouterr().err == (
         "funcmha: error: verify compares with PyTorch, which is not installed: pip install 'funcmha[torch]'\n"

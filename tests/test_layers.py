@@ -19,6 +19,7 @@ LAYERS = (  # a module is found by its own name, or by that of the folder that i
     ("derivatives", "kv_cache", "surgery", "merge", "packing", "npz"),
     ("interop", "parallel"),
     ("testing",),
+    ("commands",),
     ("__main__",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

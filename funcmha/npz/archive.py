@@ -128,16 +128,26 @@ def head(source: Source, member: Member, n: int) -> bytes:
     return first
 
 
+def _check_beginning(source: Source) -> None:
+    """BadZipFile, which says what the file is instead, unless it begins as an archive does."""
+    begins, after = source.read(0, min(8, source.length)), f" after its position {source.start}" if source.start else ""
+    if not source.length:
+        raise BadZipFile(f"no npz file: it is empty{after}")
+    if not begins.startswith(b"PK"):
+        shown = begins.decode() if begins.isascii() and begins.decode().isprintable() else begins
+        raise BadZipFile(f"no npz file: it starts with {shown!r}{after}")
+    if source.length < END.size:
+        raise BadZipFile(f"a zip archive has at least {END.size} bytes, got {source.length}{after}")
+
+
 def _directory(source: Source) -> tuple[int, int, int]:
     """Where the central directory begins and ends, and how many members it lists."""
     at = source.length - END.size
-    if at < 0:
-        after = f" after its position {source.start}" if source.start else ""
-        raise BadZipFile(f"a zip archive has at least {END.size} bytes, got {source.length}{after}")
+    _check_beginning(source)
     signature, *fields, comment = END.unpack(source.read(at, END.size))
     if signature != b"PK\5\6" or comment:
-        begins, ends = source.read(0, 8), source.read(source.length - 8, 8)
-        raise BadZipFile(f"the last {END.size} bytes must be a zip end record, got a file {begins!r} … {ends!r}")
+        ends = source.read(source.length - 8, 8)
+        raise BadZipFile(f"the last {END.size} bytes must be a zip end record, got a file that ends with {ends!r}")
     if at >= LOCATOR.size and source.read(at - LOCATOR.size, 4) == b"PK\6\7":
         at -= LOCATOR.size + END64.size
         fields = _end64(source, at, fields)

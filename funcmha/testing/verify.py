@@ -14,6 +14,7 @@ Axes: B batch, T queries, S keys, C embed_dim, H heads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ import numpy as np
 from funcmha import tree
 from funcmha._arrays import Array
 from funcmha.engines import attention_weights, mha, mha_vjp
+from funcmha.engines.plan import Plan
+from funcmha.engines.tiled import threads
 from funcmha.interop.torch import from_state_dict, masks, to_state_dict
 from funcmha.params import Params, init
 
@@ -96,25 +99,37 @@ def verify(
     heads: int = 6,
     dtypes: Sequence[str] = ("float32", "float64"),
     seed: int = 0,
+    engine: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """The comparison, row by row; `progress` is called with what is being computed
 
     Raises ModuleNotFoundError where PyTorch is not installed, ValueError for sizes that do not fit.
     """
-    bounds: dict[str, dict[str, Array]] = {}
+    draws = (self_attention_problem, everything_problem)
+    problems = [draw(seed, batch, length, width, heads) for draw in draws]
+    progress("error bounds")
+    bounds = _bounds_of_all(problems)
     for dtype in dtypes:
-        for name, draw in zip(PROBLEMS, (self_attention_problem, everything_problem), strict=True):
-            problem = draw(seed, batch, length, width, heads)
-            if name not in bounds:
-                progress(f"{name}: error bounds")
-                bounds[name] = run_bounds(problem)
+        for name, problem, bound in zip(PROBLEMS, problems, bounds, strict=True):
             progress(f"{name}, {dtype}")
-            yield from _compare(name, dtype, problem.astype(dtype), bounds[name])
+            yield from _compare(name, dtype, problem.astype(dtype), bound, engine)
 
 
-def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array]) -> Iterator[Row]:
-    got, want = run_funcmha(problem), run_torch(problem)
+def _bounds_of_all(problems: Sequence[Problem]) -> list[dict[str, Array]]:
+    """At the same time: they take longer than everything else"""
+    bounds: list[dict[str, Array]] = [{} for _ in problems]
+
+    def work(i: int) -> None:
+        bounds[i] = run_bounds(problems[i])
+
+    with threads.single_threaded_blas():
+        threads.run(work, range(len(problems)), flops=inf, plan=Plan())
+    return bounds
+
+
+def _compare(name: str, dtype: str, problem: Problem, bounds: dict[str, Array], engine: str | None) -> Iterator[Row]:
+    got, want = run_funcmha(problem, engine), run_torch(problem)
     exact = want if dtype == "float64" else run_torch(problem.astype("float64"))
     roundoff = unit_roundoff(dtype) / unit_roundoff("float32")
     for quantity, x in want.items():
@@ -159,9 +174,9 @@ def everything_problem(seed: int, B: int, T: int, C: int, H: int) -> Problem:
 # ── the two sides, and the bounds ────────────────────────────────────────────────────────────────────────────────
 
 
-def run_funcmha(problem: Problem) -> dict[str, Array]:
+def run_funcmha(problem: Problem, engine: str | None = None) -> dict[str, Array]:
     """Every value by name."""
-    y, cache = mha(*problem.inputs, **problem.options)
+    y, cache = mha(*problem.inputs, **problem.options, engine=engine)
     dparams, *dinputs, dbias = mha_vjp(cache, problem.dy, dweights=problem.dweights)
     return _named(problem, y, attention_weights(cache), dparams, dinputs, dbias)
 
@@ -169,8 +184,7 @@ def run_funcmha(problem: Problem) -> dict[str, Array]:
 def run_bounds(problem: Problem) -> dict[str, Array]:
     """The error bounds in float32, by name. The bounds of three summed gradients add.
 
-    Bounds are proportional to the unit roundoff, to within 1 % here, so these serve float64 too: they take longer to
-    compute than everything else.
+    Bounds are proportional to the unit roundoff, to within 1 % here, so these serve float64 too.
     """
     bounds = mha_bounds(*problem.inputs, problem.dy, **problem.options, dweights=problem.dweights, dtype="float32")
     y, weights, _, dparams, *dinputs, dbias = bounds
