@@ -40,7 +40,6 @@ nb_merge_streams = True
 
 autodoc_typehints = "none"  # line 1 has shapes, which say more
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"

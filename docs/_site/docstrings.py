@@ -68,6 +68,11 @@ def process(app, what, name, obj, options, lines):
         lines[:] = rendered("\n".join(lines), formula=what in ("function", "method"))
 
 
+def shorten(app, what, name, obj, options, arguments, returns):
+    """A default that is a function has no text of its own."""
+    return re.sub(r"<function .*?>+", "…", arguments or "") or None, returns
+
+
 def is_of_namedtuple(obj):
     """Whether the docstring is the one that NamedTuple makes, which says nothing that the signature does not."""
     return isinstance(obj, type) and obj.__doc__.startswith(f"{obj.__name__}(")
@@ -93,6 +98,7 @@ def find(app, env, node, content):
 def setup(app):
     """What Sphinx calls."""
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", is_field)
     app.connect("missing-reference", find)
     inspect.is_singledispatch_function = lambda function: False  # the signatures of all caches are one

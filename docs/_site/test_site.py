@@ -18,6 +18,7 @@ FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "vid
 NOT_FETCHED = {"canonical", "next", "prev", "search", "index"}  # of <link rel=…>
 ELSEWHERE = {
     "https://keepachangelog.com/en/1.1.0/",
+    "https://onnx.ai/onnx/operators/onnx__Attention.html",
     "https://semver.org/",
     "https://www.sphinx-doc.org/",  # the foot of each page, by the theme
     "https://github.com/pradyunsg/furo",
