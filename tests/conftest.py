@@ -34,6 +34,28 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each runs once, 
 HERE = Path(__file__).parent
 
 
+# What `make matrix` does without: it has the core alone. A test that imports one of these is skipped there.
+OPTIONAL = {"torch", "jax", "flax", "equinox", "keras", "onnx", "safetensors", "transformers", "rich", "matplotlib"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Any:
+    """Skip where the core has no library for the test."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in OPTIONAL or find_spec(name):
+            raise
+        pytest.skip(f"{name} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Any:
+    """The same of fixtures."""
+    return (yield from pytest_runtest_call())
+
+
 @cache
 def lacking(name: str) -> frozenset[str]:
     """What a file of tests, or one beside it, imports in its first lines, and is not here."""

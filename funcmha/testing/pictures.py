@@ -315,7 +315,7 @@ def _grid(n: int, side: float, ylabel: str, xlabel: str) -> tuple["Figure", list
     for i, ax in enumerate(every):
         ax.tick_params(labelsize=7)
         if i >= n:
-            ax.set_axis_off()
+            ax.remove()
             continue
         ax.set_ylabel(ylabel if i % across == 0 else "", fontsize=8)
         ax.set_xlabel(xlabel if i + across >= n else "", fontsize=8)
