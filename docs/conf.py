@@ -54,6 +54,10 @@ html_copy_source = False
 html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 mathjax_path = "tex-svg.js"
-mathjax3_config = {"svg": {"fontCache": "global"}, "options": {"enableMenu": False}}
+mathjax3_config = {
+    "tex": {"packages": {"[-]": ["noundefined"]}},  # an unknown macro is an error, and not its name in red
+    "svg": {"fontCache": "global"},
+    "options": {"enableMenu": False},
+}
 pygments_style = "tango"
 pygments_dark_style = "monokai"
