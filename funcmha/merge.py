@@ -14,6 +14,8 @@ from . import _check
 from ._arrays import HALF, Array, downcast, dtype_name, namespace, quiet_underflow, upcast
 from .engines import log_sum_exp
 
+__all__ = ["merge", "merge_vjp"]
+
 INF = float("inf")
 
 

@@ -23,6 +23,24 @@ from typing import Any, ClassVar, NamedTuple
 from . import _check
 from ._arrays import Array, downcast, full, namespace, or_zeros, own, quiet_underflow, row_blocks, upcast
 
+__all__ = [
+    "L2Norm",
+    "LayerNorm",
+    "RMSNorm",
+    "l2_norm",
+    "l2_norm_jvp",
+    "l2_norm_vjp",
+    "l2_norm_vjp_jvp",
+    "layer_norm",
+    "layer_norm_jvp",
+    "layer_norm_vjp",
+    "layer_norm_vjp_jvp",
+    "rms_norm",
+    "rms_norm_jvp",
+    "rms_norm_vjp",
+    "rms_norm_vjp_jvp",
+]
+
 INF = float("inf")
 
 # ── rms_norm ─────────────────────────────────────────────────────────────────────────────────────────────────────

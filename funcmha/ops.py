@@ -41,6 +41,8 @@ from ._arrays import (
 from .masks import dense
 from .masks.zero import zero_masked_queries, zero_unattended_keys
 
+__all__ = ["attention", "attention_vjp", "linear", "linear_vjp", "scores", "scores_vjp", "softmax", "softmax_vjp"]
+
 INF = float("inf")
 
 

@@ -21,6 +21,22 @@ from . import _check, masks
 from ._arrays import Array, from_host, full, namespace, read_only
 from .masks import Spans
 
+__all__ = [
+    "causal",
+    "cumulative",
+    "mask",
+    "pack",
+    "pack_vjp",
+    "pad",
+    "pad_vjp",
+    "positions",
+    "unpack",
+    "unpack_vjp",
+    "unpad",
+    "unpad_vjp",
+    "window",
+]
+
 FAR = 2**62  # further than any token, and a sum of two such numbers fits into int64
 
 # ── what cu_seqlens means ────────────────────────────────────────────────────────────────────────────────────────

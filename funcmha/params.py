@@ -15,6 +15,8 @@ import numpy as np
 from . import _check, tree
 from ._arrays import Array, namespace, quiet_underflow
 
+__all__ = ["SPEC", "Sizes", "head_params", "init", "sizes"]
+
 Params = dict[str, Any]
 
 SPEC = {  # leaf: axes

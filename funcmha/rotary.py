@@ -32,6 +32,18 @@ from ._arrays import (
     upcast,
 )
 
+__all__ = [
+    "HalfPairs",
+    "InterleavedPairs",
+    "frequencies",
+    "llama3_frequencies",
+    "ntk_base",
+    "rotate",
+    "rotate_vjp",
+    "table",
+    "yarn_frequencies",
+]
+
 
 class HalfPairs(NamedTuple):
     """Feature i is paired with i + N: GPT-NeoX, and Llama in `transformers`."""

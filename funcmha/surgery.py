@@ -15,6 +15,8 @@ from .masks import Mask
 from .ops import AttentionCache
 from .params import SPEC, Params, sizes
 
+__all__ = ["head_norms", "max_logit", "merge_kv_heads", "prune_heads"]
+
 INF = float("inf")
 ROWS = 512  # queries whose scores are held at once
 

@@ -13,6 +13,8 @@ dicts are neither leaves nor branches: every function here raises TypeError, wit
 from collections.abc import Callable, Mapping
 from typing import Any
 
+__all__ = ["flatten", "map", "unflatten"]
+
 Tree = Any  # a dict of trees, or a leaf: anything but a container
 
 

@@ -2,25 +2,35 @@
 
 import ast
 import importlib
+import inspect
+import pkgutil
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import funcmha
+import funcmha.interop
+import funcmha.testing
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MATH = (ROOT / "docs/math.md").read_text()
 PROMISES = (ROOT / "docs/promises.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+REFERENCE = "".join(page.read_text() for page in sorted(ROOT.glob("docs/reference/*.md")))
+INTERNAL = {  # of funcmha.testing: what the rest is made of
+    f"funcmha.testing.{name}"
+    for name in ("gradcheck", "gradient", "pytest", "rounding", "rounding_attention", "rounding_position", "slope",
+                 "structure", "table")
+}  # fmt: skip
 DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
 MANUAL = "".join(page.read_text() for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -33,6 +43,12 @@ def name_of(page):
 
 def blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def blocks_with_output(text):
+    """Each block, the number of lines before it, and what stands under it as its output, or None."""
+    for block in re.finditer(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", text, re.DOTALL):
+        yield block[1], text.count("\n", 0, block.start(1)), block[2]
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -71,11 +87,17 @@ sys.path.insert(0, {str(ROOT)!r})
 
 
 def run(page, folder, monkeypatch):
-    """The names that the blocks of a page define, run one after another in an empty folder."""
+    """The names that the blocks of a page define, run one after another in an empty folder; outputs are compared."""
     monkeypatch.chdir(folder)
+    return run_text(page.read_text(), name_of(page))
+
+
+def run_text(text, name):
     names = {}
-    for block in blocks(page.read_text()):
-        exec(compile(block, name_of(page), "exec"), names)
+    for block, line, shown in blocks_with_output(text):
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile("\n" * line + block, name, "exec"), names)  # errors name the line of the page
+        assert shown in (None, printed.getvalue()), f"{name}, the output of line {line}: {printed.getvalue()}"
     return names
 
 
@@ -206,6 +228,38 @@ def undocumented(names, text):
             yield name
 
 
+def public_modules():
+    """The modules of the package, and those of `interop` and `testing`, which are imported by their own name."""
+    yield funcmha
+    yield from (module for module in map(vars(funcmha).get, funcmha.__all__) if inspect.ismodule(module))
+    for package in (funcmha.interop, funcmha.testing):
+        for each in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if "._" not in each.name and each.name not in INTERNAL:
+                yield importlib.import_module(each.name)
+    yield importlib.import_module("funcmha.interop.torch.autograd")
+
+
+def documented(text):
+    """The names, and the objects, that a page of the reference has entries for."""
+    module = None
+    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", text, re.MULTILINE):
+        if directive in ("automodule", "currentmodule"):
+            module = importlib.import_module(name)
+            yield name, module
+        elif directive.startswith("auto"):
+            yield f"{module.__name__}.{name}", getattr(module, name)
+
+
+def without_entry(reference):
+    """Names in the `__all__` of a public module that the reference has no entry for, under this or another name."""
+    entries = [*documented(reference)]
+    names, objects = {name for name, _ in entries}, {id(x) for _, x in entries if callable(x) or inspect.ismodule(x)}
+    for module in public_modules():
+        for name in module.__all__:
+            if f"{module.__name__}.{name}" not in names and id(getattr(module, name)) not in objects:
+                yield f"{module.__name__}.{name}"
+
+
 @pytest.mark.parametrize("page", TABLES_OF_TESTS)
 def test_every_promise_has_its_test(page):
     missing = list(rows_without_test(TABLES_OF_TESTS[page]))
@@ -214,6 +268,10 @@ def test_every_promise_has_its_test(page):
 
 def test_every_public_name_is_told_of():
     assert not list(undocumented(funcmha.__all__, MANUAL))
+
+
+def test_every_public_name_is_in_the_reference():
+    assert not list(without_entry(REFERENCE))
 
 
 def test_every_formula_has_its_place_in_the_code():
@@ -305,9 +363,18 @@ PLANTED = {
     "a place without the function": lambda: wrong_places(MATH.replace("`linear_vjp`", "`linear_backward`")),
     "a section without a place": lambda: sections_without_place(re.sub(r"\nWhere: .*`drop`", "", MATH)
                                                                .replace("diagonal", "```math\n```")),
+    "a name without entry": lambda: without_entry(REFERENCE.replace(".. autofunction:: alibi_vjp\n", "")),
+    "a class without entry": lambda: without_entry(REFERENCE.replace(".. autoclass:: KVCache\n", "")),
     "a public name no page tells of": lambda: undocumented(["sizes"], MANUAL.replace("sizes", "shapes")),
     "a public name without docstring": lambda: undocumented(["__version__"], "`__version__`"),
 }  # fmt: skip
+
+
+def test_an_output_that_is_not_printed_is_found():
+    page = "```python\nprint(1)\n```\n\n```text\n{}\n```\n"
+    run_text(page.format(1), "page")
+    with pytest.raises(AssertionError, match="the output of line 1: 1"):
+        run_text(page.format(2), "page")
 
 
 @pytest.mark.parametrize("check", PLANTED.values(), ids=PLANTED)

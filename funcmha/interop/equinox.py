@@ -29,6 +29,8 @@ from funcmha.tree import unflatten
 
 from ._leaves import Leaf, check_mapping, flatten, from_leaves, to_leaves
 
+__all__ = ["from_module", "from_state", "to_module", "to_state"]
+
 TABLE = {
     "q_proj.w": Leaf("query_proj.weight", "H·D Cq", "H D Cq"),
     "q_proj.b": Leaf("query_proj.bias", "H·D", "H D"),

@@ -32,6 +32,8 @@ from funcmha.tree import unflatten
 
 from ._leaves import Leaf, check_mapping, flatten, from_leaves, to_leaves
 
+__all__ = ["from_module", "from_state", "to_state"]
+
 TABLE = {
     "q_proj.w": Leaf("query.kernel", "Cq H D", "H D Cq"),
     "q_proj.b": Leaf("query.bias", "H D", "H D"),

@@ -35,6 +35,8 @@ from funcmha.params import Params, sizes
 from ._leaves import Leaf, check_mapping, from_leaves, to_leaves
 from ._tensors import to_array
 
+__all__ = ["from_layer", "from_weights", "masks", "to_weights"]
+
 # One key/value head for each query head, with widths of its own.
 MULTI_HEAD = {
     "q_proj.w": Leaf("query/kernel", "Cq H D", "H D Cq"),

@@ -42,6 +42,8 @@ from funcmha.kv_cache import AppendCache, KVCache, append, append_vjp
 from funcmha.masks import Mask
 from funcmha.ops import ScoresCache, scores, scores_vjp
 
+__all__ = ["Weights", "attention", "attention_vjp"]
+
 OPSETS = (23, 24, 25)
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # onnx.TensorProto.DataType
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64, "complex128": 64}

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from .verify import Row
 
+__all__ = ["errors", "errors_html", "mask", "parameters", "svg", "weights"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 BLUE, ORANGE, GREY, DARK = "#0072b2", "#d55e00", "#c9ced4", "#24292f"

@@ -9,6 +9,8 @@ output to half between its products. It is off by hundreds of the bounds of what
 
 from typing import Any, NamedTuple
 
+__all__ = ["FLASH", "STRICT", "Profile"]
+
 STORED = {
     "p": "the weights, before their product with the values, and in the gradient with the cotangent",
     "ds": "the gradient of the scores, before its products with the keys and with the queries",

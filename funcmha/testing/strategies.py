@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from funcmha import biases, dropout, masks, norms, params, rotary, tree
 from funcmha._arrays import Array, read_only
 
+__all__ = ["AttentionProblem", "MhaProblem", "attention_problems", "mha_problems"]
+
 MASKS = (
     "none", "causal", "window", "lengths", "padding", "segments", "dense", "heads", "empty rows", "intersection",
     "prefix", "chunks", "complement",

@@ -28,6 +28,18 @@ from .rounding import TINY, Arithmetic, Maybe, Rounded, U, each, exact, host, na
 from .rounding_attention import attention
 from .rounding_position import position, position_vjp
 
+__all__ = [
+    "AttentionBounds",
+    "LinearBounds",
+    "MhaBounds",
+    "assert_within",
+    "attention_bounds",
+    "linear_bounds",
+    "mha_bounds",
+    "unit_roundoff",
+    "worst_ratio",
+]
+
 
 def unit_roundoff(dtype: Any) -> float:
     """u, such that rounding x costs at most u |x|: 2⁻²⁴ for float32

@@ -29,6 +29,8 @@ from funcmha.params import Params, init
 
 from .tolerance import mha_bounds, unit_roundoff, worst_ratio
 
+__all__ = ["Row", "verify"]
+
 PROBLEMS = ("self-attention", "everything on")
 TOLERANCE = {"float32": "|got − want| ≤ 1e-5 + 1e-5 |want|", "float64": "|got − want| ≤ 1e-11 max(1, max |want|)"}
 

@@ -30,6 +30,8 @@ from funcmha.interop._tensors import to_array
 from .operators import apply, structure_of_output
 from .pairs import Pair, Tensor, arrays_of, element, filled, no_second_order, shares, spell, to_arrays, to_tensors
 
+__all__ = ["as_torch_function"]
+
 
 def as_torch_function(f: Callable[..., Any], f_vjp: Callable[..., Any], /, **static: Any) -> Callable[..., Any]:
     """g with g(*inputs, **options) = y     where y, cache = f(*inputs, **options, **static), differentiable by f_vjp
