@@ -41,7 +41,7 @@ def _ask(question: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     if options.quick:
         cases = [shortened(case, QUICK) for case in cases]
     if question == "time":
-        return timing.run(cases, peers, repeats, threads)
+        return timing.run(cases, peers, repeats, options.processes, threads)
     if question == "memory":
         return memory.run(cases, peers, threads)
     return accuracy.run([case for case in cases if case.name in SMALL], peers, threads)
@@ -66,7 +66,10 @@ def _parse() -> argparse.Namespace:
         "--peers", action="append", choices=list(PEERS), metavar="PEER", help=f"{', '.join(PEERS)}; may be repeated"
     )
     parser.add_argument(
-        "--repeats", type=int, default=None, metavar="N", help="runs of each peer: 9, or 3 with --quick"
+        "--repeats", type=int, default=None, metavar="N", help="runs of each process: 5, or 3 with --quick"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=None, metavar="N", help="of each peer, one after another: 3, or 1 with --quick"
     )
     parser.add_argument(
         "--threads", type=int, default=cores(), metavar="N", help="threads of every library (default: all cores)"
@@ -82,7 +85,8 @@ def _parse() -> argparse.Namespace:
         options.questions.append("scaling")
     options.only = options.only or _names(CASES)
     options.peers = options.peers or list(PEERS)
-    options.repeats = options.repeats or (3 if options.quick else 9)
+    options.repeats = options.repeats or (3 if options.quick else 5)
+    options.processes = options.processes or (1 if options.quick else 3)
     return options
 
 

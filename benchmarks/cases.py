@@ -55,6 +55,7 @@ CASES = (
     Case("gpt2", "self", B=4, T=1024, S=1024, H=12, K=12, D=64, causal=True, bias=True),
     Case("bert", "self", B=32, T=128, S=128, H=12, K=12, D=64, bias=True),
     Case("vit", "self", B=64, T=50, S=50, H=12, K=12, D=64, bias=True),
+    Case("one", "self", B=1, T=256, S=256, H=8, K=8, D=64, causal=True),
     Case("long", "self", B=1, T=16384, S=16384, H=8, K=8, D=64, causal=True),
     Case("window", "self", B=1, T=16384, S=16384, H=8, K=8, D=64, causal=True, window=512),
     Case("cross", "cross", B=1, T=512, S=8192, H=8, K=2, D=64),

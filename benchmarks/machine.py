@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_info
 
 import funcmha
 
-LIBRARIES = ("numpy", "torch", "jax", "jaxlib")
+LIBRARIES = ("numpy", "torch", "jax", "jaxlib", "onnxruntime")
 
 
 def describe(threads: int) -> dict[str, str]:
@@ -40,6 +40,14 @@ def _kernels() -> str:
 def cores() -> int:
     """The number that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy() -> float:
+    """Seconds of all cores that were not idle since the machine began; 0 if unknown."""
+    with suppress(OSError):
+        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def memory_available() -> float:

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case, shortened
+from .peers import KERNELS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FUNCMHA_NUM_THREADS")
+
+
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class RefusedError(Exception):
@@ -23,6 +27,8 @@ class RefusedError(Exception):
 class Process:
     def __init__(self, peer: str, threads: int) -> None:
         settings = SETTINGS | dict.fromkeys(THREADS, str(threads))
+        if peer in KERNELS:
+            settings["OPENBLAS_CORETYPE"] = KERNELS[peer]
         self.peer = peer
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", peer, str(threads)],
@@ -47,6 +53,11 @@ class Process:
 
     def prepare(self, case: Case, dtype: str = "float32") -> None:
         self("prepare", case=list(case), dtype=dtype)
+
+    def seconds_of_processors(self) -> float:
+        """What it and its threads have taken, all cores together"""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
 
     def _epitaph(self) -> str:
         return f"failed: the process ended with status {self._process.wait()}"

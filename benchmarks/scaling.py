@@ -27,7 +27,7 @@ def run(longest: int, peers: list[str], repeats: int, threads: int) -> Iterator[
 
 def _measure(case: Case, peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
     with start([PRODUCT, *peers], threads) as processes:
-        times = list(timing.measure(case, case.passes[-1], processes, timing.prepare(case, processes), repeats))
+        times = list(timing.measure(case, case.passes[-1], processes, repeats))
     for record in [*times, *(memory.measure(case, peer, threads) for peer in peers)]:
         yield record | {"of": "scaling"}
 

@@ -1,38 +1,55 @@
 """How fast? Every peer in its own process, all alive at the same time, with alternated runs: A B C A B C …
 
 So other load on the machine affects all of them equally. One run is as many calls as fill a tenth of a second, at least
-one; the table shows the median and the quartiles of the runs. A pause before each run lets the threads of the previous
-peer fall asleep: those of OpenBLAS and OpenMP spin for a while.
+one. A pause before each run lets the threads of the previous peer fall asleep: those of OpenBLAS and OpenMP spin for a
+while. A run during which anything else took a tenth of the processors counts only if it is so again and again.
 
-The matrix product of the machine is one of the alternated runs. "Of matrix product" is the share of its speed, for the
-operations of a tiled attention (`cases.products`). This count is the same for every peer: one that keeps all weights
-does fewer in its backward, and one that cannot skip masked tiles does more.
+All this so many times, in fresh processes: where their memory lies makes one process slower than its twin. The table
+shows the median of all runs, and the least and the largest of the processes' own medians.
+
+The matrix product of the machine is one of the alternated runs, by the kernels that NumPy's OpenBLAS picks and by those
+for AVX2. "Of matrix product" is the share of the speed that a peer's own kernels have there, for the operations of a
+tiled attention (`cases.products`). This count is the same for every peer: one that keeps all weights does fewer in its
+backward, and one that cannot skip masked tiles does more.
 """
 
 import time
 from collections.abc import Iterator
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from . import table
 from .cases import Case, products
-from .peers import EAGER, PRODUCT
+from .machine import busy, cores
+from .peers import EAGER, KERNELS, PRODUCT, PRODUCT_AVX2
 from .peers.product import OPERATIONS
 from .processes import Process, RefusedError, start
 
 PAUSE = 0.1  # seconds
-COLUMNS = ("peer", "median", "quartiles", "of matrix product", "to PyTorch")
+OTHERS = 0.1  # of the processors' time, that others may have taken in a run
+TICK = 0.02  # seconds, which the system counts in steps of half of that
+TRIES = 5
+COLUMNS = ("peer", "median", "processes", "of matrix product", "to PyTorch")
+
+Runs = dict[str, list[list[float]]]  # by peer, of each of its processes
 
 
-def run(cases: list[Case], peers: list[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
+def run(cases: list[Case], peers: list[str], repeats: int, processes: int, threads: int) -> Iterator[dict[str, Any]]:
     """A record for each case, pass and peer; a table for each case and pass."""
-    with start([PRODUCT, *peers], threads) as processes:
-        for case in cases:
-            refused = prepare(case, processes)
-            for direction in case.passes:
-                records = list(measure(case, direction, processes, refused, repeats))
-                _show(case, direction, records, repeats)
-                yield from records
+    for case in cases:
+        found: dict[str, tuple[Runs, dict[str, str]]] = {direction: ({}, {}) for direction in case.passes}
+        for _ in range(processes):
+            with start([PRODUCT, PRODUCT_AVX2, *peers], threads) as alive:
+                unfit = prepare(case, alive)
+                for direction, (runs, refused) in found.items():
+                    some, more = _alternate([p for p in alive if p.peer not in unfit], direction, repeats)
+                    refused |= unfit | more
+                    for peer, seconds in some.items():
+                        runs.setdefault(peer, []).append(seconds)
+        for direction, (runs, refused) in found.items():
+            records = list(_records(case, direction, runs, refused))
+            _show(case, direction, records, f"{processes} processes of {repeats} alternated runs")
+            yield from records
 
 
 def prepare(case: Case, processes: list[Process]) -> dict[str, str]:
@@ -46,12 +63,11 @@ def prepare(case: Case, processes: list[Process]) -> dict[str, str]:
     return refused
 
 
-def measure(
-    case: Case, direction: str, processes: list[Process], refused: dict[str, str], repeats: int
-) -> Iterator[dict[str, Any]]:
-    """A record for each peer, also for those that refused, and for `product`."""
-    runs, more = _alternate([p for p in processes if p.peer not in refused], direction, repeats)
-    yield from _records(case, direction, runs, refused | more)
+def measure(case: Case, direction: str, processes: list[Process], repeats: int) -> Iterator[dict[str, Any]]:
+    """A record for each peer of these processes, also for those that refuse, and for `product`."""
+    unfit = prepare(case, processes)
+    runs, refused = _alternate([p for p in processes if p.peer not in unfit], direction, repeats)
+    yield from _records(case, direction, {peer: [seconds] for peer, seconds in runs.items()}, unfit | refused)
 
 
 def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -62,10 +78,9 @@ def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[
             peer = process.peer
             if peer in refused:
                 continue
-            time.sleep(PAUSE)
-            what = "forward" if peer == PRODUCT else direction
+            what = "forward" if peer in (PRODUCT, PRODUCT_AVX2) else direction
             try:
-                answer = process("time", direction=what, calls=calls.get(peer, 0))
+                answer = _undisturbed(process, what, calls.get(peer, 0))
             except RefusedError as reason:
                 refused[peer] = str(reason)
                 continue
@@ -76,42 +91,50 @@ def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[
     return {peer: r for peer, r in runs.items() if peer not in refused}, refused
 
 
-def _records(
-    case: Case, direction: str, runs: dict[str, list[float]], refused: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    speed = OPERATIONS / median(runs[PRODUCT])
+def _undisturbed(process: Process, direction: str, calls: int) -> float:
+    """A run during which nothing else took much of the machine, or the last of so many tries"""
+    for _ in range(TRIES):
+        time.sleep(PAUSE)
+        began, others = time.perf_counter(), busy() - process.seconds_of_processors()
+        answer: float = process("time", direction=direction, calls=calls)
+        others, lasted = busy() - process.seconds_of_processors() - others, time.perf_counter() - began
+        if others <= OTHERS * lasted * cores() + TICK:
+            break
+    return answer
+
+
+def _records(case: Case, direction: str, runs: Runs, refused: dict[str, str]) -> Iterator[dict[str, Any]]:
+    speeds = {peer: OPERATIONS / median(_all(runs[peer])) for peer in (PRODUCT, PRODUCT_AVX2) if peer in runs}
     for peer in [*runs, *refused]:
         record = {"question": "time", "case": case.name, "sizes": case._asdict(), "pass": direction, "peer": peer}
         if peer in refused:
             yield record | {"refused": refused[peer]}
             continue
-        middle = median(runs[peer])
-        record |= {"seconds": runs[peer], "median": middle}
-        if peer == PRODUCT:
-            yield record | {"flops_per_second": speed}
+        seconds = _all(runs[peer])
+        record |= {"seconds": seconds, "median": median(seconds), "processes": [median(own) for own in runs[peer]]}
+        if peer in speeds:
+            yield record | {"flops_per_second": speeds[peer]}
             continue
-        yield record | {"of_product": products(case, direction) / middle / speed}
+        speed = speeds[PRODUCT_AVX2 if peer in KERNELS else PRODUCT]
+        yield record | {"of_product": products(case, direction) / median(seconds) / speed}
 
 
-def _show(case: Case, direction: str, records: list[dict[str, Any]], repeats: int) -> None:
-    medians = {r["peer"]: r["median"] for r in records if "median" in r}
-    rows = []
+def _show(case: Case, direction: str, records: list[dict[str, Any]], runs: str) -> None:
+    medians, rows, speeds = {r["peer"]: r["median"] for r in records if "median" in r}, [], []
     for r in records:
-        if "refused" in r:
-            rows.append((r["peer"], r["refused"]))
-        elif r["peer"] != PRODUCT:
-            low, high = _quartiles(r["seconds"])
-            spread = f"{table.seconds(low)} … {table.seconds(high)}"
+        if "flops_per_second" in r:
+            kernels = "" if r["peer"] == PRODUCT else " by AVX2 kernels"
+            speeds.append(f"{r['flops_per_second'] / 1e9:.0f}{kernels}")
+        elif "refused" not in r:
+            spread = f"{table.seconds(min(r['processes']))} … {table.seconds(max(r['processes']))}"
             share = f"{100 * r['of_product']:.0f} %"
             to_torch = table.ratio(r["median"], medians.get(EAGER))
             rows.append((r["peer"], table.seconds(r["median"]), spread, share, to_torch))
-    speed = next(r["flops_per_second"] for r in records if r["peer"] == PRODUCT)
-    about = f"{repeats} alternated runs; float32 matrix product {speed / 1e9:.0f} GFLOP/s"
+        elif r["peer"] != PRODUCT_AVX2:
+            rows.append((r["peer"], r["refused"]))
+    about = f"{runs}; float32 matrix product {', '.join(speeds)} GFLOP/s"
     table.show(f"{case}\n{direction}, {about}", COLUMNS, rows)
 
 
-def _quartiles(x: list[float]) -> tuple[float, float]:
-    if len(x) == 1:
-        return x[0], x[0]
-    low, _, high = quantiles(x, n=4, method="inclusive")
-    return low, high
+def _all(processes: list[list[float]]) -> list[float]:
+    return [seconds for own in processes for seconds in own]

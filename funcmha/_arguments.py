@@ -269,7 +269,13 @@ def check_mha(
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `mha`: the sizes, the bias as a `Bias` and the options, checked."""
     axes, leaves = check(params, SPEC)
-    return check_inputs(axes, leaves, query, key, value, bias, options)
+    return check_inputs(axes, leaves, {"query": query, "key": key, "value": value}, bias, options)
+
+
+def check_self_attention(params: Params, x: Array, bias: Any, options: Any) -> tuple[_check.Axes, Bias, Options]:
+    """The arguments of `self_attention`: those of `mha`, whose query, key and value are called x."""
+    axes, leaves = check(params, SPEC)
+    return check_inputs(axes, leaves, {"x": x}, bias, options)
 
 
 def check_head(
@@ -277,16 +283,7 @@ def check_head(
 ) -> tuple[_check.Axes, Bias, Options]:
     """The arguments of `head`: as those of `mha`; bias, mask and dropout get a head axis of 1."""
     axes, leaves = check(params, HEAD_SPEC)
-    return check_inputs(axes, leaves, query, key, value, bias, options)
-
-
-def check_one_input(params: Params, x: Array, bias: Any) -> None:
-    """What is to be query, key and value: its name is in the messages."""
-    axes, leaves = check(params, SPEC)
-    bias = as_bias(bias)
-    _check.one_dtype([*leaves.items(), ("x", x)], optional=[(name_of(bias), values_of(bias))])
-    for projection in ("Cq", "Ck", "Cv"):
-        axes("x", x, f"... T {projection}")
+    return check_inputs(axes, leaves, {"query": query, "key": key, "value": value}, bias, options)
 
 
 def check_cotangents_of_head(do: Array, dweights: Array, dlse: Array, query: Array, E: int, keys: int) -> None:
@@ -306,14 +303,18 @@ def check_cotangents_of_mha(dy: Array, dweights: Array, dlse: Array, o: Array, O
 
 
 def check_inputs(
-    axes: _check.Axes, leaves: dict[str, Array], query: Array, key: Array, value: Array, bias: Any, options: Any
+    axes: _check.Axes, leaves: dict[str, Array], inputs: dict[str, Array], bias: Any, options: Any
 ) -> tuple[_check.Axes, Bias, Options]:
-    """The inputs beside the parameters, of which `axes` knows the sizes."""
-    inputs, bias = [("query", query), ("key", key), ("value", value)], as_bias(bias)
-    _check.one_dtype([*leaves.items(), *inputs], optional=[(name_of(bias), values_of(bias))])
-    axes("query", query, "... T Cq")
-    axes("key", key, "... S Ck")
-    axes("value", value, "... S Cv")
+    """The inputs beside the parameters, of which `axes` knows the sizes: query, key and value, or x for all three."""
+    bias = as_bias(bias)
+    _check.one_dtype(inputs.items(), optional=[(name_of(bias), values_of(bias))], first=axes.first)
+    if "x" in inputs:
+        for symbols in ("... T Cq", "... T Ck", "... T Cv"):
+            axes("x", inputs["x"], symbols)
+        axes.size["S"] = axes["T"]
+    else:
+        for (name, x), symbols in zip(inputs.items(), ("... T Cq", "... S Ck", "... S Cv"), strict=True):
+            axes(name, x, symbols)
     return axes, *check_options(axes, leaves, bias, options)
 
 

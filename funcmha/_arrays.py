@@ -184,12 +184,16 @@ def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
 
 def heads_first(x: Array) -> Array:
     """x (..., T, H, D)   →   (..., H, T, D)"""
-    return namespace(x).moveaxis(x, -2, -3)
+    return _swapped(x)
 
 
 def heads_last(x: Array) -> Array:
     """x (..., H, T, D)   →   (..., T, H, D)"""
-    return namespace(x).moveaxis(x, -3, -2)
+    return _swapped(x)
+
+
+def _swapped(x: Array) -> Array:
+    return x.swapaxes(-2, -3) if isinstance(x, np.ndarray) else namespace(x).moveaxis(x, -2, -3)  # a tenth of the time
 
 
 def has_words(like: Array) -> bool:

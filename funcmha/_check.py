@@ -4,6 +4,7 @@ k_proj.w must be (K, D, Ck) with D=64 as in q_proj.w, got (6, 32, 384)
 """
 
 from collections.abc import Collection, Iterable
+from functools import cache as remembered
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -19,10 +20,16 @@ Cache = TypeVar("Cache")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-def one_dtype(arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = ()) -> None:
-    """Raise TypeError unless all are arrays of one library, of one dtype out of DTYPES; an optional one may be None."""
-    first: Any = None
+def one_dtype(
+    arrays: Iterable[tuple[str, Array]] = (), optional: Iterable[tuple[str, Array]] = (), first: Any = None
+) -> None:
+    """Raise TypeError unless all are arrays of one library, of one dtype out of DTYPES; an optional one may be None.
+
+    `first`, a name and an array, is one that has been checked before.
+    """
     for name, x in [*arrays, *((name, x) for name, x in optional if x is not None)]:
+        if first is not None and type(x) is type(first[1]) is np.ndarray and x.dtype is first[1].dtype:
+            continue  # as nearly all are
         if not is_array(x):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         if dtype_name(x) not in DTYPES:
@@ -74,7 +81,7 @@ def native_order(name: str, x: Array) -> None:
 def arrays(*given: tuple[str, Array, str], optional: Iterable[tuple[str, Array, str]] = ()) -> "Axes":
     """The axes of arrays of one dtype: a name, an array and its symbols each; None may stand for an optional one."""
     present = [*given, *(each for each in optional if each[1] is not None)]
-    one_dtype((name, x) for name, x, _ in present)
+    one_dtype([(name, x) for name, x, _ in present])
     axes = Axes()
     for name, x, symbols in present:
         axes(name, x, symbols)
@@ -247,17 +254,18 @@ class Axes:
     def __call__(self, name: str, x: Array, symbols: str) -> None:
         """Check the shape of `x` against `symbols`: axis letters, the first of which may be '...'."""
         self.first = self.first or (name, x)
-        letters, shape = symbols.split(), tuple(x.shape)
-        batched = letters[:1] == ["..."]
-        lead = len(shape) - len(letters) + batched  # the number of batch axes
-        found = [shape[:lead]] * batched + list(shape[lead:])
-        fits = lead >= 0 if batched else lead == 0
-        if not fits or any(self.size.get(letter, n) != n for letter, n in zip(letters, found, strict=True)):
-            known = [f"{n}={self.size[n]} as in {self.owner[n]}" for n in letters if n in self.size]
+        letters, shape = _letters(symbols), tuple(x.shape)
+        if letters[:1] == ("...",):
+            lead = len(shape) - len(letters) + 1  # the number of batch axes
+            shape = (shape[:lead], *shape[lead:]) if lead >= 0 else ()
+        size, fits = self.size, len(shape) == len(letters)
+        for letter, n in zip(letters, shape, strict=False):
+            fits = size.setdefault(letter, n) == n and fits
+        if not fits:
+            known = [f"{n}={size[n]} as in {self.owner[n]}" for n in letters if n in self.owner]
             spelt = f"({', '.join(letters)}){' with ' + ', '.join(known) if known else ''}"
-            raise ValueError(f"{name} must be {spelt}, got {shape}")
-        for letter, n in zip(letters, found, strict=True):
-            self.size.setdefault(letter, n)
+            raise ValueError(f"{name} must be {spelt}, got {tuple(x.shape)}")
+        for letter in letters:
             self.owner.setdefault(letter, name)
 
     def static(self, name: str, x: Array) -> None:
@@ -280,6 +288,11 @@ class Axes:
         for letter in symbols.split():
             sizes += self.size[letter] if letter == "..." else (self.size[letter],)
         return tuple(sizes)
+
+
+@remembered
+def _letters(symbols: str) -> tuple[str, ...]:
+    return tuple(symbols.split())
 
 
 def keys(name: str, tree: Iterable[str], required: Collection[str], optional: Collection[str]) -> None:

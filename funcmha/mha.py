@@ -217,7 +217,7 @@ def self_attention(
 
     Takes the options of `mha`, and raises what it raises.
     """
-    _arguments.check_one_input(params, x, bias)
+    _arguments.check_self_attention(params, x, bias, options)
     y, cache = mha(params, x, x, x, bias, **options)
     return y, SelfAttentionCache(cache)
 

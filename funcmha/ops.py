@@ -108,7 +108,7 @@ def softmax(x: Array, /, *, where: Array = None) -> tuple[Array, SoftmaxCache]:
     if where is not None:
         axes.static("where", where)
 
-    p, *_ = softmax_with_sink(upcast(x), in_library_of(where, x))
+    p, _ = softmax_with_sink(upcast(x), in_library_of(where, x))
     return own(downcast(p, x.dtype), p), SoftmaxCache(p)
 
 
@@ -122,8 +122,8 @@ def softmax_vjp(cache: SoftmaxCache, dp: Array, /) -> tuple[Array]:
     return (downcast(dx, dp.dtype),)
 
 
-def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array, Array]:
-    """p = exp(x − lse) (..., S), lse = log (Σ exp(x) + exp(sink)) (...), and exp(sink − lse) (...), 0 without a sink
+def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array, Array]:
+    """p = exp(x − lse) (..., S)   with   lse = log (Σ exp(x) + exp(sink)) (...)
 
     Without a sink, a row with nothing allowed has p = 0 and lse = −∞.
     """
@@ -134,12 +134,12 @@ def softmax_with_sink(x: Array, where: Array, sink: Array = None) -> tuple[Array
     top = top if sink is None else xp.where(sink > top, sink, top)
     top = xp.where(top == -INF, 0.0, top)
     e = xp.exp(x - top)
-    e_sink = xp.zeros_like(top) if sink is None else xp.exp(sink - top)
-    total = xp.sum(e, axis=-1, keepdims=True) + e_sink
+    total = xp.sum(e, axis=-1, keepdims=True)
+    total = total if sink is None else total + xp.exp(sink - top)
     empty = total == 0
     total = xp.where(empty, 1.0, total)
     lse = xp.where(empty, -INF, top + xp.log(total))
-    return e / total, lse[..., 0], (e_sink / total)[..., 0]
+    return e / total, lse[..., 0]
 
 
 def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array = None) -> tuple[Array, Array]:
@@ -318,7 +318,7 @@ def attend(q: Array, k: Array, v: Array, bias: Bias, sink: Array, x: Options) ->
     q, k, v = zero_masked_queries(q, mask), zero_unattended_keys(k, mask), zero_unattended_keys(v, mask)
     scale, softcap, (keep, rate) = per_head(x.scale, q), per_head(x.softcap, q), _kept(x, q, k)
     z, slope = _scores(q, k, bias, scale, softcap)
-    p, lse, _ = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
+    p, lse = softmax_with_sink(z, mask, None if sink is None else sink[..., None, None])
     o = drop(p, keep, rate) @ per_query_head(v, q)
     return o, AttentionCache(q, k, v, bias, sink, slope, p, lse, keep, scale, softcap, rate)
 

@@ -74,7 +74,7 @@ def check(params: Params, spec: dict[str, str]) -> tuple[_check.Axes, dict[str, 
     _check.keys("params", leaves, required=[leaf for leaf in REQUIRED if leaf in spec], optional=spec)
     if ("bias_kv.k" in leaves) != ("bias_kv.v" in leaves):
         raise KeyError("params must have both bias_kv.k and bias_kv.v, or neither")
-    axes = _check.arrays(*((leaf, leaves[leaf], symbols) for leaf, symbols in spec.items() if leaf in leaves))
+    axes = _check.arrays(*[(leaf, leaves[leaf], symbols) for leaf, symbols in spec.items() if leaf in leaves])
     if "H" in axes.size:
         if not axes["H"]:
             raise ValueError(f"q_proj.w must have at least one head, got shape {tuple(leaves['q_proj.w'].shape)}")

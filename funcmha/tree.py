@@ -16,6 +16,9 @@ from typing import Any
 Tree = Any  # a dict of trees, or a leaf: anything but a container
 
 
+CONTAINERS = (list, tuple, set, frozenset, Mapping)
+
+
 def map(f: Callable[..., Any], tree: Tree, /, *rest: Tree) -> Tree:  # noqa: A001 — it is `tree.map` where it is used
     """f at every leaf:  {"w": f(tree["w"], rest["w"], …), …}
 
@@ -35,7 +38,7 @@ def _map(f: Callable[..., Any], trees: tuple[Tree, ...], path: str) -> Tree:
             raise KeyError(f"trees differ at {path or 'the root'}: {_kind(first)} and {_kind(other)}")
     if not isinstance(first, dict):
         return f(*trees)
-    return {key: _map(f, tuple(t[key] for t in trees), f"{path}.{key}".lstrip(".")) for key in first}
+    return {key: _map(f, tuple([t[key] for t in trees]), f"{path}.{key}" if path else key) for key in first}
 
 
 def _kind(tree: Tree) -> str:
@@ -44,7 +47,7 @@ def _kind(tree: Tree) -> str:
 
 def _check(node: Any, path: str) -> None:
     """Raise TypeError for anything but a dict or a leaf: f would get it whole, and 2 * [w] is [w, w]."""
-    if isinstance(node, dict) or not isinstance(node, list | tuple | set | frozenset | Mapping):
+    if isinstance(node, dict) or hasattr(node, "dtype") or not isinstance(node, CONTAINERS):
         return
     if not hasattr(node, "_fields"):  # a NamedTuple is a value, such as a mask
         keys = "" if isinstance(node, Mapping) else ', with the keys "0", "1", … for layers in a row'

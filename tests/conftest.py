@@ -84,6 +84,7 @@ SMALL = engines.Plan(
     tile_rows=4,
     tile_cols=3,
     stack_numbers=24,
+    many_heads=3,
     few_queries=2,
     few_block=3,
     kept_numbers=0,

@@ -1,4 +1,5 @@
-"""PyTorch: `nn.MultiheadAttention`, and where that cannot express the case, its `scaled_dot_product_attention`.
+"""PyTorch: `nn.MultiheadAttention`, and `scaled_dot_product_attention` between projections: as a peer of its own, and
+where the former cannot express the case.
 
 In training mode, because `forward` of every NumPy peer also keeps a cache for its backward; but kind "attention" has no
 backward, and runs without autograd. A causal mask is `is_causal`, with which PyTorch skips the masked tiles. A window
@@ -29,7 +30,9 @@ def prepare(case: Case, problem: Problem, variant: str) -> Call:
         check_memory(case, 2 / (case.B * case.H))  # the mask: made from its negative
     if variant == "compiled":
         torch.compiler.reset()  # each case starts as the first did
-    make = {"self": _self, "cross": _cross, "attention": _attention}[case.kind]
+    if variant == "sdpa" and case.kind != "self":
+        raise SkipError("is what the peer PyTorch takes here")
+    make = {"self": _self_sdpa if variant == "sdpa" else _self, "cross": _cross, "attention": _attention}[case.kind]
     return make(case, problem, variant)
 
 
@@ -48,6 +51,25 @@ def _self(case: Case, problem: Problem, variant: str) -> Call:
         return tree.flatten(from_state_dict(grads, case.H))
 
     return _call(output, variant, {"x": x}, dict(module.named_parameters()), problem, params)
+
+
+def _self_sdpa(case: Case, problem: Problem, variant: str) -> Call:
+    """The projections of q, k and v as one, as `nn.MultiheadAttention` has them."""
+    C, leaves = case.width, to_state_dict(problem.params)
+    x, flat = _tensor(problem.inputs[0], grad=True), {name: _tensor(a, grad=True) for name, a in leaves.items()}
+    bias, is_causal = flat.get("in_proj_bias"), case.causal and case.window is None
+    mask = None if case.window is None else _mask(case, x, False)
+
+    def output() -> torch.Tensor:
+        qkv = linear(x, flat["in_proj_weight"], bias).unflatten(-1, (3 * case.H, case.D)).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=1)
+        o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return linear(o.transpose(1, 2).reshape(-1, case.T, C), flat["out_proj.weight"], flat.get("out_proj.bias"))
+
+    def params(grads: dict[str, Any]) -> dict[str, np.ndarray]:
+        return tree.flatten(from_state_dict(grads, case.H))
+
+    return _call(output, variant, {"x": x}, flat, problem, params)
 
 
 def _mask(case: Case, x: torch.Tensor, need_weights: bool) -> torch.Tensor | None:

@@ -20,9 +20,10 @@ from funcmha._arguments import (
     check_cotangents_of_mha,
     check_head,
     check_mha,
-    check_one_input,
+    check_self_attention,
 )
 from funcmha._arrays import Array, downcast, full, heads_first, heads_last, namespace, own, sum_over_batch, upcast
+from funcmha._check import Axes
 from funcmha.biases import as_bias
 from funcmha.masks import append_keys
 from funcmha.masks.zero import zero_inputs
@@ -30,11 +31,11 @@ from funcmha.mha import HeadCache as OneHeadCache
 from funcmha.mha import PositionCache, round_gradients
 from funcmha.norms import Norm
 from funcmha.ops import LinearCache
-from funcmha.params import PROJECTIONS, Params, group_params, in_order_of, join_groups, join_heads, leaf, one_head
+from funcmha.params import Params, group_params, in_order_of, join_groups, join_heads, leaf, one_head
 from funcmha.rotary import RotateCache, rotate, rotate_vjp
 
 from .plan import Plan
-from .projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
+from .projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv, project_qkv_vjp
 from .table import attention_vjp
 from .tiled.threads import with_single_threaded_blas
 
@@ -138,9 +139,7 @@ def _attend(
 ) -> tuple[Array, GroupCache]:
     """o (..., T, H, E) of a group of heads"""
     plan = kernel.plan
-    (q, q_project), (k, k_project), (v, v_project) = (
-        project(params[name], one, plan=plan) for name, one in zip(PROJECTIONS, (query, key, value), strict=True)
-    )
+    (q, q_project), (k, k_project), (v, v_project) = project_qkv(params, (query, key, value), plan=plan)
     q_projected, k_projected = (None, None) if x.qk_norm is None else (q, k)
     q, q_position = positioned(q, params.get("q_norm", {}), x.qk_norm, x.rotary[0])
     k, k_position = positioned(k, params.get("k_norm", {}), x.qk_norm, x.rotary[1])
@@ -287,12 +286,26 @@ class MhaCache(NamedTuple):
     bias: Bias  # broadcasts to (..., H, T, S), or None
 
 
-@with_single_threaded_blas
 def mha(
     params: Params, query: Array, key: Array, value: Array, bias: Any, /, *, kernel: Kernel, **options: Any
 ) -> tuple[Array, MhaCache]:
     """y = Σₕ head(paramsₕ, query, key, value, biasₕ) woₕᵀ + bo     as `funcmha.mha.mha`"""
     axes, bias, x = check_mha(params, query, key, value, bias, options)
+    return _mha(params, query, key, value, bias, axes, x, kernel)
+
+
+def mha_vjp(
+    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
+) -> tuple[Any, ...]:
+    """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.mha_vjp`"""
+    return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
+
+
+@with_single_threaded_blas
+def _mha(
+    params: Params, query: Array, key: Array, value: Array, bias: Bias, axes: Axes, x: Options, kernel: Kernel
+) -> tuple[Array, MhaCache]:
+    """`mha`, of arguments that are checked"""
     dtype, params, bias = query.dtype, tree.map(upcast, params), None if bias is None else bias.map(upcast)
     inputs = zero_inputs(query, key, value, x.mask, x.zero_attn or "bias_kv" in params)
     y, groups, outs, readers, plan = None, [], [], axes["H"] // axes["K"], kernel.plan
@@ -306,13 +319,6 @@ def mha(
             groups.append(piece)
             outs.append(of_piece)
     return downcast(y, dtype), MhaCache(params, tuple(groups), tuple(outs), bias)
-
-
-def mha_vjp(
-    cache: MhaCache, dy: Array, /, *, dweights: Array = None, dlse: Array = None, per_sample: bool = False
-) -> tuple[Any, ...]:
-    """dparams, dquery, dkey, dvalue, dbias     as `funcmha.mha.mha_vjp`"""
-    return _mha_vjp(cache, dy, dweights, dlse, per_sample, (None, None, None))
 
 
 @with_single_threaded_blas
@@ -360,8 +366,8 @@ def self_attention(
     params: Params, x: Array, bias: Any, /, *, kernel: Kernel, **options: Any
 ) -> tuple[Array, SelfAttentionCache]:
     """y = mha(params, x, x, x, bias)     as `funcmha.mha.self_attention`"""
-    check_one_input(params, x, bias)
-    y, cache = mha(params, x, x, x, bias, kernel=kernel, **options)
+    axes, bias, checked = check_self_attention(params, x, bias, options)
+    y, cache = _mha(params, x, x, x, bias, axes, checked, kernel)
     return y, SelfAttentionCache(cache)
 
 

@@ -16,6 +16,9 @@ class Plan(NamedTuple):
     # ── attention in tiles ──
     tile_rows: int = 512  # queries; smaller tiles fit a level 2 cache better, but then threads meet in the interpreter
     tile_cols: int = 512  # keys
+    tile_cut: int = 4  # into which a tile is cut at most, for what a mask leaves out: smaller pieces make more calls
+    many_heads: int = 12  # that go together, from which on masked tiles are half as high and wide, and cut no further
+    many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0040)
     stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
@@ -25,12 +28,14 @@ class Plan(NamedTuple):
     numpy_bytes: int = 2**21  # the same of NumPy's arrays, as fits a processor's cache (docs/decisions/0035)
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
-    wide: int = 256  # columns of a projection: a product as wide gains nothing from being a part of a wider one
+    joined: int = 512  # columns of q, k or v, up to which those of one input are one product: a tenth faster than three
+    wide: int = 256  # the same of their gradients, up to which dx is of one product
     copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
     linear_rows: int = 512  # of x in one task: fixed, so that no result depends on the number of threads
     linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
     weight_block: int = 384  # rows and columns of dw in one task: larger is faster, but then one thread waits
-    terms: int = 384  # of a sum before it is added to the others (docs/decisions/0037)
+    terms: int = 384  # of a sum before it is added to the others, where BLAS does not do that (docs/decisions/0037)
+    small_product: int = 10**6  # multiplications up to which OpenBLAS does not, but adds up all terms in turn
     # ── several heads at once ──
     kept_numbers: int = maxsize  # of o, up to which q, k and v are kept; with more, they are projected again
     kept_long: int = 2**18  # the same of long sequences, whose q, k and v are projected again for next to no time
@@ -46,6 +51,14 @@ class Plan(NamedTuple):
             least = 0 if name in MAY_BE_ZERO else 1
             if not n >= least:
                 raise ValueError(f"plan.{name} must be at least {least}, got {n!r}")
+
+    def of_masked(self, H: int, K: int, T: int, S: int) -> "Plan":
+        """The plan for masked attention: where many heads go together smaller tiles make fewer calls, not more"""
+        together = H if H == K else H // max(K, 1)
+        if together < self.many_heads or max(T, S) > self.many_tokens:
+            return self
+        rows, cols = max(self.tile_rows // 2, 1), max(self.tile_cols // 2, 1)
+        return self._replace(tile_rows=rows, tile_cols=cols, tile_cut=1, many_heads=maxsize)
 
     def columns(self, T: int) -> int:
         """Keys of a tile: more where there are few queries, as when one token is decoded against a long cache"""
@@ -72,8 +85,8 @@ class Plan(NamedTuple):
         size = max(self.stack_numbers // max(min(T, self.tile_rows) * min(S, self.columns(T)), 1), 1)
         size = max(min(size, H // max(least, 1)), 1)
         if H == K:
-            return [[h] for h in _evenly(0, H, size)]
-        return [_evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
+            return [[h] for h in evenly(0, H, size)]
+        return [evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
@@ -103,11 +116,11 @@ class Plan(NamedTuple):
         """The key/value heads whose gradient is taken at once"""
         numbers = prod(batch) * max(H // max(K, 1) * T, S) * (D + E)
         columns = min(self.group_long, self.group_columns) if self.long(T, S, C) else self.group_columns
-        return _evenly(0, K, max(self.group_numbers // max(numbers, 1), columns // max(D, 1), 1))
+        return evenly(0, K, max(self.group_numbers // max(numbers, 1), columns // max(D, 1), 1))
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
+LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
 
@@ -118,12 +131,12 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "few_queries", "wide", "copied_rows", "thread_flops"),
+    *("score_bytes", "numpy_bytes", "few_queries", "joined", "wide", "small_product", "copied_rows", "thread_flops"),
     *("kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 
 
-def _evenly(start: int, stop: int, size: int) -> list[slice]:
+def evenly(start: int, stop: int, size: int) -> list[slice]:
     """start … stop in ranges of about the same size, this at most"""
     n = -(-(stop - start) // size)
     ends = [start + (stop - start) * i // n for i in range(n + 1)] if n else [start]

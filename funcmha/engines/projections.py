@@ -3,6 +3,7 @@
 Axes: T queries, H heads, D width of a head, O output width, C input width; `...` is batch.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,12 @@ from .plan import Plan
 # ── linear, of any array library ─────────────────────────────────────────────────────────────────────────────────
 
 
-def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, LinearCache]:
+def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> Array:
     """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O), maybe `add_to` itself"""
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         return tiled.linear(x, w, b, add_to=add_to, plan=plan)
-    y, cache = ops.linear(x, w, b)
-    return y if add_to is None else add_to + y, cache
+    y, _ = ops.linear(x, w, b)
+    return y if add_to is None else add_to + y
 
 
 def linear_vjp(
@@ -45,11 +46,16 @@ class ProjectCache(NamedTuple):
     w: Array  # (H, D, C)
     b: Array  # (H, D) or None
 
+    @property
+    def columns(self) -> int:
+        """H · D"""
+        return int(self.w.shape[0] * self.w.shape[1])
+
 
 def project(params: Params, x: Array, /, *, plan: Plan) -> tuple[Array, ProjectCache]:
     """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
     cache = ProjectCache(x, params["w"], params.get("b"))
-    y, _ = linear(*stacked(cache), plan=plan)
+    y = linear(*stacked(cache), plan=plan)
     return namespace(y).reshape(y, (*x.shape[:-1], *cache.w.shape[:-1])), cache
 
 
@@ -62,6 +68,16 @@ def project_vjp(
     dx, dw, db = linear_vjp(stacked(cache), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
     lead = tuple(dw.shape[:-2])
     return w_and_b(reshape(dw, (*lead, *cache.w.shape)), None if db is None else reshape(db, (*lead, H, D))), dx
+
+
+def project_qkv(params: Params, inputs: tuple[Array, ...], /, *, plan: Plan) -> tuple[tuple[Array, ProjectCache], ...]:
+    """q, k and v (..., T, H, D) of query, key and value: of one input, where they are narrow, as one product"""
+    caches = tuple(
+        ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)
+    )
+    if any(x is not inputs[0] for x in inputs) or max(cache.columns for cache in caches) > plan.joined:
+        return tuple(project(params[name], x, plan=plan) for name, x in zip(PROJECTIONS, inputs, strict=True))
+    return tuple(zip(_as_one(caches, plan), caches, strict=True))
 
 
 def project_qkv_vjp(
@@ -89,23 +105,37 @@ def project_qkv_vjp(
     return dict(zip(PROJECTIONS, dparams, strict=True)), tuple(dxs)
 
 
+def _as_one(caches: tuple[ProjectCache, ...], plan: Plan) -> tuple[Array, ...]:
+    """y (..., T, H, D) of each: of the projection whose rows are those of all"""
+    y = linear(*_of_all(caches), plan=plan)
+    reshape, lead, stops = namespace(y).reshape, y.shape[:-1], accumulate(cache.columns for cache in caches)
+    return tuple(
+        reshape(y[..., stop - cache.columns : stop], (*lead, *cache.w.shape[:-1]))
+        for cache, stop in zip(caches, stops, strict=True)
+    )
+
+
 def _as_one_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, add_to: Array, batch_axes: int, plan: Plan
 ) -> tuple[list[Params], Array]:
     """dparams of each, add_to + dx: of the projection whose rows are those of all"""
-    xp, parts = namespace(dys[0]), [stacked(cache) for cache in caches]
-    w, b = xp.concat([part.w for part in parts]), None
+    xp = namespace(dys[0])
+    flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
+    dx, dw, db = linear_vjp(_of_all(caches), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dparams, lead = [], tuple(dw.shape[:-2])
+    for cache, stop in zip(caches, accumulate(cache.columns for cache in caches), strict=True):
+        rows = slice(stop - cache.columns, stop)
+        dbias = None if cache.b is None else xp.reshape(db[..., rows], (*lead, *cache.b.shape))
+        dparams.append(w_and_b(xp.reshape(dw[..., rows, :], (*lead, *cache.w.shape)), dbias))
+    return dparams, dx
+
+
+def _of_all(caches: tuple[ProjectCache, ...]) -> LinearCache:
+    """The projection of one input whose rows are those of all"""
+    xp, parts, b = namespace(caches[0].w), [stacked(cache) for cache in caches], None
     if any(part.b is not None for part in parts):
         b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
-    flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
-    dx, dw, db = linear_vjp(LinearCache(parts[0].x, w, b), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
-    dparams, stop, lead = [], 0, tuple(dw.shape[:-2])
-    for cache, part in zip(caches, parts, strict=True):
-        rows = slice(stop, stop + part.w.shape[0])
-        dbias = None if part.b is None else xp.reshape(db[..., rows], (*lead, *cache.b.shape))
-        dparams.append(w_and_b(xp.reshape(dw[..., rows, :], (*lead, *cache.w.shape)), dbias))
-        stop = rows.stop
-    return dparams, dx
+    return LinearCache(parts[0].x, xp.concat([part.w for part in parts]), b)
 
 
 def stacked(cache: ProjectCache) -> LinearCache:
@@ -128,8 +158,7 @@ class CombineCache(NamedTuple):
 def combine(params: Params, o: Array, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, CombineCache]:
     """y = add_to + Σₕ oₕ wₕᵀ + b     o (..., T, H, E)   w (O, H, E)   b (O,) or absent   →   y (..., T, O)"""
     cache = CombineCache(o, params["w"], params.get("b"))
-    y, _ = linear(*concatenated(cache), add_to=add_to, plan=plan)
-    return y, cache
+    return linear(*concatenated(cache), add_to=add_to, plan=plan), cache
 
 
 def combine_vjp(cache: CombineCache, dy: Array, /, *, batch_axes: int = 0, plan: Plan) -> tuple[Params, Array]:

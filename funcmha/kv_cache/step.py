@@ -36,13 +36,13 @@ from funcmha.dropout import Seeded
 from funcmha.engines import Engine, pick
 from funcmha.engines.grouped import Position, positioned, positioned_vjp
 from funcmha.engines.plan import Plan
-from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project, project_qkv_vjp
+from funcmha.engines.projections import CombineCache, ProjectCache, combine, combine_vjp, project_qkv, project_qkv_vjp
 from funcmha.engines.table import attention_vjp
 from funcmha.engines.tiled.threads import with_single_threaded_blas
 from funcmha.masks import Band, Bands, Mask, intersection, operands, window
 from funcmha.norms import Norm
 from funcmha.ops import round_bias
-from funcmha.params import PROJECTIONS, SPEC, Params, check, in_order_of, leaf
+from funcmha.params import SPEC, Params, check, in_order_of, leaf
 from funcmha.rotary import Rotary, check_table
 
 from .append import (
@@ -117,7 +117,8 @@ def step(
     left, N, own, o = _check_step(params, x, kv, bias, options)
     chosen = pick(engine, x, N)
     dtype, params, plan = x.dtype, tree.map(upcast, params), chosen.plan or Plan()
-    (q, q_cache), (k, k_cache), (v, v_cache) = (project(params[name], upcast(x), plan=plan) for name in PROJECTIONS)
+    wide = upcast(x)
+    (q, q_cache), (k, k_cache), (v, v_cache) = project_qkv(params, (wide, wide, wide), plan=plan)
     q_projected, k_projected = (None, None) if o.qk_norm is None else (q, k)
     q, q_position = positioned(q, params.get("q_norm", {}), o.qk_norm, o.rotary[0])
     k, k_position = positioned(k, params.get("k_norm", {}), o.qk_norm, o.rotary[1])

@@ -39,8 +39,8 @@ class Backward(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
     dsink: Array  # (..., H)
-    known: Array = (
-        None  # (..., H, T), dz of the dominant keys, where these keys are some of a softmax: dlse is dlse − δ
+    known: (
+        Array  # (..., H, T), dz of dominant keys, where these are some keys of a softmax and dlse is dlse − δ; or None
     )
 
     def run(self) -> None:
@@ -159,7 +159,7 @@ class Backward(NamedTuple):
         cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
         grads = self.dq[at][:, i], self.dk[of_keys][:, j], self.dv[of_keys][:, j]
         x = self.rows(at, p.heads, p.r, tile.rows)
-        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads)
+        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads, only=self.x.has_one_tile)
         if self.dbias is not None:
             self.dbias.add(b, h, tile, dz)
 

@@ -35,6 +35,7 @@ class _Libraries:
         home = os.path.dirname(os.path.realpath(np.__file__))
         numpys = [x for x in every if os.path.realpath(x.filepath).startswith((f"{home}.libs", f"{home}{os.sep}"))]
         # Of each, shared ones first: whether it is NumPy's, where PyTorch's or SciPy's may have a limit of their own.
+        self.is_openblas = any(x.internal_api == "openblas" for x in numpys)
         self.counts = [not numpys or library in numpys for library in (*self.shared, *self.each)]
 
 
@@ -96,6 +97,11 @@ def limit() -> int | None:
         each = _here.before or _numbers(libraries.each)
     numbers = zip((*shared, *each), libraries.counts, strict=True)
     return min((n for n, counts in numbers if counts), default=None)
+
+
+def is_openblas() -> bool:
+    """Whether NumPy's products are made by OpenBLAS"""
+    return _libraries().is_openblas
 
 
 def alone() -> None:

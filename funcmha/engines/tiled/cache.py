@@ -112,6 +112,13 @@ class Views(NamedTuple):
         )
 
     @property
+    def has_one_tile(self) -> bool:
+        """Whether each head is one tile, of all its scores, and reads keys and values of its own"""
+        (H, T), (K, S) = self.q.shape[-3:-1], self.k.shape[-3:-1]
+        fits = 0 < T <= self.plan.tile_rows and 0 < S <= self.plan.columns(T)
+        return fits and H == K and self.mask is None
+
+    @property
     def has_few_queries(self) -> bool:
         """Whether the queries that read a key/value head are so few that they are rows of one product"""
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]

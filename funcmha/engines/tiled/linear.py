@@ -5,34 +5,32 @@ from typing import Any
 
 import numpy as np
 
-from funcmha import _check
-from funcmha._arrays import Array, downcast, upcast
-from funcmha.engines.plan import Plan
+from funcmha._arrays import Array
+from funcmha.engines.plan import Plan, evenly
 from funcmha.ops import LinearCache
 
 from . import threads
 from .products import product
 
 
-def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> tuple[Array, LinearCache]:
-    """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O)     as `funcmha.ops.linear`
+def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> Array:
+    """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O)
 
-    `add_to` is of y's shape and in the dtype computed with, and y is written into it; or None.
+    Of arguments that are checked and upcast. y is written into `add_to`, unless that is None.
     """
-    cache = LinearCache(upcast(x), upcast(w), upcast(b))
-    rows, wt = _rows(cache.x), cache.w.T
+    rows, wt = _rows(x), w.T
     if len(rows) > plan.copied_rows:
         wt = np.ascontiguousarray(wt)  # row-major by row-major is the fastest of the products
     y = np.empty((len(rows), len(w)), rows.dtype) if add_to is None else _rows(add_to)
 
     def work(at: tuple[slice, slice]) -> None:
-        block = product(rows[at[0]], wt[:, at[1]], out=y[at], add=add_to is not None, terms=plan.terms)
+        block = product(rows[at[0]], wt[:, at[1]], out=y[at], add=add_to is not None, plan=plan)
         if b is not None:
-            block += cache.b[at[1]]
+            block += b[at[1]]
 
     with threads.single_threaded_blas():
         threads.run(work, _pieces(y, plan), flops=2 * rows.size * len(w), plan=plan)
-    return downcast(y.reshape(*x.shape[:-1], len(w)), x.dtype), cache
+    return y.reshape(*x.shape[:-1], len(w))
 
 
 def linear_vjp(
@@ -40,18 +38,15 @@ def linear_vjp(
 ) -> tuple[Array, Array, Array]:
     """dx = add_to + dy w     dw = Σ dy xᵀ     db = Σ dy        sums over all axes but the first `batch_axes`
 
-    `dy` is one array, or several side by side, which are put together a block of rows at a time. `add_to` is of x's
-    shape and in the dtype computed with, and dx is written into it; or None.
+    Of arguments that are checked and upcast. `dy` is one array, or several side by side, which are put together a block
+    of rows at a time. dx is written into `add_to`, unless that is None.
     """
     x, w, b = cache
-    given = dy if isinstance(dy, tuple) else (dy,)
-    if not isinstance(dy, tuple):  # several come from within
-        _check.cotangent("dy", dy, (*x.shape[:-1], w.shape[0]), x, "... O")
-    rows, parts = _rows(x), [_rows(upcast(part)) for part in given]
+    rows, parts = _rows(x), [_rows(part) for part in (dy if isinstance(dy, tuple) else (dy,))]
     dx = np.empty(rows.shape, x.dtype) if add_to is None else _rows(add_to)
 
     def of_x(at: tuple[slice, slice]) -> None:
-        product(_side_by_side(parts, at[0]), w[:, at[1]], out=dx[at], add=add_to is not None, terms=plan.terms)
+        product(_side_by_side(parts, at[0]), w[:, at[1]], out=dx[at], add=add_to is not None, plan=plan)
 
     batch = x.shape[:batch_axes]
     of_all = _of_all if batch_axes == 0 else _of_samples
@@ -60,22 +55,20 @@ def linear_vjp(
     tasks += [(of_x, at) for at in _pieces(dx, plan)]  # the shortest last, for the threads to end together
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](task[1]), tasks, flops=4 * rows.size * len(w), plan=plan)
-    dtype = given[0].dtype
-    return downcast(dx.reshape(x.shape), dtype), downcast(dw, dtype), None if b is None else downcast(db, dtype)
+    return dx.reshape(x.shape), dw, None if b is None else db
 
 
 def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -> list[Any]:
     """Tasks that write dw (O, I) and db (O), in partial sums"""
 
     def of_w(at: tuple[slice, slice]) -> None:
-        for k in range(0, max(len(rows), 1), plan.terms):
-            some = slice(k, k + plan.terms)
-            product(_side_by_side(parts, some, at[0]).T, rows[some, at[1]], out=dw[at], add=k > 0, terms=plan.terms)
+        size = max(len(rows), 1) if len(parts) == 1 else plan.terms  # of several parts some rows are copied at a time
+        for k in range(0, max(len(rows), 1), size):
+            some = slice(k, k + size)
+            product(_side_by_side(parts, some, at[0]).T, rows[some, at[1]], out=dw[at], add=k > 0, plan=plan)
 
     def of_b(_: None) -> None:
-        n = max(isqrt(len(rows)), 1)
-        sums = [_sum(_side_by_side(parts, slice(k, k + n))) for k in range(0, len(rows), n)]
-        db[:] = _sum(np.stack(sums)) if sums else 0.0
+        np.concatenate([_sum(part) for part in parts], out=db)
 
     tasks: list[Any] = [(of_w, at) for at in _blocks(dw, plan.weight_block, plan.weight_block)]
     return tasks if db is None else [*tasks, (of_b, None)]
@@ -94,9 +87,7 @@ def _of_samples(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Pla
             product_of_part = np.matmul(part.swapaxes(1, 2), x[some, k : k + plan.terms])
             dw[some] = product_of_part if k == 0 else dw[some] + product_of_part
         if db is not None:
-            size = max(isqrt(n), 1)
-            sums = [np.ones(min(size, n - k), g.dtype) @ g[:, k : k + size] for k in range(0, n, size)]
-            db[some] = np.stack(sums).sum(axis=0) if sums else 0.0
+            db[some] = _sum(g)
 
     size = max(plan.linear_rows // max(n, 1), 1)
     return [(of_some, slice(i, min(i + size, B))) for i in range(0, B, size)]
@@ -108,8 +99,16 @@ def _pieces(y: Array, plan: Plan) -> list[tuple[slice, slice]]:
 
 
 def _blocks(y: Array, rows: int, cols: int) -> list[tuple[slice, slice]]:
-    """y (N, O) in blocks of so many rows and columns"""
-    return [(slice(i, i + rows), slice(j, j + cols)) for i in range(0, len(y), rows) for j in range(0, len(y.T), cols)]
+    """y (N, O) in blocks of so many rows and columns at most, of about the same size"""
+    return [(i, j) for i in _in_pairs(len(y), rows) for j in _in_pairs(len(y.T), cols)]
+
+
+def _in_pairs(n: int, size: int) -> list[slice]:
+    """0 … n in an even number of ranges of this size at most, or in one: then two threads end together"""
+    if n <= size:
+        return [slice(0, n)] if n else []
+    pairs = -(-n // (2 * size))
+    return evenly(0, n, -(-n // (2 * pairs)))
 
 
 def _side_by_side(parts: list[Array], rows: slice, cols: slice = slice(None)) -> Array:
@@ -124,8 +123,13 @@ def _side_by_side(parts: list[Array], rows: slice, cols: slice = slice(None)) ->
 
 
 def _sum(x: Array) -> Array:
-    """Σ of the rows of x (N, I)   →   (I)"""
-    return np.ones(len(x), x.dtype) @ x
+    """Σ of the rows of x (..., N, I)   →   (..., I)     in sums of √N"""
+    *batch, N, I = x.shape
+    n = max(isqrt(N), 1)
+    m, ones = N // n, np.ones(max(n, N // n), x.dtype)
+    sums = ones[:n] @ x[..., : m * n, :].reshape(*batch, m, n, I)
+    total = ones[:m] @ sums
+    return total if m * n == N else total + ones[: N - m * n] @ x[..., m * n :, :]
 
 
 def _rows(x: Array) -> Array:

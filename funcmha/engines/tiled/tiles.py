@@ -190,7 +190,7 @@ def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
     answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
     if answer != "mixed":
         return [Tile(rows, cols, mixed=False)] if answer == "full" else []
-    if 4 * area <= plan.tile_rows * plan.tile_cols or area == 1:
+    if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
         return [Tile(rows, cols, mixed=True)]
     quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
     found = [tile for quarter in quarters for tile in quarter]
@@ -270,7 +270,7 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
         if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
             heavy.append(found)
         v = heads.v[:, slice(*tile.cols)]
-        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, terms=heads.plan.terms)
+        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, plan=heads.plan)
     return row_sum, acc, heavy
 
 
@@ -337,26 +337,34 @@ def tile_backward(
     dq: Array,
     dk: Array,
     dv: Array,
+    *,
+    only: bool = False,
 ) -> Array:
-    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E)
+    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E), or write it if it is the only
     return its dz (G, R, N), good until the next tile
 
     v1 (G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (G, R, N) or None. At dominant
     keys dz is left out.
     """
-    (G, R, D), (N, E), dtype, terms = x.q.shape, dv.shape[-2:], v1.dtype, heads.plan.terms
+    (G, R, D), (N, E), dtype = x.q.shape, dv.shape[-2:], v1.dtype
     slope = None if heads.softcap is None else scratch("slope", (G, R, N), dtype)
     e = heads.exponentials(x.q, tile, x.row_max, slope)
     a = heads.drop(e, tile)
-    add_heads(dv, np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=scratch("n", (G, N, E), dtype)))
+    t = np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=dv if only else scratch("n", (G, N, E), dtype))
+    if not only:
+        add_heads(dv, t)
     dz = score_cotangent(heads, tile, x, e, v1, dweights)
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
-    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), terms=terms)
-    dq += np.multiply(t, heads.rounded(heads.scale), out=t)
+    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), plan=heads.plan)
+    np.multiply(t, heads.rounded(heads.scale), out=dq if only else t)
+    if not only:
+        dq += t
     t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
-    add_heads(dk, np.multiply(t, heads.scale_by_score_scale, out=t))
+    np.multiply(t, heads.scale_by_score_scale, out=dk if only else t)
+    if not only:
+        add_heads(dk, t)
     return dz
 
 
