@@ -22,7 +22,7 @@ import numpy as np
 from funcmha._arguments import Bias, Options, values_of
 from funcmha._arrays import Array, Sum, arange, full, namespace
 from funcmha.engines import BATCHED, TILED, attention_weights, pick
-from funcmha.engines.tiled.attention import in_range, row_sums, some_keys_vjp
+from funcmha.engines.tiled.attention import in_range, plan_of, row_sums, some_keys_vjp
 from funcmha.engines.tiled.cache import AttentionCache, Rest
 from funcmha.engines.tiled.tiles import BOUND
 from funcmha.masks import Range, dense
@@ -188,7 +188,7 @@ def _tiles(piece: Piece, all_keys: Sums, dominant: Array) -> AttentionCache:
     dominant = np.broadcast_to(np.int64(-1), total.shape) if dominant is None else dominant
     options = x.mask, x.dropout, x.scale, x.softcap
     shifted = bool(shift.any()) or not _small(q, k, bias, x)
-    rest = Rest(bias, None, no_o, total, shift, dominant, shifted, *options, k.shape[-2], PLAN)
+    rest = Rest(bias, None, no_o, total, shift, dominant, shifted, *options, k.shape[-2], plan_of(PLAN, q, k, x.mask))
     return rest.with_qkv(q, np.ascontiguousarray(k), v)
 
 

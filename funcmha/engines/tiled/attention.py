@@ -34,8 +34,7 @@ def attend(
     bias = None if bias is None else bias.map(in_range)
     q, k, v = zero_unattended(q, k, v, x.mask)
     k = _in_rows(k)
-    if x.mask is not None and q.ndim > 2:
-        plan = plan.of_masked(q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2])
+    plan = plan_of(plan, q, k, x.mask)
     o = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     row_sum, row_max = np.empty(q.shape[:-1], q.dtype), np.zeros(q.shape[:-1], q.dtype)
     dominant = np.full(q.shape[:-1], -1, np.int32)
@@ -158,6 +157,11 @@ def total_of_sink(dsink: Array, sink: Array, batch_axes: int) -> Array:
     rest = prod(batch[batch_axes:])
     summed = dsink.reshape((*batch[:batch_axes], rest, H)).sum(axis=-2)
     return summed.reshape((*batch[:batch_axes], *sink.shape))
+
+
+def plan_of(plan: Plan, q: Array, k: Array, mask: Any) -> Plan:
+    """The plan by which the tiles of these are made, forward and back"""
+    return plan if mask is None or q.ndim < 3 else plan.of_masked(q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2])
 
 
 def in_range(bias: Array) -> Array:

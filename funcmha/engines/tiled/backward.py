@@ -39,8 +39,8 @@ class Backward(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
     dsink: Array  # (..., H)
-    known: Array = (
-        None  # (..., H, T), dz of the dominant keys, where these keys are some of a softmax: dlse is dlse − δ
+    known: (
+        Array  # (..., H, T), dz of dominant keys, where these are some keys of a softmax and dlse is dlse − δ; or None
     )
 
     def run(self) -> None:
