@@ -39,9 +39,7 @@ class Backward(NamedTuple):
     dv: Array  # (..., K, S, E)
     dbias: BiasGradient | RelativeBiasGradient | None
     dsink: Array  # (..., H)
-    known: (
-        Array  # (..., H, T), dz of dominant keys, where these are some keys of a softmax and dlse is dlse − δ; or None
-    )
+    known: Array = None  # (..., H, T), dz of dominant keys: these are some keys of a softmax, and dlse is dlse − δ
 
     def run(self) -> None:
         """Every tile once. What a row or a column is added up from comes in the order of `wavefronts`, on one thread or
