@@ -413,7 +413,10 @@ def test_the_console_script_is_the_command():
         (["inspect"], "the following arguments are required: FILE.npz"),
         (["inspect", "/nowhere/model.npz"], "/nowhere/model.npz: No such file or directory"),
         (["inspect", "/"], "/: Is a directory"),
-        (["inspect", str(Path(__file__).with_name("kernels.txt"))], "kernels.txt: no npz file: it starts with '# What `'"),
+        (
+            ["inspect", str(Path(__file__).with_name("kernels.txt"))],
+            "kernels.txt: no npz file: it starts with '# What `'",
+        ),
         (["verify", "--engine", "fastest"], "argument --engine: invalid choice: 'fastest'"),
         (["verify", "--length", "99999999"], "Unable to allocate"),
     ],

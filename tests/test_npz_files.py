@@ -155,7 +155,7 @@ def test_a_file_object_is_read_from_its_position_to_its_end(data):
     assert same(npz.load(file))
     assert file.tell() == 28 + len(data)
     file.seek(0)
-    with pytest.raises(npz.ParameterFileError, match="directory must end at byte"):
+    with pytest.raises(npz.ParameterFileError, match="no npz file: it starts with 'a header'"):
         npz.load(file)
 
 
@@ -164,12 +164,12 @@ def test_a_file_at_its_end_is_told_where_it_stands(data, at):
     npz.save(file := io.BytesIO(), PARAMS)
     file.seek(at, os.SEEK_END)
     end = len(data) + at
-    with pytest.raises(npz.ParameterFileError, match=f"BytesIO: .* 22 bytes, got 0 after its position {end}$"):
+    with pytest.raises(npz.ParameterFileError, match=f"BytesIO: no npz file: it is empty after its position {end}$"):
         npz.load(file)
 
 
 def test_a_file_object_without_bytes_is_a_bad_file():
-    with pytest.raises(npz.ParameterFileError, match=r"^BytesIO: a zip archive has at least 22 bytes, got 0$"):
+    with pytest.raises(npz.ParameterFileError, match=r"^BytesIO: no npz file: it is empty$"):
         npz.load(io.BytesIO(b""))
 
 
