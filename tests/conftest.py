@@ -28,7 +28,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 if find_spec("torch"):
     importlib.import_module("torch").set_num_threads(1)  # the problems are small
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each runs once, and takes twice as long to optimise
 
 
 HERE = Path(__file__).parent
