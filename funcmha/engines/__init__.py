@@ -3,8 +3,8 @@
 An engine overrides whole functions of the specification, by its protocol and with its results, to rounding. There are
 three: SEQUENTIAL is the specification, for any array library, the heads one after another; BATCHED takes all heads and
 samples at once, for any array library; TILED takes tiles of the scores, for NumPy arrays, on all cores and in linear
-memory, and TILED_LEAN is TILED with less of it. The choice is made here, once for each call; the type of a cache says
-whose vjp it is for.
+memory. TILED_LEAN is TILED with less of it, BATCHED_HALF is BATCHED with products of half types. The choice is made
+here, once for each call; the type of a cache says whose vjp it is for.
 
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """

@@ -54,9 +54,7 @@ class ProjectCache(NamedTuple):
 
 def project(params: Params, x: Array, /, *, plan: Plan) -> tuple[Array, ProjectCache]:
     """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
-    cache = ProjectCache(x, params["w"], params.get("b"))
-    y = linear(*stacked(cache), plan=plan)
-    return namespace(y).reshape(y, (*x.shape[:-1], *cache.w.shape[:-1])), cache
+    return _projected(ProjectCache(x, params["w"], params.get("b")), plan)
 
 
 def project_vjp(
@@ -76,7 +74,7 @@ def project_qkv(params: Params, inputs: tuple[Array, ...], /, *, plan: Plan) -> 
         ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)
     )
     if any(x is not inputs[0] for x in inputs) or max(cache.columns for cache in caches) > plan.joined:
-        return tuple(project(params[name], x, plan=plan) for name, x in zip(PROJECTIONS, inputs, strict=True))
+        return tuple(_projected(cache, plan) for cache in caches)
     return tuple(zip(_as_one(caches, plan), caches, strict=True))
 
 
@@ -136,6 +134,12 @@ def _of_all(caches: tuple[ProjectCache, ...]) -> LinearCache:
     if any(part.b is not None for part in parts):
         b = xp.concat([full(part.w.shape[:1], 0.0, part.w) if part.b is None else part.b for part in parts])
     return LinearCache(parts[0].x, xp.concat([part.w for part in parts]), b)
+
+
+def _projected(cache: ProjectCache, plan: Plan) -> tuple[Array, ProjectCache]:
+    """`project`, from its cache"""
+    y = linear(*stacked(cache), plan=plan)
+    return namespace(y).reshape(y, (*cache.x.shape[:-1], *cache.w.shape[:-1])), cache
 
 
 def stacked(cache: ProjectCache) -> LinearCache:

@@ -1,7 +1,7 @@
 """Products in partial sums: a long sum of float32 numbers loses more digits than several short ones.
 
 OpenBLAS makes partial sums of at most 512 terms by itself, but not in small products
-(docs/decisions/0027-digits-and-memory.md).
+(docs/decisions/0042-fewer-calls.md).
 """
 
 import numpy as np
