@@ -41,7 +41,8 @@ def _ask(question: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     if options.quick:
         cases = [shortened(case, QUICK) for case in cases]
     if question == "time":
-        return timing.run(cases, peers, repeats, options.processes, threads)
+        tries = 1 if options.quick else timing.TRIES
+        return timing.run(cases, peers, repeats, options.processes, threads, tries)
     if question == "memory":
         return memory.run(cases, peers, threads)
     return accuracy.run([case for case in cases if case.name in SMALL], peers, threads)

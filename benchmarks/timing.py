@@ -34,7 +34,9 @@ COLUMNS = ("peer", "median", "processes", "of matrix product", "to PyTorch")
 Runs = dict[str, list[list[float]]]  # by peer, of each of its processes
 
 
-def run(cases: list[Case], peers: list[str], repeats: int, processes: int, threads: int) -> Iterator[dict[str, Any]]:
+def run(
+    cases: list[Case], peers: list[str], repeats: int, processes: int, threads: int, tries: int = TRIES
+) -> Iterator[dict[str, Any]]:
     """A record for each case, pass and peer; a table for each case and pass."""
     for case in cases:
         found: dict[str, tuple[Runs, dict[str, str]]] = {direction: ({}, {}) for direction in case.passes}
@@ -42,7 +44,8 @@ def run(cases: list[Case], peers: list[str], repeats: int, processes: int, threa
             with start([PRODUCT, PRODUCT_AVX2, *peers], threads) as alive:
                 unfit = prepare(case, alive)
                 for direction, (runs, refused) in found.items():
-                    some, more = _alternate([p for p in alive if p.peer not in unfit], direction, repeats)
+                    fit = [process for process in alive if process.peer not in unfit]
+                    some, more = _alternate(fit, direction, repeats, tries)
                     refused |= unfit | more
                     for peer, seconds in some.items():
                         runs.setdefault(peer, []).append(seconds)
@@ -70,7 +73,9 @@ def measure(case: Case, direction: str, processes: list[Process], repeats: int) 
     yield from _records(case, direction, {peer: [seconds] for peer, seconds in runs.items()}, unfit | refused)
 
 
-def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _alternate(
+    processes: list[Process], direction: str, repeats: int, tries: int = TRIES
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every run, by peer; and the reasons of those that failed."""
     calls, runs, refused = {}, {}, {}
     for repeat in range(repeats + 1):
@@ -80,7 +85,7 @@ def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[
                 continue
             what = "forward" if peer in (PRODUCT, PRODUCT_AVX2) else direction
             try:
-                answer = _undisturbed(process, what, calls.get(peer, 0))
+                answer = _undisturbed(process, what, calls.get(peer, 0), tries)
             except RefusedError as reason:
                 refused[peer] = str(reason)
                 continue
@@ -91,9 +96,9 @@ def _alternate(processes: list[Process], direction: str, repeats: int) -> tuple[
     return {peer: r for peer, r in runs.items() if peer not in refused}, refused
 
 
-def _undisturbed(process: Process, direction: str, calls: int) -> float:
+def _undisturbed(process: Process, direction: str, calls: int, tries: int) -> float:
     """A run during which nothing else took much of the machine, or the last of so many tries"""
-    for _ in range(TRIES):
+    for _ in range(tries):
         time.sleep(PAUSE)
         began, others = time.perf_counter(), busy() - process.seconds_of_processors()
         answer: float = process("time", direction=direction, calls=calls)

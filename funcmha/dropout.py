@@ -141,13 +141,17 @@ class Seeded(NamedTuple):
         In the library and on the device of `like`, or of NumPy. `sample` counts the batch flattened in C order. Raises
         ValueError for what does not fit into a counter, which is 2³² samples, heads or queries, and 2³⁴ keys.
         """
-        b, _ = _place("sample", self.first_sample, (sample, sample + 1), 2**32)
-        h, _ = _place("head", self.first_head, (head, head + 1), 2**32)
+        return self.tiles((sample, sample + 1), (head, head + 1), rows, cols, like)[0, 0, ...]
+
+    def tiles(self, samples: Range, heads: Range, rows: Range, cols: Range, like: Array = None) -> Array:
+        """`tile` of several samples and heads, (start, stop) each   →   booleans (B, H, R, N)"""
+        b = range(*_place("sample", self.first_sample, samples, 2**32))
+        h = range(*_place("head", self.first_head, heads, 2**32))
         i = range(*_place("rows", self.first_query, self._apart(rows), 2**32), self.step)
         j = range(*_place("cols", self.first_key, self._apart(cols), 2**34), self.step)
-        if words(like):
+        if words(like) and all(map(len, (b, h, i, j))):
             return _draw_there(self, b, h, i, j, like)
-        return from_host(_draw(self.seed, _threshold(self.rate), b, h, i, j), like)
+        return from_host(_draw(self, b, h, i, j), like)
 
     def _apart(self, some: Range) -> Range:
         """Those queries or keys, counted without the step."""
@@ -161,13 +165,9 @@ class Seeded(NamedTuple):
         if len(shape) < 2 or min(shape) < 0:
             raise ValueError(f"shape must be (..., H, T, S) or (T, S), got {shape}")
         *outer, T, S = shape
-        heads = outer[-1] if outer else 1
-        if words(like) and min(shape) > 0:
-            return _draw_all_there(self, (prod(outer) // heads, heads, T, S), shape, like)
-        keep = np.empty((prod(outer), T, S), bool)
-        for n in range(keep.shape[0]):
-            keep[n] = self.tile(n // heads, n % heads, (0, T), (0, S))
-        return from_host(keep.reshape(shape), like)
+        B, H = prod(outer[:-1]), outer[-1] if outer else 1
+        keep = self.tiles((0, B), (0, H), (0, T), (0, S), like)
+        return namespace(keep).reshape(keep, tuple(shape))
 
     def heads(self, h: slice) -> "Seeded":
         """Of the heads `h`: the same from its first head on."""
@@ -207,18 +207,28 @@ def _place(name: str, first: int, of: Range, size: int) -> Range:
     return of[0] + first, of[1] + first
 
 
-def _draw(seed: int, threshold: int, sample: int, head: int, rows: range, cols: range) -> np.ndarray:
-    """The tile, in four columns a counter: the ones on its edges are drawn whole and cut."""
+def _draw(drop: Seeded, samples: range, heads: range, rows: range, cols: range) -> np.ndarray:
+    """The tiles, in four columns a counter: the ones on their edges are drawn whole and cut."""
     blocks = np.array(_counters(cols), dtype=np.uint64)
-    queries = np.array(rows, dtype=np.uint64)[:, None]
-    keep = np.empty((queries.size, blocks.size, 4), bool)
-    step = max(COUNTERS // max(blocks.size, 1), 1)
-    for start in range(0, queries.size, step):
+    keep = np.empty((len(samples) * len(heads) * len(rows), blocks.size, 4), bool)
+    places = _places(rows, heads, samples)
+    step, threshold = max(COUNTERS // max(blocks.size, 1), 1), _threshold(drop.rate)
+    for start in range(0, len(keep), step):
         some = slice(start, start + step)
-        words = philox((blocks, queries[some], head, sample), (seed & LOW, seed >> 32))
+        counter = (blocks, *(x if len(x) == 1 else x[some] for x in places))
+        words = philox(counter, (drop.seed & LOW, drop.seed >> 32))
         for n, word in enumerate(words):
             np.greater_equal(word, threshold, out=keep[some, :, n])
-    return keep.reshape(queries.size, 4 * blocks.size)[:, _words(cols)]
+    return keep.reshape(len(samples), len(heads), len(rows), 4 * blocks.size)[..., _words(cols)]
+
+
+def _places(*ranges: range) -> tuple[np.ndarray, ...]:
+    """The element of each range, (n, 1), at all places of all of them, the first fastest; (1, 1) where it has one"""
+    rest, places = np.arange(prod(map(len, ranges)), dtype=np.uint64)[:, None], []
+    for some in ranges:
+        rest, place = (rest, np.zeros((1, 1), np.uint64)) if len(some) == 1 else np.divmod(rest, max(len(some), 1))
+        places.append(place * some.step + some.start)
+    return tuple(places)
 
 
 def _counters(cols: range) -> range | list[int]:
@@ -240,17 +250,23 @@ def _words(cols: range) -> slice | list[int]:
 # ── on a device ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _draw_there(drop: Seeded, sample: Array | int, head: Array | int, rows: range, cols: range, like: Array) -> Array:
-    """`_draw` by the library of `like`: nothing is sent. Several samples and heads are (n, 1, 1)"""
+def _draw_there(drop: Seeded, samples: range, heads: range, rows: range, cols: range, like: Array) -> Array:
+    """`_draw` by the library of `like`: nothing is sent, and as many queries at once as leave room"""
+    xp, (B, H) = namespace(like), (len(samples), len(heads))
+    n, size = arange(B * H, like)[:, None, None], max(AT_ONCE // (B * H * len(cols)), 1)
+    sample, head = _in_words(n // H, samples.start), _in_words(n % H, heads.start)
+    some = (rows[i : i + size] for i in range(0, len(rows), size))
+    keep = xp.concat([_of_queries(drop, sample, head, queries, cols, like) for queries in some], axis=-2)
+    return xp.reshape(keep, (B, H, len(rows), len(cols)))
+
+
+def _of_queries(drop: Seeded, sample: Array, head: Array, rows: range, cols: range, like: Array) -> Array:
+    """Booleans (n, R, N)     sample, head (n, 1, 1)"""
     xp, word, first = namespace(like), words(like), cols.start // 4
     n = -(-cols.stop // 4) - first  # every one between, of which a step leaves out some afterwards
     queries = _in_words(arange(len(rows), like), rows.start, rows.step)[:, None]
     counter, key = (_in_words(arange(n, like), first), queries, head, sample), (drop.seed & LOW, drop.seed >> 32)
-    if word is np.uint64:
-        drawn = philox(counter, key)
-    else:
-        own = (word(x) if isinstance(x, int) else x for x in counter)
-        drawn = philox_of_halves(tuple(xp.broadcast_arrays(*own)), key)
+    drawn = philox(counter, key) if word is np.uint64 else philox_of_halves(tuple(xp.broadcast_arrays(*counter)), key)
     keep = xp.stack([x >= word(_threshold(drop.rate)) for x in drawn], axis=-1)
     begin = cols.start % 4
     return xp.reshape(keep, (*keep.shape[:-2], 4 * n))[..., begin : begin + cols.stop - cols.start : cols.step]
@@ -260,19 +276,6 @@ def _in_words(n: Array, first: int, step: int = 1) -> Array:
     """first + step n"""
     word = words(n)
     return namespace(n).astype(n, word) * word(step) + word(first)
-
-
-def _draw_all_there(drop: Seeded, sizes: tuple[int, ...], shape: tuple[int, ...], like: Array) -> Array:
-    """All samples and heads at once, and as many queries as that leaves numbers for"""
-    xp, (B, H, T, S) = namespace(like), sizes
-    b, _ = _place("sample", drop.first_sample, (0, B), 2**32)
-    h, _ = _place("head", drop.first_head, (0, H), 2**32)
-    n, step = arange(B * H, like)[:, None, None], max(AT_ONCE // (B * H * S), 1)
-    samples, heads = _in_words(n // H, b), _in_words(n % H, h)
-    cols = range(*_place("cols", drop.first_key, drop._apart((0, S)), 2**34), drop.step)
-    blocks = (drop._apart((i, min(i + step, T))) for i in range(0, T, step))
-    some = (range(*_place("rows", drop.first_query, rows, 2**32), drop.step) for rows in blocks)
-    return xp.reshape(xp.concat([_draw_there(drop, samples, heads, rows, cols, like) for rows in some], axis=-2), shape)
 
 
 def _threshold(rate: float) -> int:

@@ -155,8 +155,8 @@ def softmax_with_sink_vjp(p: Array, dp: Array, dlse: Array = None, p_sink: Array
     xp = namespace(p)
     if p.shape[-1] == 0:
         return p * dp, None if p_sink is None else p_sink * (xp.zeros_like(p_sink) if dlse is None else dlse)
-    largest = xp.argmax(p, axis=-1, keepdims=True)
-    m = xp.where(xp.take_along_axis(p, largest, axis=-1) == 0, 0.0, xp.take_along_axis(dp, largest, axis=-1))
+    at_largest = xp.take_along_axis(dp, xp.argmax(p, axis=-1, keepdims=True), axis=-1)
+    m = xp.where(xp.max(p, axis=-1, keepdims=True) == 0, 0.0, at_largest)
     h = xp.where(p == 0, 0.0, dp - m)
     r = -xp.sum(p * h, axis=-1, keepdims=True)  # dlse − δ + m
     r = r if p_sink is None else r + m * p_sink[..., None]

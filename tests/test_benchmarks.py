@@ -118,7 +118,7 @@ class Told:
 
 @pytest.mark.parametrize(("others", "counts"), [((0.1, 9), 1), ((0.5, 0.5, 0.1), 3), ((1,) * 9, timing.TRIES)])
 def test_a_disturbed_run_is_made_again(monkeypatch, others, counts):
-    assert timing._undisturbed(Told(monkeypatch, others), "forward", 1) == counts
+    assert timing._undisturbed(Told(monkeypatch, others), "forward", 1, timing.TRIES) == counts
 
 
 def test_the_script_of_ranks_runs():

@@ -71,13 +71,7 @@ def append(kv: KVCache, k: Array, v: Array, /, *, left: int | None = None) -> tu
     long as any value in it. Amortised, a token costs at most three copied rows, its own included.
     Raises TypeError for mixed dtypes or libraries, ValueError for shapes that do not fit or a negative `left`.
     """
-    left = check_append(kv, k, v, left)
-    N, T = kv.keys.shape[-2], k.shape[-2]
-    kept = N if left is None else min(N, left)
-    keys, values = _joined(kv.keys, k, kept, left), _joined(kv.values, v, kept, left)
-    past, new = full((*_sized(k, N)[:-1], 0), 0.0, k), full((*k.shape[:-1], 0), 0.0, k)
-    cache = AppendCache(past, new, outline(keys), outline(values))
-    return KVCache(keys, values, kv.position + T), cache
+    return appended(kv, k, v, check_append(kv, k, v, left))
 
 
 def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tuple[KVCache, Array, Array]:
@@ -95,6 +89,16 @@ def append_vjp(cache: AppendCache, dkv: KVCache | tuple[Array, Array], /) -> tup
     dpast_k, dk = _split(dkeys, N, kept)
     dpast_v, dv = _split(dvalues, N, kept)
     return KVCache(dpast_k, dpast_v, None), dk, dv  # type: ignore[arg-type]  # an integer has no gradient
+
+
+def appended(kv: KVCache, k: Array, v: Array, left: int | None) -> tuple[KVCache, AppendCache]:
+    """`append`, of arguments that are checked"""
+    N, T = kv.keys.shape[-2], k.shape[-2]
+    kept = N if left is None else min(N, left)
+    keys, values = _joined(kv.keys, k, kept, left), _joined(kv.values, v, kept, left)
+    past, new = full((*_sized(k, N)[:-1], 0), 0.0, k), full((*k.shape[:-1], 0), 0.0, k)
+    cache = AppendCache(past, new, outline(keys), outline(values))
+    return KVCache(keys, values, kv.position + T), cache
 
 
 def _split(dx: Array, N: int, kept: int) -> tuple[Array, Array]:

@@ -48,8 +48,8 @@ from funcmha.rotary import Rotary, check_table
 from .append import (
     AppendCache,
     KVCache,
-    append,
     append_vjp,
+    appended,
     check_kv,
     check_position,
     empty,
@@ -204,11 +204,11 @@ def _append(
 ) -> tuple[KVCache, KVCache, AppendCache | None]:
     """What the queries attend, in the dtype computed with; what is handed on, in `dtype`; and for the gradient"""
     past = empty(k, v) if kv is None else KVCache(upcast(kv.keys), upcast(kv.values), kv.position)
-    held, cache = append(past, k, v, left=left)
+    held, cache = appended(past, k, v, left)
     after = held
     if k.dtype != dtype:
         k, v = downcast(k, dtype), downcast(v, dtype)
-        after, _ = append(empty(k, v) if kv is None else kv, k, v, left=left)
+        after, _ = appended(empty(k, v) if kv is None else kv, k, v, left)
     return held, after, None if kv is None else cache
 
 

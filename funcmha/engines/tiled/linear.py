@@ -1,5 +1,6 @@
 """`funcmha.ops.linear` and its vjp, in blocks of rows shared out among the threads."""
 
+from functools import lru_cache
 from math import isqrt, prod
 from typing import Any
 
@@ -70,7 +71,7 @@ def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -
     def of_b(_: None) -> None:
         np.concatenate([_sum(part) for part in parts], out=db)
 
-    tasks: list[Any] = [(of_w, at) for at in _blocks(dw, plan.weight_block, plan.weight_block)]
+    tasks: list[Any] = [(of_w, at) for at in _blocks(*dw.shape, plan.weight_block, plan.weight_block)]
     return tasks if db is None else [*tasks, (of_b, None)]
 
 
@@ -93,14 +94,16 @@ def _of_samples(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Pla
     return [(of_some, slice(i, min(i + size, B))) for i in range(0, B, size)]
 
 
-def _pieces(y: Array, plan: Plan) -> list[tuple[slice, slice]]:
+def _pieces(y: Array, plan: Plan) -> tuple[tuple[slice, slice], ...]:
     """y (N, O) by rows, and, where these are of one task, by columns too"""
-    return _blocks(y, plan.linear_rows, plan.linear_cols if len(y) <= plan.linear_rows else max(len(y.T), 1))
+    N, O = y.shape
+    return _blocks(N, O, plan.linear_rows, plan.linear_cols if plan.linear_rows >= N else max(O, 1))
 
 
-def _blocks(y: Array, rows: int, cols: int) -> list[tuple[slice, slice]]:
-    """y (N, O) in blocks of so many rows and columns at most, of about the same size"""
-    return [(i, j) for i in _in_pairs(len(y), rows) for j in _in_pairs(len(y.T), cols)]
+@lru_cache(64)
+def _blocks(N: int, O: int, rows: int, cols: int) -> tuple[tuple[slice, slice], ...]:
+    """0 … N and 0 … O in blocks of so many rows and columns at most, of about the same size"""
+    return tuple((i, j) for i in _in_pairs(N, rows) for j in _in_pairs(O, cols))
 
 
 def _in_pairs(n: int, size: int) -> list[slice]:

@@ -6,13 +6,12 @@ OpenBLAS makes partial sums of at most 512 terms by itself, but not in small pro
 
 import numpy as np
 
-from funcmha._arrays import Array, quiet_underflow
+from funcmha._arrays import Array
 from funcmha.engines.plan import Plan
 
 from . import blas, threads
 
 
-@quiet_underflow
 def product(a: Array, b: Array, /, *, out: Array, plan: Plan, add: bool = False) -> Array:
     """out = a b, or out += a b      a (..., R, I)   b (..., I, N)   →   out (..., R, N)"""
     (R, N), I = out.shape[-2:], max(b.shape[-2], 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from funcmha._arrays import Array
+from funcmha._arrays import Array, quiet_underflow
 from funcmha.engines.plan import Plan
 
 from . import blas
@@ -109,6 +109,7 @@ def _on_threads(work: Callable[[Any], Any], queue: Iterator[Any], threads: int) 
             raise helper.error
 
 
+@quiet_underflow
 def _each(work: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
     """work(task) for these, on this thread"""
     depth = _local.depth

@@ -166,8 +166,8 @@ class Heads(NamedTuple):
         if self.keep is None:
             return a
         if isinstance(self.keep, Seeded):
-            heads = range(self.h.start, self.h.stop)
-            keep = np.stack([self.keep.tile(self.sample, h, tile.rows, tile.cols) for h in heads])
+            one, heads = (self.sample, self.sample + 1), (self.h.start, self.h.stop)
+            keep = self.keep.tiles(one, heads, tile.rows, tile.cols)[0]
         else:
             keep = self.keep[:, slice(*tile.rows), slice(*tile.cols)]
         return np.where(keep, a / (1 - self.rate), 0.0)
