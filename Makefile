@@ -11,7 +11,10 @@ help: ## this list
 verify: .venv/torch ## compare funcmha with torch.nn.MultiheadAttention, value by value
 	$(BIN)/python -m funcmha verify
 
-test: .venv/ready ## the test suite, on all cores; WORKERS=0: in one process
+test: .venv/ready ## the test suite without its slow tests, on all cores; WORKERS=0: in one process
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-all: .venv/ready ## the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: .venv/ready ## formatting, lint and types
@@ -104,4 +107,4 @@ docs: .docs/ready ## the site, with the notebook executed, in docs/_build/html
 clean: ## remove the environment and every cache
 	rm -rf .venv .kernels .contract .mpi .nox .docs docs/_build .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help verify test check bench mutants matrix kernels conform-peers contract mpi docs clean
+.PHONY: help verify test test-all check bench mutants matrix kernels conform-peers contract mpi docs clean

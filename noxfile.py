@@ -48,7 +48,8 @@ def core(session: nox.Session, numpy: str) -> None:
     session.install(str(wheel), wanted, *NEEDS)
     session.chdir(session.create_tmp())
     apart = [f"--ignore={ROOT / 'tests' / f'test_{name}.py'}" for name in APART]
-    session.run("python", "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *apart, str(ROOT / "tests"))
+    options = ["-q", "-n", "auto", "-m", "not slow", "-p", "no:cacheprovider", *apart]
+    session.run("python", "-m", "pytest", *options, str(ROOT / "tests"))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def tiny(case):
     return case._replace(S=case.T if case.kind == "self" else 37)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_peers_agree(case):
     """Output and every gradient, by name, shape and dtype, with those of eager PyTorch."""
@@ -68,6 +69,7 @@ def test_products_counts_the_tiles_that_the_mask_leaves(case):
     assert cases.products(case, "both") == 7 * 2 * case.D * case.B * case.H * pairs + 3 * projections
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     """Times and peaks by way of the pipe; what cannot be done is a row with its reason."""
     told = [
@@ -121,6 +123,7 @@ def test_a_disturbed_run_is_made_again(monkeypatch, others, counts):
     assert timing._undisturbed(Told(monkeypatch, others), "forward", 1, timing.TRIES) == counts
 
 
+@pytest.mark.slow
 def test_the_script_of_ranks_runs():
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks.parallel", "96", "--repeats", "1"], cwd=ROOT, capture_output=True, text=True

@@ -330,6 +330,7 @@ def test_torch_tensors_have_all_derivatives():
     close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["window", "dense"])
 def test_nothing_depends_on_values(mask):
     """To look at a traced array is an error: forward, vjp, forward mode and second order are traced, not run."""

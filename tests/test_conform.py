@@ -52,12 +52,14 @@ def test_the_plain_implementation_is_right():
     assert len(report.features) == len(FEATURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RIGHT, ids=lambda variant: variant.says)
 def test_what_is_right_in_another_way_is_not_called_wrong(variant):
     report = check(implementation(*variant.changes, arithmetic=variant.arithmetic))
     assert report.ok, told(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in READY if name.startswith("funcmha:")])
 def test_every_engine_of_funcmha_is_right_in_all_dtypes(name):
     report = check(ready(name), seconds=600)
@@ -197,6 +199,7 @@ def test_a_wrong_declaration_is_told_what_was_measured(name):
 WITHOUT_GRADIENT = {"lse_includes_sink", "gqa", "cap_order"}  # of which the functions above have none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_a_right_declaration_of_another_convention_is_right(name):
     field, (measured, functions) = name.strip(), CONVENTIONS[name]

@@ -166,6 +166,7 @@ OUTSIDE = (
 HERE = {name for name in READY if name.partition(":")[0] not in ("funcmha", *OUTSIDE)} - {"jax:pallas-gpu"}  # slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HERE))
 def test_a_ready_made_implementation_is_right_where_it_is_plain(name):
     impl = replace(ready(name), dtypes=("float32",))

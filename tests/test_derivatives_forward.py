@@ -310,6 +310,7 @@ def test_mha_jvp_matches_torch(engine, problem):
         close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_", [(0,), (1,), (2, 3), (4,), ()])
 def test_no_tangent_of_mha_is_a_tangent_of_zeros(engine, given_):
     for problem in MHA_EDGES:

@@ -248,6 +248,7 @@ def test_mha_vjp_jvp_matches_torch(engine, problem):
         close(a, b)
 
 
+@pytest.mark.slow
 @given(problem=mha_problems(**(MODERN | MODERN_MHA | {"gain": st.just(1.0), "family": st.just("normal")})))
 @on_mha_edges
 def test_the_hessian_of_mha_is_symmetric(engine, problem):
@@ -258,6 +259,7 @@ def test_the_hessian_of_mha_is_symmetric(engine, problem):
     same_inner_product(*(list(zip(*pair, strict=True)) for pair in pairs), bar=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_", [(0,), (1,), (2, 3), (4,), ()])
 def test_no_tangent_of_mha_is_one_of_zeros_at_second_order(engine, given_):
     for problem in MHA_EDGES[:3]:
@@ -288,6 +290,7 @@ def test_a_tangent_of_an_unattended_input_has_no_effect(engine, garbage):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_second_order_of_mha_in_every_array_library_is_the_same(engine, xp):
     problem = replace(EVERYTHING_MHA, bias_kv=True, zero_attn=True)
     problem, cache, (dy, dy_dot), _, dots = double_mha(engine, problem)

@@ -101,6 +101,7 @@ def run_text(text, name):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text())], ids=name_of)
 def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
     assert run(page, tmp_path, monkeypatch)

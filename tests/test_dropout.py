@@ -100,8 +100,9 @@ def test_dense_equals_its_tiles(shape):
     *batch, H, T, S = shape if len(shape) > 2 else (1, *shape)
     whole = drop.dense(shape)
     assert whole.shape == shape
-    some = drop.tiles((0, int(np.prod(batch))), (1, H), (1, T), (1, S))
-    np.testing.assert_array_equal(some, whole.reshape(-1, H, T, S)[:, 1:, 1:, 1:])
+    B, *starts = int(np.prod(batch)), *(min(n, 1) for n in (H, T, S))
+    some = drop.tiles((0, B), *zip(starts, (H, T, S), strict=True))
+    np.testing.assert_array_equal(some, whole.reshape(B, H, T, S)[:, starts[0] :, starts[1] :, starts[2] :])
     heads = whole.reshape(int(np.prod(batch)) * H, T, S)
     for n, (*b, h) in enumerate(np.ndindex(*batch, H)):
         sample = int(np.ravel_multi_index(b, batch)) if b else 0

@@ -15,6 +15,7 @@ def test_there_are_examples():
     assert SCRIPTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_an_example_runs(script):
     out = subprocess.run(

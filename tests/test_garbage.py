@@ -146,6 +146,7 @@ def test_a_tangent_of_a_fully_masked_query_has_no_effect(engine, problem, mask, 
     same(*(attention_jvp(cache, np.where(empty_rows(mask), x, q_dot), *dots) for x in (garbage, 0.5)))
 
 
+@pytest.mark.slow
 @each_mask
 @each_garbage
 @pytest.mark.parametrize("which", ["do", "do_dot", "q_dot"])
@@ -333,6 +334,7 @@ def test_a_padded_token_has_no_effect_on_a_chain_of_steps(engine, norm):
     same(run(np.nan), run(0.5))
 
 
+@pytest.mark.slow
 @each_mask
 @each_garbage
 def test_a_masked_query_s_tangent_has_no_effect_on_mha(engine, mask, garbage):

@@ -220,6 +220,7 @@ def test_the_pair_keeps_the_protocol(problem):
     check_vjp(sdpa, sdpa_vjp, problem.inputs(), problem.static())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag",
     [

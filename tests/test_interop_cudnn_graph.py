@@ -143,6 +143,7 @@ def test_gradients_match_autograd_of_the_forward_graph(library, problem):
         close(dx, None if t is None else g.as_strided(t.get_dim(), t.get_stride()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag",
     [

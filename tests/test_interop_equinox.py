@@ -54,6 +54,7 @@ def close(got, want):
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("flags", [FLAGS["all"], {}], ids=["all", "all defaults"])
 def test_values_and_gradients_match_equinox(flags, per_head, each_engine):

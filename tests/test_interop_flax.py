@@ -73,6 +73,7 @@ def pure(state):
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["no bias", "widths", "grouped, all"])
 def test_values_and_gradients_match_flax(name, each_engine):
     module = module_of(FLAGS[name])
@@ -119,6 +120,7 @@ def test_a_fully_masked_row_is_the_mean_in_flax_the_bias_here():
     close(y[:, rest], want[:, rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_dropout_masked_by_its_draw_matches_flax(broadcast):
     """`bernoulli(rngs.dropout(), 1 - rate, …)` of (1, 1, T, S), or with broadcast_dropout=False of (B, H, T, S)."""

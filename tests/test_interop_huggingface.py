@@ -323,6 +323,7 @@ def roundings(layer):
 # ── values and gradients ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("padded", [False, True])
 def test_output_and_gradients_match_transformers(name, padded, each_engine):

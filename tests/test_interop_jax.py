@@ -262,6 +262,7 @@ def sizes_of_the_terms(problem, dtype):
     return exact, terms
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize(("name", "half"), [("all", "float16"), *((name, "bfloat16") for name in HALF_CASES)])
 def test_half_types_match_jax_within_the_roundings_of_both(name, half):
@@ -343,6 +344,7 @@ def test_every_array_library_gives_the_same(xp):
     check(got, [y, *dot_product_attention_vjp(cache, dy), log_sum_exp(cache)], 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag",
     [

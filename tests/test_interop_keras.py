@@ -211,6 +211,7 @@ for layer, width in zip(layers, (13, 9)):
 """
 
 
+@pytest.mark.slow
 def test_values_and_gradients_with_the_jax_backend():
     """In a process of its own: a backend is chosen before Keras is imported."""
     out = subprocess.run([sys.executable, "-c", JAX], capture_output=True, text=True, timeout=300)

@@ -607,6 +607,7 @@ def test_every_array_library_gives_the_same(xp, problem):
             close(xp.back(got), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [0, 1, 3])
 def test_jax_takes_the_pair_as_it_is(mode):
     """jax.custom_vjp(f).defvjp(f, f_vjp) under jit equals JAX's own differentiation of the same."""

@@ -238,6 +238,7 @@ def test_an_empty_row_is_the_output_bias_and_has_no_gradient(kind):
         close(g, module.get_parameter(name).grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag",
     [

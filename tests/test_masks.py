@@ -580,6 +580,7 @@ def test_a_band_for_each_sample():
     assert mask.shape(2, 7) == (2, 1, 2, 7)
 
 
+@pytest.mark.slow
 def test_the_strategy_draws_every_kind_and_every_answer():
     drawn = set()
 

@@ -169,6 +169,7 @@ def test_heads_and_grids_match_torch(problem, scheme):
     compare(ranks.run(problem, scheme[0] * scheme[1], scheme, "float64"), by_torch(problem), close)
 
 
+@pytest.mark.slow
 @every_scheme
 @pytest.mark.parametrize("n", [2, 3])
 def test_tiles_of_long_pieces_match_one_process(n, scheme):
@@ -232,6 +233,7 @@ def test_half_types_are_computed_in_float32_and_rounded_once(dtype, scheme):
     compare(ranks.run(problem, 4, scheme, dtype), want, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_error_does_not_grow_with_the_ranks(dtype):
     """ring-flash-attention #42: partial results in 16 bits drift. Here up to 64 ranks have the error of one."""

@@ -87,6 +87,7 @@ def test_many_ranks_are_planned_by_the_formulae(mask, pairs):
     assert cost.seconds == max(cost.compute[0], cost.transfer[0])
 
 
+@pytest.mark.slow
 def test_a_thousand_ranks_in_one_ring():
     cost = parallel.plan(T=4096, H=1, D=1, ranks=1024, mask=masks.window(3, 0), scheme="contiguous", itemsize=4)
     assert cost.steps.max() == 1

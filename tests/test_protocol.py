@@ -233,6 +233,7 @@ def test_the_structure_of_a_cache_depends_on_no_number(pair):
     assert all(other == structures[0] for other in structures)
 
 
+@pytest.mark.slow
 @portable_pairs
 def test_jax_takes_the_pair_as_it_is(pair):
     """jax.custom_vjp(f).defvjp(f, f_vjp) needs no adaptor, under jit too, and equals JAX's own differentiation."""

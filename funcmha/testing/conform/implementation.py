@@ -6,6 +6,7 @@ Axes: B batch, H query heads, K key/value heads, T queries, S keys, D query/key 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from funcmha.testing.profiles import PROFILES, Profile, profile_of
@@ -152,13 +153,13 @@ class Implementation:
         """The outputs, in their order."""
         return (self.outputs,) if isinstance(self.outputs, str) else self.outputs
 
-    @property
+    @cached_property
     def options(self) -> tuple[str, ...]:
         """The options that the forward takes."""
-        parameters = inspect.signature(self.forward).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters = inspect.signature(self.forward).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return OPTIONS
-        return tuple(name for name in OPTIONS if name in {p.name for p in parameters})
+        return tuple(name for name in OPTIONS if name in parameters)
 
     @property
     def differentiates(self) -> tuple[str, ...]:
