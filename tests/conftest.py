@@ -6,7 +6,6 @@ import importlib
 import os
 from functools import cache
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +57,12 @@ def pytest_runtest_setup() -> Any:
 
 @cache
 def lacking(name: str) -> frozenset[str]:
-    """What a file of tests, or one beside it, imports in its first lines, and is not here."""
+    """What a file of tests, or one beside it, imports, and is not here."""
     found = set()
-    _, *body = ast.parse((HERE / name).read_text(encoding="utf-8")).body
-    for node in takewhile(lambda node: isinstance(node, ast.Import | ast.ImportFrom), body):
+    body = ast.parse((HERE / name).read_text(encoding="utf-8")).body
+    for node in [inner for node in body for inner in (node.body if isinstance(node, ast.With) else [node])]:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
         for module in {module.partition(".")[0] for module in modules}:
             beside = f"{module}.py"

@@ -404,7 +404,9 @@ def test_the_console_script_is_the_command():
     [
         ([], "the following arguments are required: COMMAND"),
         (["conquer"], "invalid choice: 'conquer'"),
-        (["verify", "--width", "25"], "argument --width: must be a multiple of --heads 6, got 25"),
+        pytest.param(
+            ["verify", "--width", "25"], "argument --width: must be a multiple of --heads 6, got 25", marks=needs_torch
+        ),
         (["verify", "--batch", "0"], "argument --batch: must be an integer of at least 1, got '0'"),
         (["verify", "--heads", "-2"], "argument --heads: must be an integer of at least 1, got '-2'"),
         (["verify", "--seed", "x"], "argument --seed: must be an integer of at least 0, got 'x'"),
@@ -418,7 +420,7 @@ def test_the_console_script_is_the_command():
             "kernels.txt: no npz file: it starts with '# What `'",
         ),
         (["verify", "--engine", "fastest"], "argument --engine: invalid choice: 'fastest'"),
-        (["verify", "--length", "99999999"], "Unable to allocate"),
+        pytest.param(["verify", "--length", "99999999"], "Unable to allocate", marks=needs_torch),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(argv, message, capsys):

@@ -143,6 +143,7 @@ def test_what_has_another_shape_has_no_picture():
 
 
 def test_the_command_writes_the_page(tmp_path, capsys):
+    pytest.importorskip("torch")
     file = tmp_path / "out.html"
     assert main(["conform", "torch:mha-is-causal", "--feature", "appended key", "--html", str(file)]) == 1
     page = Page(file.read_text(encoding="utf-8"))

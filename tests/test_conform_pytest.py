@@ -22,6 +22,7 @@ def run(tmp_path):
         (tmp_path / "mine.py").write_text(
             IMPL.format(tests=str(ROOT / "tests"), changes=changes, expected=expected or {})
         )
+        (tmp_path / "pytest.ini").write_text("[pytest]\n")  # which is not looked for further up
         command = [sys.executable, "-m", "pytest", "-p", "funcmha.testing.pytest", "--conform=mine.py:impl", "-rA"]
         out = subprocess.run(
             [*command, "-p", "no:cacheprovider", "-k", f"conventions or conform[{only}-"],

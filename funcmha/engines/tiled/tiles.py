@@ -277,10 +277,11 @@ def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array)
 def sums(heads: Heads, row_max: Array) -> Array:
     """The sums of exponentials of all rows, the sink's included (G, T)"""
     row_sum = np.zeros(heads.q.shape[:-1], heads.q.dtype)
-    for tile in heads.of_all_rows():
-        i = slice(*tile.rows)
-        e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[:, i])
-        row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # as in the forward, which has seen it
+        for tile in heads.of_all_rows():
+            i = slice(*tile.rows)
+            e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[:, i])
+            row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
     return row_sum if heads.sink is None else row_sum + of_sink(heads, row_max)
 
 
