@@ -60,7 +60,7 @@ def lacking(name: str) -> frozenset[str]:
     """What a file of tests, or one beside it, imports, and is not here."""
     found = set()
     body = ast.parse((HERE / name).read_text(encoding="utf-8")).body
-    for node in [inner for node in body for inner in (node.body if isinstance(node, ast.With) else [node])]:
+    for node in [x for part in body for x in (part.body if isinstance(part, ast.With) else [part])]:
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]

@@ -11,6 +11,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import cleandoc
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -149,7 +150,7 @@ def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
     """The docstring of the specification, with that of the engine; and a signature that spells out all options"""
 
     def dress(g: Any) -> Any:
-        g.__doc__ = (f.__doc__ or "").rstrip() + _ENGINE
+        g.__doc__ = cleandoc(f.__doc__ or "") + _ENGINE  # which Python has done itself from 3.13 on
         return takes(kind)(g)
 
     return dress
@@ -157,9 +158,9 @@ def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:
 
 _ENGINE = """
 
-    engine     who computes it: "sequential", "batched", "tiled", an `Engine` of `funcmha.engines`, or None for the
-               fastest. The results are the same, to rounding
-    """
+engine     who computes it: "sequential", "batched", "tiled", an `Engine` of `funcmha.engines`, or None for the fastest.
+           The results are the same, to rounding
+"""
 
 
 # ── the public functions ─────────────────────────────────────────────────────────────────────────────────────────
