@@ -181,10 +181,10 @@ def few_queries(request: pytest.FixtureRequest) -> Any:
 
 
 def _always(engine: engines.Engine) -> Any:
-    def pick(given: Any, x: Any, longest: int) -> engines.Engine:
+    def pick(given: Any, x: Any, *sizes: int) -> engines.Engine:
         if given is None and isinstance(x, np.ndarray) and x.dtype.kind != "c":
             return engine
-        return engines_pick(given, x, longest)
+        return engines_pick(given, x, *sizes)
 
     return pick
 

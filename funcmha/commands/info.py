@@ -76,9 +76,9 @@ def _threads() -> str:
 
 def _default_engine() -> str:
     """As `pick` says"""
-    short, long = (engines.pick(None, np.zeros(1), n).name for n in (SHORT, SHORT + 1))
-    other = engines.pick(None, None, SHORT + 1).name
-    return f"of NumPy arrays {short} up to {SHORT} queries and keys, {long} beyond; of all others {other}"
+    few, many = (engines.pick(None, np.zeros(1), 1, 1, 1, n).name for n in (SHORT, SHORT + 1))
+    other = engines.pick(None, None, 1, 1, 1, SHORT + 1).name
+    return f"of NumPy arrays {few} up to {SHORT} scores of a sample, {many} beyond; of all others {other}"
 
 
 def _gpu() -> str:

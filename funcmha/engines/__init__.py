@@ -23,7 +23,7 @@ from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
 from .grouped import Kernel
-from .plan import LEAN, SHORT, Plan
+from .plan import LEAN, SHARED, SHORT, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp
 
 __all__ = [
@@ -113,13 +113,14 @@ class HeadCall(HeadOptions, total=False):
     engine: Engine | str | None
 
 
-def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
-    """The engine given, or of this name; else the fastest for arrays like x and so many queries and keys at most:
-    for real NumPy arrays TILED, or BATCHED where sequences are short; BATCHED for all others
+def pick(engine: Engine | str | None, x: Array, H: int, K: int, T: int, S: int) -> Engine:
+    """The engine given, or of this name; else the fastest for arrays like x and for these sizes of a sample: for real
+    NumPy arrays TILED, or BATCHED where there are few scores; BATCHED for all others
     """
     real = isinstance(x, np.ndarray) and x.dtype.kind != "c"
     if engine is None:
-        return TILED if real and longest > SHORT else BATCHED
+        few = H * T * S <= SHORT and (H == K or S <= SHARED)
+        return TILED if real and not few else BATCHED
     chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
     if not isinstance(chosen, Engine):
         wanted = f"{', '.join(map(repr, ENGINES))}, one of funcmha.engines, or None for the fastest"
@@ -137,13 +138,32 @@ def pick(engine: Engine | str | None, x: Array, longest: int) -> Engine:
 def _call(op: str, kind: type, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[Array, Any]:
     """f(*inputs, **options) of the engine for arrays with so many tokens"""
     check_names(options, kind)
-    longest = max((int(x.shape[-2]) for x in tokens if getattr(x, "ndim", 0) > 1), default=0)
-    if isinstance(inputs[0], dict):
-        longest += ("bias_kv" in inputs[0]) + (options.get("zero_attn") is True)
-    chosen = pick(options.get("engine"), tokens[0], longest)
+    chosen = pick(options.get("engine"), tokens[0], *_sizes(op, inputs, tokens, options))
     rest = {name: value for name, value in options.items() if name != "engine"}
     result: tuple[Array, Any] = chosen.call(op)(*inputs, **rest)
     return result
+
+
+def _sizes(op: str, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[int, int, int, int]:
+    """H, K, T and S of arguments that are not checked yet: 1 where they show none"""
+    T, S = _size(tokens[0], -2), _size(tokens[-1], -2)
+    if op == "attention":
+        return _size(tokens[0], -3), _size(tokens[-1], -3), T, S
+    params = inputs[0] if isinstance(inputs[0], dict) else {}
+    S += ("bias_kv" in params) + (options.get("zero_attn") is True)
+    H, K = (1, 1) if op == "head" else (_size(_weight(params, name), -3) for name in ("q_proj", "k_proj"))
+    return H, K, T, S
+
+
+def _weight(params: Params, projection: str) -> Any:
+    branch = params.get(projection)
+    return branch.get("w") if isinstance(branch, dict) else None
+
+
+def _size(x: Any, axis: int) -> int:
+    """Of an axis, counted from the end"""
+    shape = getattr(x, "shape", ())
+    return int(shape[axis]) if len(shape) >= -axis else 1
 
 
 def _public(f: Callable[..., Any], kind: type) -> Callable[[Any], Any]:

@@ -123,7 +123,10 @@ class Plan(NamedTuple):
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
 LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
-SHORT = 80  # queries and keys up to which BATCHED is the default: at 8 it is 20 times faster, at 80 about as fast
+# Of a sample, up to which BATCHED is the default for NumPy's arrays: one query of 256 keys in 12 heads is then 5 to 12
+# times faster, at as many scores as these both are about as fast (docs/performance.md).
+SHORT = 28_000  # scores of all heads
+SHARED = 128  # keys, where heads share key/value heads: they are copied for each head
 
 
 def _round(n: int) -> int:

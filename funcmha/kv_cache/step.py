@@ -115,7 +115,8 @@ def step(
     `bias_kv`, whose key comes from no token. In float16 and bfloat16 the new keys are rounded in kv', and not for y.
     """
     left, N, own, o = _check_step(params, x, kv, bias, options)
-    chosen = pick(engine, x, N)
+    H, K = (params[name]["w"].shape[0] for name in ("q_proj", "k_proj"))
+    chosen = pick(engine, x, H, K, x.shape[-2], N)
     dtype, params, plan = x.dtype, tree.map(upcast, params), chosen.plan or Plan()
     wide = upcast(x)
     (q, q_cache), (k, k_cache), (v, v_cache) = project_qkv(params, (wide, wide, wide), plan=plan)

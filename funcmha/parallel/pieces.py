@@ -118,7 +118,8 @@ class Piece(NamedTuple):
     @property
     def in_tiles(self) -> bool:
         """Whether the tiled engine is the fastest for them"""
-        return pick(None, self.q, max(self.q.shape[-2], self.k.shape[-2])).name == TILED.name
+        (H, T, _), (K, S, _) = self.q.shape[-3:], self.k.shape[-3:]
+        return pick(None, self.q, H, K, T, S).name == TILED.name
 
     def in_range(self) -> "Piece":
         """With a bias that stays finite times log₂e"""
