@@ -302,7 +302,9 @@ def test_a_batch_of_tiles_equals_its_samples_bit_for_bit(T):
             assert np.array_equal(got, want[b])
 
 
-@pytest.mark.parametrize(("T", "S", "engine"), [(80, 80, BATCHED), (81, 2, TILED), (1, 81, TILED), (0, 0, BATCHED)])
+@pytest.mark.parametrize(
+    ("T", "S", "engine"), [(80, 80, BATCHED), (119, 119, TILED), (1, 200, BATCHED), (1, 14001, TILED), (0, 0, BATCHED)]
+)
 def test_short_sequences_have_all_heads_at_once(T, S, engine):
     """The caches tell which engine it was."""
     q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)

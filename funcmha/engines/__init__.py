@@ -135,6 +135,11 @@ def pick(engine: Engine | str | None, x: Array, H: int, K: int, T: int, S: int) 
     return chosen
 
 
+def pick_for(q: Array, k: Array) -> Engine:
+    """The fastest for these queries (..., H, T, D) and keys (..., K, S, D), or both without head axis"""
+    return pick(None, q, _size(q, -3), _size(k, -3), q.shape[-2], k.shape[-2])
+
+
 def _call(op: str, kind: type, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[Array, Any]:
     """f(*inputs, **options) of the engine for arrays with so many tokens"""
     check_names(options, kind)

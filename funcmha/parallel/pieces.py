@@ -21,7 +21,7 @@ import numpy as np
 
 from funcmha._arguments import Bias, Options, values_of
 from funcmha._arrays import Array, Sum, arange, full, namespace
-from funcmha.engines import BATCHED, TILED, attention_weights, pick
+from funcmha.engines import BATCHED, TILED, attention_weights, pick_for
 from funcmha.engines.tiled.attention import in_range, plan_of, row_sums, some_keys_vjp
 from funcmha.engines.tiled.cache import AttentionCache, Rest
 from funcmha.engines.tiled.tiles import BOUND
@@ -118,8 +118,7 @@ class Piece(NamedTuple):
     @property
     def in_tiles(self) -> bool:
         """Whether the tiled engine is the fastest for them"""
-        (H, T, _), (K, S, _) = self.q.shape[-3:], self.k.shape[-3:]
-        return pick(None, self.q, H, K, T, S).name == TILED.name
+        return pick_for(self.q, self.k).name == TILED.name
 
     def in_range(self) -> "Piece":
         """With a bias that stays finite times log₂e"""

@@ -238,7 +238,7 @@ def _on_one_rank(problem: Problem) -> tuple[Array, OneRankCache]:
         A = appended[0].shape[-2]
         k, v = (namespace(a).concat([a, more], axis=-2) for a, more in zip((k, v), appended, strict=True))
     bias, x = None if bias is None else bias.append_keys(S, A), x._replace(mask=append_keys(x.mask, T, S, A, q))
-    engine = engines.pick(None, q, q.shape[-3], k.shape[-3], T, S + A)
+    engine = engines.pick_for(q, k)
     o, cache = engine.attend(upcast(q), k, v, bias, sink, x, engine.plan)
     return own(o, getattr(getattr(cache, "rest", None), "o", None)), OneRankCache(cache, given, S)
 
