@@ -31,7 +31,9 @@ class Plan(NamedTuple):
     # ── projections ──
     joined: int = 512  # columns of q, k or v, up to which those of one input are one product: a tenth faster than three
     wide: int = 256  # the same of their gradients, up to which dx is of one product
-    copied_rows: int = 2048  # of x from which on w is transposed first: a fifth of the product of 1024, saves a 20th
+    copied_rows: int = (
+        8192  # of x from which on w is transposed first: 2 ms of one thread, and saves a 20th of a product
+    )
     linear_rows: int = 512  # of x in one task: fixed, so that no result depends on the number of threads
     linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
     weight_block: int = 384  # rows and columns of dw in one task: larger is faster, but then one thread waits
