@@ -18,7 +18,7 @@ import funcmha.testing.verify
 from funcmha import attention, init, npz, tree
 from funcmha.__main__ import command, main
 from funcmha.commands.info import info
-from funcmha.engines.plan import SHORT
+from funcmha.engines.plan import FEW_SCORES
 from funcmha.testing.tolerance import mha_bounds
 from funcmha.testing.verify import (
     PROBLEMS,
@@ -359,12 +359,12 @@ def test_info_names_the_blas_that_numpy_has_loaded(capsys):
 
 def test_info_says_which_engine_is_picked():
     text = info()["default engine"]
-    for n in (1, SHORT, SHORT + 1):
+    for n in (1, FEW_SCORES, FEW_SCORES + 1):
         _, cache = attention(*(np.zeros((m, 4), np.float32) for m in (1, n, n)))
         name = type(cache).__module__.split(".")[2]
-        stated = text.partition("beyond")[0].split(", ")[n > SHORT]
+        stated = text.partition("beyond")[0].split(", ")[n > FEW_SCORES]
         assert name in stated
-    assert f" {SHORT} " in text
+    assert f" {FEW_SCORES} " in text
     assert text.endswith("of all others batched")
 
 

@@ -5,10 +5,10 @@ import pytest
 
 from funcmha import attention, head, head_params, init, kv_cache, mha, self_attention
 from funcmha.engines import BATCHED, TILED, pick
-from funcmha.engines.plan import SHARED, SHORT
+from funcmha.engines.plan import FEW_SCORES, FEW_SHARED_KEYS
 
 C, H = 8, 4
-EDGE = int((SHORT / H) ** 0.5)  # tokens whose scores in H heads are few, and of one more are not
+EDGE = int((FEW_SCORES / H) ** 0.5)  # tokens whose scores in H heads are few, and of one more are not
 
 
 def name_of(cache):
@@ -25,18 +25,18 @@ def test_few_scores_of_all_heads_are_batched(more, name):
     assert name_of(attention(q, q, q)[1]) == name
     assert name_of(self_attention(params, x)[1]) == name
     assert name_of(mha(params, x, x, x)[1]) == name
-    one = np.ones((int(SHORT**0.5) + more, C), np.float32)
+    one = np.ones((int(FEW_SCORES**0.5) + more, C), np.float32)
     assert name_of(head(head_params(params, 0), one, one, one)[1]) == name
 
 
 def test_appended_keys_count():
-    x, key = np.ones((1, 10, C), np.float32), np.ones((1, SHORT // (10 * H), C), np.float32)
+    x, key = np.ones((1, 10, C), np.float32), np.ones((1, FEW_SCORES // (10 * H), C), np.float32)
     assert name_of(mha(init(0, C, H), x, key, key)[1]) == "batched"
     assert name_of(mha(init(0, C, H), x, key, key, zero_attn=True)[1]) == "tiled"
     assert name_of(mha(init(0, C, H, bias_kv=True), x, key, key)[1]) == "tiled"
 
 
-@pytest.mark.parametrize(("keys", "name"), [(SHORT // H, "batched"), (SHORT // H + 1, "tiled")])
+@pytest.mark.parametrize(("keys", "name"), [(FEW_SCORES // H, "batched"), (FEW_SCORES // H + 1, "tiled")])
 def test_a_token_of_a_decoder_is_batched(keys, name):
     params, x = init(0, C, H), np.ones((2, 1, C), np.float32)
     (_, kv), _ = kv_cache.step(params, np.ones((2, keys - 1, C), np.float32))
@@ -44,7 +44,7 @@ def test_a_token_of_a_decoder_is_batched(keys, name):
     assert type(cache.attention).__module__.split(".")[2] == name
 
 
-@pytest.mark.parametrize(("keys", "engine"), [(SHARED, BATCHED), (SHARED + 1, TILED)])
+@pytest.mark.parametrize(("keys", "engine"), [(FEW_SHARED_KEYS, BATCHED), (FEW_SHARED_KEYS + 1, TILED)])
 def test_keys_that_heads_share_are_copied_and_must_be_few(keys, engine):
     x = np.zeros(1)
     assert pick(None, x, 8, 2, 1, keys) == engine

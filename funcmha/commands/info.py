@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from funcmha import __version__, engines
-from funcmha.engines.plan import SHORT
+from funcmha.engines.plan import FEW_SCORES
 from funcmha.engines.tiled.quota import cpu_quota
 from funcmha.engines.tiled.threads import UNASKED, VARIABLES, num_threads
 
@@ -76,9 +76,9 @@ def _threads() -> str:
 
 def _default_engine() -> str:
     """As `pick` says"""
-    few, many = (engines.pick(None, np.zeros(1), 1, 1, 1, n).name for n in (SHORT, SHORT + 1))
-    other = engines.pick(None, None, 1, 1, 1, SHORT + 1).name
-    return f"of NumPy arrays {few} up to {SHORT} scores of a sample, {many} beyond; of all others {other}"
+    few, many = (engines.pick(None, np.zeros(1), 1, 1, 1, n).name for n in (FEW_SCORES, FEW_SCORES + 1))
+    other = engines.pick(None, None, 1, 1, 1, FEW_SCORES + 1).name
+    return f"of NumPy arrays {few} up to {FEW_SCORES} scores of a sample, {many} beyond; of all others {other}"
 
 
 def _gpu() -> str:

@@ -23,7 +23,7 @@ from funcmha.params import Params
 
 from . import batched, grouped, sequential, tiled
 from .grouped import Kernel
-from .plan import LEAN, SHARED, SHORT, Plan
+from .plan import FEW_SCORES, FEW_SHARED_KEYS, LEAN, Plan
 from .table import attention_vjp, attention_weights, log_sum_exp
 
 __all__ = [
@@ -119,7 +119,7 @@ def pick(engine: Engine | str | None, x: Array, H: int, K: int, T: int, S: int) 
     """
     real = isinstance(x, np.ndarray) and x.dtype.kind != "c"
     if engine is None:
-        few = H * T * S <= SHORT and (H == K or S <= SHARED)
+        few = H * T * S <= FEW_SCORES and (H == K or S <= FEW_SHARED_KEYS)
         return TILED if real and not few else BATCHED
     chosen = ENGINES.get(engine) if isinstance(engine, str) else engine
     if not isinstance(chosen, Engine):

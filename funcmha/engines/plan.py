@@ -127,8 +127,8 @@ LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**1
 
 # Of a sample, up to which BATCHED is the default for NumPy's arrays: one query of 256 keys in 12 heads is then 5 to 12
 # times faster, at as many scores as these both are about as fast (docs/performance.md).
-SHORT = 28_000  # scores of all heads
-SHARED = 128  # keys, where heads share key/value heads: they are copied for each head
+FEW_SCORES = 28_000  # scores of all heads
+FEW_SHARED_KEYS = 128  # keys, where heads share key/value heads: they are copied for each head
 
 
 def _round(n: int) -> int:
