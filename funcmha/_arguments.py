@@ -69,11 +69,11 @@ class Options(NamedTuple):
 
 NAMES_ELSEWHERE = {  # what to write instead of what other libraries call it, and funcmha 0.1
     "mask=masks.causal()": "causal is_causal use_causal_mask",
-    "mask= for booleans, True = attend, or for numbers a bias, after the values": "attn_mask attention_mask",
+    "mask= for booleans, True = attend, or for numbers a bias, by its place": "attn_mask attention_mask",
     "mask=masks.padding(valid), True = attend": "key_padding_mask",
     "mask=masks.lengths(…)": "lengths seqlens",
     "mask=masks.window(left, right)": "window window_size sliding_window left",
-    "it as an input, after the values": "bias sink",
+    "it by its place, without the name": "bias sink",
     "a bias, biases.alibi(slopes, T=…, S=…)[0]": "alibi_slopes",
     "dropout=dropout.seeded(seed, rate)": "dropout_p dropout_rate rate",
     "dropout=dropout.masked(keep, rate)": "keep dropout_mask",
@@ -372,7 +372,10 @@ def _with_head_axis(a: Array) -> Array:
 def _check_norm(norm: Any, leaves: dict[str, Array]) -> Any:
     """A norm or None, and no parameters that it would leave unused."""
     if norm is not None and not isinstance(norm, RMSNorm | L2Norm | LayerNorm):
-        raise TypeError(f"qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got {norm!r}")
+        instead = f": write {norm.__name__}()" if norm in (RMSNorm, L2Norm, LayerNorm) else ""
+        raise TypeError(
+            f"qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got {norm!r}{instead}"
+        )
     used = () if norm is None else norm.leaves
     for leaf in leaves:
         group, _, name = leaf.partition(".")

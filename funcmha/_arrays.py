@@ -28,7 +28,13 @@ def namespace(x: Array) -> ModuleType:
 
         xp = cupy
     else:  # torch tensors, and older libraries
-        import array_api_compat
+        try:
+            import array_api_compat
+        except ModuleNotFoundError as error:
+            name = type(x).__module__.partition(".")[0]
+            raise ModuleNotFoundError(
+                f"arrays of {name} need array-api-compat: pip install array-api-compat", name=error.name
+            ) from None
 
         xp = array_api_compat.array_namespace(x)
     return xp

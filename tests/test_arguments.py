@@ -28,6 +28,7 @@ from funcmha import (
     masks,
     mha,
     mha_vjp,
+    norms,
     ops,
     packing,
     rotary,
@@ -410,3 +411,9 @@ def test_the_message_leads_to_what_was_meant(call, message):
 def test_an_int_that_is_no_mask_is_refused_without_advice():
     with pytest.raises(TypeError, match=r"got int$"):
         attention(Q, K, V, mask=1)
+
+
+def test_the_class_of_a_norm_is_to_be_called():
+    x = np.ones((1, 3, 8), np.float32)
+    with pytest.raises(TypeError, match=r"qk_norm must be .*: write RMSNorm\(\)"):
+        mha(init(0, 8, 2, qk_norm=True), x, x, x, qk_norm=norms.RMSNorm)

@@ -395,3 +395,8 @@ def test_what_is_no_file_is_not_replaced(tmp_path, make, error):
 def test_a_missing_directory_is_an_ordinary_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "none")):
         npz.save(tmp_path / "none" / "model.npz", params(seed=1))
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such directory: .*nowhere'"):
+        npz.save(tmp_path / "nowhere" / "a.npz", {"w": np.zeros(2)})

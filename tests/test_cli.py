@@ -446,3 +446,8 @@ def test_a_reader_who_leaves_is_no_error(file):
         f"{sys.executable} -m funcmha inspect {file} | true", shell=True, capture_output=True, timeout=60, check=True
     )
     assert run.stderr == b""
+
+
+def test_info_says_what_is_wrong_with_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "0")
+    assert "FUNCMHA_NUM_THREADS must be an integer of at least 1, got '0'" in info().values()

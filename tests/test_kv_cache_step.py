@@ -14,7 +14,7 @@ from hypothesis import example, given
 from pytrees import PYTREES
 from test_ops import close
 
-from funcmha import attention_weights, log_sum_exp, masks, self_attention, self_attention_vjp, tree
+from funcmha import attention_weights, init, log_sum_exp, masks, self_attention, self_attention_vjp, tree
 from funcmha.biases import RelativeBias
 from funcmha.kv_cache import KVCache, empty, step, step_vjp
 from funcmha.rotary import frequencies, table
@@ -430,3 +430,13 @@ def test_the_vjp_refuses_cotangents_that_are_not_of_the_outputs():
         step_vjp(cache, (y, None), dweights=y)
     with pytest.raises(ValueError, match=r"dlse must be \(..., H, T\) = \(2, 4, 3\)"):
         step_vjp(cache, (y, None), dlse=y)
+
+
+def test_what_step_returns_is_no_kv_and_the_message_says_how_to_take_it_apart():
+    params, x = init(0, 8, 2), np.ones((1, 3, 8), np.float32)
+    out, cache = step(params, x)
+    for wrong in (cache, out):
+        with pytest.raises(TypeError, match=r"kv must be a KVCache .*: write \(y, kv\), cache = step\(params, x\)"):
+            step(params, x, wrong)
+    with pytest.raises(TypeError, match=r"casual= is no option, which are .*, engine"):
+        step(params, x, casual=True)

@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from funcmha import __version__, engines
-from funcmha.engines.plan import FEW_SCORES
+from funcmha.engines.plan import FEW_SCORES, FEW_SHARED_KEYS
 from funcmha.engines.tiled.quota import cpu_quota
 from funcmha.engines.tiled.threads import UNASKED, VARIABLES, num_threads
 
@@ -71,14 +71,18 @@ def _cores() -> str:
 def _threads() -> str:
     """Of the tiled engine, and the variables that bear on them"""
     given = [f"{n}={os.environ[n]}" for n in ("FUNCMHA_NUM_THREADS", *VARIABLES, *UNASKED) if n in os.environ]
-    return ", ".join([str(num_threads()), *given])
+    try:
+        return ", ".join([str(num_threads()), *given])
+    except ValueError as error:
+        return str(error)
 
 
 def _default_engine() -> str:
     """As `pick` says"""
     few, many = (engines.pick(None, np.zeros(1), 1, 1, 1, n).name for n in (FEW_SCORES, FEW_SCORES + 1))
     other = engines.pick(None, None, 1, 1, 1, FEW_SCORES + 1).name
-    return f"of NumPy arrays {few} up to {FEW_SCORES} scores of a sample, {many} beyond; of all others {other}"
+    shared = f" (and {FEW_SHARED_KEYS} keys that heads share)"
+    return f"of NumPy arrays {few} up to {FEW_SCORES} scores of a sample{shared}, {many} beyond; of all others {other}"
 
 
 def _gpu() -> str:

@@ -220,7 +220,9 @@ def two_cotangents(dkv: Any) -> tuple[Array, Array]:
 def check_kv(kv: Any) -> None:
     """A `KVCache`, whatever its arrays are."""
     if not isinstance(kv, KVCache):
-        raise TypeError(f"kv must be a KVCache of funcmha.kv_cache, got {type(kv).__name__}")
+        of_step = hasattr(kv, "attention") or (isinstance(kv, tuple) and len(kv) == 2)
+        instead = ": write (y, kv), cache = step(params, x)" if of_step else ""
+        raise TypeError(f"kv must be a KVCache of funcmha.kv_cache, got {type(kv).__name__}{instead}")
     position: Any = kv.position
     traced = is_array(position) and position.ndim == 0 and dtype_name(position).startswith(("int", "uint"))  # by JAX
     if not (traced or isinstance(position, Integral)) or isinstance(position, bool):

@@ -65,6 +65,12 @@ class StepOptions(AttentionOptions, total=False):
     rotary: Rotary | None
 
 
+class StepCall(StepOptions, total=False):
+    """The options of `step`, and who computes it."""
+
+    engine: Engine | str | None
+
+
 # ── step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -274,7 +280,7 @@ def _check_step(params: Params, x: Array, kv: Any, bias: Any, options: Any) -> t
     axes, leaves = check(params, SPEC)
     if "bias_kv.k" in leaves:
         raise ValueError("params must have no bias_kv: its key comes from no token, and has no place among the past")
-    check_names(options, StepOptions)
+    check_names(options, StepCall)
     bias = as_bias(bias)
     _check.one_dtype([*leaves.items(), ("x", x)], optional=[(name_of(bias), values_of(bias))])
     for projection in ("Cq", "Ck", "Cv"):

@@ -37,7 +37,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     directory = os.path.dirname(target)
     temporary = os.path.join(directory, f".{secrets.token_hex(8)}.tmp")
     try:
-        fd, nameless = _create(directory, temporary)
+        try:
+            fd, nameless = _create(directory, temporary)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "No such directory", directory) from None
         with open(fd, "wb") as file:
             yield file
             file.flush()
