@@ -369,10 +369,13 @@ def _with_head_axis(a: Array) -> Array:
     return a if a.ndim < 3 else a[..., None, :, :]
 
 
+NORMS = (RMSNorm, L2Norm, LayerNorm)
+
+
 def _check_norm(norm: Any, leaves: dict[str, Array]) -> Any:
     """A norm or None, and no parameters that it would leave unused."""
-    if norm is not None and not isinstance(norm, RMSNorm | L2Norm | LayerNorm):
-        instead = f": write {norm.__name__}()" if norm in (RMSNorm, L2Norm, LayerNorm) else ""
+    if norm is not None and not isinstance(norm, NORMS):
+        instead = f": write {norm.__name__}()" if isinstance(norm, type) and issubclass(norm, NORMS) else ""
         raise TypeError(
             f"qk_norm must be RMSNorm, L2Norm or LayerNorm of funcmha.norms, or None, got {norm!r}{instead}"
         )

@@ -17,7 +17,7 @@ import pytest
 
 from funcmha import engines, tree
 
-# The same examples on every machine; CI draws more of them, and the night most: HYPOTHESIS_PROFILE=ci make test
+# The same examples on every machine; CI draws more of them, and the night most: HYPOTHESIS_PROFILE=ci make test-all
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"), max_examples=50)
 # To see a fault caught, by the first example that fails: the least one can take minutes to find.

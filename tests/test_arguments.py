@@ -417,3 +417,5 @@ def test_the_class_of_a_norm_is_to_be_called():
     x = np.ones((1, 3, 8), np.float32)
     with pytest.raises(TypeError, match=r"qk_norm must be .*: write RMSNorm\(\)"):
         mha(init(0, 8, 2, qk_norm=True), x, x, x, qk_norm=norms.RMSNorm)
+    with pytest.raises(TypeError, match=r"qk_norm must be .* got array"):
+        mha(init(0, 8, 2, qk_norm=True), x, x, x, qk_norm=np.ones(2))

@@ -137,7 +137,7 @@ def pick(engine: Engine | str | None, x: Array, H: int, K: int, T: int, S: int) 
 
 def pick_for(q: Array, k: Array) -> Engine:
     """The fastest for these queries (..., H, T, D) and keys (..., K, S, D), or both without head axis"""
-    return pick(None, q, _size(q, -3), _size(k, -3), q.shape[-2], k.shape[-2])
+    return pick(None, q, *_sizes_of(q, k))
 
 
 def _call(op: str, kind: type, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[Array, Any]:
@@ -151,13 +151,18 @@ def _call(op: str, kind: type, inputs: tuple[Any, ...], tokens: tuple[Any, ...],
 
 def _sizes(op: str, inputs: tuple[Any, ...], tokens: tuple[Any, ...], options: Any) -> tuple[int, int, int, int]:
     """H, K, T and S of arguments that are not checked yet: 1 where they show none"""
-    T, S = _size(tokens[0], -2), _size(tokens[-1], -2)
+    H, K, T, S = _sizes_of(tokens[0], tokens[-1])
     if op == "attention":
-        return _size(tokens[0], -3), _size(tokens[-1], -3), T, S
+        return H, K, T, S
     params = inputs[0] if isinstance(inputs[0], dict) else {}
     S += ("bias_kv" in params) + (options.get("zero_attn") is True)
     H, K = (1, 1) if op == "head" else (_size(_weight(params, name), -3) for name in ("q_proj", "k_proj"))
     return H, K, T, S
+
+
+def _sizes_of(q: Array, k: Array) -> tuple[int, int, int, int]:
+    """H, K, T and S"""
+    return _size(q, -3), _size(k, -3), _size(q, -2), _size(k, -2)
 
 
 def _weight(params: Params, projection: str) -> Any:
