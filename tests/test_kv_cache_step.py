@@ -438,5 +438,7 @@ def test_what_step_returns_is_no_kv_and_the_message_says_how_to_take_it_apart():
     for wrong in (cache, out):
         with pytest.raises(TypeError, match=r"kv must be a KVCache .*: write \(y, kv\), cache = step\(params, x\)"):
             step(params, x, wrong)
+    with pytest.raises(TypeError, match=r"kv must be a KVCache of funcmha.kv_cache, got tuple$"):
+        step(params, x, (x, x))
     with pytest.raises(TypeError, match=r"casual= is no option, which are .*, engine"):
         step(params, x, casual=True)

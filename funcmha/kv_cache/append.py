@@ -220,7 +220,7 @@ def two_cotangents(dkv: Any) -> tuple[Array, Array]:
 def check_kv(kv: Any) -> None:
     """A `KVCache`, whatever its arrays are."""
     if not isinstance(kv, KVCache):
-        of_step = hasattr(kv, "attention") or (isinstance(kv, tuple) and len(kv) == 2)
+        of_step = hasattr(kv, "attention") or (isinstance(kv, tuple) and KVCache in map(type, kv))
         instead = ": write (y, kv), cache = step(params, x)" if of_step else ""
         raise TypeError(f"kv must be a KVCache of funcmha.kv_cache, got {type(kv).__name__}{instead}")
     position: Any = kv.position
