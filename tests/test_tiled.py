@@ -36,6 +36,7 @@ from funcmha.biases import as_bias
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp
 from funcmha.engines import BATCHED, ENGINES, SEQUENTIAL, TILED, Plan, batched, heads
 from funcmha.engines.tiled import linear, linear_vjp, threads
+from funcmha.engines.tiled.cache import Views
 from funcmha.engines.tiled.products import product
 from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
@@ -242,6 +243,44 @@ def test_how_many_heads_go_together_changes_no_bit(K, G, bias):
         for a, b in itertools.pairwise(map(values_of, parts)):
             same = np.allclose(a, b, rtol=1e-4, atol=1e-5) if name in shared else a is b or np.array_equal(a, b)
             assert same, name
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "heads", "padding"])
+@pytest.mark.parametrize("side", [32, 16])  # one tile, or four
+@pytest.mark.parametrize(
+    ("K", "G", "fields"),
+    [
+        (3, 1, {}),
+        (2, 2, {"sink": True, "rate": 0.2, "seeded": True}),
+        (3, 1, {"bias": "... H T S", "softcap": 0.5, "per_head": True, "rate": 0.2, "seeded": False}),
+        (2, 2, {"gain": 20.0}),  # rows with a dominant key, and such whose maximum is looked for
+        (3, 1, {"gain": 20.0, "softcap": 2.0, "sink": True}),
+    ],
+)
+def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, side, mask):
+    """Those of which none differs in its mask: also where only some have a dominant key, and one a NaN."""
+    problem = AttentionProblem(batch=(2, 5), T=23, S=29, K=K, G=G, D=16, E=24, mask=mask, **fields)
+    (q, *others), static = problem.inputs("float32"), problem.static()
+    if mask == "heads":
+        static["mask"] = np.asarray(static["mask"])[0, 0]
+    q = np.copy(q)
+    q[0, 1:3] *= 0.01
+    q[1, 2, 0, 20, 0] = np.nan
+    do, dweights, dlse = problem.cotangents("float32")
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "1")
+    results, sizes = [], set[int]()
+    plan = Plan(stack_numbers=2**60, thread_tasks=1, tile_rows=side, tile_cols=side)
+    for n in (0, 2 * K * G * min(side, 23) * min(side, 29), 2**60):
+        engine = TILED._replace(plan=plan._replace(sample_numbers=n))
+        o, cache = attention(q, *others, **static, engine=engine)
+        sizes.add(len(Views.of(cache).samples_together(K * G)))
+        grads = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
+        results.append([o, log_sum_exp(cache), *map(values_of, grads)])
+    assert sizes == ({10} if mask == "padding" else {10, 6, 2})
+    assert np.isfinite(results[0][0][0]).all() and not np.isfinite(results[0][0][1, 2]).all()
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or np.array_equal(a, b, equal_nan=True)
 
 
 @pytest.mark.parametrize("T", [1, 513])

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     many_heads: int = 12  # that go together, from which on masked tiles are half as high and wide, and cut no further
     many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0042)
     stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
+    sample_numbers: int = 2**19  # the same, up to which samples go together too (docs/decisions/0044)
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     group_long: int = 128  # the same of long sequences, whose projections take little time and much memory
     # ── threads ──
     thread_flops: float = 5e7  # that one thread has done before another has woken up and taken over
+    thread_tasks: int = 4  # of attention, from which on for each thread it does not matter which ends last
 
     def check(self) -> None:
         """Raise ValueError for a size that is no size: a negative block would leave out a part of the result."""
@@ -90,6 +92,11 @@ class Plan(NamedTuple):
         if H == K:
             return [[h] for h in evenly(0, H, size)]
         return [evenly(h, h + H // K, size) for h in range(0, H, H // max(K, 1))]
+
+    def samples(self, heads: int, T: int, S: int, most: int) -> int:
+        """Samples that go together, of so many heads each, `sample_numbers` of scores, and so many at most"""
+        numbers = heads * min(T, self.tile_rows) * min(S, self.columns(T))
+        return max(min(min(self.sample_numbers, self.stack_numbers) // max(numbers, 1), most), 1)
 
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
@@ -138,7 +145,7 @@ def _round(n: int) -> int:
 
 MAY_BE_ZERO = (
     *("score_bytes", "numpy_bytes", "half_products", "few_queries", "joined", "wide", "small_product", "copied_rows"),
-    *("thread_flops", "kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
+    *("thread_flops", "sample_numbers", "kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 
 

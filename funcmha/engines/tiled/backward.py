@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcmha._arrays import Array
+from funcmha.engines.plan import Plan
 from funcmha.masks import Range
 
 from . import threads
@@ -19,12 +20,12 @@ from .tiles import Heads, Rows, Tile, mean_cotangent, of_sink, score_cotangent, 
 
 
 class _Prepared(NamedTuple):
-    """What all tiles of some heads of one sample need."""
+    """What all tiles of some heads need, of one sample or of several, `...`."""
 
     heads: Heads  # with keys row after row
-    v1: Array  # (G, S, E + 1), [v, 1]
-    r: Array  # (G, T), dlse − δ
-    sum: Array  # (G, T), Σ dz: dlse less what the sink has of it
+    v1: Array  # (..., G, S, E + 1), [v, 1]
+    r: Array  # (..., G, T), dlse − δ
+    sum: Array  # (..., G, T), Σ dz: dlse less what the sink has of it
     dominant: Dominant | None  # Σ dz of the other keys, and the slope of the soft cap
 
 
@@ -47,21 +48,23 @@ class Backward(NamedTuple):
         """
         *batch, H, T, D = self.dq.shape
         S, E = self.dv.shape[-2:]
-        samples, stacks = list(np.ndindex(*batch)), self.x.stacks_of_keys()
+        stacks = self.x.stacks_of_keys()
         flops = 6.0 * prod(batch) * T * S * (D + E)  # of a head
-        alone = [(some, b) for some in stacks for b in samples]  # these share nothing: each has a thread to itself
-        if self.dbias is None and _busy(len(alone)):
-            threads.run(lambda task: self.one_sample(*task), alone, flops * H, plan=self.x.plan)
+        if self.dbias is None and _busy(prod(batch) * len(stacks), self.x.plan):
+            together = self.x.samples_together(max((h.stop - h.start for some in stacks for h in some), default=1))
+            alone = [(some, b) for some in stacks for b in together]  # share nothing: each has a thread to itself
+            threads.run(lambda task: self.alone(*task), alone, flops * H, plan=self.x.plan)
             return
 
+        samples = self.x.samples()
         together = [[b] for b in samples] if self.dbias is not None and self.dbias.sums_samples else [samples]
         schedule = [front for some in together for front in wavefronts(self.x.heads, some, T, S)] if H else []
         for some in stacks:
             for h in some:
                 self.all_samples(h, samples, schedule, flops * (h.stop - h.start))
 
-    def one_sample(self, stacks: list[slice], b: Any) -> None:
-        """Heads that share nothing with others, of one sample, on this thread"""
+    def alone(self, stacks: list[slice], b: Any) -> None:
+        """Heads that share nothing with others, of one sample or of several, on this thread"""
         schedule = wavefronts(self.x.heads, [b], self.dq.shape[-2], self.dk.shape[-2])
         for h in stacks:
             p = self.prepare(b, h)
@@ -93,11 +96,11 @@ class Backward(NamedTuple):
     def prepare(self, b: Any, h: slice) -> _Prepared:
         """δ = Σ p dp = Σ do o + Σ p dweights"""
         at, heads = (*b, h), self.in_rows(b, h)
-        delta = np.einsum("gte,gte->gt", self.do[at], self.x.o[at])
+        delta = np.einsum("...te,...te->...t", self.do[at], self.x.o[at])
         for tile in heads.of_all_rows() if self.dweights is not None and self.known is None else ():
             i, j = slice(*tile.rows), slice(*tile.cols)
             x = self.rows(at, heads, delta, tile.rows)
-            delta[:, i] += mean_cotangent(heads, tile, x, self.dweights[at][:, i, j])
+            delta[..., i] += mean_cotangent(heads, tile, x, self.dweights[at][..., i, j])
         total = np.zeros_like(delta) if self.dlse is None else np.where(self.x.row_sum[at] == 0, 0.0, self.dlse[at])
         r = -delta if self.dlse is None else total - delta
         if heads.sink is not None:
@@ -108,7 +111,7 @@ class Backward(NamedTuple):
         v1 = np.ones((*v.shape[:-1], v.shape[-1] + 1), v.dtype)
         v1[..., :-1] = v
         dominant = Dominant.of(self.x.dominant[at], v.dtype, 1, 1)
-        return _Prepared(heads, repeated(v1, len(r)), r, total, dominant)
+        return _Prepared(heads, repeated(v1, r.shape[-2]), r, total, dominant)
 
     def row_sums(self) -> Array:
         """Σ dz of each row, but for its dominant key (..., H, T)"""
@@ -134,16 +137,16 @@ class Backward(NamedTuple):
     def in_rows(self, b: Any, h: slice) -> Heads:
         """Some heads, with the keys row after row"""
         heads, k = self.x.heads(b, h), np.ascontiguousarray(self.x.k[self.x.key_heads(b, h)])
-        return heads._replace(k=repeated(k, len(heads.k)))
+        return heads._replace(k=repeated(k, heads.k.shape[-3]))
 
     def rows(self, at: tuple[Any, ...], heads: Heads, r: Array, rows: Range) -> Rows:
         """What a tile needs to know of some rows"""
         i, E = slice(*rows), self.do.shape[-1]
-        d = np.empty((len(r), rows[1] - rows[0], E + 1), self.do.dtype)
-        d[..., :E], d[..., E] = self.do[at][:, i], r[:, i]
-        np.multiply(d, self.inverse[at][:, i], out=d)
-        row_max = None if self.x.row_max is None else self.x.row_max[at][:, i]
-        return Rows(heads.scaled_q(rows), row_max, self.inverse[at][:, i], d)
+        d = np.empty((*r.shape[:-1], rows[1] - rows[0], E + 1), self.do.dtype)
+        d[..., :E], d[..., E] = self.do[at][..., i, :], r[..., i]
+        np.multiply(d, self.inverse[at][..., i, :], out=d)
+        row_max = None if self.x.row_max is None else self.x.row_max[at][..., i]
+        return Rows(heads.scaled_q(rows), row_max, self.inverse[at][..., i, :], d)
 
     def tiles(self, b: Any, h: slice, p: _Prepared, block: list[Tile]) -> None:
         """Add the share of a block of tiles to dq, dk, dv and dbias"""
@@ -154,10 +157,10 @@ class Backward(NamedTuple):
         """Add the share of one tile"""
         at, i, j = (*b, h), slice(*tile.rows), slice(*tile.cols)
         of_keys = self.x.key_heads(b, h)
-        cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
-        grads = self.dq[at][:, i], self.dk[of_keys][:, j], self.dv[of_keys][:, j]
+        cotangent = None if self.dweights is None else self.dweights[at][..., i, j]
+        grads = self.dq[at][..., i, :], self.dk[of_keys][..., j, :], self.dv[of_keys][..., j, :]
         x = self.rows(at, p.heads, p.r, tile.rows)
-        dz = tile_backward(p.heads, tile, x, p.v1[:, j], cotangent, p.dominant, *grads, only=self.x.has_one_tile)
+        dz = tile_backward(p.heads, tile, x, p.v1[..., j, :], cotangent, p.dominant, *grads, only=self.x.has_one_tile)
         if self.dbias is not None:
             self.dbias.add(b, h, tile, dz)
 
@@ -165,16 +168,18 @@ class Backward(NamedTuple):
         """Add what was left out: dz = Σ dz − Σ dz of the other keys"""
         if p.dominant is None:
             return
-        at, (g, i) = (*b, h), p.dominant.found()
-        j, (rest,), (slope,) = p.dominant.key[g, i], p.dominant.rest, p.dominant.others
-        dz = (p.sum - rest if self.known is None else self.known[at])[g, i]
-        du = (dz * slope[g, i] * p.heads.rounded(p.heads.scale[g, 0, 0]))[:, None]
-        self.dq[at][g, i] += du * p.heads.k[g, j]
-        add_to_keys(self.dk[self.x.key_heads(b, h)], g, j, du * p.heads.q[g, i])
+        at, found = (*b, h), p.dominant.found()
+        *of_head, i = found  # the head, before it the sample where several go together
+        g, j, (rest,), (slope,) = of_head[-1], p.dominant.key[found], p.dominant.rest, p.dominant.others
+        dz = (p.sum - rest if self.known is None else self.known[at])[found]
+        du = (dz * slope[found] * p.heads.rounded(p.heads.scale[g, 0, 0]))[:, None]
+        self.dq[at][found] += du * p.heads.k[(*of_head, j)]
+        add_to_keys(self.dk[self.x.key_heads(b, h)], tuple(of_head), j, du * p.heads.q[found])
         if self.dbias is not None:
             self.dbias.add_at(b, h, (g, i, j), dz)
 
 
-def _busy(tasks: int) -> bool:
+def _busy(tasks: int, plan: Plan) -> bool:
     """Whether so many tasks keep all threads busy to the end, or nearly"""
-    return tasks >= 4 * threads.num_threads() or (tasks > 0 and tasks % threads.num_threads() == 0)
+    n = threads.num_threads()
+    return tasks >= plan.thread_tasks * n or (tasks > 0 and tasks % n == 0)

@@ -12,7 +12,7 @@ from funcmha._arguments import Bias
 from funcmha._arrays import Array
 from funcmha.biases import RelativeBias
 from funcmha.dropout import Masked, Seeded
-from funcmha.engines.plan import Plan
+from funcmha.engines.plan import Plan, evenly
 from funcmha.masks import Mask
 
 from .threads import num_threads
@@ -124,13 +124,27 @@ class Views(NamedTuple):
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
+    def samples(self) -> list[Any]:
+        """Each sample, by its place in the batch"""
+        return list(np.ndindex(*self.q.shape[:-3]))
+
+    def samples_together(self, heads: int) -> list[Any]:
+        """The samples that go together, of so many heads each: their place in the batch, its last axis by a slice"""
+        *batch, H, T, _ = self.q.shape
+        S, threads = self.k.shape[-2], num_threads()
+        if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
+            return self.samples()
+        tasks = prod(batch) * -(-H // heads) * -(-T // self.plan.tile_rows)
+        size = self.plan.samples(heads, T, S, most=tasks // (self.plan.thread_tasks * threads))
+        return [(*b, some) for b in np.ndindex(*batch[:-1]) for some in evenly(0, batch[-1], size)]
+
     def stacks(self) -> list[slice]:
         """The heads that go together, enough for all threads"""
         return [h for some in self._stacks(for_threads=True) for h in some]
 
     def stacks_of_samples(self) -> list[tuple[Any, slice]]:
         """The same of each sample"""
-        return [(b, h) for b in np.ndindex(*self.q.shape[:-3]) for h in self.stacks()]
+        return [(b, h) for b in self.samples() for h in self.stacks()]
 
     def stacks_of_keys(self) -> list[list[slice]]:
         """The same in lists of those that read one key/value head
@@ -144,22 +158,25 @@ class Views(NamedTuple):
         tasks = prod(batch) * -(-T // self.plan.tile_rows)
         return self.plan.stacks(H, K, T, S, least=-(-num_threads() // max(tasks, 1)) if for_threads else 1)
 
-    def key_heads(self, b: tuple[int, ...], h: slice) -> tuple[Any, ...]:
-        """Where the key/value heads are that heads h of sample b read: one, or as many"""
+    def key_heads(self, b: tuple[Any, ...], h: slice) -> tuple[Any, ...]:
+        """Where the key/value heads are that heads h of sample b, or of some, read: one, or as many"""
         readers = self.q.shape[-3] // self.k.shape[-3]
         return (*b, slice(h.start // readers, (h.stop - 1) // readers + 1))
 
-    def heads(self, b: tuple[int, ...], h: slice) -> Heads:
-        """Heads h of sample b"""
+    def heads(self, b: tuple[Any, ...], h: slice) -> Heads:
+        """Heads h of sample b, or of some, which have one mask"""
         at, of_keys, keep, n = (*b, h), self.key_heads(b, h), self.keep, h.stop - h.start
+        first = tuple(i.start if isinstance(i, slice) else i for i in b)
+        start = int(np.ravel_multi_index(first, self.q.shape[:-3])) if b else 0
+        count = b[-1].stop - b[-1].start if b and isinstance(b[-1], slice) else 1
         return Heads(
             self.q[at],
             repeated(self.k[of_keys], n),
             repeated(self.v[of_keys], n),
             None if self.bias is None else self.bias[at],
             None if self.sink is None else self.sink[h, None],
-            None if self.mask is None else self.mask.at(b),
-            int(np.ravel_multi_index(b, self.q.shape[:-3])) if b else 0,
+            None if self.mask is None else self.mask.at(first),
+            (start, start + count),
             h,
             keep if keep is None or isinstance(keep, Seeded) else keep[at],
             self.rate,
@@ -175,5 +192,5 @@ def with_head_axis(a: Any, rank: int = 2) -> Any:
 
 
 def repeated(a: Array, n: int) -> Array:
-    """a (n, ...), or (1, ...) for each of n, by a stride of 0"""
-    return a if len(a) == n else np.broadcast_to(a, (n, *a.shape[1:]))
+    """a (..., n, S, D), or (..., 1, S, D) for each of n, by a stride of 0"""
+    return a if a.shape[-3] == n else np.broadcast_to(a, (*a.shape[:-3], n, *a.shape[-2:]))

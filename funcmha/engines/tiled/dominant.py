@@ -4,7 +4,8 @@ A row of dz sums to something known, 0 if there is neither sink nor dlse. Where 
 small as the sum of the others, and p (dp − δ) would be the difference of two large numbers. So dz is left out there
 while the tiles are added up, and set at the end. The forward says which keys these are.
 
-Axes: G heads, T queries, S keys, D width; R rows and N columns of a tile or of a block of them.
+Axes: G heads, T queries, S keys, D width; R rows and N columns of a tile or of a block of them; `...` is an axis of
+samples, where these go together.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -16,15 +17,14 @@ from funcmha.masks import Range
 
 
 class Heavy(NamedTuple):
-    rows: tuple[Array, Array]  # head and row
+    rows: tuple[Array, ...]  # head and row, before them the sample where several go together
     keys: Array
     e: Array  # exponentials, of which each was over half of the sum of its row, as far as that had come
 
     def of(self, some: Array) -> "Heavy":
         """Those of some rows, by booleans for all"""
         i = some[self.rows]
-        g, t = self.rows
-        return Heavy((g[i], t[i]), self.keys[i], self.e[i])
+        return Heavy(tuple(axis[i] for axis in self.rows), self.keys[i], self.e[i])
 
 
 def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy | None:
@@ -32,22 +32,23 @@ def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy | None:
     twice = 2 * np.maximum.reduce(e, axis=None)
     if twice <= np.minimum.reduce(row_sum, axis=None):  # so it is of most tiles, and of none with a NaN
         return None
-    g, t = np.nonzero(~(twice <= row_sum))
-    some = e[g, t]
+    at = np.nonzero(~(twice <= row_sum))
+    some = e[at]
     cols = some.argmax(axis=-1)
     largest = some[np.arange(len(some)), cols]
-    over = 2 * largest > row_sum[g, t]
-    return Heavy((g[over], row + t[over]), col + cols[over], largest[over])
+    over = 2 * largest > row_sum[at]
+    *heads, t = (axis[over] for axis in at)
+    return Heavy((*heads, row + t), col + cols[over], largest[over])
 
 
 def dominant_keys(heavy: list[Heavy], row_sum: Array) -> Array:
-    """The keys with more than half of the weight (G, R), −1 where none has; None where none has in any row"""
+    """The keys with more than half of the weight (..., G, R), −1 where none has; None where none has in any row"""
     if not any(len(x.keys) for x in heavy):
         return None
     key = np.full(row_sum.shape, -1)
     for x in heavy:
-        (g, t), over = x.rows, 2 * x.e > row_sum[x.rows]
-        key[g[over], t[over]] = x.keys[over]
+        over = 2 * x.e > row_sum[x.rows]
+        key[tuple(axis[over] for axis in x.rows)] = x.keys[over]
     return key
 
 
@@ -60,9 +61,9 @@ def over_half(e: Array, row_sum: Array, first: int) -> Array:
 
 
 class Dominant(NamedTuple):
-    key: Array  # (G, T), −1 where no key has more than half of the weight
-    rest: tuple[Array, ...]  # (G, T), what is left out, summed over the other keys
-    others: tuple[Array, ...]  # (G, T), other numbers of the key
+    key: Array  # (..., G, T), −1 where no key has more than half of the weight
+    rest: tuple[Array, ...]  # (..., G, T), what is left out, summed over the other keys
+    others: tuple[Array, ...]  # (..., G, T), other numbers of the key
 
     @staticmethod
     def of(key: Array, dtype: Any, sums: int, others: int) -> Optional["Dominant"]:
@@ -73,35 +74,37 @@ class Dominant(NamedTuple):
         return Dominant(key, tuple(zeros[:sums]), tuple(zeros[sums:]))
 
     def leave_out(self, rows: Range, cols: Range, arrays: tuple[Array, ...], others: tuple[Array | float, ...]) -> None:
-        """Make the arrays (G, R, N) 0 at the keys, and add up the rest; keep the other numbers there"""
+        """Make the arrays (..., G, R, N) 0 at the keys, and add up the rest; keep the other numbers there"""
         i = slice(*rows)
-        if not self.key[:, i].max() >= 0:
+        if not self.key[..., i].max() >= 0:
             return
-        at = inside(self.key[:, i], cols)
+        at = inside(self.key[..., i], cols)
         for a in arrays:
             a[at] -= a[at]  # NaN stays
         for number, other in zip(self.others, others, strict=True):
-            number[:, i][at[:2]] = np.broadcast_to(other, arrays[0].shape)[at]
+            number[..., i][at[:-1]] = np.broadcast_to(other, arrays[0].shape)[at]
         ones = np.ones(cols[1] - cols[0], arrays[0].dtype)
         for number, a in zip(self.rest, arrays, strict=True):
-            number[:, i] += a @ ones
+            number[..., i] += a @ ones
 
-    def found(self) -> tuple[Array, Array]:
-        """The heads and rows that have one"""
-        g, t = np.nonzero(self.key >= 0)
-        return g, t
-
-
-def inside(key: Array, cols: Range) -> tuple[Array, Array, Array]:
-    """Heads, rows and columns of a tile where its keys are"""
-    g, t = np.nonzero((key >= cols[0]) & (key < cols[1]))
-    return g, t, key[g, t] - cols[0]
+    def found(self) -> tuple[Array, ...]:
+        """The heads and rows that have one, before them the samples where several go together"""
+        return np.nonzero(self.key >= 0)
 
 
-def add_to_keys(total: Array, g: Array, keys: Array, a: Array) -> None:
-    """total[g, keys] += a, where keys repeat       total (G, S, D), or (1, S, D) for all   g, keys (R)   a (R, D)"""
-    S = total.shape[1]
-    at = (g if len(total) > 1 else 0) * S + keys
+def inside(key: Array, cols: Range) -> tuple[Array, ...]:
+    """Heads, rows and columns of a tile where its keys are, before them the samples where several go together"""
+    at = np.nonzero((key >= cols[0]) & (key < cols[1]))
+    return *at, key[at] - cols[0]
+
+
+def add_to_keys(total: Array, heads: tuple[Array, ...], keys: Array, a: Array) -> None:
+    """total[*heads, keys] += a, where keys repeat
+    total (..., G, S, D), or (..., 1, S, D) for all   heads: (R), before it of samples   keys (R)   a (R, D)
+    """
+    *samples, g = heads
+    places = (*samples, g if total.shape[-3] > 1 else np.zeros_like(g), keys)
+    at = np.ravel_multi_index(places, total.shape[:-1])
     order = np.argsort(at, kind="stable")
     some, first = np.unique(at[order], return_index=True)
-    total[some // S, some % S] += np.add.reduceat(a[order], first, axis=0)
+    total[np.unravel_index(some, total.shape[:-1])] += np.add.reduceat(a[order], first, axis=0)

@@ -50,27 +50,24 @@ def _few_queries(x: Views) -> bool:
 
 
 def _in_tiles(x: Views) -> bool:
-    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
-    samples = list(np.ndindex(*batch))
-    longest = np.empty((*batch, K), x.q.dtype)  # max |k|
+    (*batch, H, T, D), (S, E) = x.q.shape, x.v.shape[-2:]
     shifted: list[Any] = []
-
-    def measure(b: Any) -> None:
-        longest[b] = np.sqrt(np.einsum("ksd,ksd->ks", x.k[b], x.k[b]).max(axis=-1, initial=0.0))
 
     def work(task: tuple[slice, Range, Any]) -> None:
         h, rows, b = task
-        at = (*b, h, slice(*rows))
-        of_keys = x.key_heads(b, h)
-        x.row_sum[at], row_max, key = rows_forward(x.heads(b, h), rows, longest[of_keys][:, None], x.o[at])
+        at, heads = (*b, h, slice(*rows)), x.heads(b, h)
+        k = x.k[x.key_heads(b, h)][..., slice(*heads.columns(rows)), :]
+        longest = np.sqrt(np.einsum("...sd,...sd->...s", k, k).max(axis=-1, keepdims=True, initial=0.0))
+        x.row_sum[at], row_max, key = rows_forward(heads, rows, longest, x.o[at])
         if key is not None:
             x.dominant[at] = key
         if row_max is not None:
             x.row_max[at] = row_max
             shifted.append(task)
 
-    threads.run(measure, samples, flops=2 * x.k.size, plan=x.plan)
+    stacks = x.stacks()
+    samples = x.samples_together(max((h.stop - h.start for h in stacks), default=1))
     # Where the mask is causal the last rows of a head take longest, and begin first.
-    tasks = [(h, rows, b) for h in x.stacks() for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
+    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
     threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
     return bool(shifted)

@@ -45,7 +45,7 @@ class RelativeBiasGradient:
     def flush(self) -> None:
         """Add what was given, in the order of the tiles."""
         for (b, h, rows, cols), sums in sorted(self.given.items(), key=lambda item: item[0]):
-            add_heads(self.place(b, slice(*h))[:, diagonals(rows, cols, self.T)], sums)
+            add_heads(self.place(b, slice(*h))[:, None, diagonals(rows, cols, self.T)], sums[:, None])
         self.given.clear()
 
     def add_at(self, b: tuple[int, ...], h: slice, at: tuple[Array, Array, Array], dz: Array) -> None:

@@ -137,8 +137,8 @@ class _Second(NamedTuple):
         scale = heads.rounded(heads.scale[g, 0, 0])
         du, du_dot = ((scale * x)[:, None] for x in (dz * slope, dz_dot * slope + dz * bend))
         self.dq[at][g, i] += du_dot * heads.k[g, j] + du * heads_dot.k[g, j]
-        add_to_keys(self.dk[of_keys], g, j, du_dot * heads.q[g, i] + du * heads_dot.q[g, i])
-        add_to_keys(self.dv[of_keys], g, j, (p_dot * (a / p))[:, None] * self.of_rows.do[at][g, i])
+        add_to_keys(self.dk[of_keys], (g,), j, du_dot * heads.q[g, i] + du * heads_dot.q[g, i])
+        add_to_keys(self.dv[of_keys], (g,), j, (p_dot * (a / p))[:, None] * self.of_rows.do[at][g, i])
         if self.dbias is not None:
             self.dbias.add_at(b, h, (g, i, j), dz_dot)
 

@@ -8,10 +8,12 @@ out too small or too large is the true maximum of the row looked for. c is a who
 the digits of the sum. The backward subtracts the same c, and so has the same exponentials, from the same q and k to the
 bit; made from the log-sum-exp they would lose |s| ulps.
 
-Several heads of a sample go together where sequences are short: then a tile is one of each, and a call of NumPy makes
-them all. Its cost, and that of waiting for the interpreter's lock after it, is that of a 256 × 256 product.
+Several heads go together where sequences are short, of one sample or of several: then a tile is one of each, and a call
+of NumPy makes them all. Its cost, and that of waiting for the interpreter's lock after it, is that of a 256 × 256
+product.
 
-Axes: G heads, T queries, S keys, D query/key width, E value width; R rows and N columns of a tile.
+Axes: G heads, T queries, S keys, D query/key width, E value width; R rows and N columns of a tile; `...` is an axis of
+samples, where these go together.
 """
 
 from math import e, log, log2, prod
@@ -48,17 +50,19 @@ class Tile(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Some heads of one sample: they read one key/value head, which is repeated by a stride of 0, or each its own."""
+    """Some heads, of each sample the same: they read one key/value head, which is repeated by a stride of 0, or each its
+    own.
+    """
 
-    q: Array  # (G, T, D)
-    k: Array  # (G, S, D)
-    v: Array  # (G, S, E)
-    bias: Array  # (G, T, S), or (G, T + S − 1) as of a `RelativeBias`, or None
+    q: Array  # (..., G, T, D)
+    k: Array  # (..., G, S, D)
+    v: Array  # (..., G, S, E)
+    bias: Array  # (..., G, T, S), or (..., G, T + S − 1) as of a `RelativeBias`, or None
     sink: Array  # (G, 1), or None; a score of −∞ is as good as none
     mask: Mask | None  # (T, S), or with an axis for all heads
-    sample: int  # which one
-    h: slice  # which heads of it
-    keep: Array | Seeded  # (G, T, S), or by the sample and the head, or None
+    samples: Range  # which ones
+    h: slice  # which heads of them
+    keep: Array | Seeded  # (..., G, T, S), or by the sample and the head, or None
     rate: float
     scale: Array  # (G, 1, 1)
     softcap: Array  # (G, 1, 1) or None
@@ -88,12 +92,13 @@ class Heads(NamedTuple):
         return x.astype(self.q.dtype)
 
     def scaled_q(self, rows: Range) -> Array:
-        """These rows of q (G, R, D), times `score_scale`"""
-        return self.score_scale * self.q[:, slice(*rows)]
+        """These rows of q (..., G, R, D), times `score_scale`"""
+        return self.score_scale * self.q[..., slice(*rows), :]
 
     def columns(self, rows: Range) -> Range:
         """The columns outside which these rows attend nothing"""
-        return (0, self.k.shape[1]) if self.mask is None else self.mask.columns(rows, self.k.shape[1])
+        S = self.k.shape[-2]
+        return (0, S) if self.mask is None else self.mask.columns(rows, S)
 
     def all_tiles(self, rows: Range) -> list[Tile]:
         """The tiles of these rows, from left to right."""
@@ -101,12 +106,12 @@ class Heads(NamedTuple):
 
     def of_all_rows(self) -> list[Tile]:
         """The tiles of all rows, in blocks as high as those of the forward."""
-        return [tile for rows in blocks(self.q.shape[1], self.plan.tile_rows) for tile in self.all_tiles(rows)]
+        return [tile for rows in blocks(self.q.shape[-2], self.plan.tile_rows) for tile in self.all_tiles(rows)]
 
     def tiles(self, rows: Range) -> list[list[Tile]]:
         """The same in blocks of columns."""
         start, stop = self.columns(rows)
-        found, width = [], self.plan.columns(self.q.shape[1])
+        found, width = [], self.plan.columns(self.q.shape[-2])
         for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
             cols = (max(j, start), min(j + width, stop))
             block = [Tile(rows, cols, mixed=False)] if self.mask is None else _parts(self.mask, rows, cols, self.plan)
@@ -117,11 +122,11 @@ class Heads(NamedTuple):
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
 
-        q (G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the gradient
+        q (..., G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the gradient
         of the soft cap is multiplied by, 1 − tanh².
         """
-        k = self.k[:, slice(*tile.cols)]
-        s = np.matmul(q, k.swapaxes(1, 2), out=scratch("s", (len(q), *tile.shape), q.dtype))
+        k = self.k[..., slice(*tile.cols), :]
+        s = np.matmul(q, k.swapaxes(-1, -2), out=scratch("s", (*q.shape[:-2], *tile.shape), q.dtype))
         return self.complete(s, tile, slope)
 
     def complete(self, s: Array, tile: Tile, slope: Array = None) -> Array:
@@ -137,13 +142,13 @@ class Heads(NamedTuple):
         return s
 
     def bias_of(self, tile: Tile) -> Array:
-        """The bias of these scores (G, R, N)"""
-        if self.bias.ndim == 2:
-            return toeplitz(self.bias, tile.rows, tile.cols, self.q.shape[1])
-        return self.bias[:, slice(*tile.rows), slice(*tile.cols)]
+        """The bias of these scores (..., G, R, N)"""
+        if self.bias.ndim < self.q.ndim:
+            return toeplitz(self.bias, tile.rows, tile.cols, self.q.shape[-2])
+        return self.bias[..., slice(*tile.rows), slice(*tile.cols)]
 
     def exponentials(self, q: Array, tile: Tile, row_max: Array, slope: Array = None) -> Array:
-        """2^(s − c)     the same bits whenever it is asked for   →   (G, R, N)"""
+        """2^(s − c)     the same bits whenever it is asked for   →   (..., G, R, N)"""
         s = self.scores(q, tile, slope)
         if row_max is not None:
             np.subtract(s, row_max[..., None], out=s)
@@ -166,10 +171,10 @@ class Heads(NamedTuple):
         if self.keep is None:
             return a
         if isinstance(self.keep, Seeded):
-            one, heads = (self.sample, self.sample + 1), (self.h.start, self.h.stop)
-            keep = self.keep.tiles(one, heads, tile.rows, tile.cols)[0]
+            keep = self.keep.tiles(self.samples, (self.h.start, self.h.stop), tile.rows, tile.cols)
+            keep = keep.reshape(*self.q.shape[:-2], *tile.shape)
         else:
-            keep = self.keep[:, slice(*tile.rows), slice(*tile.cols)]
+            keep = self.keep[..., slice(*tile.rows), slice(*tile.cols)]
         return np.where(keep, a / (1 - self.rate), 0.0)
 
 
@@ -204,11 +209,11 @@ def _halves(a: Range) -> tuple[Range, Range]:
 
 
 def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[Array, Array, Array]:
-    """Write o (G, R, E)
-    return the sums of exponentials, the sink's included (G, R); c or None; `dominant_keys` (G, R) or None
+    """Write o (..., G, R, E)
+    return the sums of exponentials, the sink's included (..., G, R); c or None; `dominant_keys` (..., G, R) or None
     """
     q = heads.scaled_q(rows)
-    m = longest * np.sqrt(np.einsum("gtd,gtd->gt", q, q))
+    m = longest * np.sqrt(np.einsum("...td,...td->...t", q, q))
     if heads.softcap is not None or heads.bias is not None:
         m = LOG2E * (m if heads.softcap is None else heads.softcap[..., 0].astype(m.dtype) * np.minimum(m, 1.0))
     row_max, all_tiles = _guess(heads, q, rows, m), heads.all_tiles(rows)
@@ -218,7 +223,7 @@ def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[A
     if (key := dominant_keys(heavy, row_sum)) is not None:  # what the others have counts, however little it is
         wrong = wrong | (key >= 0) & (row_sum < FLOOR_OF_KEYS)
     if np.any(wrong):  # in whole tiles, as in the backward: a product of some of their rows would have other bits
-        some = [tile for tile in all_tiles if wrong[:, within(rows, tile)].any()]
+        some = [tile for tile in all_tiles if wrong[..., within(rows, tile)].any()]
         row_max = np.where(wrong, _maximum(heads, q, rows, some), 0.0 if row_max is None else row_max)
         sum_again, acc_again, heavy_again = _sums(heads, q, rows, some, row_max)
         row_sum, acc = np.where(wrong, sum_again, row_sum), np.where(wrong[..., None], acc_again, acc)
@@ -231,7 +236,7 @@ def rows_forward(heads: Heads, rows: Range, longest: Array, o: Array) -> tuple[A
 
 
 def _wrong(row_sum: Array, acc: Array) -> Any:
-    """Rows whose c was far from the maximum (G, R); False for none, which three numbers tell"""
+    """Rows whose c was far from the maximum (..., G, R); False for none, which three numbers tell"""
     if row_sum.min() >= FLOOR and row_sum.max() <= CEILING and np.isfinite(acc.sum()):
         return False
     return ~((row_sum >= FLOOR) & (row_sum <= CEILING) & np.isfinite(acc).all(axis=-1))
@@ -260,49 +265,51 @@ def _guess(heads: Heads, q: Array, rows: Range, m: Array) -> Array:
 
 
 def _sums(heads: Heads, q: Array, rows: Range, some: list[Tile], row_max: Array) -> tuple[Array, Array, list[Heavy]]:
-    """Over some tiles Σ 2^(s − c) (G, rows), Σ dropout(2^(s − c)) v (G, rows, E), and what may be over half of a sum"""
+    """Over some tiles
+    Σ 2^(s − c) (..., G, rows), Σ dropout(2^(s − c)) v (..., G, rows, E), and what may be over half of a sum
+    """
     E, heavy = heads.v.shape[-1], list[Heavy]()
     row_sum, acc = np.zeros(q.shape[:-1], q.dtype), np.zeros((*q.shape[:-1], E), q.dtype)
     for tile in some:
         i = within(rows, tile)
-        e = heads.exponentials(q[:, i], tile, None if row_max is None else row_max[:, i])
-        row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
-        if (found := heaviest(e, row_sum[:, i], i.start, tile.cols[0])) is not None:
+        e = heads.exponentials(q[..., i, :], tile, None if row_max is None else row_max[..., i])
+        row_sum[..., i] += e @ np.ones(e.shape[-1], e.dtype)
+        if (found := heaviest(e, row_sum[..., i], i.start, tile.cols[0])) is not None:
             heavy.append(found)
-        v = heads.v[:, slice(*tile.cols)]
-        product(heads.drop(e, tile), v, out=acc[:, i], add=len(some) > 1, plan=heads.plan)
+        v = heads.v[..., slice(*tile.cols), :]
+        product(heads.drop(e, tile), v, out=acc[..., i, :], add=len(some) > 1, plan=heads.plan)
     return row_sum, acc, heavy
 
 
 def sums(heads: Heads, row_max: Array) -> Array:
-    """The sums of exponentials of all rows, the sink's included (G, T)"""
+    """The sums of exponentials of all rows, the sink's included (..., G, T)"""
     row_sum = np.zeros(heads.q.shape[:-1], heads.q.dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # as in the forward, which has seen it
         for tile in heads.of_all_rows():
             i = slice(*tile.rows)
-            e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[:, i])
-            row_sum[:, i] += e @ np.ones(e.shape[-1], e.dtype)
+            e = heads.exponentials(heads.scaled_q(tile.rows), tile, None if row_max is None else row_max[..., i])
+            row_sum[..., i] += e @ np.ones(e.shape[-1], e.dtype)
     return row_sum if heads.sink is None else row_sum + of_sink(heads, row_max)
 
 
 def of_sink(heads: Heads, row_max: Array) -> Array:
-    """2^(log₂e · sink − c)     (G, R), or (G, 1) for all rows"""
+    """2^(log₂e · sink − c)     (..., G, R), or (G, 1) for all rows"""
     return np.exp2(heads.log2_sink if row_max is None else heads.log2_sink - row_max)
 
 
 def _maximum(heads: Heads, q: Array, rows: Range, some: list[Tile]) -> Array:
-    """The largest score of each row in some tiles, rounded up, 0 where there is none   →   (G, R)"""
+    """The largest score of each row in some tiles, rounded up, 0 where there is none   →   (..., G, R)"""
     top = np.full(q.shape[:-1], -np.inf, q.dtype)
     if heads.sink is not None:
         top[:] = heads.log2_sink
     for tile in some:
         i = within(rows, tile)
-        top[:, i] = np.maximum(top[:, i], _largest(heads, q[:, i], tile))
+        top[..., i] = np.maximum(top[..., i], _largest(heads, q[..., i, :], tile))
     return np.where(top == -np.inf, 0.0, np.ceil(top))
 
 
 def _largest(heads: Heads, q: Array, tile: Tile) -> Array:
-    """The largest score of each row of a tile (G, R), −∞ where the mask hides all"""
+    """The largest score of each row of a tile (..., G, R), −∞ where the mask hides all"""
     s = heads.scores(q, tile)
     if tile.mixed:
         heads.forbid(s, tile, -np.inf)
@@ -322,10 +329,10 @@ def inverse_of(row_sum: Array) -> Array:
 class Rows(NamedTuple):
     """What a backward needs to know of some rows. The weights are p = 2^(s − c) · inverse, never made as such."""
 
-    q: Array  # (G, R, D), times `score_scale`
-    row_max: Array  # (G, R) or None
-    inverse: Array  # (G, R, 1), of the sum of exponentials
-    d: Array  # (G, R, E + 1), [do, dlse − δ] · inverse
+    q: Array  # (..., G, R, D), times `score_scale`
+    row_max: Array  # (..., G, R) or None
+    inverse: Array  # (..., G, R, 1), of the sum of exponentials
+    d: Array  # (..., G, R, E + 1), [do, dlse − δ] · inverse
 
 
 def tile_backward(
@@ -341,28 +348,28 @@ def tile_backward(
     *,
     only: bool = False,
 ) -> Array:
-    """Add the share of one tile to dq (G, R, D), dk (G or 1, N, D) and dv (G or 1, N, E), or write it if it is the only
-    return its dz (G, R, N), good until the next tile
+    """Add the share of one tile to dq (..., G, R, D), dk (..., G or 1, N, D) and dv (..., G or 1, N, E), or write it if
+    it is the only; return its dz (..., G, R, N), good until the next tile
 
-    v1 (G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (G, R, N) or None. At dominant
-    keys dz is left out.
+    v1 (..., G, N, E + 1) is [v, 1], so that d · v1ᵀ is (dp − δ + dlse) · inverse; dweights is (..., G, R, N) or None.
+    At dominant keys dz is left out.
     """
-    (G, R, D), (N, E), dtype = x.q.shape, dv.shape[-2:], v1.dtype
-    slope = None if heads.softcap is None else scratch("slope", (G, R, N), dtype)
+    (*G, R, D), (N, E), dtype = x.q.shape, dv.shape[-2:], v1.dtype
+    slope = None if heads.softcap is None else scratch("slope", (*G, R, N), dtype)
     e = heads.exponentials(x.q, tile, x.row_max, slope)
     a = heads.drop(e, tile)
-    t = np.matmul(a.swapaxes(1, 2), x.d[..., :E], out=dv if only else scratch("n", (G, N, E), dtype))
+    t = np.matmul(a.swapaxes(-1, -2), x.d[..., :E], out=dv if only else scratch("n", (*G, N, E), dtype))
     if not only:
         add_heads(dv, t)
     dz = score_cotangent(heads, tile, x, e, v1, dweights)
     if dominant is not None:
         dominant.leave_out(tile.rows, tile.cols, (dz,), (1.0 if slope is None else slope,))
     du = dz if slope is None else np.multiply(dz, slope, out=slope)
-    t = product(du, heads.k[:, slice(*tile.cols)], out=scratch("r", (G, R, D), dtype), plan=heads.plan)
+    t = product(du, heads.k[..., slice(*tile.cols), :], out=scratch("r", (*G, R, D), dtype), plan=heads.plan)
     np.multiply(t, heads.rounded(heads.scale), out=dq if only else t)
     if not only:
         dq += t
-    t = np.matmul(du.swapaxes(1, 2), x.q, out=scratch("n", (G, N, D), dtype))
+    t = np.matmul(du.swapaxes(-1, -2), x.q, out=scratch("n", (*G, N, D), dtype))
     np.multiply(t, heads.scale_by_score_scale, out=dk if only else t)
     if not only:
         add_heads(dk, t)
@@ -370,27 +377,29 @@ def tile_backward(
 
 
 def score_cotangent(heads: Heads, tile: Tile, x: Rows, e: Array, v1: Array, dweights: Array) -> Array:
-    """dz = e (dp − δ + dlse) · inverse (G, R, N), good until the next tile     of the exponentials e"""
+    """dz = e (dp − δ + dlse) · inverse (..., G, R, N), good until the next tile     of the exponentials e"""
     E = v1.shape[-1] - 1
     if heads.keep is None:
-        dp = np.matmul(x.d, v1.swapaxes(1, 2), out=scratch("dp", e.shape, v1.dtype))
+        dp = np.matmul(x.d, v1.swapaxes(-1, -2), out=scratch("dp", e.shape, v1.dtype))
     else:
-        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(1, 2), tile) + x.d[..., E:]
+        dp = heads.drop(x.d[..., :E] @ v1[..., :E].swapaxes(-1, -2), tile) + x.d[..., E:]
     if dweights is not None:
         dp += _of_some(e, dweights) * x.inverse
     return np.multiply(e, dp, out=dp)
 
 
 def add_heads(total: Array, x: Array) -> None:
-    """total += x (G, ...), head by head where there is one for all: then it is the same, however many go together"""
-    for some in (x,) if len(total) == len(x) else x:
-        total += some
+    """total (..., G or 1, R, D) += x (..., G, R, D), head by head where there is one for all: then it is the same,
+    however many go together
+    """
+    for h in range(x.shape[-3] // total.shape[-3]):
+        total += x[..., h : h + total.shape[-3], :, :]
 
 
 def mean_cotangent(heads: Heads, tile: Tile, x: Rows, dweights: Array) -> Array:
-    """Σ p dweights over one tile (G, R)"""
+    """Σ p dweights over one tile (..., G, R)"""
     e = heads.exponentials(x.q, tile, x.row_max)
-    return np.einsum("gts,gts->gt", e, _of_some(e, dweights)) * x.inverse[..., 0]
+    return np.einsum("...ts,...ts->...t", e, _of_some(e, dweights)) * x.inverse[..., 0]
 
 
 def _of_some(e: Array, dweights: Array) -> Array:
