@@ -30,8 +30,7 @@ class Plan(NamedTuple):
     half_products: bool = False  # of half types, of factors rounded to them and summed in float32, where a library can
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
-    joined: int = 512  # columns of q, k or v, up to which those of one input are one product: a tenth faster than three
-    wide: int = 256  # the same of their gradients, up to which dx is of one product
+    wide: int = 256  # columns of q, k or v, up to which the gradient of their one input is of one product
     copied_rows: int = (
         8192  # of x from which on w is transposed first: 2 ms of one thread, and saves a 20th of a product
     )
@@ -130,7 +129,7 @@ class Plan(NamedTuple):
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
+LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 # Of a sample, up to which BATCHED is the default for NumPy's arrays: one query of 256 keys in 12 heads is then 5 to 12
 # times faster, at as many scores as these both are about as fast (docs/performance.md).
@@ -144,7 +143,7 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "joined", "wide", "small_product", "copied_rows"),
+    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "wide", "small_product", "copied_rows"),
     *("thread_flops", "sample_numbers", "kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
 )
 

@@ -3,6 +3,7 @@
 Axes: T queries, H heads, D width of a head, O output width, C input width; `...` is batch.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -38,6 +39,33 @@ def linear_vjp(
     return dx if add_to is None else add_to + dx, dw, db
 
 
+def linears(caches: Sequence[LinearCache], /, *, plan: Plan) -> list[Array]:
+    """`linear` of each, of NumPy's arrays in one queue"""
+    if all(isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f" for cache in caches):
+        return tiled.linears(caches, plan=plan)
+    return [linear(*cache, plan=plan) for cache in caches]
+
+
+def linears_vjp(
+    caches: Sequence[LinearCache],
+    dys: Sequence[Array],
+    /,
+    *,
+    add_to: Sequence[Array],
+    batch_axes: int = 0,
+    plan: Plan,
+) -> tuple[list[Array], list[tuple[Array, Array]]]:
+    """`linear_vjp` of each: a dx for each of `add_to`, and all (dw, db); where `add_to` is one, they are of one x"""
+    if all(isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f" for cache in caches):
+        return tiled.linears_vjp(caches, dys, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dxs, dws = list(add_to), list[tuple[Array, Array]]()
+    for i, (cache, dy) in enumerate(zip(caches, dys, strict=True)):
+        at = i % len(dxs)
+        dxs[at], *of_w = linear_vjp(cache, dy, add_to=dxs[at], batch_axes=batch_axes, plan=plan)
+        dws.append(tuple(of_w))
+    return dxs, dws
+
+
 # ── project: the heads as rows of one matrix ─────────────────────────────────────────────────────────────────────
 
 
@@ -61,21 +89,17 @@ def project_vjp(
     cache: ProjectCache, dy: Array, /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Params, Array]:
     """dparams, add_to + dx"""
-    reshape, (*batch, H, D) = namespace(dy).reshape, dy.shape
-    flat = reshape(dy, (*batch, H * D))
+    *batch, H, D = dy.shape
+    flat = namespace(dy).reshape(dy, (*batch, H * D))
     dx, dw, db = linear_vjp(stacked(cache), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
-    lead = tuple(dw.shape[:-2])
-    return w_and_b(reshape(dw, (*lead, *cache.w.shape)), None if db is None else reshape(db, (*lead, H, D))), dx
+    return _params_by_heads(cache, dw, db), dx
 
 
 def project_qkv(params: Params, inputs: tuple[Array, ...], /, *, plan: Plan) -> tuple[tuple[Array, ProjectCache], ...]:
-    """q, k and v (..., T, H, D) of query, key and value: of one input, where they are narrow, as one product"""
-    caches = tuple(
-        ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)
-    )
-    if any(x is not inputs[0] for x in inputs) or max(cache.columns for cache in caches) > plan.joined:
-        return tuple(_projected(cache, plan) for cache in caches)
-    return tuple(zip(_as_one(caches, plan), caches, strict=True))
+    """q, k and v (..., T, H, D) of query, key and value"""
+    caches = [ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)]
+    ys = linears([stacked(cache) for cache in caches], plan=plan)
+    return tuple((_by_heads(cache, y), cache) for cache, y in zip(caches, ys, strict=True))
 
 
 def project_qkv_vjp(
@@ -92,39 +116,25 @@ def project_qkv_vjp(
     Where `add_to` is one array, the three are one input, and their gradients are added up: of wide projections in turn,
     of narrow ones as one product.
     """
-    dparams: list[Params] = []
-    dxs, n = list(add_to), len(add_to)
-    if n == 1 and min(dy.shape[-2] * dy.shape[-1] for dy in dys) < plan.wide:
-        dparams, dxs[0] = _as_one_vjp(caches, dys, add_to=dxs[0], batch_axes=batch_axes, plan=plan)
-    else:
-        for i, (cache, dy) in enumerate(zip(caches, dys, strict=True)):
-            of_one, dxs[i % n] = project_vjp(cache, dy, add_to=dxs[i % n], batch_axes=batch_axes, plan=plan)
-            dparams.append(of_one)
+    flat = tuple(namespace(dy).reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
+    if len(add_to) == 1 and min(dy.shape[-1] for dy in flat) < plan.wide:
+        dparams, dx = _as_one_vjp(caches, flat, add_to=add_to[0], batch_axes=batch_axes, plan=plan)
+        return dict(zip(PROJECTIONS, dparams, strict=True)), (dx,)
+    of_all = [stacked(cache) for cache in caches]
+    dxs, dws = linears_vjp(of_all, flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dparams = [_params_by_heads(cache, *of_one) for cache, of_one in zip(caches, dws, strict=True)]
     return dict(zip(PROJECTIONS, dparams, strict=True)), tuple(dxs)
-
-
-def _as_one(caches: tuple[ProjectCache, ...], plan: Plan) -> tuple[Array, ...]:
-    """y (..., T, H, D) of each: of the projection whose rows are those of all"""
-    y = linear(*_of_all(caches), plan=plan)
-    reshape, lead, stops = namespace(y).reshape, y.shape[:-1], accumulate(cache.columns for cache in caches)
-    return tuple(
-        reshape(y[..., stop - cache.columns : stop], (*lead, *cache.w.shape[:-1]))
-        for cache, stop in zip(caches, stops, strict=True)
-    )
 
 
 def _as_one_vjp(
     caches: tuple[ProjectCache, ...], dys: tuple[Array, ...], /, *, add_to: Array, batch_axes: int, plan: Plan
 ) -> tuple[list[Params], Array]:
     """dparams of each, add_to + dx: of the projection whose rows are those of all"""
-    xp = namespace(dys[0])
-    flat = tuple(xp.reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
-    dx, dw, db = linear_vjp(_of_all(caches), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
-    dparams, lead = [], tuple(dw.shape[:-2])
+    dx, dw, db = linear_vjp(_of_all(caches), dys, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dparams = []
     for cache, stop in zip(caches, accumulate(cache.columns for cache in caches), strict=True):
         rows = slice(stop - cache.columns, stop)
-        dbias = None if cache.b is None else xp.reshape(db[..., rows], (*lead, *cache.b.shape))
-        dparams.append(w_and_b(xp.reshape(dw[..., rows, :], (*lead, *cache.w.shape)), dbias))
+        dparams.append(_params_by_heads(cache, dw[..., rows, :], None if cache.b is None else db[..., rows]))
     return dparams, dx
 
 
@@ -138,8 +148,18 @@ def _of_all(caches: tuple[ProjectCache, ...]) -> LinearCache:
 
 def _projected(cache: ProjectCache, plan: Plan) -> tuple[Array, ProjectCache]:
     """`project`, from its cache"""
-    y = linear(*stacked(cache), plan=plan)
-    return namespace(y).reshape(y, (*cache.x.shape[:-1], *cache.w.shape[:-1])), cache
+    return _by_heads(cache, linear(*stacked(cache), plan=plan)), cache
+
+
+def _by_heads(cache: ProjectCache, y: Array) -> Array:
+    """y (..., T, H·D)   →   (..., T, H, D)"""
+    return namespace(y).reshape(y, (*y.shape[:-1], *cache.w.shape[:-1]))
+
+
+def _params_by_heads(cache: ProjectCache, dw: Array, db: Array) -> Params:
+    """dw (..., H·D, C)   db (..., H·D) or None   →   w (..., H, D, C)   b (..., H, D) or absent"""
+    reshape, lead = namespace(dw).reshape, dw.shape[:-2]
+    return w_and_b(reshape(dw, (*lead, *cache.w.shape)), None if db is None else reshape(db, (*lead, *cache.b.shape)))
 
 
 def stacked(cache: ProjectCache) -> LinearCache:

@@ -2,7 +2,7 @@
 
 from .attention import attend, attention, attention_vjp, attention_weights, log_sum_exp
 from .cache import AttentionCache
-from .linear import linear, linear_vjp
+from .linear import linear, linear_vjp, linears, linears_vjp
 
 __all__ = [
     "AttentionCache",
@@ -12,5 +12,7 @@ __all__ = [
     "attention_weights",
     "linear",
     "linear_vjp",
+    "linears",
+    "linears_vjp",
     "log_sum_exp",
 ]

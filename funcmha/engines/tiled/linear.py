@@ -1,5 +1,6 @@
-"""`funcmha.ops.linear` and its vjp, in blocks of rows shared out among the threads."""
+"""`funcmha.ops.linear` and its vjp, one or several, in blocks of rows shared out among the threads."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt, prod
 from typing import Any
@@ -19,19 +20,8 @@ def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan
 
     Of arguments that are checked and upcast. y is written into `add_to`, unless that is None.
     """
-    rows, wt = _rows(x), w.T
-    if len(rows) > plan.copied_rows:
-        wt = np.ascontiguousarray(wt)  # row-major by row-major is the fastest of the products
-    y = np.empty((len(rows), len(w)), rows.dtype) if add_to is None else _rows(add_to)
-
-    def work(at: tuple[slice, slice]) -> None:
-        block = product(rows[at[0]], wt[:, at[1]], out=y[at], add=add_to is not None, plan=plan)
-        if b is not None:
-            block += b[at[1]]
-
-    with threads.single_threaded_blas():
-        threads.run(work, _pieces(y, plan), flops=2 * rows.size * len(w), plan=plan)
-    return y.reshape(*x.shape[:-1], len(w))
+    (y,) = linears([LinearCache(x, w, b)], add_to=add_to, plan=plan)
+    return y
 
 
 def linear_vjp(
@@ -42,21 +32,68 @@ def linear_vjp(
     Of arguments that are checked and upcast. `dy` is one array, or several side by side, which are put together a block
     of rows at a time. dx is written into `add_to`, unless that is None.
     """
-    x, w, b = cache
-    rows, parts = _rows(x), [_rows(part) for part in (dy if isinstance(dy, tuple) else (dy,))]
-    dx = np.empty(rows.shape, x.dtype) if add_to is None else _rows(add_to)
+    (dx,), ((dw, db),) = linears_vjp([cache], [dy], add_to=[add_to], batch_axes=batch_axes, plan=plan)
+    return dx, dw, db
 
-    def of_x(at: tuple[slice, slice]) -> None:
-        product(_side_by_side(parts, at[0]), w[:, at[1]], out=dx[at], add=add_to is not None, plan=plan)
 
-    batch = x.shape[:batch_axes]
-    of_all = _of_all if batch_axes == 0 else _of_samples
-    dw, db = np.empty((*batch, *w.shape), w.dtype), np.empty((*batch, len(w)), w.dtype)
-    tasks = of_all(parts, rows, dw, None if b is None else db, plan)
-    tasks += [(of_x, at) for at in _pieces(dx, plan)]  # the shortest last, for the threads to end together
+def linears(caches: Sequence[LinearCache], /, *, add_to: Array = None, plan: Plan) -> list[Array]:
+    """`linear` of each, on threads that need not wait between them"""
+    ys, tasks, flops = [], [], 0
+    for x, w, b in caches:
+        rows, wt = _rows(x), w.T
+        if len(rows) > plan.copied_rows:
+            wt = np.ascontiguousarray(wt)  # row-major by row-major is the fastest of the products
+        y = np.empty((len(rows), len(w)), rows.dtype) if add_to is None else _rows(add_to)
+        tasks += [(rows[i], wt[:, j], None if b is None else b[j], y[i, j]) for i, j in _pieces(y, plan)]
+        ys.append(y.reshape(*x.shape[:-1], len(w)))
+        flops += 2 * rows.size * len(w)
+
+    def work(task: tuple[Array, Array, Array, Array]) -> None:
+        x, wt, b, y = task
+        product(x, wt, out=y, add=add_to is not None, plan=plan)
+        if b is not None:
+            y += b
+
     with threads.single_threaded_blas():
-        threads.run(lambda task: task[0](task[1]), tasks, flops=4 * rows.size * len(w), plan=plan)
-    return dx.reshape(x.shape), dw, None if b is None else db
+        threads.run(work, tasks, flops, plan)
+    return ys
+
+
+def linears_vjp(
+    caches: Sequence[LinearCache],
+    dys: Sequence[Array | tuple[Array, ...]],
+    /,
+    *,
+    add_to: Sequence[Array],
+    batch_axes: int = 0,
+    plan: Plan,
+) -> tuple[list[Array], list[tuple[Array, Array]]]:
+    """`linear_vjp` of each: a dx for each of `add_to`, and all (dw, db)
+
+    Where `add_to` is one array, or None, and they are several, they are of one x, and dx = add_to + Σ dyᵢ wᵢ.
+    """
+    xs, parts, n = [_rows(cache.x) for cache in caches], [_parts(dy) for dy in dys], len(add_to)
+    dxs = [np.empty(x.shape, x.dtype) if a is None else _rows(a) for x, a in zip(xs, add_to, strict=False)]
+    dws, tasks, of_all = [], [], _of_all if batch_axes == 0 else _of_samples
+    for (x, w, b), rows, dy in zip(caches, xs, parts, strict=True):
+        batch = x.shape[:batch_axes]
+        dw, db = np.empty((*batch, *w.shape), w.dtype), None if b is None else np.empty((*batch, len(w)), w.dtype)
+        tasks += of_all(dy, rows, dw, db, plan)
+        dws.append((dw, db))
+
+    def of_x(task: tuple[int, slice, slice]) -> None:
+        first, i, j = task
+        add = add_to[first] is not None
+        for (_, w, _), dy in zip(caches[first::n], parts[first::n], strict=True):
+            product(_side_by_side(dy, i), w[:, j], out=dxs[first][i, j], add=add, plan=plan)
+            add = True
+
+    # The shortest last, for the threads to end together.
+    tasks += [(of_x, (first, *at)) for first, dx in enumerate(dxs) for at in _pieces(dx, plan)]
+    flops = sum(4 * rows.size * len(cache.w) for cache, rows in zip(caches, xs, strict=True))
+    with threads.single_threaded_blas():
+        threads.run(lambda task: task[0](task[1]), tasks, flops, plan)
+    return [dx.reshape(cache.x.shape) for cache, dx in zip(caches, dxs, strict=False)], dws
 
 
 def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -> list[Any]:
@@ -112,6 +149,11 @@ def _in_pairs(n: int, size: int) -> list[slice]:
         return [slice(0, n)] if n else []
     pairs = -(-n // (2 * size))
     return evenly(0, n, -(-n // (2 * pairs)))
+
+
+def _parts(dy: Array | tuple[Array, ...]) -> list[Array]:
+    """One array, or several side by side, as matrices (N, ·)"""
+    return [_rows(part) for part in (dy if isinstance(dy, tuple) else (dy,))]
 
 
 def _side_by_side(parts: list[Array], rows: slice, cols: slice = slice(None)) -> Array:

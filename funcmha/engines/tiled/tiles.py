@@ -50,9 +50,7 @@ class Tile(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Some heads, of each sample the same: they read one key/value head, which is repeated by a stride of 0, or each its
-    own.
-    """
+    """Some heads, the same of each sample, that read one key/value head, repeated by a stride of 0, or each its own."""
 
     q: Array  # (..., G, T, D)
     k: Array  # (..., G, S, D)
@@ -122,8 +120,8 @@ class Heads(NamedTuple):
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
 
-        q (..., G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the gradient
-        of the soft cap is multiplied by, 1 − tanh².
+        q (..., G, R, D) is that of these rows, times `score_scale`. Into `slope`, where it is given, goes what the
+        gradient of the soft cap is multiplied by, 1 − tanh².
         """
         k = self.k[..., slice(*tile.cols), :]
         s = np.matmul(q, k.swapaxes(-1, -2), out=scratch("s", (*q.shape[:-2], *tile.shape), q.dtype))
