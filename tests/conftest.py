@@ -151,7 +151,6 @@ SMALL = engines.Plan(
     kept_numbers=0,
     group_numbers=0,
     group_columns=0,
-    thread_tasks=1,
     linear_rows=5,
     weight_block=4,
 )

@@ -269,7 +269,7 @@ def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, 
     do, dweights, dlse = problem.cotangents("float32")
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "1")
     results, sizes = [], set[int]()
-    plan = Plan(stack_numbers=2**60, thread_tasks=1, tile_rows=side, tile_cols=side)
+    plan = Plan(stack_numbers=2**60, tile_rows=side, tile_cols=side)
     for n in (0, 2 * K * G * min(side, 23) * min(side, 29), 2**60):
         engine = TILED._replace(plan=plan._replace(sample_numbers=n))
         o, cache = attention(q, *others, **static, engine=engine)

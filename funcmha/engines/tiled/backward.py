@@ -46,22 +46,20 @@ class Backward(NamedTuple):
         """Every tile once. What a row or a column is added up from comes in the order of `wavefronts`, on one thread or
         many
         """
-        *batch, H, T, D = self.dq.shape
-        S, E = self.dv.shape[-2:]
-        stacks = self.x.stacks_of_keys()
-        flops = 6.0 * prod(batch) * T * S * (D + E)  # of a head
-        if self.dbias is None and _busy(prod(batch) * len(stacks), self.x.plan):
-            together = self.x.samples_together(max((h.stop - h.start for some in stacks for h in some), default=1))
+        (*batch, H, T, _), S, x = self.dq.shape, self.dk.shape[-2], self.x
+        stacks, flops = x.stacks_of_keys(), 3 * x.flops
+        if self.dbias is None and _busy(prod(batch) * len(stacks), x.plan):
+            together = x.samples_together(max((h.stop - h.start for some in stacks for h in some), default=1), 3)
             alone = [(some, b) for some in stacks for b in together]  # share nothing: each has a thread to itself
-            threads.run(lambda task: self.alone(*task), alone, flops * H, plan=self.x.plan)
+            threads.run(lambda task: self.alone(*task), alone, flops, x.plan)
             return
 
-        samples = self.x.samples()
+        samples = x.samples()
         together = [[b] for b in samples] if self.dbias is not None and self.dbias.sums_samples else [samples]
-        schedule = [front for some in together for front in wavefronts(self.x.heads, some, T, S)] if H else []
+        schedule = [front for some in together for front in wavefronts(x.heads, some, T, S)] if H else []
         for some in stacks:
             for h in some:
-                self.all_samples(h, samples, schedule, flops * (h.stop - h.start))
+                self.all_samples(h, samples, schedule, flops * (h.stop - h.start) / H)
 
     def alone(self, stacks: list[slice], b: Any) -> None:
         """Heads that share nothing with others, of one sample or of several, on this thread"""
@@ -129,9 +127,7 @@ class Backward(NamedTuple):
                 dz[inside(self.x.dominant[at][:, i], tile.cols)] = 0.0
                 total[at][:, i] += dz @ np.ones(dz.shape[-1], dz.dtype)
 
-        *batch, H, T, D = self.x.q.shape
-        S, E = self.x.v.shape[-2:]
-        threads.run(add, self.x.stacks_of_samples(), flops=2.0 * prod(batch) * H * T * S * (D + E), plan=self.x.plan)
+        threads.run(add, self.x.stacks_of_samples(), self.x.flops, self.x.plan)
         return total
 
     def in_rows(self, b: Any, h: slice) -> Heads:

@@ -15,7 +15,7 @@ from funcmha.dropout import Masked, Seeded
 from funcmha.engines.plan import Plan, evenly
 from funcmha.masks import Mask
 
-from .threads import num_threads
+from .threads import workers
 from .tiles import Heads
 
 
@@ -124,39 +124,49 @@ class Views(NamedTuple):
         (H, T, _), K = self.q.shape[-3:], self.k.shape[-3]
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
+    @property
+    def flops(self) -> float:
+        """Of the two products of the forward"""
+        (*_, D), (S, E) = self.q.shape, self.v.shape[-2:]
+        return float(2 * prod(self.q.shape[:-1]) * S * (D + E))
+
+    def workers(self, forwards: int) -> int:
+        """How many threads share the work of so many forwards"""
+        return workers(forwards * self.flops, self.plan)
+
     def samples(self) -> list[Any]:
         """Each sample, by its place in the batch"""
         return list(np.ndindex(*self.q.shape[:-3]))
 
-    def samples_together(self, heads: int) -> list[Any]:
+    def samples_together(self, heads: int, forwards: int = 1) -> list[Any]:
         """The samples that go together, of so many heads each: their place in the batch, its last axis by a slice"""
-        *batch, H, T, _ = self.q.shape
-        S, threads = self.k.shape[-2], num_threads()
+        (*batch, H, T, _), S = self.q.shape, self.k.shape[-2]
         if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
             return self.samples()
         tasks = prod(batch) * -(-H // heads) * -(-T // self.plan.tile_rows)
-        size = self.plan.samples(heads, T, S, most=tasks // (self.plan.thread_tasks * threads))
+        size = self.plan.samples(heads, T, S, most=tasks // self.workers(forwards))
         return [(*b, some) for b in np.ndindex(*batch[:-1]) for some in evenly(0, batch[-1], size)]
 
     def stacks(self) -> list[slice]:
         """The heads that go together, enough for all threads"""
-        return [h for some in self._stacks(for_threads=True) for h in some]
+        return [h for some in self._stacks(self.workers(1)) for h in some]
 
     def stacks_of_samples(self) -> list[tuple[Any, slice]]:
         """The same of each sample"""
         return [(b, h) for b in self.samples() for h in self.stacks()]
 
     def stacks_of_keys(self) -> list[list[slice]]:
-        """The same in lists of those that read one key/value head
+        """The same for the backward, in lists of those that read one key/value head
 
         As they are added up in another order, the number of threads says nothing where heads share a gradient.
         """
-        return self._stacks(for_threads=self.bias is None and self.q.shape[-3] == self.k.shape[-3])
+        shared = self.bias is not None or self.q.shape[-3] != self.k.shape[-3]
+        return self._stacks(1 if shared else self.workers(3))
 
-    def _stacks(self, for_threads: bool) -> list[list[slice]]:
+    def _stacks(self, workers: int) -> list[list[slice]]:
         (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
         tasks = prod(batch) * -(-T // self.plan.tile_rows)
-        return self.plan.stacks(H, K, T, S, least=-(-num_threads() // max(tasks, 1)) if for_threads else 1)
+        return self.plan.stacks(H, K, T, S, least=-(-workers // max(tasks, 1)))
 
     def key_heads(self, b: tuple[Any, ...], h: slice) -> tuple[Any, ...]:
         """Where the key/value heads are that heads h of sample b, or of some, read: one, or as many"""

@@ -3,7 +3,6 @@
 Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E value width; `...` is batch.
 """
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def recomputed(x: Views) -> Views:
 
 
 def _few_queries(x: Views) -> bool:
-    (*batch, H, T, D), (K, S, E) = x.q.shape, x.v.shape[-3:]
+    H, K = x.q.shape[-3], x.k.shape[-3]
 
     def work(task: tuple[Any, int]) -> None:
         b, kv = task
@@ -44,13 +43,11 @@ def _few_queries(x: Views) -> bool:
         at = (*b, h)
         x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward(x.heads(b, h))
 
-    tasks = [(b, kv) for b in np.ndindex(*batch) for kv in range(K)]
-    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
+    threads.run(work, [(b, kv) for b in x.samples() for kv in range(K)], x.flops, x.plan)
     return True
 
 
 def _in_tiles(x: Views) -> bool:
-    (*batch, H, T, D), (S, E) = x.q.shape, x.v.shape[-2:]
     shifted: list[Any] = []
 
     def work(task: tuple[slice, Range, Any]) -> None:
@@ -68,6 +65,7 @@ def _in_tiles(x: Views) -> bool:
     stacks = x.stacks()
     samples = x.samples_together(max((h.stop - h.start for h in stacks), default=1))
     # Where the mask is causal the last rows of a head take longest, and begin first.
-    tasks = [(h, rows, b) for h in stacks for rows in reversed(blocks(T, x.plan.tile_rows)) for b in samples]
-    threads.run(work, tasks, flops=2.0 * prod(batch) * H * T * S * (D + E), plan=x.plan)
+    of_rows = blocks(x.q.shape[-2], x.plan.tile_rows)
+    tasks = [(h, rows, b) for h in stacks for rows in reversed(of_rows) for b in samples]
+    threads.run(work, tasks, x.flops, x.plan)
     return bool(shifted)

@@ -68,13 +68,18 @@ def _cores() -> int:
     return cores if quota >= cores else math.ceil(quota)
 
 
+def workers(flops: float, plan: Plan) -> int:
+    """How many threads share so much work: one for a few flops"""
+    return num_threads() if flops > plan.thread_flops else 1
+
+
 def run(work: Callable[[Any], Any], tasks: Sequence[Any], flops: float, plan: Plan) -> None:
     """work(task) for every task, in no order; the caller is one of the threads, and the only one for a few flops.
 
     When a task raises, or the caller is interrupted, the tasks that have not begun are dropped, those that have are
     waited for, and the exception is raised.
     """
-    threads = min(num_threads(), len(tasks)) if flops > plan.thread_flops else 1
+    threads = min(workers(flops, plan), len(tasks))
     queue: Iterator[Any] = iter(tasks)  # whose next() is one step of the interpreter: no two get the same
     if threads < 2:
         _each(work, queue)
