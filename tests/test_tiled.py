@@ -34,7 +34,7 @@ from funcmha import (
 from funcmha._arguments import values_of
 from funcmha.biases import as_bias
 from funcmha.derivatives import attention_jvp, attention_vjp_jvp
-from funcmha.engines import BATCHED, ENGINES, SEQUENTIAL, TILED, Plan, batched, heads
+from funcmha.engines import ENGINES, SEQUENTIAL, TILED, Plan, batched, heads
 from funcmha.engines.tiled import linear, linear_vjp, threads
 from funcmha.engines.tiled.cache import Views
 from funcmha.engines.tiled.products import product
@@ -273,7 +273,7 @@ def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, 
     for n in (0, 2 * K * G * min(side, 23) * min(side, 29), 2**60):
         engine = TILED._replace(plan=plan._replace(sample_numbers=n))
         o, cache = attention(q, *others, **static, engine=engine)
-        sizes.add(len(Views.of(cache).samples_together(K * G)))
+        sizes.add(len(Views.of(cache).samples_together([slice(0, K * G)], 1)))
         grads = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
         results.append([o, log_sum_exp(cache), *map(values_of, grads)])
     assert sizes == ({10} if mask == "padding" else {10, 6, 2})
@@ -282,6 +282,23 @@ def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, 
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "heads", "padding"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_how_many_of_few_queries_go_together_changes_no_bit(monkeypatch, rate, mask):
+    fields = {"rate": rate, "seeded": True, "sink": True, "bias": "... H T S", "gain": 5.0, "mask": mask}
+    problem = AttentionProblem(batch=(2, 3), T=3, S=300, K=4, G=2, D=16, E=24, **fields)
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "1")
+    results, sizes = [], set[int]()
+    for n in (1, 2 * 6 * 300, 24 * 300, 2**60):
+        plan = Plan(stack_numbers=n, sample_numbers=2 * n)
+        _, cache = attention(*problem.inputs("float32"), **problem.static(), engine=TILED._replace(plan=plan))
+        sizes.add(len(Views.of(cache).stacks_of_few_queries()))
+        results.append(both(problem, "float32", TILED._replace(plan=plan))[:2])
+    assert sizes == ({24, 12, 6} if mask in ("padding", "heads") else {24, 12, 6, 2})
+    for other in results[1:]:
+        assert all(map(np.array_equal, results[0], other))
 
 
 @pytest.mark.parametrize("T", [1, 513])
@@ -340,19 +357,6 @@ def test_a_batch_of_tiles_equals_its_samples_bit_for_bit(T):
             [o, log_sum_exp(cache), *attention_vjp(cache, do[b], dlse=dlse[b])[:3]], whole, strict=False
         ):
             assert np.array_equal(got, want[b])
-
-
-@pytest.mark.parametrize(
-    ("T", "S", "engine"), [(80, 80, BATCHED), (119, 119, TILED), (1, 200, BATCHED), (1, 14001, TILED), (0, 0, BATCHED)]
-)
-def test_short_sequences_have_all_heads_at_once(T, S, engine):
-    """The caches tell which engine it was."""
-    q, k = np.zeros((2, 3, T, 5), np.float32), np.zeros((2, 3, S, 5), np.float32)
-    want = type(attention(q, k, k, engine=engine)[1])
-    assert type(attention(q, k, k)[1]) is want
-    x, memory = np.zeros((2, T, 4), np.float32), np.zeros((2, S, 4), np.float32)
-    _, cache = mha(init(0, 4, 2), x, memory, memory)
-    assert type(next(heads(cache)).attention) is want
 
 
 @pytest.mark.parametrize("name", ["attend", "attention_vjp"])

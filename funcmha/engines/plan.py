@@ -131,9 +131,9 @@ class Plan(NamedTuple):
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
 LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
-# Of a sample, up to which BATCHED is the default for NumPy's arrays: one query of 256 keys in 12 heads is then 5 to 12
-# times faster, at as many scores as these both are about as fast (docs/performance.md).
-FEW_SCORES = 28_000  # scores of all heads
+# Of a sample, up to which BATCHED is the default for NumPy's arrays: up to twice as fast of a few samples, and about as
+# fast of many at as many scores as these (docs/decisions/0044).
+FEW_SCORES = 5_000  # scores of all heads
 FEW_SHARED_KEYS = 128  # keys, where heads share key/value heads: they are copied for each head
 
 

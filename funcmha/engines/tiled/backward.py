@@ -49,7 +49,7 @@ class Backward(NamedTuple):
         (*batch, H, T, _), S, x = self.dq.shape, self.dk.shape[-2], self.x
         stacks, flops = x.stacks_of_keys(), 3 * x.flops
         if self.dbias is None and _busy(prod(batch) * len(stacks), x.plan):
-            together = x.samples_together(max((h.stop - h.start for some in stacks for h in some), default=1), 3)
+            together = x.samples_together([h for some in stacks for h in some], 3)
             alone = [(some, b) for some in stacks for b in together]  # share nothing: each has a thread to itself
             threads.run(lambda task: self.alone(*task), alone, flops, x.plan)
             return
@@ -120,12 +120,12 @@ class Backward(NamedTuple):
             at = (*b, h)
             for tile in p.heads.of_all_rows():
                 i, j = slice(*tile.rows), slice(*tile.cols)
-                cotangent = None if self.dweights is None else self.dweights[at][:, i, j]
+                cotangent = None if self.dweights is None else self.dweights[at][..., i, j]
                 x = self.rows(at, p.heads, p.r, tile.rows)
                 e = p.heads.exponentials(x.q, tile, x.row_max)
-                dz = score_cotangent(p.heads, tile, x, e, p.v1[:, j], cotangent)
-                dz[inside(self.x.dominant[at][:, i], tile.cols)] = 0.0
-                total[at][:, i] += dz @ np.ones(dz.shape[-1], dz.dtype)
+                dz = score_cotangent(p.heads, tile, x, e, p.v1[..., j, :], cotangent)
+                dz[inside(self.x.dominant[at][..., i], tile.cols)] = 0.0
+                total[at][..., i] += dz @ np.ones(dz.shape[-1], dz.dtype)
 
         threads.run(add, self.x.stacks_of_samples(), self.x.flops, self.x.plan)
         return total

@@ -138,13 +138,27 @@ class Views(NamedTuple):
         """Each sample, by its place in the batch"""
         return list(np.ndindex(*self.q.shape[:-3]))
 
-    def samples_together(self, heads: int, forwards: int = 1) -> list[Any]:
-        """The samples that go together, of so many heads each: their place in the batch, its last axis by a slice"""
+    def samples_together(self, stacks: list[slice], forwards: int) -> list[Any]:
+        """The samples whose heads go together: their place in the batch, its last axis by a slice"""
         (*batch, H, T, _), S = self.q.shape, self.k.shape[-2]
+        heads = max((h.stop - h.start for h in stacks), default=1)
+        tasks = prod(batch) * -(-H // heads) * -(-T // self.plan.tile_rows)
+        return self._in_ranges(self.plan.samples(heads, T, S, most=tasks // self.workers(forwards)))
+
+    def stacks_of_few_queries(self) -> list[tuple[Any, slice, slice]]:
+        """Samples, key/value heads and their readers that go together, where the readers of each are rows of one"""
+        (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
+        readers, workers, tasks = H // max(K, 1), self.workers(1), prod(batch)
+        stacks = [kv for some in self.plan.stacks(K, K, readers * T, S, -(-workers // max(tasks, 1))) for kv in some]
+        heads = max((kv.stop - kv.start for kv in stacks), default=1)
+        samples = self._in_ranges(self.plan.samples(heads, readers * T, S, most=tasks * len(stacks) // workers))
+        return [(b, kv, slice(kv.start * readers, kv.stop * readers)) for b in samples for kv in stacks]
+
+    def _in_ranges(self, size: int) -> list[Any]:
+        """The samples, so many at a time, or each by itself where they may differ in their mask"""
+        (*batch, _, T, _), S = self.q.shape, self.k.shape[-2]
         if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
             return self.samples()
-        tasks = prod(batch) * -(-H // heads) * -(-T // self.plan.tile_rows)
-        size = self.plan.samples(heads, T, S, most=tasks // self.workers(forwards))
         return [(*b, some) for b in np.ndindex(*batch[:-1]) for some in evenly(0, batch[-1], size)]
 
     def stacks(self) -> list[slice]:
@@ -152,8 +166,9 @@ class Views(NamedTuple):
         return [h for some in self._stacks(self.workers(1)) for h in some]
 
     def stacks_of_samples(self) -> list[tuple[Any, slice]]:
-        """The same of each sample"""
-        return [(b, h) for b in self.samples() for h in self.stacks()]
+        """The same, with the samples that go together"""
+        stacks = self.stacks()
+        return [(b, h) for h in stacks for b in self.samples_together(stacks, 1)]
 
     def stacks_of_keys(self) -> list[list[slice]]:
         """The same for the backward, in lists of those that read one key/value head
@@ -202,5 +217,5 @@ def with_head_axis(a: Any, rank: int = 2) -> Any:
 
 
 def repeated(a: Array, n: int) -> Array:
-    """a (..., n, S, D), or (..., 1, S, D) for each of n, by a stride of 0"""
-    return a if a.shape[-3] == n else np.broadcast_to(a, (*a.shape[:-3], n, *a.shape[-2:]))
+    """a (..., K, S, D), or (..., 1, S, D) for each of n, by a stride of 0"""
+    return a if a.shape[-3] != 1 else np.broadcast_to(a, (*a.shape[:-3], n, *a.shape[-2:]))

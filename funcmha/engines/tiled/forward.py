@@ -35,23 +35,20 @@ def recomputed(x: Views) -> Views:
 
 
 def _few_queries(x: Views) -> bool:
-    H, K = x.q.shape[-3], x.k.shape[-3]
+    def work(task: tuple[Any, slice, slice]) -> None:
+        b, kv, h = task
+        at, heads = (*b, h), x.heads(b, h)._replace(k=x.k[(*b, kv)], v=x.v[(*b, kv)])
+        x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward(heads)
 
-    def work(task: tuple[Any, int]) -> None:
-        b, kv = task
-        h = slice(kv * (H // K), (kv + 1) * (H // K))
-        at = (*b, h)
-        x.o[at], x.row_sum[at], x.row_max[at], x.dominant[at] = few.forward(x.heads(b, h))
-
-    threads.run(work, [(b, kv) for b in x.samples() for kv in range(K)], x.flops, x.plan)
+    threads.run(work, x.stacks_of_few_queries(), x.flops, x.plan)
     return True
 
 
 def _in_tiles(x: Views) -> bool:
     shifted: list[Any] = []
 
-    def work(task: tuple[slice, Range, Any]) -> None:
-        h, rows, b = task
+    def work(task: tuple[Range, Any, slice]) -> None:
+        rows, b, h = task
         at, heads = (*b, h, slice(*rows)), x.heads(b, h)
         k = x.k[x.key_heads(b, h)][..., slice(*heads.columns(rows)), :]
         longest = np.sqrt(np.einsum("...sd,...sd->...s", k, k).max(axis=-1, keepdims=True, initial=0.0))
@@ -62,10 +59,8 @@ def _in_tiles(x: Views) -> bool:
             x.row_max[at] = row_max
             shifted.append(task)
 
-    stacks = x.stacks()
-    samples = x.samples_together(max((h.stop - h.start for h in stacks), default=1))
     # Where the mask is causal the last rows of a head take longest, and begin first.
-    of_rows = blocks(x.q.shape[-2], x.plan.tile_rows)
-    tasks = [(h, rows, b) for h in stacks for rows in reversed(of_rows) for b in samples]
+    of_rows = reversed(blocks(x.q.shape[-2], x.plan.tile_rows))
+    tasks = [(rows, b, h) for rows in of_rows for b, h in x.stacks_of_samples()]
     threads.run(work, tasks, x.flops, x.plan)
     return bool(shifted)
