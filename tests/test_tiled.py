@@ -273,7 +273,7 @@ def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, 
     for n in (0, 2 * K * G * min(side, 23) * min(side, 29), 2**60):
         engine = TILED._replace(plan=plan._replace(sample_numbers=n))
         o, cache = attention(q, *others, **static, engine=engine)
-        sizes.add(len(Views.of(cache).samples_together([slice(0, K * G)], 1)))
+        sizes.add(len(Views.of(cache).samples_of_keys([[slice(0, K * G)]])))
         grads = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
         results.append([o, log_sum_exp(cache), *map(values_of, grads)])
     assert sizes == ({10} if mask == "padding" else {10, 6, 2})

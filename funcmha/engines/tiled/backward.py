@@ -49,8 +49,7 @@ class Backward(NamedTuple):
         (*batch, H, T, _), S, x = self.dq.shape, self.dk.shape[-2], self.x
         stacks, flops = x.stacks_of_keys(), 3 * x.flops
         if self.dbias is None and _busy(prod(batch) * len(stacks), x.plan):
-            together = x.samples_together([h for some in stacks for h in some], 3)
-            alone = [(some, b) for some in stacks for b in together]  # share nothing: each has a thread to itself
+            alone = [(some, b) for some in stacks for b in x.samples_of_keys(stacks)]  # each on a thread: share nothing
             threads.run(lambda task: self.alone(*task), alone, flops, x.plan)
             return
 

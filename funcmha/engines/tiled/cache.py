@@ -138,45 +138,48 @@ class Views(NamedTuple):
         """Each sample, by its place in the batch"""
         return list(np.ndindex(*self.q.shape[:-3]))
 
-    def samples_together(self, stacks: list[slice], forwards: int) -> list[Any]:
-        """The samples whose heads go together: their place in the batch, its last axis by a slice"""
-        (*batch, H, T, _), S = self.q.shape, self.k.shape[-2]
-        heads = max((h.stop - h.start for h in stacks), default=1)
-        tasks = prod(batch) * -(-H // heads) * -(-T // self.plan.tile_rows)
-        return self._in_ranges(self.plan.samples(heads, T, S, most=tasks // self.workers(forwards)))
-
-    def stacks_of_few_queries(self) -> list[tuple[Any, slice, slice]]:
-        """Samples, key/value heads and their readers that go together, where the readers of each are rows of one"""
-        (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
-        readers, workers, tasks = H // max(K, 1), self.workers(1), prod(batch)
-        stacks = [kv for some in self.plan.stacks(K, K, readers * T, S, -(-workers // max(tasks, 1))) for kv in some]
-        heads = max((kv.stop - kv.start for kv in stacks), default=1)
-        samples = self._in_ranges(self.plan.samples(heads, readers * T, S, most=tasks * len(stacks) // workers))
-        return [(b, kv, slice(kv.start * readers, kv.stop * readers)) for b in samples for kv in stacks]
-
-    def _in_ranges(self, size: int) -> list[Any]:
-        """The samples, so many at a time, or each by itself where they may differ in their mask"""
-        (*batch, _, T, _), S = self.q.shape, self.k.shape[-2]
-        if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
-            return self.samples()
-        return [(*b, some) for b in np.ndindex(*batch[:-1]) for some in evenly(0, batch[-1], size)]
-
     def stacks(self) -> list[slice]:
         """The heads that go together, enough for all threads"""
         return [h for some in self._stacks(self.workers(1)) for h in some]
 
     def stacks_of_samples(self) -> list[tuple[Any, slice]]:
         """The same, with the samples that go together"""
-        stacks = self.stacks()
-        return [(b, h) for h in stacks for b in self.samples_together(stacks, 1)]
+        stacks, T = self.stacks(), self.q.shape[-2]
+        samples = self._samples_together(stacks, T, len(stacks) * -(-T // self.plan.tile_rows) / self.workers(1))
+        return [(b, h) for h in stacks for b in samples]
+
+    def stacks_of_few_queries(self) -> list[tuple[Any, slice, slice]]:
+        """Samples, key/value heads and their readers that go together, where the readers of each are rows of one"""
+        (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
+        readers, workers = H // max(K, 1), self.workers(1)
+        stacks = [h for (h,) in self.plan.stacks(K, K, readers * T, S, -(-workers // max(prod(batch), 1)))]
+        samples = self._samples_together(stacks, readers * T, len(stacks) / workers)
+        return [(b, kv, slice(kv.start * readers, kv.stop * readers)) for kv in stacks for b in samples]
 
     def stacks_of_keys(self) -> list[list[slice]]:
-        """The same for the backward, in lists of those that read one key/value head
+        """The heads that go together in the backward, in lists of those that read one key/value head
 
         As they are added up in another order, the number of threads says nothing where heads share a gradient.
         """
         shared = self.bias is not None or self.q.shape[-3] != self.k.shape[-3]
         return self._stacks(1 if shared else self.workers(3))
+
+    def samples_of_keys(self, stacks: list[list[slice]]) -> list[Any]:
+        """The samples that go together in the backward"""
+        return self._samples_together(
+            [h for some in stacks for h in some], self.q.shape[-2], len(stacks) / self.workers(3)
+        )
+
+    def _samples_together(self, stacks: list[slice], rows: int, tasks: float) -> list[Any]:
+        """The samples that go together where a stack is of so many rows, and a sample of so many tasks for each thread:
+        their place in the batch, its last axis by a slice; each by itself where they may differ in their mask
+        """
+        (*batch, _, T, _), S = self.q.shape, self.k.shape[-2]
+        if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
+            return self.samples()
+        heads = max((h.stop - h.start for h in stacks), default=1)
+        size = self.plan.samples(heads, rows, S, most=int(prod(batch) * tasks))
+        return [(*b, some) for b in np.ndindex(*batch[:-1]) for some in evenly(0, batch[-1], size)]
 
     def _stacks(self, workers: int) -> list[list[slice]]:
         (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]

@@ -33,9 +33,13 @@ def heaviest(e: Array, row_sum: Array, row: int, col: int) -> Heavy | None:
     if twice <= np.minimum.reduce(row_sum, axis=None):  # so it is of most tiles, and of none with a NaN
         return None
     at = np.nonzero(~(twice <= row_sum))
-    some = e[at]
-    cols = some.argmax(axis=-1)
-    largest = some[np.arange(len(some)), cols]
+    if len(at[0]) > row_sum.size // 2:  # a copy of so many rows takes longer than to look at all
+        cols = e.argmax(axis=-1)[at]
+        largest = e[(*at, cols)]
+    else:
+        some = e[at]
+        cols = some.argmax(axis=-1)
+        largest = some[np.arange(len(some)), cols]
     over = 2 * largest > row_sum[at]
     *heads, t = (axis[over] for axis in at)
     return Heavy((*heads, row + t), col + cols[over], largest[over])
