@@ -151,6 +151,7 @@ SMALL = engines.Plan(
     kept_numbers=0,
     group_numbers=0,
     group_columns=0,
+    whole_scores=20,
     linear_rows=5,
     weight_block=4,
 )

@@ -41,7 +41,7 @@ from funcmha.testing.strategies import (
 )
 
 STEP = 1e-30
-ON_THREADS = TILED._replace(plan=Plan(tile_rows=16, tile_cols=8, thread_flops=0))
+ON_THREADS = TILED._replace(plan=Plan(tile_rows=16, tile_cols=8, whole_scores=0, thread_flops=0))
 
 EVERYTHING = AttentionProblem(
     T=13, S=17, bias="... H T+S-1", sink=True, softcap=0.5, per_head=True, scale=0.5, mask="intersection", rate=0.3

@@ -31,8 +31,8 @@ PATHS = {
     "sequential": SEQUENTIAL,
     "batched": BATCHED,
     "blocks": BLOCKS,
-    "few queries": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3)),
-    "tiles": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, few_queries=0)),
+    "few queries": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, whole_scores=0)),
+    "tiles": TILED._replace(plan=Plan(tile_rows=4, tile_cols=3, whole_scores=0, few_queries=0)),
 }
 each_path = pytest.mark.parametrize("engine", PATHS.values(), ids=PATHS)
 

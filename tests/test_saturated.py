@@ -20,7 +20,7 @@ from funcmha.engines.tiled.dominant import Dominant
 from funcmha.testing.strategies import AttentionProblem
 from funcmha.testing.tolerance import assert_within, attention_bounds, worst_ratio
 
-SMALL = TILED._replace(plan=Plan(tile_rows=16, tile_cols=16, few_queries=0, thread_flops=0))
+SMALL = TILED._replace(plan=Plan(tile_rows=16, tile_cols=16, whole_scores=0, few_queries=0, thread_flops=0))
 EVERY = [*ENGINES, BLOCKS, SMALL]
 NAMES = ("dq", "dk", "dv", "dbias", "dsink")
 OPTIONS = {

@@ -38,6 +38,7 @@ from funcmha.engines import ENGINES, SEQUENTIAL, TILED, Plan, batched, heads
 from funcmha.engines.tiled import linear, linear_vjp, threads
 from funcmha.engines.tiled.cache import Views
 from funcmha.engines.tiled.products import product
+from funcmha.masks import as_mask
 from funcmha.testing.strategies import LAYOUTS, MODERN, AttentionProblem, attention_problems
 from funcmha.testing.tolerance import assert_within, attention_bounds
 
@@ -91,7 +92,7 @@ def test_many_tiles_match_the_specification(mask):
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "padding", "heads", "empty rows"])
 def test_a_few_queries_match_the_specification(mask, seeded):
     """Of several heads that read each key, with keys in four blocks of 3 and a rest, and in tiles for the gradient."""
-    engine = TILED._replace(plan=Plan(few_block=3, tile_rows=4, tile_cols=3))
+    engine = TILED._replace(plan=Plan(few_block=3, tile_rows=4, tile_cols=3, whole_scores=0))
     options = {"softcap": 0.5, "scale": 0.5, "per_head": True, "rate": 0.3, "seeded": seeded}
     problem = AttentionProblem(T=3, S=13, mask=mask, bias="... H T S", sink=mask != "empty rows", **options)
     assert PLAN.few_queries >= problem.G * problem.T
@@ -245,8 +246,9 @@ def test_how_many_heads_go_together_changes_no_bit(K, G, bias):
             assert same, name
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "heads", "padding"])
+@pytest.mark.parametrize("mask", ["none", "causal", "heads", "padding", "segments"])
 @pytest.mark.parametrize("side", [32, 16])  # one tile, or four
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("K", "G", "fields"),
     [
@@ -257,8 +259,8 @@ def test_how_many_heads_go_together_changes_no_bit(K, G, bias):
         (3, 1, {"gain": 20.0, "softcap": 2.0, "sink": True}),
     ],
 )
-def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, side, mask):
-    """Those of which none differs in its mask: also where only some have a dominant key, and one a NaN."""
+def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, whole, side, mask):
+    """Those of one mask, or all where it cuts nothing off: also where only some have a dominant key, and one a NaN."""
     problem = AttentionProblem(batch=(2, 5), T=23, S=29, K=K, G=G, D=16, E=24, mask=mask, **fields)
     (q, *others), static = problem.inputs("float32"), problem.static()
     if mask == "heads":
@@ -269,14 +271,14 @@ def test_how_many_samples_go_together_changes_no_bit(monkeypatch, K, G, fields, 
     do, dweights, dlse = problem.cotangents("float32")
     monkeypatch.setenv("FUNCMHA_NUM_THREADS", "1")
     results, sizes = [], set[int]()
-    plan = Plan(stack_numbers=2**60, tile_rows=side, tile_cols=side)
+    plan = Plan(stack_numbers=2**60, tile_rows=side, tile_cols=side, whole_scores=1000 * whole)
     for n in (0, 2 * K * G * min(side, 23) * min(side, 29), 2**60):
         engine = TILED._replace(plan=plan._replace(sample_numbers=n))
         o, cache = attention(q, *others, **static, engine=engine)
         sizes.add(len(Views.of(cache).samples_of_keys([[slice(0, K * G)]])))
         grads = attention_vjp(cache, do, dweights=dweights, dlse=dlse)
         results.append([o, log_sum_exp(cache), *map(values_of, grads)])
-    assert sizes == ({10} if mask == "padding" else {10, 6, 2})
+    assert sizes == ({10, 6, 2} if whole or mask not in ("padding", "segments") else {10})
     assert np.isfinite(results[0][0][0]).all()
     assert not np.isfinite(results[0][0][1, 2]).all()
     for other in results[1:]:
@@ -329,7 +331,7 @@ def test_sums_of_few_queries_are_those_of_tiles(seed):
 def test_a_tile_of_one_score_is_not_halved():
     q = np.random.default_rng(0).standard_normal((2, 2, 4))
     mask = np.array([[[1, 1], [1, 1]], [[0, 1], [1, 1]]], bool)
-    plan = Plan(tile_rows=1, tile_cols=1, few_queries=0)
+    plan = Plan(tile_rows=1, tile_cols=1, whole_scores=0, few_queries=0)
     o, _ = attention(q, q, q, mask=mask, engine=TILED._replace(plan=plan))
     close(o, attention(q, q, q, mask=mask, engine=SEQUENTIAL)[0])
 
@@ -344,6 +346,29 @@ def test_stacks_are_all_heads_in_order(K, readers, T, S, least):
         for h in some:
             assert h.stop - h.start == 1 or (h.stop - h.start) * T * S <= plan.stack_numbers
     assert sum(map(len, stacks)) >= min(least, K * readers)
+
+
+KINDS = ("none", "causal", "bands", "lengths", "padding", "segments", "dense", "heads", "intersection", "prefix")
+
+
+@pytest.mark.parametrize("mask", [*KINDS, "complement"])
+@pytest.mark.parametrize("fields", [{"K": 3}, {"K": 2, "G": 2, "gain": 9.0}])
+def test_short_samples_that_go_together_equal_each_alone_bit_for_bit(monkeypatch, fields, mask):
+    """Whatever their masks."""
+    monkeypatch.setenv("FUNCMHA_NUM_THREADS", "1")
+    problem = AttentionProblem(batch=(5,), T=23, S=29, D=16, E=24, mask="none" if mask == "bands" else mask, **fields)
+    (q, k, v, *_), static = problem.inputs("float32"), problem.static()
+    do, _, dlse = problem.cotangents("float32")
+    if mask == "bands":
+        static["mask"] = masks.causal(np.arange(-2, 3))
+    o, cache = attention(q, k, v, **static, engine=TILED)
+    whole = [o, log_sum_exp(cache), *attention_vjp(cache, do, dlse=dlse)[:3]]
+    allowed = None if mask == "none" else as_mask(static["mask"])
+    for b in range(5):
+        static["mask"] = None if allowed is None else allowed.at((b,))
+        o, cache = attention(q[b], k[b], v[b], **static, engine=TILED)
+        alone = [o, log_sum_exp(cache), *attention_vjp(cache, do[b], dlse=dlse[b])[:3]]
+        assert all(np.array_equal(a, got[b]) for a, got in zip(alone, whole, strict=True))
 
 
 @pytest.mark.parametrize("T", [131, 521])

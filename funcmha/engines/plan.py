@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     many_tokens: int = 2048  # up to which they are so: of more, the diagonal is a small part (docs/decisions/0042)
     stack_numbers: int = 2**20  # scores, one tile for each of the heads that go together (docs/decisions/0037)
     sample_numbers: int = 2**19  # the same, up to which samples go together too (docs/decisions/0044)
+    whole_scores: int = 2**12  # of a head, up to which a mask cuts nothing off: samples of other masks go together
     guess_keys: int = 32  # from whose scores the row maximum is guessed
     few_queries: int = 16  # that read one key/value head, up to which they are rows of one product, faster than tiles
     few_block: int = 128  # keys in one product of few queries: OpenBLAS has faster kernels for small products
@@ -97,6 +98,10 @@ class Plan(NamedTuple):
         numbers = heads * min(T, self.tile_rows) * min(S, self.columns(T))
         return max(min(min(self.sample_numbers, self.stack_numbers) // max(numbers, 1), most), 1)
 
+    def is_whole(self, T: int, S: int) -> bool:
+        """Whether a mask cuts nothing off from the tiles of a head"""
+        return self.whole_scores >= T * S
+
     def recomputed(self, T: int, S: int, C: int) -> int:
         """How many of q, k and v can be projected again in a seventh of the time that all takes, forward and back
 
@@ -144,7 +149,16 @@ def _round(n: int) -> int:
 
 MAY_BE_ZERO = (
     *("score_bytes", "numpy_bytes", "half_products", "few_queries", "wide", "small_product", "copied_rows"),
-    *("thread_flops", "sample_numbers", "kept_numbers", "kept_long", "group_numbers", "group_columns", "group_long"),
+    *(
+        "thread_flops",
+        "sample_numbers",
+        "whole_scores",
+        "kept_numbers",
+        "kept_long",
+        "group_numbers",
+        "group_columns",
+        "group_long",
+    ),
 )
 
 

@@ -115,7 +115,8 @@ class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int
         return from_host(np.array(some, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
     def at(self, index: tuple[int, ...]) -> Mask:
-        return Band(self.left, self.right, int(of_sample(self.offset, index, 0)))
+        offset = of_sample(self.offset, index, 0)
+        return Bands(self.left, self.right, offset) if offset.ndim else Band(self.left, self.right, int(offset))
 
 
 class Lengths(Mask, NamedTuple("_Lengths", [("n", np.ndarray)])):

@@ -106,7 +106,8 @@ class Mask(ABC):
         return from_host(np.zeros((*outer, n, 1), dtype=bool), like)
 
     def at(self, index: tuple[int, ...]) -> "Mask":
-        """The mask of one element of the batch; a head axis stays.
+        """The mask of one element of the batch, or, where the last entry of `index` is a slice, of several; a head axis
+        stays.
 
         `index` has one entry per batch axis of q: a mask with fewer reads the last ones, and one of size 1 serves all.
         """

@@ -172,10 +172,11 @@ class Views(NamedTuple):
 
     def _samples_together(self, stacks: list[slice], rows: int, tasks: float) -> list[Any]:
         """The samples that go together where a stack is of so many rows, and a sample of so many tasks for each thread:
-        their place in the batch, its last axis by a slice; each by itself where they may differ in their mask
+        their place in the batch, its last axis by a slice; each by itself where a mask may cut off something else
         """
         (*batch, _, T, _), S = self.q.shape, self.k.shape[-2]
-        if not batch or not (self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1):
+        one_mask = self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1
+        if not batch or not (one_mask or (self.plan.is_whole(T, S) and not self.has_few_queries)):
             return self.samples()
         heads = max((h.stop - h.start for h in stacks), default=1)
         size = self.plan.samples(heads, rows, S, most=int(prod(batch) * tasks))
@@ -192,7 +193,7 @@ class Views(NamedTuple):
         return (*b, slice(h.start // readers, (h.stop - 1) // readers + 1))
 
     def heads(self, b: tuple[Any, ...], h: slice) -> Heads:
-        """Heads h of sample b, or of some, which have one mask"""
+        """Heads h of sample b, or of some that go together"""
         at, of_keys, keep, n = (*b, h), self.key_heads(b, h), self.keep, h.stop - h.start
         first = tuple(i.start if isinstance(i, slice) else i for i in b)
         start = int(np.ravel_multi_index(first, self.q.shape[:-3])) if b else 0
@@ -203,7 +204,7 @@ class Views(NamedTuple):
             repeated(self.v[of_keys], n),
             None if self.bias is None else self.bias[at],
             None if self.sink is None else self.sink[h, None],
-            None if self.mask is None else self.mask.at(first),
+            None if self.mask is None else self.mask.at(b),
             (start, start + count),
             h,
             keep if keep is None or isinstance(keep, Seeded) else keep[at],

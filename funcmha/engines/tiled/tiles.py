@@ -57,7 +57,7 @@ class Heads(NamedTuple):
     v: Array  # (..., G, S, E)
     bias: Array  # (..., G, T, S), or (..., G, T + S − 1) as of a `RelativeBias`, or None
     sink: Array  # (G, 1), or None; a score of −∞ is as good as none
-    mask: Mask | None  # (T, S), or with an axis for all heads
+    mask: Mask | None  # (..., H, T, S), of all heads, or with fewer axes
     samples: Range  # which ones
     h: slice  # which heads of them
     keep: Array | Seeded  # (..., G, T, S), or by the sample and the head, or None
@@ -96,7 +96,7 @@ class Heads(NamedTuple):
     def columns(self, rows: Range) -> Range:
         """The columns outside which these rows attend nothing"""
         S = self.k.shape[-2]
-        return (0, S) if self.mask is None else self.mask.columns(rows, S)
+        return (0, S) if self.mask is None or self.is_whole else self.mask.columns(rows, S)
 
     def all_tiles(self, rows: Range) -> list[Tile]:
         """The tiles of these rows, from left to right."""
@@ -112,10 +112,29 @@ class Heads(NamedTuple):
         found, width = [], self.plan.columns(self.q.shape[-2])
         for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
             cols = (max(j, start), min(j + width, stop))
-            block = [Tile(rows, cols, mixed=False)] if self.mask is None else _parts(self.mask, rows, cols, self.plan)
+            block = [Tile(rows, cols, mixed=False)] if self.mask is None else self.parts(self.mask, rows, cols)
             if block:
                 found.append(block)
         return found
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the mask cuts nothing off"""
+        return self.plan.is_whole(self.q.shape[-2], self.k.shape[-2])
+
+    def parts(self, mask: Mask, rows: Range, cols: Range) -> list[Tile]:
+        """A block, without what the mask empties: by halves, if that spares anything"""
+        answer, area, plan = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape), self.plan
+        if self.is_whole or answer == "full":
+            return [Tile(rows, cols, mixed=answer != "full")]
+        if answer == "empty":
+            return []
+        if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
+            return [Tile(rows, cols, mixed=True)]
+        quarters = [self.parts(mask, r, c) for r in _halves(rows) for c in _halves(cols)]
+        found = [tile for quarter in quarters for tile in quarter]
+        spared = area - sum(prod(tile.shape) for tile in found)
+        return found if spared else [Tile(rows, cols, mixed=True)]
 
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
@@ -161,7 +180,7 @@ class Heads(NamedTuple):
     def forbid(self, a: Array, tile: Tile, value: float) -> None:
         """a = value where not mask"""
         allowed = self.mask.tile(tile.rows, tile.cols)  # type: ignore[union-attr]  # a tile is mixed by its mask
-        allowed = allowed[self.h] if allowed.ndim == 3 and len(allowed) > 1 else allowed
+        allowed = allowed[..., self.h, :, :] if allowed.ndim > 2 and allowed.shape[-3] > 1 else allowed
         np.copyto(a, value, where=~allowed)
 
     def drop(self, a: Array, tile: Tile) -> Array:
@@ -186,19 +205,6 @@ def powers_of_two(s: Array) -> Array:
     if not s.min(initial=1.0) > kind.smallest_normal:
         np.multiply(s, s > kind.smallest_normal, out=s)
     return s
-
-
-def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
-    """A block, without what the mask empties: by halves, if that spares anything."""
-    answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
-    if answer != "mixed":
-        return [Tile(rows, cols, mixed=False)] if answer == "full" else []
-    if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
-        return [Tile(rows, cols, mixed=True)]
-    quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
-    found = [tile for quarter in quarters for tile in quarter]
-    spared = area - sum(prod(tile.shape) for tile in found)
-    return found if spared else [Tile(rows, cols, mixed=True)]
 
 
 def _halves(a: Range) -> tuple[Range, Range]:
