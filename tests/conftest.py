@@ -152,6 +152,7 @@ SMALL = engines.Plan(
     group_numbers=0,
     group_columns=0,
     whole_scores=20,
+    joined_rows=8,
     linear_rows=5,
     weight_block=4,
 )

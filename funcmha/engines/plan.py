@@ -31,6 +31,8 @@ class Plan(NamedTuple):
     half_products: bool = False  # of half types, of factors rounded to them and summed in float32, where a library can
     block_side: int = 128  # queries and keys of a block at least: below that its scores are no more than q, k and v
     # ── projections ──
+    joined: int = 512  # columns of q, k or v, up to which those of one input are one product, if there are
+    joined_rows: int = 2048  # rows: of fewer it costs more to copy their parameters (docs/decisions/0044)
     wide: int = 256  # columns of q, k or v, up to which the gradient of their one input is of one product
     copied_rows: int = (
         8192  # of x from which on w is transposed first: 2 ms of one thread, and saves a 20th of a product
@@ -134,7 +136,7 @@ class Plan(NamedTuple):
 
 
 # Memory above speed: the gradient takes few heads at a time, and projects q, k and v again.
-LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
+LEAN = Plan(stack_numbers=2**18, many_heads=maxsize, joined=0, kept_numbers=2**18, group_numbers=2**18, group_columns=1)
 
 # Of a sample, up to which BATCHED is the default for NumPy's arrays: up to twice as fast of a few samples, and about as
 # fast of many at as many scores as these (docs/decisions/0044).
@@ -148,7 +150,7 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "wide", "small_product", "copied_rows"),
+    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "joined", "wide", "small_product", "copied_rows"),
     *(
         "thread_flops",
         "sample_numbers",

@@ -5,6 +5,7 @@ Axes: T queries, H heads, D width of a head, O output width, C input width; `...
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,15 @@ def project_vjp(
 
 
 def project_qkv(params: Params, inputs: tuple[Array, ...], /, *, plan: Plan) -> tuple[tuple[Array, ProjectCache], ...]:
-    """q, k and v (..., T, H, D) of query, key and value"""
-    caches = [ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)]
-    ys = linears([stacked(cache) for cache in caches], plan=plan)
+    """q, k and v (..., T, H, D) of query, key and value: those of one input as one product, where narrow and long"""
+    caches = tuple(
+        ProjectCache(x, params[n]["w"], params[n].get("b")) for n, x in zip(PROJECTIONS, inputs, strict=True)
+    )
+    one_input, rows = all(x is inputs[0] for x in inputs), prod(inputs[0].shape[:-1])
+    if one_input and max(cache.columns for cache in caches) <= plan.joined and rows >= plan.joined_rows:
+        ys = _as_one(caches, plan)
+    else:
+        ys = linears([stacked(cache) for cache in caches], plan=plan)
     return tuple((_by_heads(cache, y), cache) for cache, y in zip(caches, ys, strict=True))
 
 
@@ -124,6 +131,13 @@ def project_qkv_vjp(
     dxs, dws = linears_vjp(of_all, flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
     dparams = [_params_by_heads(cache, *of_one) for cache, of_one in zip(caches, dws, strict=True)]
     return dict(zip(PROJECTIONS, dparams, strict=True)), tuple(dxs)
+
+
+def _as_one(caches: tuple[ProjectCache, ...], plan: Plan) -> list[Array]:
+    """y (..., T, H·D) of each: of the projection whose rows are those of all"""
+    y = linear(*_of_all(caches), plan=plan)
+    stops = accumulate(cache.columns for cache in caches)
+    return [y[..., stop - cache.columns : stop] for cache, stop in zip(caches, stops, strict=True)]
 
 
 def _as_one_vjp(
