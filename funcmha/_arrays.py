@@ -179,7 +179,7 @@ def of_heads(a: Array, h: slice, rank: int = 3) -> Array:
     return a[(..., h, *(slice(None),) * (rank - 1))]
 
 
-def of_sample(a: Array, b: tuple[int, ...], rank: int = 3) -> Array:
+def of_sample(a: Array, b: tuple[int | slice, ...], rank: int = 3) -> Array:
     """a (..., and `rank` axes) at the element `b` of the batch, along which it may be broadcast; None stays None"""
     if a is None or a.ndim <= rank:
         return a

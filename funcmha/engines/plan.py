@@ -34,9 +34,7 @@ class Plan(NamedTuple):
     joined: int = 512  # columns of q, k or v, up to which those of one input are one product, if there are
     joined_rows: int = 2048  # rows: of fewer it costs more to copy their parameters (docs/decisions/0044)
     wide: int = 256  # columns of q, k or v, up to which the gradient of their one input is of one product
-    copied_rows: int = (
-        8192  # of x from which on w is transposed first: 2 ms of one thread, and saves a 20th of a product
-    )
+    copied_rows: int = 8192  # of x above which w is transposed first: takes 2 ms, saves a 20th of a product
     linear_rows: int = 512  # of x in one task: fixed, so that no result depends on the number of threads
     linear_cols: int = 256  # of y, or of dx, in one task, where there are no more rows than those of one
     weight_block: int = 384  # rows and columns of dw in one task: larger is faster, but then one thread waits
@@ -98,7 +96,7 @@ class Plan(NamedTuple):
     def samples(self, heads: int, T: int, S: int, most: int) -> int:
         """Samples that go together, of so many heads each, `sample_numbers` of scores, and so many at most"""
         numbers = heads * min(T, self.tile_rows) * min(S, self.columns(T))
-        return max(min(min(self.sample_numbers, self.stack_numbers) // max(numbers, 1), most), 1)
+        return max(min(self.sample_numbers // max(numbers, 1), self.stack_numbers // max(numbers, 1), most), 1)
 
     def is_whole(self, T: int, S: int) -> bool:
         """Whether a mask cuts nothing off from the tiles of a head"""
@@ -150,17 +148,9 @@ def _round(n: int) -> int:
 
 
 MAY_BE_ZERO = (
-    *("score_bytes", "numpy_bytes", "half_products", "few_queries", "joined", "wide", "small_product", "copied_rows"),
-    *(
-        "thread_flops",
-        "sample_numbers",
-        "whole_scores",
-        "kept_numbers",
-        "kept_long",
-        "group_numbers",
-        "group_columns",
-        "group_long",
-    ),
+    *("sample_numbers", "whole_scores", "few_queries", "score_bytes", "numpy_bytes", "half_products"),
+    *("joined", "wide", "copied_rows", "small_product", "kept_numbers", "kept_long"),
+    *("group_numbers", "group_columns", "group_long", "thread_flops"),
 )
 
 

@@ -23,7 +23,7 @@ from .plan import Plan
 
 def linear(x: Array, w: Array, b: Array = None, /, *, add_to: Array = None, plan: Plan) -> Array:
     """y = add_to + x wᵀ + b     x (..., I)   w (O, I)   b (O,) or None   →   y (..., O), maybe `add_to` itself"""
-    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+    if _is_for_threads(x):
         return tiled.linear(x, w, b, add_to=add_to, plan=plan)
     y, _ = ops.linear(x, w, b)
     return y if add_to is None else add_to + y
@@ -33,7 +33,7 @@ def linear_vjp(
     cache: LinearCache, dy: Array | tuple[Array, ...], /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Array, Array, Array]:
     """add_to + dx, dw, db     of dy, or of several arrays side by side"""
-    if isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f":
+    if _is_for_threads(cache.x):
         return tiled.linear_vjp(cache, dy, add_to=add_to, batch_axes=batch_axes, plan=plan)
     dy = namespace(dy[0]).concat(dy, axis=-1) if isinstance(dy, tuple) else dy
     dx, dw, db = ops.linear_vjp(cache, dy, batch_axes=batch_axes)
@@ -42,7 +42,7 @@ def linear_vjp(
 
 def linears(caches: Sequence[LinearCache], /, *, plan: Plan) -> list[Array]:
     """`linear` of each, of NumPy's arrays in one queue"""
-    if all(isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f" for cache in caches):
+    if all(_is_for_threads(cache.x) for cache in caches):
         return tiled.linears(caches, plan=plan)
     return [linear(*cache, plan=plan) for cache in caches]
 
@@ -57,7 +57,7 @@ def linears_vjp(
     plan: Plan,
 ) -> tuple[list[Array], list[tuple[Array, Array]]]:
     """`linear_vjp` of each: a dx for each of `add_to`, and all (dw, db); where `add_to` is one, they are of one x"""
-    if all(isinstance(cache.x, np.ndarray) and cache.x.dtype.kind == "f" for cache in caches):
+    if all(_is_for_threads(cache.x) for cache in caches):
         return tiled.linears_vjp(caches, dys, add_to=add_to, batch_axes=batch_axes, plan=plan)
     dxs, dws = list(add_to), list[tuple[Array, Array]]()
     for i, (cache, dy) in enumerate(zip(caches, dys, strict=True)):
@@ -65,6 +65,11 @@ def linears_vjp(
         dxs[at], *of_w = linear_vjp(cache, dy, add_to=dxs[at], batch_axes=batch_axes, plan=plan)
         dws.append(tuple(of_w))
     return dxs, dws
+
+
+def _is_for_threads(x: Array) -> bool:
+    """Whether it is a real NumPy array"""
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
 # ── project: the heads as rows of one matrix ─────────────────────────────────────────────────────────────────────
@@ -83,16 +88,15 @@ class ProjectCache(NamedTuple):
 
 def project(params: Params, x: Array, /, *, plan: Plan) -> tuple[Array, ProjectCache]:
     """yₕ = x wₕᵀ + bₕ     x (..., T, C)   w (H, D, C)   b (H, D) or absent   →   y (..., T, H, D)"""
-    return _projected(ProjectCache(x, params["w"], params.get("b")), plan)
+    cache = ProjectCache(x, params["w"], params.get("b"))
+    return _by_heads(cache, linear(*stacked(cache), plan=plan)), cache
 
 
 def project_vjp(
     cache: ProjectCache, dy: Array, /, *, add_to: Array = None, batch_axes: int = 0, plan: Plan
 ) -> tuple[Params, Array]:
     """dparams, add_to + dx"""
-    *batch, H, D = dy.shape
-    flat = namespace(dy).reshape(dy, (*batch, H * D))
-    dx, dw, db = linear_vjp(stacked(cache), flat, add_to=add_to, batch_axes=batch_axes, plan=plan)
+    dx, dw, db = linear_vjp(stacked(cache), _side_by_side(dy), add_to=add_to, batch_axes=batch_axes, plan=plan)
     return _params_by_heads(cache, dw, db), dx
 
 
@@ -123,7 +127,7 @@ def project_qkv_vjp(
     Where `add_to` is one array, the three are one input, and their gradients are added up: of wide projections in turn,
     of narrow ones as one product.
     """
-    flat = tuple(namespace(dy).reshape(dy, (*dy.shape[:-2], dy.shape[-2] * dy.shape[-1])) for dy in dys)
+    flat = tuple(_side_by_side(dy) for dy in dys)
     if len(add_to) == 1 and min(dy.shape[-1] for dy in flat) < plan.wide:
         dparams, dx = _as_one_vjp(caches, flat, add_to=add_to[0], batch_axes=batch_axes, plan=plan)
         return dict(zip(PROJECTIONS, dparams, strict=True)), (dx,)
@@ -160,14 +164,15 @@ def _of_all(caches: tuple[ProjectCache, ...]) -> LinearCache:
     return LinearCache(parts[0].x, xp.concat([part.w for part in parts]), b)
 
 
-def _projected(cache: ProjectCache, plan: Plan) -> tuple[Array, ProjectCache]:
-    """`project`, from its cache"""
-    return _by_heads(cache, linear(*stacked(cache), plan=plan)), cache
-
-
 def _by_heads(cache: ProjectCache, y: Array) -> Array:
     """y (..., T, H·D)   →   (..., T, H, D)"""
     return namespace(y).reshape(y, (*y.shape[:-1], *cache.w.shape[:-1]))
+
+
+def _side_by_side(dy: Array) -> Array:
+    """dy (..., T, H, D)   →   (..., T, H·D)"""
+    *outer, H, D = dy.shape
+    return namespace(dy).reshape(dy, (*outer, H * D))
 
 
 def _params_by_heads(cache: ProjectCache, dw: Array, db: Array) -> Params:

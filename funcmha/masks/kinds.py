@@ -114,7 +114,7 @@ class Bands(_Diagonal, NamedTuple("_Bands", [("left", int | None), ("right", int
         some = [band.attending_queries(T, S) for band in self.bands]
         return from_host(np.array(some, bool).reshape(*_full_shape(self.offset.shape, T, 1)), like)
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         offset = of_sample(self.offset, index, 0)
         return Bands(self.left, self.right, offset) if offset.ndim else Band(self.left, self.right, int(offset))
 
@@ -138,7 +138,7 @@ class Lengths(Mask, NamedTuple("_Lengths", [("n", np.ndarray)])):
     def _columns(self, rows: Range, S: int) -> Range:
         return 0, min(S, int(self.n.max(initial=0)))
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return Lengths(of_sample(self.n, index, 0))
 
     def part(self, rows: Range, cols: Range) -> Mask:
@@ -166,7 +166,7 @@ class Padding(Mask, NamedTuple("_Padding", [("keep", np.ndarray)])):
     def _columns(self, rows: Range, S: int) -> Range:
         return _span(np.any(self.keep, axis=tuple(range(self.keep.ndim - 1))))
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return Padding(of_sample(self.keep, index, 1))
 
     def part(self, rows: Range, cols: Range) -> Mask:
@@ -210,7 +210,7 @@ class Segments(Mask, NamedTuple("_Segments", [("q_ids", np.ndarray), ("k_ids", n
         some = [np.isin(q, k) for q, k in self._samples((0, T), (0, S))]
         return from_host(np.array(some, bool).reshape(*self.shape(T, S)[:-1], 1), like)
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return Segments(of_sample(self.q_ids, index, 1), of_sample(self.k_ids, index, 1))
 
     def part(self, rows: Range, cols: Range) -> Mask:

@@ -105,7 +105,7 @@ class Mask(ABC):
         *outer, n, _ = self.shape(T, S)
         return from_host(np.zeros((*outer, n, 1), dtype=bool), like)
 
-    def at(self, index: tuple[int, ...]) -> "Mask":
+    def at(self, index: tuple[int | slice, ...]) -> "Mask":
         """The mask of one element of the batch, or, where the last entry of `index` is a slice, of several; a head axis
         stays.
 
@@ -204,7 +204,7 @@ class Dense(Mask, NamedTuple("_Dense", [("array", Array)])):
     def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return any_along(self.dense(T, S, like), -1)
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return Dense(of_sample(self.array, index)) if self.array.ndim > 3 else self
 
     def heads(self, start: int, stop: int) -> Mask:
@@ -250,7 +250,7 @@ class _Joined(Mask):
             return "mixed" if mixed else self._leaves
         return summary(reduce(self._join, (part.tile(rows, cols) for part in mixed)))
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return type(self)(tuple(part.at(index) for part in self.parts))  # type: ignore[call-arg]
 
     def heads(self, start: int, stop: int) -> Mask:
@@ -322,7 +322,7 @@ class Complement(Mask, NamedTuple("_Complement", [("mask", Mask)])):
     def _attending_queries(self, T: int, S: int, like: Array) -> Array:
         return found_queries(self, [], T, S, like)
 
-    def at(self, index: tuple[int, ...]) -> Mask:
+    def at(self, index: tuple[int | slice, ...]) -> Mask:
         return Complement(self.mask.at(index))
 
     def heads(self, start: int, stop: int) -> Mask:

@@ -125,6 +125,11 @@ class Views(NamedTuple):
         return bool(H // max(K, 1) * T <= self.plan.few_queries)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a mask cuts nothing off from tiles"""
+        return self.plan.is_whole(self.q.shape[-2], self.k.shape[-2])
+
+    @property
     def flops(self) -> float:
         """Of the two products of the forward"""
         (*_, D), (S, E) = self.q.shape, self.v.shape[-2:]
@@ -145,7 +150,8 @@ class Views(NamedTuple):
     def stacks_of_samples(self) -> list[tuple[Any, slice]]:
         """The same, with the samples that go together"""
         stacks, T = self.stacks(), self.q.shape[-2]
-        samples = self._samples_together(stacks, T, len(stacks) * -(-T // self.plan.tile_rows) / self.workers(1))
+        tasks = len(stacks) * -(-T // self.plan.tile_rows) / self.workers(1)
+        samples = self._samples_together(stacks, T, tasks, self.is_whole)
         return [(b, h) for h in stacks for b in samples]
 
     def stacks_of_few_queries(self) -> list[tuple[Any, slice, slice]]:
@@ -153,7 +159,7 @@ class Views(NamedTuple):
         (*batch, H, T, _), (K, S) = self.q.shape, self.k.shape[-3:-1]
         readers, workers = H // max(K, 1), self.workers(1)
         stacks = [h for (h,) in self.plan.stacks(K, K, readers * T, S, -(-workers // max(prod(batch), 1)))]
-        samples = self._samples_together(stacks, readers * T, len(stacks) / workers)
+        samples = self._samples_together(stacks, readers * T, len(stacks) / workers, whole=False)
         return [(b, kv, slice(kv.start * readers, kv.stop * readers)) for kv in stacks for b in samples]
 
     def stacks_of_keys(self) -> list[list[slice]]:
@@ -166,17 +172,16 @@ class Views(NamedTuple):
 
     def samples_of_keys(self, stacks: list[list[slice]]) -> list[Any]:
         """The samples that go together in the backward"""
-        return self._samples_together(
-            [h for some in stacks for h in some], self.q.shape[-2], len(stacks) / self.workers(3)
-        )
+        every, tasks = [h for some in stacks for h in some], len(stacks) / self.workers(3)
+        return self._samples_together(every, self.q.shape[-2], tasks, self.is_whole)
 
-    def _samples_together(self, stacks: list[slice], rows: int, tasks: float) -> list[Any]:
+    def _samples_together(self, stacks: list[slice], rows: int, tasks: float, whole: bool) -> list[Any]:
         """The samples that go together where a stack is of so many rows, and a sample of so many tasks for each thread:
-        their place in the batch, its last axis by a slice; each by itself where a mask may cut off something else
+        their place in the batch, its last axis by a slice; each by itself where their masks cut off something else
         """
         (*batch, _, T, _), S = self.q.shape, self.k.shape[-2]
         one_mask = self.mask is None or prod(self.mask.shape(T, S)[:-3]) == 1
-        if not batch or not (one_mask or (self.plan.is_whole(T, S) and not self.has_few_queries)):
+        if not batch or not (one_mask or whole):
             return self.samples()
         heads = max((h.stop - h.start for h in stacks), default=1)
         size = self.plan.samples(heads, rows, S, most=int(prod(batch) * tasks))

@@ -80,20 +80,23 @@ def linears_vjp(
         dw, db = np.empty((*batch, *w.shape), w.dtype), None if b is None else np.empty((*batch, len(w)), w.dtype)
         tasks += of_all(dy, rows, dw, db, plan)
         dws.append((dw, db))
-
-    def of_x(task: tuple[int, slice, slice]) -> None:
-        first, i, j = task
-        add = add_to[first] is not None
-        for (_, w, _), dy in zip(caches[first::n], parts[first::n], strict=True):
-            product(_side_by_side(dy, i), w[:, j], out=dxs[first][i, j], add=add, plan=plan)
-            add = True
-
-    # The shortest last, for the threads to end together.
-    tasks += [(of_x, (first, *at)) for first, dx in enumerate(dxs) for at in _pieces(dx, plan)]
+    for i, (dx, a) in enumerate(zip(dxs, add_to, strict=True)):  # the shortest last, for the threads to end together
+        of_one = [(dy, cache.w) for dy, cache in zip(parts[i::n], caches[i::n], strict=True)]
+        tasks += _of_x(of_one, dx, a is not None, plan)
     flops = sum(4 * rows.size * len(cache.w) for cache, rows in zip(caches, xs, strict=True))
     with threads.single_threaded_blas():
         threads.run(lambda task: task[0](task[1]), tasks, flops, plan)
     return [dx.reshape(cache.x.shape) for cache, dx in zip(caches, dxs, strict=False)], dws
+
+
+def _of_x(factors: list[tuple[list[Array], Array]], dx: Array, add: bool, plan: Plan) -> list[Any]:
+    """Tasks that write Σ dyᵢ wᵢ into dx (N, I), or add it"""
+
+    def of_x(at: tuple[slice, slice]) -> None:
+        for n, (dy, w) in enumerate(factors):
+            product(_side_by_side(dy, at[0]), w[:, at[1]], out=dx[at], add=add or n > 0, plan=plan)
+
+    return [(of_x, at) for at in _pieces(dx, plan)]
 
 
 def _of_all(parts: list[Array], rows: Array, dw: Array, db: Array, plan: Plan) -> list[Any]:

@@ -112,7 +112,12 @@ class Heads(NamedTuple):
         found, width = [], self.plan.columns(self.q.shape[-2])
         for j in range(start - start % width, stop, width):  # on one grid for all rows, as the backward needs it
             cols = (max(j, start), min(j + width, stop))
-            block = [Tile(rows, cols, mixed=False)] if self.mask is None else self.parts(self.mask, rows, cols)
+            if self.mask is None:
+                block = [Tile(rows, cols, mixed=False)]
+            elif self.is_whole:
+                block = [Tile(rows, cols, mixed=self.mask.block(rows, cols) != "full")]
+            else:
+                block = _parts(self.mask, rows, cols, self.plan)
             if block:
                 found.append(block)
         return found
@@ -121,20 +126,6 @@ class Heads(NamedTuple):
     def is_whole(self) -> bool:
         """Whether the mask cuts nothing off"""
         return self.plan.is_whole(self.q.shape[-2], self.k.shape[-2])
-
-    def parts(self, mask: Mask, rows: Range, cols: Range) -> list[Tile]:
-        """A block, without what the mask empties: by halves, if that spares anything"""
-        answer, area, plan = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape), self.plan
-        if self.is_whole or answer == "full":
-            return [Tile(rows, cols, mixed=answer != "full")]
-        if answer == "empty":
-            return []
-        if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
-            return [Tile(rows, cols, mixed=True)]
-        quarters = [self.parts(mask, r, c) for r in _halves(rows) for c in _halves(cols)]
-        found = [tile for quarter in quarters for tile in quarter]
-        spared = area - sum(prod(tile.shape) for tile in found)
-        return found if spared else [Tile(rows, cols, mixed=True)]
 
     def scores(self, q: Array, tile: Tile, slope: Array = None) -> Array:
         """s = log₂e · (softcap · tanh(q kᵀ) + bias), log₂e · (q kᵀ + bias) or q kᵀ
@@ -205,6 +196,19 @@ def powers_of_two(s: Array) -> Array:
     if not s.min(initial=1.0) > kind.smallest_normal:
         np.multiply(s, s > kind.smallest_normal, out=s)
     return s
+
+
+def _parts(mask: Mask, rows: Range, cols: Range, plan: Plan) -> list[Tile]:
+    """A block, without what the mask empties: by halves, if that spares anything."""
+    answer, area = mask.block(rows, cols), prod(Tile(rows, cols, mixed=True).shape)
+    if answer != "mixed":
+        return [Tile(rows, cols, mixed=False)] if answer == "full" else []
+    if plan.tile_cut * area <= plan.tile_rows * plan.tile_cols or area == 1:
+        return [Tile(rows, cols, mixed=True)]
+    quarters = [_parts(mask, r, c, plan) for r in _halves(rows) for c in _halves(cols)]
+    found = [tile for quarter in quarters for tile in quarter]
+    spared = area - sum(prod(tile.shape) for tile in found)
+    return found if spared else [Tile(rows, cols, mixed=True)]
 
 
 def _halves(a: Range) -> tuple[Range, Range]:
