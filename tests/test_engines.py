@@ -69,6 +69,12 @@ def test_a_plan_of_negative_sizes_is_refused(name):
         attention(Q, Q, Q, engine=TILED._replace(plan=Plan()._replace(**{name: -1})))
 
 
+@pytest.mark.parametrize("name", Plan._fields)
+def test_a_plan_of_what_is_no_number_is_refused(name):
+    with pytest.raises(TypeError, match=f"plan.{name} must be a number, got 'many'"):
+        attention(Q, Q, Q, engine=TILED._replace(plan=Plan()._replace(**{name: "many"})))
+
+
 def test_an_engine_without_its_plan_is_refused():
     with pytest.raises(TypeError, match="engine 'tiled' must have a plan, got None"):
         mha(PARAMS, X, X, X, engine=TILED._replace(plan=None))

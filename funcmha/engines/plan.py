@@ -8,6 +8,7 @@ Axes: T queries, S keys, H query heads, K key/value heads, D query/key width, E 
 
 from itertools import pairwise
 from math import isqrt, prod
+from numbers import Real
 from sys import maxsize
 from typing import NamedTuple
 
@@ -51,10 +52,14 @@ class Plan(NamedTuple):
     thread_tasks: int = 4  # of attention, from which on for each thread it does not matter which ends last
 
     def check(self) -> None:
-        """Raise ValueError for a size that is no size: a negative block would leave out a part of the result."""
+        """Raise for a size that is no size, TypeError or ValueError: a negative block would leave out a part of the
+        result.
+        """
         for name, n in self._asdict().items():
             least = 0 if name in MAY_BE_ZERO else 1
-            if not n >= least:
+            if not isinstance(n, Real):
+                raise TypeError(f"plan.{name} must be a number, got {n!r}")
+            if not float(n) >= least:
                 raise ValueError(f"plan.{name} must be at least {least}, got {n!r}")
 
     def of_masked(self, H: int, K: int, T: int, S: int) -> "Plan":
